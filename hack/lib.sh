@@ -1,0 +1,87 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# Shared by the scripts beside it: where things are installed, and how to install all or nothing.
+
+# Downloads and tools live in one place, outside the checkout, so that several checkouts share them.
+PREFIX=${REKINDLE_PREFIX:-${XDG_CACHE_HOME:-$HOME/.cache}/rekindle}
+
+say() { printf '%s\n' "${0##*/}: $*" >&2; }
+trap 'say "failed at ${BASH_SOURCE[0]##*/}:$LINENO: $BASH_COMMAND"' ERR
+die() { say "error: $*"; exit 1; }
+
+# Runs a command quietly; prints its output only if it fails.
+quietly() {
+  local log
+  log=$(mktemp)
+  if ! "$@" </dev/null >"$log" 2>&1; then
+    tail -n 40 "$log" >&2
+    rm -f "$log"
+    die "this command failed: $*"
+  fi
+  rm -f "$log"
+}
+
+# One installer at a time: two shells that start together must not build the same directory.
+take_lock() {
+  mkdir -p "$PREFIX"
+  exec 9>"$PREFIX/.lock"
+  flock 9
+}
+
+# unpack_debian SUITE DESTINATION PACKAGE... - unpacks packages and all that they need, libc included,
+# below DESTINATION. The system's package database is neither read nor changed: apt gets a state of
+# its own, in which nothing is installed, so that its resolver names the whole closure.
+unpack_debian() {
+  local suite=$1 destination=$2 state mirror keyring
+  shift 2
+  state=$(mktemp -d "$PREFIX/apt.XXXXXX")
+  mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
+
+  # The mirror that this machine already uses for Debian, else Debian's own.
+  mirror=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
+    awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')
+  keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+  [ -e "$keyring" ] || die "no $keyring: install the package debian-archive-keyring"
+  echo "deb [signed-by=$keyring] ${mirror:-http://deb.debian.org/debian} $suite main" >"$state/sources.list"
+  cat >"$state/apt.conf" <<APT
+Dir::State "$state";
+Dir::State::lists "$state/lists";
+Dir::State::status "/dev/null";
+Dir::Cache "$state";
+Dir::Cache::archives "$PREFIX/downloads";
+Dir::Etc::sourcelist "$state/sources.list";
+Dir::Etc::sourceparts "$state/empty";
+Dir::Etc::preferencesparts "$state/empty";
+APT::Install-Recommends "false";
+APT
+  export APT_CONFIG=$state/apt.conf
+  quietly apt-get update
+  quietly apt-get install --yes --download-only "$@"
+  # "Inst NAME (VERSION SUITE [ARCHITECTURE])"; apt writes the colon of an epoch as %3a in file names.
+  local archives
+  archives=$(apt-get install --simulate "$@" |
+    sed -nE 's/^Inst ([^ ]+) \(([^ ]+) .*\[([a-z0-9]+)\]\).*/\1_\2_\3.deb/p' | sed 's/:/%3a/')
+  unset APT_CONFIG
+  [ -n "$archives" ] || die "no packages found for: $*"
+  mkdir -p "$destination"
+  local archive
+  for archive in $archives; do
+    quietly dpkg-deb --extract "$PREFIX/downloads/$archive" "$destination"
+  done
+  rm -rf "$state"
+}
+
+# wrap_program ROOT PROGRAM WRAPPER - writes a script that starts a program unpacked below ROOT with
+# the libraries and the dynamic loader that lie beside it.
+wrap_program() {
+  local root=$1 program=$2 wrapper=$3 loader triplet
+  loader=$(find "$root" -name 'ld-linux*.so.*' -path '*-linux-gnu*' | head -n 1)
+  triplet=$(basename "$(dirname "$loader")")
+  mkdir -p "$(dirname "$wrapper")"
+  cat >"$wrapper.new" <<SCRIPT
+#!/bin/sh
+exec "$loader" --library-path "$root/lib/$triplet:$root/usr/lib/$triplet" "$root/$program" "\$@"
+SCRIPT
+  chmod 755 "$wrapper.new"
+  mv "$wrapper.new" "$wrapper"
+}

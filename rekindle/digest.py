@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Content digests as the OCI image specification writes them: `sha256:<64 hex digits>`."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Self
+
+_FORM = re.compile(r"sha256:[0-9a-f]{64}")
+READ_BYTES = 1 << 20  # the size at which reading and hashing no longer gets faster
+
+
+class Digest(str):
+    """A well-formed sha256 digest. Other algorithms are refused: nothing here writes them."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError if `text` is not a sha256 digest in canonical form."""
+        if not _FORM.fullmatch(text):
+            raise ValueError(f"not a sha256 digest: {text[:80]!r}")
+        return cls(text)
+
+    @classmethod
+    def of_bytes(cls, content: bytes) -> Self:
+        return cls("sha256:" + hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def of_file(cls, path: Path) -> Self:
+        hasher = hashlib.sha256()
+        buffer = memoryview(bytearray(READ_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+        return cls("sha256:" + hasher.hexdigest())
+
+    @property
+    def hex(self) -> str:
+        return self.removeprefix("sha256:")

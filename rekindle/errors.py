@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that a user can see.
+
+An error class exists because its caller acts differently: each has an exit status of its own and says
+whether `restore` may go down the ladder after it. They are turned into text and into an exit status
+once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
+
+    RekindleError
+    ├── UsageError          the command line asks for something that makes no sense
+    ├── CapabilityError     this node cannot do what is needed (root, CRIU, namespaces)   ladder goes down
+    ├── MismatchError       the snapshot was made for another kind of node                ladder goes down
+    ├── NotFoundError       there is no such image
+    ├── PortError           an address that is to be published is taken
+    ├── SpaceError          a disk is full
+    ├── BusyError           another rekindle holds what is needed
+    ├── FormatError         a record, manifest or CRIU image file is not what it should be
+    ├── IntegrityError      bytes are not those that their digest names
+    ├── WorkloadError       the server died
+    ├── NotReadyError       the server did not get ready in time
+    ├── NotDumpableError    the server holds something that CRIU cannot dump
+    ├── DumpError           CRIU failed to dump
+    ├── RestoreError        CRIU failed to restore                                        ladder goes down
+    └── OracleError         the server gave another answer than it should                 ladder goes down
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+
+class RekindleError(Exception):
+    """What failed, why, and what to do about it.
+
+    `cause` is the tool's or the system's own words, `hint` what a person can do, `log` where to read
+    more and `command` the command to replay.
+    """
+
+    exit_status: ClassVar[int]
+    code: ClassVar[str]
+    descends: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: str = "",
+        hint: str = "",
+        log: Path | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.cause = cause
+        self.hint = hint
+        self.log = log
+        self.command = tuple(command)
+
+
+class UsageError(RekindleError):
+    """The command line, or a file that it names, asks for something that makes no sense."""
+
+    exit_status = 2
+    code = "usage"
+
+
+class CapabilityError(RekindleError):
+    """This node cannot do what is needed: no root, no working CRIU, no namespaces. See `rekindle doctor`."""
+
+    exit_status = 10
+    code = "capability"
+    descends = True
+
+
+class MismatchError(RekindleError):
+    """The snapshot was made for another kind of node: other processor, other files, other kernel."""
+
+    exit_status = 11
+    code = "mismatch"
+    descends = True
+
+
+class NotFoundError(RekindleError):
+    """There is no image of that name in the store."""
+
+    exit_status = 12
+    code = "not-found"
+
+
+class PortError(RekindleError):
+    """The address that is to be published is taken or may not be bound."""
+
+    exit_status = 13
+    code = "port"
+
+
+class SpaceError(RekindleError):
+    """A disk is full. What was half-written has been removed."""
+
+    exit_status = 14
+    code = "space"
+
+
+class BusyError(RekindleError):
+    """Another rekindle holds what is needed, and did not give it back in time."""
+
+    exit_status = 15
+    code = "busy"
+
+
+class FormatError(RekindleError):
+    """A record, manifest, layer or CRIU image file is malformed, or of a version that is not known here."""
+
+    exit_status = 20
+    code = "format"
+
+
+class IntegrityError(RekindleError):
+    """Bytes are not those that their digest names. Nothing of them is used."""
+
+    exit_status = 21
+    code = "integrity"
+
+
+class WorkloadError(RekindleError):
+    """The server died while rekindle was at work on it."""
+
+    exit_status = 30
+    code = "workload"
+
+
+class NotReadyError(RekindleError):
+    """The server did not get ready, or did not answer, in time."""
+
+    exit_status = 31
+    code = "not-ready"
+
+
+class NotDumpableError(RekindleError):
+    """The server holds something that CRIU cannot dump; each such thing is named with its remedy."""
+
+    exit_status = 32
+    code = "not-dumpable"
+
+
+class DumpError(RekindleError):
+    """CRIU failed to dump the server."""
+
+    exit_status = 33
+    code = "dump"
+
+
+class RestoreError(RekindleError):
+    """CRIU failed to restore the server."""
+
+    exit_status = 34
+    code = "restore"
+    descends = True
+
+
+class OracleError(RekindleError):
+    """The server gave another answer than the one it must give."""
+
+    exit_status = 35
+    code = "oracle"
+    descends = True
+
+
+class Interrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt: no error, and not to be caught as one
+    """A signal asked us to end. Exit status 128 + its number, after everything was cleaned up."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum

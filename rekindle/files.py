@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or not there: staging, locks, sparse copies."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rekindle.errors import BusyError, SpaceError
+
+PAGE_BYTES = 4096
+_COPY_BYTES = 1 << 20
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replaces `path` in one step. Readers see the old content or the new, also after a power cut."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory with all below it. Idempotent; symbolic links are not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def naming_full_disk(place: Path) -> Iterator[None]:
+    """Turns "no space left" and "quota exceeded" within the block into a SpaceError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise full_disk(place, cause=str(error)) from error
+
+
+def full_disk(place: Path, *, cause: str) -> SpaceError:
+    return SpaceError(
+        f"no space left below {place}",
+        cause=cause,
+        hint="free some, or set REKINDLE_HOME to a directory on a larger disk",
+    )
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
+    """Holds an advisory lock on a file, which is made if it is not there.
+
+    The kernel drops it with the process, however that ends. Raises BusyError after `timeout` seconds.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not try_lock(fd, shared=shared, timeout=timeout):
+            raise BusyError(
+                f"another rekindle holds {path}",
+                hint="wait for it to end; `fuser -v` on that file names it",
+            )
+        yield
+    finally:
+        os.close(fd)
+
+
+def try_lock(fd: int, *, shared: bool = False, timeout: float = 0.0) -> bool:
+    """Takes an advisory lock on an open file; False if another holds it for `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        try:
+            fcntl.flock(fd, operation | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The (offset, length) of what is stored of a sparse file; holes are passed over."""
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            raise
+        offset = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, offset - start
+
+
+def copy_sparse_tree(source: Path, target: Path) -> int:
+    """Copies the content of a directory into another that exists; returns the bytes written.
+
+    Holes stay holes; modes, owners, times and hard links are kept. Sockets are left out: their owner
+    makes them anew. Other special files than FIFOs are left out too.
+    """
+    links: dict[tuple[int, int], Path] = {}
+    written = 0
+    for directory, names, filenames in os.walk(source):
+        here = target / Path(directory).relative_to(source)
+        for name in [*names, *filenames]:
+            origin, copy = Path(directory, name), here / name
+            status = origin.lstat()
+            identity = (status.st_dev, status.st_ino)
+            if status.st_nlink > 1 and identity in links and not stat.S_ISDIR(status.st_mode):
+                os.link(links[identity], copy)
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                copy.mkdir(exist_ok=True)
+            elif stat.S_ISLNK(status.st_mode):
+                copy.symlink_to(origin.readlink())
+            elif stat.S_ISFIFO(status.st_mode):
+                os.mkfifo(copy)
+            elif stat.S_ISREG(status.st_mode):
+                written += _copy_sparse_file(origin, copy, status.st_size)
+            else:
+                continue
+            links[identity] = copy
+            copy_attributes(copy, status)
+    return written
+
+
+def copy_attributes(path: Path, status: os.stat_result) -> None:
+    """Gives a file the owner, mode and times of another."""
+    os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        path.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _copy_sparse_file(source: Path, target: Path, size: int) -> int:
+    written = 0
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
+        writer.truncate(size)
+        for start, length in data_extents(reader.fileno(), size):
+            offset, end = start, start + length
+            while offset < end:
+                count = os.preadv(reader.fileno(), [buffer[: end - offset]], offset)
+                if count == 0:
+                    break
+                for run_start, run_end in nonzero_runs(bytes(buffer[:count])):
+                    written += os.pwrite(writer.fileno(), buffer[run_start:run_end], offset + run_start)
+                offset += count
+    return written
+
+
+def nonzero_runs(content: bytes) -> Iterator[tuple[int, int]]:
+    """The (start, end) of the stretches of pages that are not all zero; the last page may be short."""
+    zero = bytes(PAGE_BYTES)
+    start = None
+    for offset in range(0, len(content), PAGE_BYTES):
+        page = content[offset : offset + PAGE_BYTES]
+        if page == zero or (len(page) < PAGE_BYTES and not any(page)):
+            if start is not None:
+                yield start, offset
+                start = None
+        elif start is None:
+            start = offset
+    if start is not None:
+        yield start, len(content)
