@@ -84,9 +84,10 @@ class Cell:
         self._network: int | None = None
         self.clocks_offset = Clocks(monotonic_ns=0, boottime_ns=0)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = [sys.executable, "-I", "-S", "-B", cell_init.__file__]
         try:
             self._launcher = spawn(
-                [sys.executable, "-I", "-S", "-B", cell_init.__file__, str(theirs.fileno()), str(os.getpid())],
+                [*program, str(theirs.fileno()), str(os.getpid())],
                 env={"PATH": os.defpath},
                 pass_fds=[theirs.fileno()],
                 stderr=2,
@@ -114,7 +115,7 @@ class Cell:
                 boottime_ns=clocks.boottime_ns - now.boottime_ns,
             )
         deadline = time.monotonic() + _START_SECONDS
-        while not self._ready:
+        while not (self._ready and self._init):  # said by init and by launcher, in either order
             if not self._receive(deadline - time.monotonic()):
                 raise CapabilityError(
                     "the cell did not start", hint="see `rekindle doctor` for what this node lacks"

@@ -21,6 +21,7 @@ The end of the socket is the end of the cell: when rekindle dies, so does init, 
 ends every process of its PID namespace and drops its mounts.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -89,10 +90,9 @@ def launch(control: socket.socket, parent: int) -> int:
     for clock in ("monotonic", "boottime"):
         if (target_ns := request[clock]) is not None:
             set_clock(clock, target_ns)
-    launcher = os.getpid()
     pid = os.fork()
     if pid == 0:
-        run_init(control, launcher, private_network=bool(flags & CLONE_NEWNET))
+        run_init(control, private_network=bool(flags & CLONE_NEWNET))
     send(control, {"init": pid})
     control.close()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -118,14 +118,14 @@ def read_clock(clock: int) -> int:
     return time.clock_gettime_ns(clock)
 
 
-def run_init(control: socket.socket, launcher: int, *, private_network: bool) -> None:
+def run_init(control: socket.socket, *, private_network: bool) -> None:
     try:
         # getppid() is 0 here, since the launcher lives outside the namespace: ask only for the signal.
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+        mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
         if private_network:
             raise_loopback()
         serve(control)
@@ -184,10 +184,8 @@ def answer(control: socket.socket, request: dict, fds: list) -> None:  # type: i
                 os.close(fd)
             send(control, {"spawned": pid})
         case "signal":
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
-            except ProcessLookupError:
-                pass
 
 
 def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
@@ -207,7 +205,7 @@ def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
         if request["workload"]:
             deny_io_uring()
             check(libc.personality(ADDR_NO_RANDOMIZE), "personality")
-        os.execvpe(request["argv"][0], request["argv"], request["env"])
+        os.execvpe(request["argv"][0], request["argv"], request["env"])  # noqa: S606
     except OSError as error:
         os.write(2, f"{request['argv'][0]}: {error}\n".encode())
     os._exit(127)

@@ -165,8 +165,11 @@ class OracleError(RekindleError):
     descends = True
 
 
-class Interrupted(BaseException):  # noqa: N818 - like KeyboardInterrupt: no error, and not to be caught as one
-    """A signal asked us to end. Exit status 128 + its number, after everything was cleaned up."""
+class Interrupted(BaseException):
+    """A signal asked us to end: no error, and not to be caught as one.
+
+    The exit status is 128 + its number, after everything was cleaned up.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

@@ -59,7 +59,7 @@ def naming_full_disk(place: Path) -> Iterator[None]:
         raise full_disk(place, cause=str(error)) from error
 
 
-def full_disk(place: Path, *, cause: str) -> SpaceError:
+def full_disk(place: Path | str, *, cause: str) -> SpaceError:
     return SpaceError(
         f"no space left below {place}",
         cause=cause,

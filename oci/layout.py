@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OCI image layout: a directory of blobs by digest and an index of tags (image specification 1.1).
+
+DIR/
+    oci-layout
+    index.json                  which manifest each tag names; replaced in one step
+    blobs/sha256/HEX
+    .lock                       held by whoever changes the index or collects garbage
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from rekindle.digest import Digest
+from rekindle.engine import JSON
+from rekindle.errors import FormatError, IntegrityError, NotFoundError
+from rekindle.fields import Fields
+from rekindle.files import locked, naming_full_disk, sync_directory, write_atomically
+
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+TAG_ANNOTATION = "org.opencontainers.image.ref.name"
+
+MANIFEST_LIMIT_BYTES = 4 << 20
+_INDEX_LIMIT_BYTES = 16 << 20
+_DESCRIPTORS_LIMIT = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptor:
+    """What a blob is, by digest and size in bytes."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    platform: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, JSON]:
+        out: dict[str, JSON] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
+        if self.platform:
+            out["platform"] = dict(self.platform)
+        if self.annotations:
+            out["annotations"] = dict(self.annotations)
+        return out
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> "Descriptor":
+        """Raises FormatError for what is no descriptor of a sha256 digest."""
+        fields = Fields(value, where)
+        try:
+            digest = Digest.parse(fields.text("digest"))
+        except ValueError as error:
+            raise FormatError(f"{where}.digest cannot be used", cause=str(error)) from None
+        return cls(
+            media_type=fields.text("mediaType"),
+            digest=digest,
+            size=fields.integer("size"),
+            annotations=fields.text_map("annotations"),
+            artifact_type=fields.text("artifactType", ""),
+            platform=fields.text_map("platform"),
+        )
+
+
+class Layout:
+    """A layout on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root / "blobs" / "sha256"
+
+    @classmethod
+    def create(cls, root: Path) -> "Layout":
+        """Makes an empty layout, or opens the one that is there. Idempotent."""
+        layout = cls(root)
+        with naming_full_disk(root):
+            layout._blobs.mkdir(parents=True, exist_ok=True)
+            if not (root / "oci-layout").exists():
+                write_atomically(root / "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
+            with locked(root / ".lock"):
+                if not (root / "index.json").exists():
+                    layout._write_index([])
+        return layout
+
+    def tags(self) -> dict[str, Descriptor]:
+        """Every tag and what it names. Raises FormatError for a malformed index."""
+        return {d.annotations[TAG_ANNOTATION]: d for d in self._entries() if TAG_ANNOTATION in d.annotations}
+
+    def resolve(self, tag: str) -> Descriptor:
+        """What a tag names. Raises NotFoundError."""
+        tags = self.tags()
+        if tag not in tags:
+            known = ", ".join(sorted(tags)[:8]) or "nothing"
+            raise NotFoundError(f"there is no image {tag}", cause=f"{self.root} holds {known}")
+        return tags[tag]
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        """A small blob, whole and checked against its digest. Raises IntegrityError, FormatError."""
+        if descriptor.size > limit_bytes:
+            raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than is sane")
+        with self.open_blob(descriptor) as file:
+            content = file.read(descriptor.size + 1)
+        if len(content) != descriptor.size or Digest.of_bytes(content) != descriptor.digest:
+            raise IntegrityError(
+                f"the bytes of blob {descriptor.digest} are not those of its digest",
+                hint="make the snapshot anew, or fetch it again",
+            )
+        return content
+
+    def open_blob(self, descriptor: Descriptor) -> BinaryIO:
+        """A blob's bytes, unchecked. Raises IntegrityError if it is missing or has another size."""
+        try:
+            file = open(self._blobs / descriptor.digest.hex, "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            raise IntegrityError(
+                f"blob {descriptor.digest} is missing from {self.root}", hint="make the snapshot anew"
+            ) from None
+        size = os.fstat(file.fileno()).st_size
+        if size != descriptor.size:
+            file.close()
+            raise IntegrityError(
+                f"blob {descriptor.digest} has {size} bytes and should have {descriptor.size}",
+                hint="make the snapshot anew, or fetch it again",
+            )
+        return file
+
+    def has(self, descriptor: Descriptor) -> bool:
+        path = self._blobs / descriptor.digest.hex
+        return path.exists() and path.stat().st_size == descriptor.size
+
+    def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:
+        """Stores a small blob."""
+        digest = Digest.of_bytes(content)
+        write_atomically(self._blobs / digest.hex, content)
+        return Descriptor(
+            media_type=media_type, digest=digest, size=len(content), artifact_type=artifact_type
+        )
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[tuple[BinaryIO, Callable[[Digest], None]]]:
+        """A file to write a blob to, and the function that makes it one; without that call it is gone."""
+        import tempfile
+
+        fd, name = tempfile.mkstemp(prefix=".staged-", dir=self._blobs)
+        staged = Path(name)
+
+        def finish(digest: Digest) -> None:
+            file.flush()
+            os.fsync(fd)
+            staged.chmod(0o644)
+            staged.replace(self._blobs / digest.hex)
+
+        try:
+            with naming_full_disk(self.root), open(fd, "wb", buffering=1 << 20) as file:
+                yield file, finish
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def publish(self, source: "Layout", descriptor: Descriptor, tag: str) -> None:
+        """Takes over an image from another layout on the same disk, tag last.
+
+        Readers see what the tag named before, or all of the new image. Blobs that no tag needs any more
+        are removed. A publisher that is killed midway leaves blobs at most, which the next one removes.
+        """
+        with locked(self.root / ".lock"), naming_full_disk(self.root):
+            for digest in source.reachable([descriptor]):
+                target = self._blobs / digest.hex
+                if not target.exists():
+                    (source._blobs / digest.hex).replace(target)
+            sync_directory(self._blobs)
+            entries = [d for d in self._entries() if d.annotations.get(TAG_ANNOTATION) != tag]
+            annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
+            entries.append(
+                Descriptor(
+                    media_type=descriptor.media_type,
+                    digest=descriptor.digest,
+                    size=descriptor.size,
+                    annotations=annotations,
+                    artifact_type=descriptor.artifact_type,
+                )
+            )
+            self._write_index(entries)
+            self._collect_garbage()
+
+    def reachable(self, roots: list[Descriptor]) -> set[Digest]:
+        """The digests of all blobs below some manifests and indexes."""
+        found: set[Digest] = set()
+        queue = list(roots)
+        while queue:
+            descriptor = queue.pop()
+            if descriptor.digest in found:
+                continue
+            found.add(descriptor.digest)
+            if descriptor.media_type in {INDEX_TYPE, MANIFEST_TYPE}:
+                content = self.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES)
+                document = json.loads(content)
+                children = [*document.get("manifests", []), *document.get("layers", [])]
+                children += [document["config"]] if "config" in document else []
+                queue += [Descriptor.from_json(child, "manifest") for child in children]
+        return found
+
+    def _collect_garbage(self) -> None:
+        """Removes the blobs that no tag needs. The lock is held. Whoever reads one of them has it open."""
+        keep = {digest.hex for digest in self.reachable(self._entries())}
+        for path in self._blobs.iterdir():
+            if path.name not in keep and not path.name.startswith(".staged-"):
+                path.unlink()
+
+    def _entries(self) -> list[Descriptor]:
+        try:
+            content = (self.root / "index.json").read_bytes()
+        except FileNotFoundError:
+            raise NotFoundError(
+                f"{self.root} holds no images", hint="make one: rekindle snapshot NAME -- COMMAND"
+            ) from None
+        document = Fields.parse(content, "index.json", limit_bytes=_INDEX_LIMIT_BYTES)
+        return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+
+    def _write_index(self, entries: list[Descriptor]) -> None:
+        document = {
+            "schemaVersion": 2,
+            "mediaType": INDEX_TYPE,
+            "manifests": [entry.to_json() for entry in entries],
+        }
+        write_atomically(self.root / "index.json", json.dumps(document, indent=1).encode())

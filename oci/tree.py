@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a dump as the record lists them: found on disk, and made there again."""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from rekindle.record import FileKind, StoredFile
+
+
+def make(files: Sequence[StoredFile], tree: Path) -> None:
+    """Makes every file of the dump, empty but of its size. The record has been checked: no path leads
+    out, and nothing lies below a link."""
+    for top in ("criu", "shm"):
+        (tree / top).mkdir(mode=0o700)
+    for file in files:
+        path = tree / file.path
+        match file.kind:
+            case FileKind.DIRECTORY:
+                path.mkdir(mode=0o700)
+            case FileKind.SYMLINK:
+                path.symlink_to(file.target)
+            case FileKind.FIFO:
+                os.mkfifo(path, 0o600)
+            case FileKind.HARDLINK:
+                os.link(tree / file.target, path)
+            case FileKind.FILE:
+                with open(path, "xb") as new:
+                    new.truncate(file.size)
+
+
+def finish(files: Sequence[StoredFile], tree: Path) -> None:
+    """Gives every file its owner, mode and times; directories last, since writing changes them."""
+    for file in reversed(files):
+        path = tree / file.path
+        if file.kind is FileKind.HARDLINK:
+            continue
+        os.chown(path, file.uid, file.gid, follow_symlinks=False)
+        if file.kind is not FileKind.SYMLINK:
+            path.chmod(file.mode)
+        os.utime(path, ns=(file.mtime_ns, file.mtime_ns), follow_symlinks=False)
+
+
+def scan(tree: Path) -> list[StoredFile]:
+    """The files below `criu/` and `shm/`, in an order in which they can be made."""
+    found: list[StoredFile] = []
+    names: dict[tuple[int, int], str] = {}
+    for top in ("criu", "shm"):
+        for directory, directories, filenames in os.walk(tree / top):
+            directories.sort()
+            for name in [*directories, *sorted(filenames)]:
+                path = Path(directory, name)
+                if file := _describe(path, path.relative_to(tree).as_posix(), names):
+                    found.append(file)
+    return sorted(found, key=lambda file: (file.kind is FileKind.HARDLINK, file.path.parts))
+
+
+def _describe(path: Path, name: str, names: dict[tuple[int, int], str]) -> StoredFile | None:
+    status = path.lstat()
+    target = ""
+    size = 0
+    if stat.S_ISDIR(status.st_mode):
+        kind = FileKind.DIRECTORY
+    elif stat.S_ISLNK(status.st_mode):
+        kind, target = FileKind.SYMLINK, str(path.readlink())
+    elif stat.S_ISFIFO(status.st_mode):
+        kind = FileKind.FIFO
+    elif stat.S_ISREG(status.st_mode):
+        identity = (status.st_dev, status.st_ino)
+        kind, target = FileKind.FILE, ""
+        size = status.st_size
+        if status.st_nlink > 1 and identity in names:
+            kind, target, size = FileKind.HARDLINK, names[identity], 0
+        names.setdefault(identity, name)
+    else:  # sockets are bound anew by CRIU, devices do not belong there
+        return None
+    return StoredFile(
+        path=PurePosixPath(name),
+        kind=kind,
+        size=size,
+        mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        mtime_ns=status.st_mtime_ns,
+        target=target,
+    )

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script: finds the verb, runs it, and turns errors into text and an exit status."""
+
+import contextlib
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rekindle.errors import Interrupted, RekindleError
+from rekindle.files import full_disk
+
+# Each verb is a module of rekindle.verbs, imported only when it is asked for.
+VERBS = {
+    "snapshot": "start a server, warm it, and save it as an image",
+    "restore": "bring a saved server back, and serve",
+    "inspect": "show what is in an image",
+    "doctor": "show what this node can do, and what it lacks",
+    "bench": "compare cold starts and restores, by phase",
+}
+_BUG_STATUS = 1
+_USAGE_STATUS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; see docs/errors.md."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_usage())
+        return 0 if words else _USAGE_STATUS
+    if words[0] in {"-V", "--version"}:
+        from rekindle import __version__
+
+        print(f"rekindle {__version__}")
+        return 0
+    if words[0] not in VERBS:
+        print(f"rekindle: there is no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return _USAGE_STATUS
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _interrupt)
+    try:
+        verb = importlib.import_module(f"rekindle.verbs.{words[0]}")
+        status = verb.main(words[1:])
+        assert isinstance(status, int)
+        return status
+    except Interrupted as interrupted:
+        return 128 + interrupted.signum
+    except RekindleError as error:
+        _tell(error)
+        return error.exit_status
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            failure = full_disk(error.filename or "here", cause=str(error))
+            _tell(failure)
+            return failure.exit_status
+        traceback.print_exc()
+        return _BUG_STATUS
+    except Exception:
+        traceback.print_exc()
+        return _BUG_STATUS
+
+
+def _interrupt(signum: int, _: object) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is the clean-up
+    raise Interrupted(signum)
+
+
+def _tell(error: RekindleError) -> None:
+    lines = [f"rekindle: error: {error.message}"]
+    if error.cause:
+        lines.append("  cause: " + "\n         ".join(error.cause.splitlines()))
+    lines += [f"  hint:  {error.hint}"] if error.hint else []
+    lines += [f"  log:   {error.log}"] if error.log else []
+    if error.command:
+        from rekindle.run import replay
+
+        lines.append(f"  ran:   {replay(error.command)}")
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=sys.stderr)
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<10}{summary}" for name, summary in VERBS.items())
+    return (
+        "usage: rekindle COMMAND …      (rekindle COMMAND --help tells more)\n\n"
+        f"{verbs}\n\n"
+        "An IMAGE is name[:tag], in the local store, or oci:DIR[:tag], an OCI image layout."
+    )
+
+
+def run() -> NoReturn:
+    """The entry point of the console script."""
+    status = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)  # nothing is left to do, and taking the interpreter down costs 30 ms
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU: found, tried, and called, always inside a cell."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle import amx
+from rekindle.cell import Cell, Command, Network
+from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
+from rekindle.files import full_disk, write_atomically
+from rekindle.home import Home
+
+# The GPU processes that we are made for take longer than CRIU's ten seconds to come to rest.
+_TIMEOUT_SECONDS = 600
+_PROBE_SECONDS = 20.0
+_INSTALL_HINT = "`hack/get-criu` installs a CRIU that works, or set REKINDLE_CRIU to yours"
+
+_COMMON = [
+    "--tcp-established",  # a server's parts talk to each other over loopback
+    "--ext-unix-sk",  # a datagram socket may be connected to the outside, as /dev/log is
+    "--link-remap",  # semaphores and shared memory are unlinked while in use
+    "--file-locks",  # compilers lock their caches
+    "--manage-cgroups=ignore",  # the workload belongs to the cgroup of whoever restores it
+    "--network-lock=skip",  # nothing reaches into a private network, so nothing can race
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criu:
+    """A CRIU that was tried and works on this kernel."""
+
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A CRIU that was found. `lack` says what went wrong when it was tried; empty: it works."""
+
+    path: Path
+    version: str
+    lack: str
+
+
+def find(home: Home) -> Criu:
+    """The first CRIU that works: `$REKINDLE_CRIU`, one on PATH, one installed by hack/get-criu.
+
+    What was found out about a program is remembered until it or the kernel changes. Raises
+    CapabilityError if there is none.
+    """
+    tried = []
+    for candidate in candidates(home):
+        if not candidate.lack:
+            return Criu(path=candidate.path, version=candidate.version)
+        tried.append(candidate)
+    if not tried:
+        raise CapabilityError("there is no CRIU on this machine", hint=_INSTALL_HINT)
+    worst = tried[-1]
+    raise CapabilityError(
+        f"CRIU {worst.version} ({worst.path}) does not work on kernel {platform.release()}",
+        cause=worst.lack,
+        hint=_INSTALL_HINT,
+    )
+
+
+def candidates(home: Home) -> Iterator[Candidate]:
+    """Every CRIU that can be found, tried one after the other."""
+    for path in _paths():
+        known = home.tools / "criu-probes.json"
+        key = _identity(path)
+        probes = _read_probes(known)
+        if key not in probes:
+            probes[key] = _try(path)
+            write_atomically(known, json.dumps(probes, indent=1).encode())
+        version, lack = probes[key]
+        yield Candidate(path=path, version=version, lack=lack)
+
+
+def _paths() -> list[Path]:
+    if chosen := os.environ.get("REKINDLE_CRIU"):
+        return [Path(chosen)]
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    prefix = os.environ.get("REKINDLE_PREFIX") or str(Path(cache, "rekindle"))
+    found = [shutil.which("criu"), shutil.which("criu", path=f"{prefix}/bin")]
+    return [Path(path) for path in dict.fromkeys(found) if path]
+
+
+def _identity(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {status.st_size} {status.st_mtime_ns} on {platform.release()}"
+
+
+def _read_probes(path: Path) -> dict[str, tuple[str, str]]:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        content = json.loads(path.read_bytes())
+        return {str(key): (str(version), str(lack)) for key, (version, lack) in content.items()}
+    return {}
+
+
+def _try(path: Path) -> tuple[str, str]:
+    """Dumps and restores a small process with threads and a TCP listener: (version, what went wrong)."""
+    from rekindle.run import run
+
+    try:
+        version = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
+    except OSError as error:
+        return "unknown", str(error)
+    name = version[1] if version else "unknown"
+    if os.geteuid() != 0:
+        raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="rekindle-probe-") as directory:
+            _round_trip(Criu(path=path, version=name), Path(directory))
+    except (DumpError, RestoreError) as error:
+        return name, f"{error.message}: {error.cause}"
+    return name, ""
+
+
+_PROBE_PORT = 1234
+_PROBE_PROGRAM = f"""
+import socket, threading
+for _ in range(3):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+server = socket.create_server(("127.0.0.1", {_PROBE_PORT}))
+asked = 0
+while True:
+    peer = server.accept()[0]
+    asked += 1
+    peer.sendall(str(asked).encode())
+    peer.close()
+"""
+
+
+def _round_trip(criu: Criu, directory: Path) -> None:
+    log = directory / "log"
+    program = Command(
+        argv=[sys.executable, "-I", "-S", "-c", _PROBE_PROGRAM],
+        env={},
+        cwd=Path("/"),
+        files={0: Path(os.devnull), 1: log, 2: log},
+        workload=True,
+    )
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        pid = cell.spawn(program)
+        _expect(_ask(cell), b"1")
+        dump(criu, cell, pid, directory, timeout=_PROBE_SECONDS)
+        clocks = cell.clocks()
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE, clocks)
+        restore(criu, cell, directory, timeout=_PROBE_SECONDS)
+        _expect(_ask(cell), b"2")
+
+
+def _ask(cell: Cell) -> bytes:
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while True:
+        try:
+            with cell.connect("127.0.0.1", _PROBE_PORT, timeout=1.0) as sock:
+                return sock.recv(16, socket.MSG_WAITALL)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RestoreError("the process restored as a trial does not answer") from error
+            time.sleep(0.01)
+
+
+def _expect(got: bytes, wanted: bytes) -> None:
+    if got != wanted:
+        raise RestoreError(f"the process restored as a trial answers {got!r} and not {wanted!r}")
+
+
+def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+    """Dumps the tree below a process of the cell into a directory, and ends it.
+
+    Raises DumpError; the tree runs on then.
+    """
+    argv = [
+        str(criu.path),
+        "dump",
+        f"--tree={pid}",
+        f"--images-dir={directory}",
+        "--log-file=dump.log",
+        "-v2",
+        f"--timeout={int(timeout)}",
+        "--ghost-limit=1073741824",  # bytes of a deleted file that is still open; the default is 1 MiB
+        *_COMMON,
+    ]
+    _call(cell, argv, directory, "dump.log", timeout, {}, DumpError("CRIU could not dump the server"))
+
+
+def restore(
+    criu: Criu,
+    cell: Cell,
+    directory: Path,
+    *,
+    inherit: Mapping[Path, int] | None = None,
+    log_directory: Path | None = None,
+    home: Home | None = None,
+    timeout: float = _TIMEOUT_SECONDS,
+) -> None:
+    """Restores a dump in a cell; its root becomes a child of the cell's init.
+
+    `inherit` names files that the tree had open, and our descriptors that it gets in their place.
+    Raises RestoreError; what was restored by then is gone with the cell.
+    """
+    log_directory = log_directory or directory
+    fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}
+    argv = [
+        str(criu.path),
+        "restore",
+        f"--images-dir={directory}",
+        f"--work-dir={log_directory}",
+        "--log-file=restore.log",
+        os.environ.get(
+            "CRIUV", "-v1"
+        ),  # every further level costs time: a vLLM tree logs 30,000 lines at -v4
+        "--restore-detached",
+        *_COMMON,
+    ]
+    for number, path in enumerate(inherit or {}):
+        argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
+    env = amx.environment(home.tools) if home else {}
+    failure = RestoreError("CRIU could not restore the server")
+    _call(cell, argv, log_directory, "restore.log", timeout, env, failure, fds)
+
+
+def _call(
+    cell: Cell,
+    argv: Sequence[str],
+    log_directory: Path,
+    log_name: str,
+    timeout: float,
+    env: Mapping[str, str],
+    failure: RekindleError,
+    fds: Mapping[int, int] | None = None,
+) -> None:
+    output = log_directory / "criu.out"
+    command = Command(
+        argv=argv,
+        env={"PATH": os.environ.get("PATH", os.defpath), **env},
+        cwd=Path("/"),
+        files={0: Path(os.devnull), 1: output, 2: output},
+        fds=fds or {},
+    )
+    status = cell.run(command, timeout)
+    if status == 0:
+        return
+    log = log_directory / log_name
+    cause = errors_in(log) or errors_in(output, every_line=True)
+    if status is None:
+        cause = f"not done after {timeout:.0f} s. {cause}"
+    if "No space left on device" in cause:
+        raise full_disk(log_directory, cause=cause)
+    failure.cause, failure.log, failure.command = cause, log, tuple(argv)
+    raise failure
+
+
+def errors_in(log: Path, *, every_line: bool = False, limit: int = 5) -> str:
+    """The first error lines of a CRIU log, or the lines at all; "" if there are none."""
+    try:
+        with open(log, errors="replace") as file:
+            lines = [line.strip() for line in file if every_line or "Error" in line]
+    except OSError:
+        return ""
+    return "; ".join(lines[:limit])

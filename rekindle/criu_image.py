@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU's image files: as much of the format as dropping zero pages needs.
+
+An image file is two little-endian u32 magics, then messages: a u32 length and that many bytes of
+protobuf (CRIU's `criu/include/magic.h` and `images/*.proto`; the format is that of CRIU 1.5 and newer).
+Of a task's memory, `mm-PID.img` lists the mappings, `pagemap-PID.img` the stretches of pages, and
+`pages-ID.img` holds those pages back to back, without a header.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle.errors import FormatError
+from rekindle.files import PAGE_BYTES, nonzero_runs
+
+IMAGE_MAGIC = 0x54564319
+PAGEMAP_MAGIC = 0x56084025
+MM_MAGIC = 0x57492820
+
+# Of pagemap_entry.flags: the pages lie in the pages file.
+PE_PRESENT = 1 << 2
+# Of vma_entry.status: what a mapping is made of.
+VMA_ANON_PRIVATE = 1 << 9
+VMA_AIORING = 1 << 13
+MAP_HUGETLB = 0x40000
+
+_MESSAGE_LIMIT_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+
+Value = int | bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Consecutive pages of a task: where they begin, how many they are, and pagemap_entry's flags."""
+
+    address: int
+    pages: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """A mapping of a task, [start, end)."""
+
+    start: int
+    end: int
+    flags: int
+    status: int
+
+    @property
+    def reads_zero_when_absent(self) -> bool:
+        """Whether a page that is not restored reads as zeros.
+
+        True of plain anonymous memory only: an absent page of a private file mapping shows the file.
+        """
+        return bool(self.status & VMA_ANON_PRIVATE) and not (
+            self.status & VMA_AIORING or self.flags & MAP_HUGETLB
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroPages:
+    """How many pages were left in a dump, and how many zero pages were taken out."""
+
+    kept: int
+    dropped: int
+
+
+def drop_zero_pages(dump: Path) -> ZeroPages:
+    """Takes the zero pages of anonymous memory out of a dump, in place.
+
+    Not atomic: a dump in which this was interrupted is lost. Raises FormatError for image files that
+    are not as described above; nothing has been written to a pages file by then.
+    """
+    kept = dropped = 0
+    for path in sorted(dump.glob("pagemap-*.img")):
+        pages_id, stretches = read_pagemap(path)
+        pages = dump / f"pages-{pages_id}.img"
+        if pages.stat().st_size != sum(s.pages for s in stretches if s.flags & PE_PRESENT) * PAGE_BYTES:
+            raise FormatError(f"{path.name} and {pages.name} do not fit together")
+        if match := re.fullmatch(r"pagemap-(\d+)\.img", path.name):
+            droppable = [m for m in read_mappings(dump / f"mm-{match[1]}.img") if m.reads_zero_when_absent]
+        else:  # pagemap-shmem-*: shared anonymous memory, which is made anew and so all zero
+            droppable = [Mapping(start=0, end=1 << 64, flags=0, status=VMA_ANON_PRIVATE)]
+        left, count = _compact(pages, stretches, droppable)
+        write_pagemap(path, pages_id, left)
+        dropped += count
+        kept += sum(s.pages for s in left if s.flags & PE_PRESENT)
+    return ZeroPages(kept=kept, dropped=dropped)
+
+
+def _compact(
+    pages: Path, stretches: Sequence[Stretch], droppable: Sequence[Mapping]
+) -> tuple[list[Stretch], int]:
+    """Moves the pages that are kept to the front of the file and cuts off the rest."""
+    left: list[Stretch] = []
+    dropped = read_at = write_at = 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(pages, "r+b", buffering=0) as file:
+        for piece in _pieces(stretches, droppable):
+            stretch, may_drop = piece
+            if not stretch.flags & PE_PRESENT:
+                left.append(stretch)
+                continue
+            length = stretch.pages * PAGE_BYTES
+            content = buffer[:length]
+            if os.preadv(file.fileno(), [content], read_at) != length:
+                raise FormatError(f"{pages.name} is shorter than its pagemap says")
+            read_at += length
+            for start, end in nonzero_runs(bytes(content)) if may_drop else [(0, length)]:
+                os.pwrite(file.fileno(), content[start:end], write_at)
+                write_at += end - start
+                kept = (end - start) // PAGE_BYTES
+                _append(left, Stretch(address=stretch.address + start, pages=kept, flags=stretch.flags))
+                dropped -= kept
+            dropped += stretch.pages
+        file.truncate(write_at)
+    return left, dropped
+
+
+def _append(stretches: list[Stretch], new: Stretch) -> None:
+    """Adds a stretch, as part of the last one where it goes straight on."""
+    last = stretches[-1] if stretches else None
+    if last and last.flags == new.flags and last.address + last.pages * PAGE_BYTES == new.address:
+        stretches[-1] = Stretch(address=last.address, pages=last.pages + new.pages, flags=last.flags)
+    else:
+        stretches.append(new)
+
+
+def _pieces(stretches: Sequence[Stretch], droppable: Sequence[Mapping]) -> Iterator[tuple[Stretch, bool]]:
+    """Cuts stretches at the borders of droppable mappings, and into pieces of a buffer's size."""
+    mappings = iter(sorted(droppable, key=lambda m: m.start))
+    mapping = next(mappings, None)
+    for stretch in stretches:
+        if not stretch.flags & PE_PRESENT:
+            yield stretch, False
+            continue
+        address, end = stretch.address, stretch.address + stretch.pages * PAGE_BYTES
+        while address < end:
+            while mapping and mapping.end <= address:
+                mapping = next(mappings, None)
+            inside = mapping is not None and mapping.start <= address
+            border = end if mapping is None else mapping.end if inside else mapping.start
+            until = min(end, border, address + _READ_BYTES)
+            pages = (until - address) // PAGE_BYTES
+            yield Stretch(address=address, pages=pages, flags=stretch.flags), inside
+            address = until
+
+
+def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
+    """The number of the pages file, and the stretches in their order in it."""
+    messages = read_messages(path, PAGEMAP_MAGIC)
+    head = parse_message(next(messages, b""), path)
+    stretches = []
+    previous_end = 0
+    for message in messages:
+        fields = parse_message(message, path)
+        stretch = Stretch(
+            address=_integer(fields, 1, path),
+            # nr_pages became 64 bits wide in CRIU 4.1; the old field is still written, as 0 or the same.
+            pages=_integer(fields, 5, path, default=0) or _integer(fields, 2, path),
+            flags=_integer(fields, 4, path, default=PE_PRESENT),
+        )
+        if fields.get(3) or stretch.address % PAGE_BYTES or not 0 < stretch.pages < 1 << 40:
+            raise FormatError(f"{path.name}: an entry that is not understood: {stretch}")
+        if stretch.address < previous_end:
+            raise FormatError(f"{path.name}: its entries are not in order")
+        previous_end = stretch.address + stretch.pages * PAGE_BYTES
+        stretches.append(stretch)
+    return _integer(head, 1, path), stretches
+
+
+def write_pagemap(path: Path, pages_id: int, stretches: Sequence[Stretch]) -> None:
+    """Replaces a pagemap file."""
+    out = bytearray(struct.pack("<II", IMAGE_MAGIC, PAGEMAP_MAGIC))
+    messages = [_field(1, pages_id)]
+    messages += [
+        _field(1, s.address) + _field(2, 0) + _field(4, s.flags) + _field(5, s.pages) for s in stretches
+    ]
+    for message in messages:
+        out += struct.pack("<I", len(message)) + message
+    path.write_bytes(out)
+
+
+def read_mappings(path: Path) -> list[Mapping]:
+    """The mappings of a task, from its mm-PID.img."""
+    message = next(read_messages(path, MM_MAGIC), b"")
+    mappings = []
+    for number, value in fields_of(message, path):
+        if number == 14 and isinstance(value, bytes):
+            fields = parse_message(value, path)
+            start, end = _integer(fields, 1, path), _integer(fields, 2, path)
+            if start % PAGE_BYTES or end % PAGE_BYTES or end <= start:
+                raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}")
+            mappings.append(
+                Mapping(
+                    start=start,
+                    end=end,
+                    flags=_integer(fields, 6, path),
+                    status=_integer(fields, 7, path),
+                )
+            )
+    return mappings
+
+
+def read_messages(path: Path, magic: int) -> Iterator[bytes]:
+    """The messages of an image file. Raises FormatError for another magic or a cut-off file."""
+    with open(path, "rb") as file:
+        if file.read(8) != struct.pack("<II", IMAGE_MAGIC, magic):
+            raise FormatError(f"{path.name} is not the CRIU image file that its name says")
+        while prefix := file.read(4):
+            if len(prefix) < 4:
+                raise FormatError(f"{path.name} ends within a message")
+            (length,) = struct.unpack("<I", prefix)
+            if length > _MESSAGE_LIMIT_BYTES:
+                raise FormatError(f"{path.name} has a message of {length} bytes")
+            message = file.read(length)
+            if len(message) < length:
+                raise FormatError(f"{path.name} ends within a message")
+            yield message
+
+
+def parse_message(message: bytes, path: Path) -> dict[int, Value]:
+    """A protobuf message by field number; of a repeated field the last, as protobuf rules."""
+    return dict(fields_of(message, path))
+
+
+def fields_of(message: bytes, path: Path) -> Iterator[tuple[int, Value]]:
+    """The fields of a protobuf message in order (wire types 0, 1, 2 and 5)."""
+    position = 0
+    try:
+        while position < len(message):
+            key, position = _varint(message, position)
+            value: Value
+            match key & 7:
+                case 0:
+                    value, position = _varint(message, position)
+                case 1 | 5 as wire_type:
+                    width = 8 if wire_type == 1 else 4
+                    value = int.from_bytes(_slice(message, position, width), "little")
+                    position += width
+                case 2:
+                    length, position = _varint(message, position)
+                    value = _slice(message, position, length)
+                    position += length
+                case _:
+                    raise ValueError(f"wire type {key & 7}")
+            yield key >> 3, value
+    except (ValueError, IndexError) as error:
+        raise FormatError(f"{path.name} is not well-formed", cause=str(error)) from None
+
+
+def _slice(message: bytes, position: int, length: int) -> bytes:
+    piece = message[position : position + length]
+    if len(piece) < length:
+        raise ValueError("a field reaches over the message's end")
+    return piece
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a varint of more than ten bytes")
+
+
+def _field(number: int, value: int) -> bytes:
+    """A varint field on the wire."""
+    out = bytearray()
+    for integer in (number << 3, value):
+        while integer > 0x7F:
+            out.append(integer & 0x7F | 0x80)
+            integer >>= 7
+        out.append(integer)
+    return bytes(out)
+
+
+def _integer(fields: dict[int, Value], number: int, path: Path, default: int | None = None) -> int:
+    value = fields.get(number, default)
+    if not isinstance(value, int):
+        raise FormatError(f"{path.name}: field {number} is missing or not a number")
+    return value

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines: what rekindle knows of a kind of server.
+
+An engine says where the server listens, when it is ready, which requests warm it, which question proves
+it (the oracle) and what of the answer counts. It only talks HTTP; it starts and stops nothing.
+
+    vllm    recognised from the command: `vllm serve …`, `python -m vllm.entrypoints.openai.api_server …`
+    http    any other server: a URL that answers when it is ready, and a file with the oracle's request
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rekindle.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from rekindle.engine.client import Client, Response
+
+JSON = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """The TCP address that a server listens on."""
+
+    host: str
+    port: int
+
+    @property
+    def reachable_host(self) -> str:
+        """Where a client on the same machine finds it: a server on every address is on loopback too."""
+        return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """An HTTP request. `body` is JSON, or None for no body."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: JSON
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "method": self.method,
+            "path": self.path,
+            "headers": dict(self.headers),
+            "body": self.body,
+        }
+
+    @classmethod
+    def from_json(cls, value: JSON) -> "Request":
+        """Raises FormatError if this is no request."""
+        match value:
+            case {"path": str(path)} if path.startswith("/") and not any(c in path for c in " \r\n"):
+                method = value.get("method", "POST" if "body" in value else "GET")
+                headers = value.get("headers", {})
+                if (
+                    isinstance(method, str)
+                    and method.isalpha()
+                    and isinstance(headers, dict)
+                    and all(isinstance(part, str) for pair in headers.items() for part in pair)
+                ):
+                    return cls(method=method, path=path, headers=headers, body=value.get("body"))
+        raise FormatError(
+            "this is not a request",
+            cause=str(value)[:200],
+            hint='write {"method": "POST", "path": "/…", "headers": {}, "body": …}',
+        )
+
+
+class Engine(Protocol):
+    """What the rest of rekindle asks of an engine."""
+
+    name: str
+    endpoint: Endpoint
+
+    def environment(self) -> Mapping[str, str]:
+        """What a server needs in its environment so that it can be snapshotted."""
+
+    def cache_environment(self, directory: Path) -> Mapping[str, str]:
+        """The variables that make the server keep its kernel caches in a directory."""
+
+    def ready(self, client: "Client") -> bool:
+        """Whether the server takes requests now. Raises OSError as long as it cannot be reached."""
+
+    def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:
+        """What to ask before the snapshot: one batch after the other, each batch at once."""
+
+    def oracle_request(self, client: "Client") -> Request:
+        """The question whose answer proves the server."""
+
+    def answer(self, response: "Response") -> JSON:
+        """What of a response must be the same at every asking. Raises OracleError if it is no answer."""
+
+    def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
+        """The request with the credentials that this server asks for; they are never recorded."""
+
+    def agree(self, expected: JSON, got: JSON) -> bool:
+        """Whether two answers are the same but for rounding."""
+
+    def milestones(self) -> Sequence[tuple[str, str]]:
+        """How a start is divided: (phase, text in the server's log that ends it), in order."""
+
+    def disposable(self) -> Sequence[str]:
+        """Patterns of files below TMPDIR that the server can do without once it runs."""
+
+    def options(self) -> dict[str, JSON]:
+        """What `restored` needs to make this engine again, for the record."""
+
+
+def for_command(
+    argv: Sequence[str], *, ready_url: str | None = None, oracle_file: Path | None = None
+) -> Engine:
+    """The engine for a command. Raises UsageError if it is not known and the options do not say."""
+    from rekindle.engine import http, vllm
+
+    if ready_url is not None:
+        return http.HttpEngine.from_options(ready_url, oracle_file)
+    if engine := vllm.VllmEngine.recognise(argv):
+        return engine
+    raise UsageError(
+        f"{argv[0]} is no server that rekindle knows",
+        hint="say how to talk to it: --ready-url http://127.0.0.1:PORT/PATH --oracle-request FILE",
+    )
+
+
+def restored(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engine:
+    """The engine that a record names. Raises FormatError for one that is not known here."""
+    from rekindle.engine import http, vllm
+
+    match name:
+        case "vllm":
+            return vllm.VllmEngine(endpoint=endpoint)
+        case "http":
+            return http.HttpEngine(endpoint=endpoint, options=options)
+    raise FormatError(f"the record's engine {name!r} is not known here", hint="use a newer rekindle")

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An HTTP client for one server, over connections that somebody else makes."""
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rekindle.engine import Endpoint, Request
+from rekindle.errors import NotReadyError
+
+_BODY_LIMIT_BYTES = 64 << 20
+
+Connect = Callable[[str, int, float], socket.socket]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A whole response. `first_byte` is when its body began, by time.monotonic: of a stream, the first
+    token."""
+
+    status: int
+    body: bytes
+    first_byte: float
+
+
+class Client:
+    """Asks one server. Every request has a connection of its own."""
+
+    def __init__(self, endpoint: Endpoint, connect: Connect) -> None:
+        self._endpoint = endpoint
+        self._connect = connect
+
+    def ask(self, request: Request, *, timeout: float) -> Response:
+        """Raises OSError while the server cannot be reached, NotReadyError if it does not answer in time
+        or speaks no HTTP."""
+        host, port = self._endpoint.reachable_host, self._endpoint.port
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        connection.sock = self._connect(host, port, timeout)
+        try:
+            body = None if request.body is None else json.dumps(request.body).encode()
+            headers = {"Content-Type": "application/json"} if body is not None else {}
+            connection.request(request.method, request.path, body, {**headers, **request.headers})
+            response = connection.getresponse()
+            content = bytearray(response.read1(65536))
+            first_byte = time.monotonic()
+            while piece := response.read1(65536):
+                content += piece
+                if len(content) > _BODY_LIMIT_BYTES:
+                    raise NotReadyError(f"{request.path} answers with more than {_BODY_LIMIT_BYTES} bytes")
+            return Response(status=response.status, body=bytes(content), first_byte=first_byte)
+        except TimeoutError as error:
+            raise NotReadyError(f"{request.path} did not answer within {timeout:.0f} s") from error
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"{request.path}: {type(error).__name__} {error}") from error
+        finally:
+            connection.close()
+
+    def get(self, path: str, *, timeout: float, headers: dict[str, str] | None = None) -> Response:
+        return self.ask(Request(method="GET", path=path, headers=headers or {}, body=None), timeout=timeout)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any server that speaks HTTP: told by a URL when it is ready, proved by a request from a file.
+
+The file holds one request as JSON: {"method", "path", "headers", "body"}, and may name in "select" the
+parts of a JSON answer that count, as JSON pointers (RFC 6901): {"select": ["/choices/0/text"], …}.
+Without it, the whole body counts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rekindle.digest import Digest
+from rekindle.engine import JSON, Endpoint, Engine, Request
+from rekindle.engine.client import Client, Response
+from rekindle.errors import FormatError, OracleError, UsageError
+
+_TIMEOUT_SECONDS = 10.0
+
+
+class HttpEngine(Engine):
+    """A server that rekindle knows nothing of but what the user said."""
+
+    name = "http"
+
+    def __init__(self, *, endpoint: Endpoint, options: Mapping[str, JSON]) -> None:
+        self.endpoint = endpoint
+        self._options = dict(options)
+
+    @classmethod
+    def from_options(cls, ready_url: str, oracle_file: Path | None) -> "HttpEngine":
+        """Raises UsageError for a URL or a file that makes no sense."""
+        try:
+            url = urlsplit(ready_url)
+            host, port = url.hostname, url.port or 80
+        except ValueError as error:
+            raise UsageError(f"--ready-url {ready_url} is no URL", cause=str(error)) from error
+        if url.scheme != "http" or not host:
+            raise UsageError(f"--ready-url {ready_url} is not of the form http://HOST:PORT/PATH")
+        ready_path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        options: dict[str, JSON] = {"ready_path": ready_path, "oracle": None, "select": []}
+        if oracle_file is not None:
+            try:
+                content = json.loads(oracle_file.read_bytes())
+                options["oracle"] = Request.from_json(content).to_json()
+            except (OSError, ValueError, FormatError) as error:
+                raise UsageError(
+                    f"--oracle-request {oracle_file} holds no request",
+                    cause=str(error),
+                    hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
+                ) from error
+            select = content.get("select", [])
+            if not isinstance(select, list) or not all(isinstance(p, str) for p in select):
+                raise UsageError(f'"select" in {oracle_file} is not a list of JSON pointers')
+            options["select"] = select
+        return cls(endpoint=Endpoint(host=host, port=port), options=options)
+
+    def environment(self) -> Mapping[str, str]:
+        return {}
+
+    def cache_environment(self, directory: Path) -> Mapping[str, str]:  # noqa: ARG002
+        return {}
+
+    def milestones(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def disposable(self) -> Sequence[str]:
+        return ()
+
+    def options(self) -> dict[str, JSON]:
+        return self._options
+
+    def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:  # noqa: ARG002
+        return request
+
+    def ready(self, client: Client) -> bool:
+        return 200 <= client.get(self._options["ready_path"], timeout=_TIMEOUT_SECONDS).status < 300
+
+    def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
+        return [[self.oracle_request(client)]]
+
+    def oracle_request(self, client: Client) -> Request:  # noqa: ARG002
+        if self._options["oracle"]:
+            return Request.from_json(self._options["oracle"])
+        return Request(method="GET", path=self._options["ready_path"], headers={}, body=None)
+
+    def answer(self, response: Response) -> JSON:
+        if not 200 <= response.status < 300:
+            raise OracleError(
+                f"the oracle's request was answered with status {response.status}",
+                cause=response.body[:500].decode(errors="replace"),
+            )
+        if not self._options["select"]:
+            return {"status": response.status, "body": Digest.of_bytes(response.body)}
+        try:
+            document = json.loads(response.body)
+            values = [_at(document, pointer) for pointer in self._options["select"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise OracleError(
+                "the oracle's answer does not hold what is to be compared", cause=repr(error)
+            ) from error
+        return {"status": response.status, "values": values}
+
+    def agree(self, expected: JSON, got: JSON) -> bool:
+        return bool(expected == got)
+
+
+def _at(document: JSON, pointer: str) -> JSON:
+    """The value that a JSON pointer names. Raises LookupError, ValueError or TypeError if there is none."""
+    for token in pointer.split("/")[1:]:
+        key = token.replace("~1", "/").replace("~0", "~")
+        document = document[int(key)] if isinstance(document, list) else document[key]
+    return document

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's OpenAI-compatible server."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rekindle.engine import JSON, Endpoint, Engine, Request
+from rekindle.engine.client import Client, Response
+from rekindle.errors import OracleError, UsageError
+
+_ORACLE_PROMPT = "The capital of France is"
+_ORACLE_TOKENS = 16
+_WARM_LENGTHS = (1, 16, 128, 1024)  # tokens
+_WARM_AT_ONCE = (1, 4)
+_LOGPROB_TOLERANCE = 1e-3
+_TIMEOUT_SECONDS = 60.0
+
+
+class VllmEngine(Engine):
+    """A server started by `vllm serve` or by vllm.entrypoints.openai.api_server."""
+
+    name = "vllm"
+
+    def __init__(self, *, endpoint: Endpoint, api_key: str | None = None) -> None:
+        """Without `api_key`, the key is taken from VLLM_API_KEY, as the server does."""
+        self.endpoint = endpoint
+        self._api_key = api_key
+
+    @classmethod
+    def recognise(cls, argv: Sequence[str]) -> "VllmEngine | None":
+        """The engine if this command starts vLLM's server. Raises UsageError for what is not supported."""
+        names = [Path(word).name for word in argv[:4]]
+        if not (
+            names[:2] == ["vllm", "serve"]
+            or names[1:3] == ["vllm", "serve"]  # python /…/bin/vllm serve
+            or names[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+        ):
+            return None
+        if _option(argv, "--uds"):
+            raise UsageError(
+                "a server on a unix socket (--uds) is not supported", hint="use --host and --port"
+            )
+        port = _option(argv, "--port") or "8000"
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UsageError(f"--port {port} is no port")
+        host = _option(argv, "--host") or "0.0.0.0"
+        return cls(endpoint=Endpoint(host=host, port=int(port)), api_key=_option(argv, "--api-key"))
+
+    def environment(self) -> Mapping[str, str]:
+        # Spawned workers inherit no descriptors, and a server that phones home has connections that
+        # nobody can restore.
+        return {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+
+    def cache_environment(self, directory: Path) -> Mapping[str, str]:
+        return {
+            "VLLM_CACHE_ROOT": str(directory / "vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"),
+            "TRITON_CACHE_DIR": str(directory / "triton"),
+        }
+
+    def milestones(self) -> Sequence[tuple[str, str]]:
+        return (
+            ("imports", "non-default args"),
+            ("configuration", "Initializing a V1 LLM engine"),
+            ("weights", "Loading weights took"),
+            ("compile", "init engine (profile"),
+            ("http", "Application startup complete"),
+        )
+
+    def disposable(self) -> Sequence[str]:
+        # Precompiled C++ headers, 150 MB. The compiler takes the header beside them if they are gone.
+        return ("torchinductor_*/precompiled_headers/*.gch",)
+
+    def options(self) -> dict[str, JSON]:
+        return {}
+
+    def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
+        key = self._api_key or environment.get("VLLM_API_KEY")
+        if not key:
+            return request
+        headers = {**request.headers, "Authorization": f"Bearer {key}"}
+        return dataclasses.replace(request, headers=headers)
+
+    def ready(self, client: Client) -> bool:
+        return client.get("/health", timeout=_TIMEOUT_SECONDS).status == 200
+
+    def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
+        model, length = self._model(client)
+        batches = []
+        for tokens in _WARM_LENGTHS:
+            for count in _WARM_AT_ONCE:
+                prompts = [_prompt(number, min(tokens, length - 16)) for number in range(count)]
+                batches.append([_completion(model, prompt, 8) for prompt in prompts])
+        chat = {
+            "model": model,
+            "messages": [{"role": "user", "content": "Hello!"}],
+            "max_tokens": 8,
+            "stream": True,
+        }
+        batches.append([Request(method="POST", path="/v1/chat/completions", headers={}, body=chat)])
+        return batches
+
+    def oracle_request(self, client: Client) -> Request:
+        model, _ = self._model(client)
+        return _completion(model, _ORACLE_PROMPT, _ORACLE_TOKENS)
+
+    def answer(self, response: Response) -> JSON:
+        if response.status != 200:
+            raise OracleError(
+                f"the oracle's request was answered with status {response.status}",
+                cause=response.body[:500].decode(errors="replace"),
+            )
+        tokens: list[str] = []
+        logprobs: list[float] = []
+        try:
+            for line in response.body.decode().splitlines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ValueError(str(event["error"]))
+                    for choice in event["choices"]:
+                        if choice["logprobs"]:
+                            tokens += choice["logprobs"]["tokens"]
+                            logprobs += choice["logprobs"]["token_logprobs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OracleError(
+                "the oracle's answer is not a stream of completions",
+                cause=f"{error!r} in {response.body[:300].decode(errors='replace')}",
+            ) from error
+        if not tokens:
+            raise OracleError("the oracle's answer holds no token")
+        return {"tokens": tokens, "logprobs": [round(value, 6) for value in logprobs]}
+
+    def agree(self, expected: JSON, got: JSON) -> bool:
+        return bool(expected["tokens"] == got["tokens"]) and all(
+            abs(a - b) <= _LOGPROB_TOLERANCE
+            for a, b in zip(expected["logprobs"], got["logprobs"], strict=True)
+        )
+
+    def _model(self, client: Client) -> tuple[str, int]:
+        """The name that the server gives its model, and how many tokens it takes."""
+        request = self.authorize(Request(method="GET", path="/v1/models", headers={}, body=None), os.environ)
+        response = client.ask(request, timeout=_TIMEOUT_SECONDS)
+        try:
+            model = json.loads(response.body)["data"][0]
+            return str(model["id"]), int(model.get("max_model_len") or 2048)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise OracleError(
+                f"/v1/models names no model (status {response.status})",
+                cause=response.body[:300].decode(errors="replace"),
+                hint="if the server asks for a key, set VLLM_API_KEY",
+            ) from error
+
+
+def _prompt(number: int, tokens: int) -> list[int]:
+    """A prompt of an exact number of tokens; different numbers share no prefix, so no cached block."""
+    return [3 + (number * 31 + position * 7) % 200 for position in range(tokens)]
+
+
+def _completion(model: str, prompt: str | list[int], tokens: int) -> Request:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "stream": True,
+    }
+    return Request(method="POST", path="/v1/completions", headers={}, body=body)
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of a long option, the last one given, as argparse would take it."""
+    value = None
+    for index, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            value = word.removeprefix(f"{name}=")
+        elif word == name and index + 1 < len(argv):
+            value = argv[index + 1]
+    return value

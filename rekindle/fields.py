@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The border at which JSON from outside becomes typed values."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rekindle.errors import FormatError
+
+T = TypeVar("T")
+
+
+class Fields:
+    """A JSON object, read field by field. Every getter raises FormatError that names the field."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} is not a JSON object")
+        self._value: dict[str, Any] = value
+        self._where = where
+
+    @classmethod
+    def parse(cls, content: bytes, where: str, *, limit_bytes: int) -> "Fields":
+        """Parses a document that is at most `limit_bytes` long."""
+        if len(content) > limit_bytes:
+            raise FormatError(f"{where} is longer than {limit_bytes} bytes")
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where} is not JSON", cause=str(error)) from None
+        return cls(value, where)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._value.get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "text")
+        return value
+
+    def integer(self, name: str, *, at_least: int = 0, at_most: int = 1 << 62) -> int:
+        value = self._value.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value <= at_most:
+            raise self._wrong(name, f"an integer from {at_least} to {at_most}")
+        return value
+
+    def inner(self, name: str) -> "Fields":
+        return Fields(self._value.get(name), f"{self._where}.{name}")
+
+    def json(self, name: str) -> Any:
+        """A value of any form."""
+        if name not in self._value:
+            raise self._wrong(name, "a value")
+        return self._value[name]
+
+    def list_of(self, name: str, parse: Callable[[object, str], T], *, at_most: int) -> list[T]:
+        """A list of what `parse(item, where)` makes of its items."""
+        value = self._value.get(name)
+        if not isinstance(value, list) or len(value) > at_most:
+            raise self._wrong(name, f"a list of at most {at_most}")
+        return [parse(item, f"{self._where}.{name}[{index}]") for index, item in enumerate(value)]
+
+    def texts(self, name: str, *, at_most: int = 100_000) -> list[str]:
+        return self.list_of(name, text_item, at_most=at_most)
+
+    def text_map(self, name: str) -> dict[str, str]:
+        value = self._value.get(name, {})
+        if not isinstance(value, dict) or not all(isinstance(part, str) for part in value.values()):
+            raise self._wrong(name, "an object of texts")
+        return value
+
+    def _wrong(self, name: str, wanted: str) -> FormatError:
+        here = "missing" if name not in self._value else f"{self._value[name]!r:.80}"
+        return FormatError(f"{self._where}.{name} is not {wanted}", cause=here)
+
+
+def text_item(value: object, where: str) -> str:
+    """An item of a list that must be text."""
+    if not isinstance(value, str):
+        raise FormatError(f"{where} is not text", cause=f"{value!r:.80}")
+    return value

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`$REKINDLE_HOME`: where everything lies that rekindle keeps.
+
+    $REKINDLE_HOME/                 (default: $XDG_DATA_HOME/rekindle, ~/.local/share/rekindle)
+        store/                      the local store, an OCI image layout
+        dumps/HEX/                  dumps ready to restore, by the digest of their manifest
+        run/VERB-PID-XXXXXX/        what one running command works with; `lock` is held while it lives
+        logs/                       logs of commands that failed, the newest twenty
+        tools/                      what was compiled here, and what was found out about this node
+        lock                        held while one of these is made or cleaned up
+
+A command that is killed leaves its work directory behind, unlocked; the next command removes it.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rekindle.errors import RekindleError, UsageError
+from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
+
+_LOGS_KEPT = 20
+
+
+class Home:
+    """The directory, made on first use and private to its owner."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = root / "store"
+        self.dumps = root / "dumps"
+        self.run = root / "run"
+        self.tools = root / "tools"
+        self.logs = root / "logs"
+        with naming_full_disk(root):
+            for directory in (root, self.store, self.dumps, self.run, self.tools, self.logs):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @classmethod
+    def from_environment(cls) -> "Home":
+        """Raises UsageError if the directory cannot be made."""
+        home = os.environ.get("REKINDLE_HOME")
+        data = os.environ.get("XDG_DATA_HOME") or str(Path("~/.local/share").expanduser())
+        root = Path(home) if home else Path(data) / "rekindle"
+        try:
+            return cls(root.absolute())
+        except OSError as error:
+            raise UsageError(
+                f"{root} cannot be used", cause=str(error), hint="set REKINDLE_HOME to a directory of yours"
+            ) from error
+
+    @contextlib.contextmanager
+    def work(self, verb: str) -> Iterator[Path]:
+        """A private directory for one command, removed at the end, however the command ends."""
+        self.sweep()
+        with contextlib.ExitStack() as stack:
+            with locked(self.root / "lock"), naming_full_disk(self.root):
+                directory = Path(tempfile.mkdtemp(prefix=f"{verb}-{os.getpid()}-", dir=self.run))
+                stack.callback(remove_tree, directory)
+                stack.enter_context(locked(directory / "lock"))
+            try:
+                yield directory
+            except RekindleError as error:
+                self._keep_log(error, directory)
+                raise
+
+    def sweep(self) -> list[Path]:
+        """Removes the work directories of commands that are no more; returns them."""
+        removed = []
+        with locked(self.root / "lock"):
+            for directory in self.run.iterdir():
+                fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    if try_lock(fd):
+                        remove_tree(directory)
+                        removed.append(directory)
+                finally:
+                    os.close(fd)
+        return removed
+
+    def _keep_log(self, error: RekindleError, directory: Path) -> None:
+        """Saves the log that an error names from the removal of its directory."""
+        if error.log is None or not error.log.is_relative_to(directory):
+            return
+        kept = self.logs / f"{directory.name}-{error.log.name}"
+        try:
+            shutil.copyfile(error.log, kept)
+        except OSError:  # not there, or no room: the error itself matters more
+            error.log = None
+            return
+        error.log = kept
+        by_age = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in by_age[:-_LOGS_KEPT]:
+            path.unlink()

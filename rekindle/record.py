@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record: our JSON about a snapshot, stored as the process image's config. See docs/format.md."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePosixPath
+
+from rekindle.cell import Clocks, Network
+from rekindle.engine import JSON, Endpoint, Request
+from rekindle.errors import FormatError
+from rekindle.fields import Fields
+from rekindle.fingerprint import Fingerprint
+
+SCHEMA = "rekindle.record/1"
+RECORD_LIMIT_BYTES = 16 << 20
+_FILES_LIMIT = 100_000
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+class FileKind(StrEnum):
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    FIFO = "fifo"
+    HARDLINK = "hardlink"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file of the dump: below `criu/` what CRIU wrote, below `shm/` what lay in the cell's /dev/shm.
+
+    `target` is a symbolic link's text, or the path of the file that a hard link is another name of.
+    """
+
+    path: PurePosixPath
+    kind: FileKind
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappedFile:
+    """A file outside the dump that the processes have mapped or open: it must be there at restore."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """How the processes lived in their cell. PIDs are those inside."""
+
+    root_pid: int
+    server_pid: int
+    tasks: int
+    network: Network
+    clocks: Clocks
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Oracle:
+    """The question that proves the server, and its answer before the dump."""
+
+    request: Request
+    answer: JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """All that `restore` must know before it fetches a byte of the dump."""
+
+    created: str
+    made_by: str
+    engine: str
+    engine_options: Mapping[str, JSON]
+    command: Sequence[str]
+    directory: str
+    environment: Mapping[str, str]
+    endpoint: Endpoint
+    oracle: Oracle
+    node: Fingerprint
+    criu_version: str
+    process: Process
+    mapped_files: Sequence[MappedFile]
+    dump_bytes: int
+    stored_bytes: int
+    files: Sequence[StoredFile]
+
+    def to_bytes(self) -> bytes:
+        """The document. Equal records give equal bytes."""
+        return json.dumps(self._to_json(), indent=1, sort_keys=True).encode()
+
+    def _to_json(self) -> dict[str, JSON]:
+        return {
+            "schema": SCHEMA,
+            "created": self.created,
+            "made_by": self.made_by,
+            "engine": {"name": self.engine, "options": dict(self.engine_options)},
+            "command": list(self.command),
+            "directory": self.directory,
+            "environment": dict(self.environment),
+            "endpoint": {"host": self.endpoint.host, "port": self.endpoint.port},
+            "oracle": {"request": self.oracle.request.to_json(), "answer": self.oracle.answer},
+            "node": {
+                "architecture": self.node.architecture,
+                "cpu_model": self.node.cpu_model,
+                "cpu_features": sorted(self.node.cpu_features),
+                "kernel": self.node.kernel,
+                "page_bytes": self.node.page_bytes,
+            },
+            "criu": {"version": self.criu_version},
+            "process": {
+                "root_pid": self.process.root_pid,
+                "server_pid": self.process.server_pid,
+                "tasks": self.process.tasks,
+                "network": self.process.network,
+                "monotonic_ns": self.process.clocks.monotonic_ns,
+                "boottime_ns": self.process.clocks.boottime_ns,
+                "stdout": self.process.stdout,
+                "stderr": self.process.stderr,
+            },
+            "mapped_files": [{"path": file.path, "size": file.size} for file in self.mapped_files],
+            "dump": {
+                "dump_bytes": self.dump_bytes,
+                "stored_bytes": self.stored_bytes,
+                "files": [_file_to_json(file) for file in self.files],
+            },
+        }
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Record":
+        """Raises FormatError for anything but a well-formed record of a version known here."""
+        document = Fields.parse(content, "record", limit_bytes=RECORD_LIMIT_BYTES)
+        schema = document.text("schema")
+        if schema != SCHEMA:
+            raise FormatError(
+                f"the record's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
+                hint="use a newer rekindle" if schema.startswith("rekindle.record/") else "",
+            )
+        engine, endpoint = document.inner("engine"), document.inner("endpoint")
+        oracle, node = document.inner("oracle"), document.inner("node")
+        process, dump = document.inner("process"), document.inner("dump")
+        options = engine.json("options")
+        return cls(
+            created=document.text("created"),
+            made_by=document.text("made_by"),
+            engine=engine.text("name"),
+            engine_options=options if isinstance(options, dict) else {},
+            command=document.texts("command"),
+            directory=document.text("directory"),
+            environment=document.text_map("environment"),
+            endpoint=Endpoint(
+                host=endpoint.text("host"), port=endpoint.integer("port", at_least=1, at_most=65535)
+            ),
+            oracle=Oracle(
+                request=Request.from_json(oracle.json("request")),
+                answer=oracle.json("answer"),
+            ),
+            node=Fingerprint(
+                architecture=node.text("architecture"),
+                cpu_model=node.text("cpu_model"),
+                cpu_features=frozenset(node.texts("cpu_features")),
+                kernel=node.text("kernel"),
+                page_bytes=node.integer("page_bytes", at_least=1),
+            ),
+            criu_version=document.inner("criu").text("version"),
+            process=Process(
+                root_pid=process.integer("root_pid", at_least=2),
+                server_pid=process.integer("server_pid", at_least=2),
+                tasks=process.integer("tasks", at_least=1),
+                network=_network(process.text("network")),
+                clocks=Clocks(
+                    monotonic_ns=process.integer("monotonic_ns"),
+                    boottime_ns=process.integer("boottime_ns"),
+                ),
+                stdout=_absolute(process.text("stdout")),
+                stderr=_absolute(process.text("stderr")),
+            ),
+            mapped_files=document.list_of("mapped_files", _mapped_file, at_most=_FILES_LIMIT),
+            dump_bytes=dump.integer("dump_bytes"),
+            stored_bytes=dump.integer("stored_bytes"),
+            files=_consistent(dump.list_of("files", _stored_file, at_most=_FILES_LIMIT)),
+        )
+
+
+def redact_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables whose names say that they hold a secret."""
+    return {name: value for name, value in sorted(environment.items()) if not _SECRET.search(name)}
+
+
+def redact_command(argv: Sequence[str]) -> list[str]:
+    """The command with the values of options that hold a secret taken out."""
+    out: list[str] = []
+    hide_next = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and _SECRET.search(name) is not None
+        out.append("REDACTED" if hide_next else f"{name}=REDACTED" if secret and equals else word)
+        hide_next = secret and not equals and not hide_next
+    return out
+
+
+def _file_to_json(file: StoredFile) -> dict[str, JSON]:
+    out: dict[str, JSON] = {
+        "path": str(file.path),
+        "kind": file.kind,
+        "size": file.size,
+        "mode": file.mode,
+        "uid": file.uid,
+        "gid": file.gid,
+        "mtime_ns": file.mtime_ns,
+    }
+    if file.target:
+        out["target"] = file.target
+    return out
+
+
+def _stored_file(value: object, where: str) -> StoredFile:
+    fields = Fields(value, where)
+    try:
+        kind = FileKind(fields.text("kind"))
+    except ValueError:
+        raise FormatError(f"{where}.kind is not known here") from None
+    target = fields.text("target", "")
+    if kind is FileKind.HARDLINK:
+        _inside(target, where)
+    return StoredFile(
+        path=_inside(fields.text("path"), where),
+        kind=kind,
+        size=fields.integer("size"),
+        mode=fields.integer("mode", at_most=0o7777),
+        uid=fields.integer("uid", at_most=(1 << 32) - 1),
+        gid=fields.integer("gid", at_most=(1 << 32) - 1),
+        mtime_ns=fields.integer("mtime_ns", at_least=-(1 << 62)),
+        target=target,
+    )
+
+
+def _consistent(files: list[StoredFile]) -> list[StoredFile]:
+    """Every file once, its directory before it, a hard link after what it names; nothing below a link."""
+    kinds: dict[PurePosixPath, FileKind] = {
+        PurePosixPath("criu"): FileKind.DIRECTORY,
+        PurePosixPath("shm"): FileKind.DIRECTORY,
+    }
+    for file in files:
+        if file.path in kinds:
+            raise FormatError(f"the record names {file.path} twice")
+        if kinds.get(file.path.parent) is not FileKind.DIRECTORY:
+            raise FormatError(f"the record names {file.path} before its directory")
+        if file.kind is FileKind.HARDLINK and kinds.get(PurePosixPath(file.target)) is not FileKind.FILE:
+            raise FormatError(f"the record links {file.path} to {file.target}, which is no file before it")
+        kinds[file.path] = file.kind
+    return files
+
+
+def _inside(text: str, where: str) -> PurePosixPath:
+    """A path below `criu/` or `shm/`, in canonical form."""
+    path = PurePosixPath(text)
+    if (
+        str(path) != text
+        or path.is_absolute()
+        or len(path.parts) < 2
+        or path.parts[0] not in {"criu", "shm"}
+        or ".." in path.parts
+        or "\0" in text
+    ):
+        raise FormatError(f"{where} names a path outside the dump", cause=f"{text!r:.120}")
+    return path
+
+
+def _absolute(text: str) -> str:
+    if not text.startswith("/") or "\0" in text:
+        raise FormatError("the record's log is not an absolute path", cause=f"{text!r:.120}")
+    return text
+
+
+def _network(text: str) -> Network:
+    try:
+        return Network(text)
+    except ValueError:
+        raise FormatError(f"the record's network {text!r:.60} is not known here") from None
+
+
+def _mapped_file(value: object, where: str) -> MappedFile:
+    fields = Fields(value, where)
+    return MappedFile(path=_absolute(fields.text("path")), size=fields.integer("size"))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command did: phases with their times, reasons, bytes, and the oracle's word. See docs/format.md.
+
+A command tells a Report what it is doing; the Report tells people (lines on stderr) and, at the end,
+machines (one JSON document). Phases and `unaccounted` add up to the wall time since the process began.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rekindle.files import write_atomically
+
+SCHEMA = "rekindle.report/1"
+
+
+class Outcome(StrEnum):
+    RESTORED = "restored"
+    CACHE = "cache"
+    COLD = "cold"
+    SAVED = "saved"
+    FAILED = "failed"
+
+
+class Rung(StrEnum):
+    PROCESS = "process"
+    CACHE = "cache"
+    COLD = "cold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a rung is not taken: a stable code, the field, and what was recorded and is here.
+
+    A hard reason forbids the rung; a soft one is only told.
+    """
+
+    rung: Rung
+    code: str
+    field: str
+    recorded: str
+    here: str
+    hard: bool
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.field} was {self.recorded}, is {self.here}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Phase:
+    name: str
+    seconds: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """Filled by a command while it runs."""
+
+    verb: str
+    asked: Rung = Rung.PROCESS
+    outcome: Outcome = Outcome.FAILED
+    quiet: bool = False
+    image: dict[str, str] = field(default_factory=dict)
+    reasons: list[Reason] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)
+    oracle: dict[str, Any] = field(default_factory=dict)
+    first_token_seconds: float | None = None
+    endpoint: str | None = None
+    pid: int | None = None
+    error: dict[str, Any] | None = None
+    began: float = field(default_factory=lambda: time.monotonic() - process_age())
+
+    def __post_init__(self) -> None:
+        self.phases.append(Phase(name="start", seconds=time.monotonic() - self.began))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a step. Phases do not nest."""
+        begin = time.monotonic()
+        phase = Phase(name=name, seconds=0.0)
+        self.phases.append(phase)
+        try:
+            yield
+        finally:
+            phase.seconds = time.monotonic() - begin
+        self.say(f"{name} {phase.seconds:.2f} s")
+
+    def say(self, text: str) -> None:
+        """Tells a person."""
+        if not self.quiet:
+            with contextlib.suppress(OSError):
+                print(f"rekindle: {text}", file=sys.stderr, flush=True)
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.began
+        return {
+            "schema": SCHEMA,
+            "verb": self.verb,
+            "outcome": self.outcome,
+            "asked": self.asked,
+            "image": self.image,
+            # Signatures are not checked yet; the report says so rather than nothing.
+            "trust": {"verified": False, "by": None},
+            "reasons": [
+                {
+                    "rung": reason.rung,
+                    "code": reason.code,
+                    "field": reason.field,
+                    "recorded": reason.recorded,
+                    "here": reason.here,
+                    "hard": reason.hard,
+                }
+                for reason in self.reasons
+            ],
+            "phases": [{"name": p.name, "seconds": round(p.seconds, 6)} for p in self.phases],
+            "seconds": round(seconds, 6),
+            "unaccounted_seconds": round(seconds - sum(p.seconds for p in self.phases), 6),
+            "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 6),
+            "bytes": self.bytes,
+            "oracle": self.oracle,
+            "endpoint": self.endpoint,
+            "pid": self.pid,
+            "error": self.error,
+        }
+
+    def write(self, path: Path | None, *, to_stdout: bool) -> None:
+        """Writes the document where it was asked for."""
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        if path is not None:
+            write_atomically(path, text.encode())
+        if to_stdout:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def process_age() -> float:
+    """Seconds since this process was started, by the kernel's account (its unit is 10 ms)."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    started = ticks / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle restore`: bring a saved server back, and serve."""
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from oci import image as images
+from rekindle import criu
+from rekindle.cell import Cell, Network
+from rekindle.engine import Endpoint
+from rekindle.errors import UsageError
+from rekindle.fingerprint import Fingerprint
+from rekindle.home import Home
+from rekindle.report import Outcome, Report
+from rekindle.verbs import _options
+from restore import dumps, forward, match, process, serve
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _options.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle restore",
+        usage="rekindle restore IMAGE [options]",
+        description="Bring a saved server back, prove it by its oracle, open its port, and serve until it "
+        "ends. Signals reach the server; its exit status is ours.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument(
+        "--publish",
+        metavar="[HOST:]PORT",
+        help="the host's address that leads to the server (default: where it listened)",
+    )
+    _options.add_report(parser)
+    args = parser.parse_args(words)
+    if command:
+        raise UsageError(
+            "this version of rekindle restores the saved process only and takes no command",
+            hint="leave out what follows the `--`",
+        )
+    report = Report(verb="restore", quiet=args.quiet)
+    with contextlib.ExitStack() as stack:
+        with _options.reporting(report, args):
+            cell, image, published = _restore(args, report, stack)
+        report.outcome = Outcome.RESTORED
+        report.say(f"ready on {report.endpoint} after {report.first_token_seconds:.2f} s to the first token")
+        report.write(args.report, to_stdout=args.json)
+        return serve.serve(cell, image.record, published)
+
+
+def _restore(
+    args: argparse.Namespace, report: Report, stack: contextlib.ExitStack
+) -> tuple[Cell, images.Image, socket.socket | None]:
+    reference = _options.parse_image(args.image)
+    _options.require_root()
+    cell = stack.enter_context(Cell())  # it boots while we decide
+    with report.phase("decide"):
+        home = Home.from_environment()
+        layout = _options.layout_of(reference, home)
+        image = images.load(layout, layout.resolve(reference.tag))
+        record = image.record
+        report.image = {"reference": args.image, "digest": image.index.digest}
+        report.reasons = match.match(record, Fingerprint.probe(), match.size_here)
+        match.require(record, report.reasons)
+        work = stack.enter_context(home.work("restore"))
+        tool = criu.find(home)
+        endpoint = _published(args.publish, record.endpoint, record.process.network)
+        published = forward.bind(endpoint)
+        stack.callback(published.close)
+        if record.process.network is Network.HOST:
+            published.close()  # the server takes the address itself; we only looked if it is free
+    with dumps.ready(home, work, image, report) as dump:
+        process.restore(
+            cell,
+            record,
+            dump,
+            tool=tool,
+            home=home,
+            work=work,
+            # With --json, stdout carries the report alone.
+            output=process.Output(
+                stdout=sys.stderr.fileno() if args.json else sys.stdout.fileno(), stderr=sys.stderr.fileno()
+            ),
+            report=report,
+        )
+    report.bytes.setdefault("written", 0)
+    report.bytes["reused"] = image.size_bytes if not report.bytes["written"] else 0
+    report.endpoint = str(endpoint)
+    report.pid = os.getpid()
+    return cell, image, None if record.process.network is Network.HOST else published
+
+
+def _published(text: str | None, recorded: Endpoint, network: Network) -> Endpoint:
+    if text is None:
+        return recorded
+    if network is Network.HOST:
+        raise UsageError(
+            "--publish does not go with a snapshot that has the host's network",
+            hint=f"it listens on {recorded} itself",
+        )
+    return _options.parse_endpoint(text, recorded.host)

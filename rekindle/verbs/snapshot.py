@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle snapshot`: start a server, warm it, and save it as an image."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from oci import image as images
+from oci import layers, tree
+from oci.layout import Layout
+from rekindle import criu
+from rekindle.cell import Cell, Network
+from rekindle.engine import for_command
+from rekindle.errors import UsageError
+from rekindle.home import Home
+from rekindle.report import Outcome, Report
+from rekindle.verbs import _options
+from restore import dumps, process
+from snapshot import make
+from snapshot.warm import read_requests
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _options.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle snapshot",
+        usage="rekindle snapshot IMAGE [options] -- COMMAND…",
+        description="Start a server, warm it, prove it, and save it as an image. The server ends with it.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument(
+        "--network",
+        type=Network,
+        choices=list(Network),
+        default=Network.PRIVATE,
+        help="the server's network: its own (default), so that replicas do not collide, or the host's",
+    )
+    parser.add_argument(
+        "--ready-timeout", type=float, default=1800.0, metavar="S", help="seconds to get ready (1800)"
+    )
+    parser.add_argument(
+        "--ready-url", metavar="URL", help="of a server that is not vLLM: answers 2xx when it is ready"
+    )
+    parser.add_argument(
+        "--oracle-request", type=Path, metavar="FILE", help="the request whose answer proves that server"
+    )
+    parser.add_argument(
+        "--warm-requests", type=Path, metavar="FILE", help="requests to warm it with, a JSON object a line"
+    )
+    parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
+    parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    _options.add_report(parser)
+    args = parser.parse_args(words)
+    if not command:
+        raise UsageError("there is no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")
+    if args.oracle_request and not args.ready_url:
+        raise UsageError("--oracle-request goes with --ready-url")
+    report = Report(verb="snapshot", quiet=args.quiet)
+    with _options.reporting(report, args):
+        _snapshot(args, command, report)
+    report.outcome = Outcome.SAVED
+    report.say(f"saved {args.image} {report.image['digest']}, {report.bytes['written']:,} bytes")
+    report.write(args.report, to_stdout=args.json)
+    return 0
+
+
+def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> None:
+    reference = _options.parse_image(args.image)
+    engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
+    options = make.Options(
+        argv=command,
+        network=args.network,
+        ready_timeout=args.ready_timeout,
+        warm_requests=read_requests(args.warm_requests) if args.warm_requests else None,
+    )
+    _options.require_root()
+    home = Home.from_environment()
+    with home.work("snapshot") as work:
+        with report.phase("find criu"):
+            tool = criu.find(home)
+        keep = args.keep_dump
+        record = make.make(
+            options,
+            engine,
+            tool,
+            work,
+            report,
+            scan=tree.scan,
+            keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
+        )
+        staging = Layout.create(work / "layout")
+        with report.phase("pack"):
+            packed = layers.pack(work / "dump", record.files, staging, workers=len(os.sched_getaffinity(0)))
+            image = images.build(staging, record, packed)
+        report.image = {"reference": args.image, "digest": image.index.digest}
+        report.bytes = {"dump": record.dump_bytes, "written": image.size_bytes}
+        if not args.no_prove:
+            _prove(home, work, image, tool, report)
+        with report.phase("publish"):
+            _options.layout_of(reference, home, create=True).publish(staging, image.index, reference.tag)
+
+
+def _prove(home: Home, work: Path, image: images.Image, tool: criu.Criu, report: Report) -> None:
+    """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`."""
+    log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        proof = Report(verb="restore", quiet=True)
+        with report.phase("prove"), Cell() as cell, dumps.ready(home, work, image, proof) as dump:
+            process.restore(
+                cell,
+                image.record,
+                dump,
+                tool=tool,
+                home=home,
+                work=work,
+                output=process.Output(stdout=log, stderr=log),
+                report=proof,
+            )
+        report.oracle = proof.oracle
+    finally:
+        os.close(log)
+
+
+def _copy(dump: Path, target: Path) -> None:
+    """Keeps CRIU's dump as it is, for `rekindle bench` to compare with."""
+    import shutil
+
+    shutil.copytree(dump, target, symlinks=True)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Using a snapshot: match, unpack, restore, serve."""

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dumps ready to restore, kept by the digest of their manifest.
+
+    dumps/HEX/
+        criu/  shm/             the tree, as CRIU wants it
+        ready.json              when it was complete: under which boot, how large; its mtime is the last use
+    dumps/HEX.lock              shared by those who restore from it, exclusive for who makes or removes it
+
+They are not synced to disk, being quick to make again; so one that was made before the last boot is not
+trusted to be whole.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from oci.image import Image
+from oci.layers import unpack
+from rekindle.errors import UsageError
+from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
+from rekindle.fingerprint import boot_id
+from rekindle.home import Home
+from rekindle.report import Report
+
+_DEFAULT_LIMIT_BYTES = 64 << 30
+_WAIT_SECONDS = 3600.0
+
+
+@contextlib.contextmanager
+def ready(home: Home, work: Path, image: Image, report: Report) -> Iterator[Path]:
+    """The directory of an image's dump, unpacked if it is not there yet, and kept while in use.
+
+    Readers never see half a dump: it is unpacked in `work` and renamed.
+    """
+    limit = limit_bytes()
+    target = home.dumps / image.process.digest.hex
+    lock = home.dumps / f"{image.process.digest.hex}.lock"
+    if not _is_ready(target):
+        with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
+            if not _is_ready(target):
+                remove_tree(target)
+                with report.phase("unpack"):
+                    _unpack(image, work / "unpacked", target, report)
+    with locked(lock, shared=True, timeout=_WAIT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(target / "ready.json")
+        _evict(home.dumps, keep=target.name, limit=limit)
+        yield target
+
+
+def limit_bytes() -> int:
+    """How much the kept dumps may take: $REKINDLE_DUMPS_LIMIT in GiB, 64 if it is not set."""
+    text = os.environ.get("REKINDLE_DUMPS_LIMIT", "")
+    try:
+        return int(float(text) * (1 << 30)) if text else _DEFAULT_LIMIT_BYTES
+    except (ValueError, OverflowError):
+        raise UsageError(f"REKINDLE_DUMPS_LIMIT={text} is no number of GiB") from None
+
+
+def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
+    staged.mkdir(mode=0o700)
+    written = unpack(
+        image.layout, image.layers, image.record.files, staged, workers=len(os.sched_getaffinity(0))
+    )
+    report.bytes["written"] = written
+    (staged / "ready.json").write_text(json.dumps({"boot": boot_id(), "bytes": written}))
+    staged.replace(target)
+
+
+def _is_ready(target: Path) -> bool:
+    marker = _marker(target)
+    return marker is not None and marker[0] == boot_id()
+
+
+def _marker(target: Path) -> tuple[str, int] | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((target / "ready.json").read_bytes())
+        return str(content["boot"]), int(content["bytes"])
+    return None
+
+
+def _evict(dumps: Path, *, keep: str, limit: int) -> None:
+    """Removes the dumps that were not used for longest until the rest fits; none that is in use."""
+    found = []
+    for path in dumps.iterdir():
+        if path.suffix == ".lock":
+            continue
+        marker = _marker(path)
+        used = (path / "ready.json").stat().st_mtime if marker else 0.0
+        found.append((used, path, marker[1] if marker else 0))
+    total = sum(size for _, _, size in found)
+    for _, path, size in sorted(found):
+        if path.name != keep and (total > limit or size == 0) and _remove(path):
+            total -= size
+
+
+def _remove(path: Path) -> bool:
+    fd = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not try_lock(fd):
+            return False
+        remove_tree(path)
+        return True
+    finally:
+        os.close(fd)

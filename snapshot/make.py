@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way from a command to a dump with its record. Nothing is published here."""
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rekindle import __version__, criu, criu_image, processes
+from rekindle.cell import Cell, Network
+from rekindle.criu import Criu
+from rekindle.engine import Endpoint, Engine, Request
+from rekindle.engine.client import Client
+from rekindle.files import copy_sparse_tree, naming_full_disk
+from rekindle.fingerprint import Fingerprint
+from rekindle.record import (
+    MappedFile,
+    Process,
+    Record,
+    StoredFile,
+    redact_command,
+    redact_environment,
+)
+from rekindle.report import Report
+from snapshot.check import check
+from snapshot.server import TEMPORARY, Server
+from snapshot.warm import ask_twice, wait_ready, warm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may choose."""
+
+    argv: Sequence[str]
+    network: Network
+    ready_timeout: float
+    warm_requests: Sequence[Sequence[Request]] | None
+
+
+def make(
+    options: Options,
+    engine: Engine,
+    tool: Criu,
+    work: Path,
+    report: Report,
+    scan: Callable[[Path], list[StoredFile]],
+    keep_untouched: Callable[[Path], None] | None = None,
+) -> Record:
+    """Starts the server, dumps it into `work/dump/{criu,shm}` and returns the record of it.
+
+    `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of
+    it. The server is gone afterwards, whatever happens.
+    """
+    tree = work / "dump"
+    for directory in (tree, tree / "criu", tree / "shm"):
+        directory.mkdir(mode=0o700)
+    with Cell() as cell:
+        with report.phase("cell"):
+            cell.enter(options.network)
+        environment = {**engine.environment(), **os.environ}
+        server = Server(cell, options.argv, environment, Path.cwd(), work)
+        client = Client(engine.endpoint, cell.connect)
+        with report.phase("ready"):
+            wait_ready(server, engine, client, options.ready_timeout)
+        with report.phase("warm"):
+            batches = options.warm_requests
+            warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
+        with report.phase("oracle"):
+            oracle = ask_twice(server, engine, client)
+        with report.phase("check"):
+            check(cell, server.root_pid, options.network)
+            endpoint = _endpoint(cell, engine)
+            tasks = processes.tree(cell, server.root_pid)
+            threads = sum(processes.threads(cell, pid) for pid in tasks)
+            mapped = _mapped_files(cell, tasks, (server.stdout, server.stderr))
+            server_pid = server.server_pid
+            _drop_disposable(cell, tasks, engine.disposable())
+        with report.phase("dump"), naming_full_disk(work):
+            criu.dump(tool, cell, server.root_pid, tree / "criu")
+            clocks = cell.clocks()
+            copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
+    with report.phase("compact"):
+        dump_bytes = sum(path.stat().st_size for path in (tree / "criu").iterdir())
+        if keep_untouched:
+            keep_untouched(tree)
+        for leftover in ("dump.log", "criu.out"):
+            (tree / "criu" / leftover).unlink(missing_ok=True)
+        criu_image.drop_zero_pages(tree / "criu")
+        files = scan(tree)
+    return Record(
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        made_by=f"rekindle {__version__}",
+        engine=engine.name,
+        engine_options=engine.options(),
+        command=redact_command(options.argv),
+        directory=str(Path.cwd()),
+        environment=redact_environment(server.environment),
+        endpoint=endpoint,
+        oracle=oracle,
+        node=Fingerprint.probe(),
+        criu_version=tool.version,
+        process=Process(
+            root_pid=server.root_pid,
+            server_pid=server_pid,
+            tasks=threads,
+            network=options.network,
+            clocks=clocks,
+            stdout=str(server.stdout),
+            stderr=str(server.stderr),
+        ),
+        mapped_files=mapped,
+        dump_bytes=dump_bytes,
+        stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
+        files=files,
+    )
+
+
+def _endpoint(cell: Cell, engine: Engine) -> Endpoint:
+    """Where the server really listens: on every address or on one, which the command need not say."""
+    hosts = [each.host for each in processes.listeners(cell) if each.port == engine.endpoint.port]
+    host = engine.endpoint.host if engine.endpoint.host in hosts or not hosts else hosts[0]
+    return Endpoint(host=host, port=engine.endpoint.port)
+
+
+def _mapped_files(cell: Cell, pids: Sequence[int], own: tuple[Path, Path]) -> list[MappedFile]:
+    """The files outside the cell's /dev/shm that must be there, with the same size, at a restore."""
+    paths: set[str] = set()
+    for pid in pids:
+        paths |= set(processes.mapped_paths(cell, pid))
+        paths |= {target for _, target in processes.descriptors(cell, pid)}
+    found = []
+    for path in sorted(paths - {str(path) for path in own}):
+        if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV")):
+            continue
+        try:
+            status = Path(path).lstat()
+        except OSError:  # deleted while open: CRIU stores its content
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append(MappedFile(path=path, size=status.st_size))
+    return found
+
+
+def _drop_disposable(cell: Cell, pids: Sequence[int], patterns: Sequence[str]) -> None:
+    """Removes what the server can do without from its TMPDIR, unless it is in use."""
+    used = {target for pid in pids for _, target in processes.descriptors(cell, pid)}
+    used |= {path for pid in pids for path in processes.mapped_paths(cell, pid)}
+    root = cell.root / TEMPORARY.relative_to("/")
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            if str(TEMPORARY / path.relative_to(root)) not in used:
+                path.unlink()
