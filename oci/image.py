@@ -5,15 +5,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oci.layers import MEDIA_TYPE as LAYER_TYPE
-from oci.layout import INDEX_TYPE, MANIFEST_LIMIT_BYTES, MANIFEST_TYPE, Descriptor, Layout
+from oci import media_types
+from oci.layout import MANIFEST_LIMIT_BYTES, Descriptor, Layout
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 from rekindle.record import RECORD_LIMIT_BYTES, Record
-
-SNAPSHOT_TYPE = "application/vnd.rekindle.snapshot.v1"
-PROCESS_TYPE = "application/vnd.rekindle.process.v1"
-RECORD_TYPE = "application/vnd.rekindle.record.v1+json"
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
@@ -39,7 +35,7 @@ class Image:
 
 def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image:
     """Writes the record, the manifest and the index of a snapshot whose layers are there already."""
-    config = layout.put(record.to_bytes(), RECORD_TYPE)
+    config = layout.put(record.to_bytes(), media_types.RECORD)
     # Names of checkpointctl's where they mean the same; org.criu.checkpoint.container.name is not
     # set, since a kubelet would try to restore the image as a container.
     annotations = {
@@ -49,25 +45,25 @@ def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image
     }
     manifest = {
         "schemaVersion": 2,
-        "mediaType": MANIFEST_TYPE,
-        "artifactType": PROCESS_TYPE,
+        "mediaType": media_types.MANIFEST,
+        "artifactType": media_types.PROCESS,
         "config": config.to_json(),
         "layers": [layer.to_json() for layer in layers],
         "annotations": annotations,
     }
-    process = layout.put(_serialize(manifest), MANIFEST_TYPE, artifact_type=PROCESS_TYPE)
+    process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=media_types.PROCESS)
     architecture = record.node.architecture
     platform = {"architecture": _ARCHITECTURES.get(architecture, architecture), "os": "linux"}
     index = {
         "schemaVersion": 2,
-        "mediaType": INDEX_TYPE,
-        "artifactType": SNAPSHOT_TYPE,
+        "mediaType": media_types.INDEX,
+        "artifactType": media_types.SNAPSHOT,
         "manifests": [{**process.to_json(), "platform": platform}],
         "annotations": {"org.opencontainers.image.created": record.created},
     }
     return Image(
         layout=layout,
-        index=layout.put(_serialize(index), INDEX_TYPE, artifact_type=SNAPSHOT_TYPE),
+        index=layout.put(_serialize(index), media_types.INDEX, artifact_type=media_types.SNAPSHOT),
         process=process,
         config=config,
         layers=tuple(layers),
@@ -86,13 +82,13 @@ def load(layout: Layout, descriptor: Descriptor) -> Image:
         limit_bytes=MANIFEST_LIMIT_BYTES,
     )
     kind = index.text("artifactType", "")
-    if kind != SNAPSHOT_TYPE:
+    if kind != media_types.SNAPSHOT:
         raise FormatError(
             f"{descriptor.digest} is no snapshot that this rekindle reads",
-            cause=f"its artifactType is {kind!r:.80}, and not {SNAPSHOT_TYPE!r}",
+            cause=f"its artifactType is {kind!r:.80}, and not {media_types.SNAPSHOT!r}",
         )
     manifests = index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
-    processes = [d for d in manifests if d.artifact_type == PROCESS_TYPE]
+    processes = [d for d in manifests if d.artifact_type == media_types.PROCESS]
     if len(processes) != 1:
         raise FormatError(f"{descriptor.digest} names {len(processes)} process images and not one")
     (process,) = processes
@@ -101,11 +97,13 @@ def load(layout: Layout, descriptor: Descriptor) -> Image:
         "manifest",
         limit_bytes=MANIFEST_LIMIT_BYTES,
     )
-    if manifest.text("artifactType", "") != PROCESS_TYPE:
+    if manifest.text("artifactType", "") != media_types.PROCESS:
         raise FormatError(f"{process.digest} is not the process image that the index calls it")
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
     layers = manifest.list_of("layers", Descriptor.from_json, at_most=_LAYERS_LIMIT)
-    if config.media_type != RECORD_TYPE or any(layer.media_type != LAYER_TYPE for layer in layers):
+    if config.media_type != media_types.RECORD or any(
+        layer.media_type != media_types.DUMP_LAYER for layer in layers
+    ):
         raise FormatError(
             f"{process.digest} has parts that this rekindle does not know", hint="use a newer rekindle"
         )

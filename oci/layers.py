@@ -28,6 +28,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from oci import media_types
 from oci import tree as tree_of
 from oci.layout import Descriptor, Layout
 from rekindle.digest import Digest
@@ -35,7 +36,6 @@ from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs
 from rekindle.record import FileKind, StoredFile
 
-MEDIA_TYPE = "application/vnd.rekindle.dump.v1+zstd"
 PIECE_BYTES = 4 << 20
 
 _MAGIC = 0x184D2A5E
@@ -75,7 +75,11 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
     plan = [("metadata", small), *(("pages", layer) for layer in _split(pages, layer_bytes)), ("shm", shm)]
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_write_layer, tree, files, layer, role, layout) for role, layer in plan if layer]
-        return [job.result() for job in jobs]
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _pieces(path: Path, index: int) -> Iterator[Piece]:
@@ -130,7 +134,7 @@ def _write_layer(
         digest = Digest("sha256:" + hasher.hexdigest())
         blob(digest)
     return Descriptor(
-        media_type=MEDIA_TYPE, digest=digest, size=size, annotations={"vnd.rekindle.role": role}
+        media_type=media_types.DUMP_LAYER, digest=digest, size=size, annotations={"vnd.rekindle.role": role}
     )
 
 

@@ -9,26 +9,28 @@ DIR/
 """
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from oci import media_types
 from rekindle.digest import Digest
 from rekindle.engine import JSON
 from rekindle.errors import FormatError, IntegrityError, NotFoundError
 from rekindle.fields import Fields
 from rekindle.files import locked, naming_full_disk, sync_directory, write_atomically
 
-INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 MANIFEST_LIMIT_BYTES = 4 << 20
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
+_WAIT_SECONDS = 3600.0  # who reads a large image holds the lock for minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,17 @@ class Layout:
                 if not (root / "index.json").exists():
                     layout._write_index([])
         return layout
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keeps every blob in place while an image is read."""
+        try:
+            os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError:  # a layout that we may not write to: nobody with our lock changes it
+            yield
+            return
+        with locked(self.root / ".lock", shared=True, timeout=_WAIT_SECONDS):
+            yield
 
     def tags(self) -> dict[str, Descriptor]:
         """Every tag and what it names. Raises FormatError for a malformed index."""
@@ -167,14 +180,14 @@ class Layout:
     def publish(self, source: "Layout", descriptor: Descriptor, tag: str) -> None:
         """Takes over an image from another layout on the same disk, tag last.
 
-        Readers see what the tag named before, or all of the new image. Blobs that no tag needs any more
-        are removed. A publisher that is killed midway leaves blobs at most, which the next one removes.
+        Readers see what the tag named before, or all of the new image. A publisher that is killed midway
+        leaves blobs at most, for `collect_garbage`.
         """
-        with locked(self.root / ".lock"), naming_full_disk(self.root):
+        with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
             for digest in source.reachable([descriptor]):
                 target = self._blobs / digest.hex
                 if not target.exists():
-                    (source._blobs / digest.hex).replace(target)
+                    _move(source._blobs / digest.hex, target)
             sync_directory(self._blobs)
             entries = [d for d in self._entries() if d.annotations.get(TAG_ANNOTATION) != tag]
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
@@ -188,7 +201,6 @@ class Layout:
                 )
             )
             self._write_index(entries)
-            self._collect_garbage()
 
     def reachable(self, roots: list[Descriptor]) -> set[Digest]:
         """The digests of all blobs below some manifests and indexes."""
@@ -199,7 +211,7 @@ class Layout:
             if descriptor.digest in found:
                 continue
             found.add(descriptor.digest)
-            if descriptor.media_type in {INDEX_TYPE, MANIFEST_TYPE}:
+            if descriptor.media_type in {media_types.INDEX, media_types.MANIFEST}:
                 content = self.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES)
                 document = json.loads(content)
                 children = [*document.get("manifests", []), *document.get("layers", [])]
@@ -207,12 +219,13 @@ class Layout:
                 queue += [Descriptor.from_json(child, "manifest") for child in children]
         return found
 
-    def _collect_garbage(self) -> None:
-        """Removes the blobs that no tag needs. The lock is held. Whoever reads one of them has it open."""
-        keep = {digest.hex for digest in self.reachable(self._entries())}
-        for path in self._blobs.iterdir():
-            if path.name not in keep and not path.name.startswith(".staged-"):
-                path.unlink()
+    def collect_garbage(self) -> None:
+        """Removes the blobs that no tag needs. For a layout that nobody else puts blobs into."""
+        with locked(self.root / ".lock", timeout=_WAIT_SECONDS):
+            keep = {digest.hex for digest in self.reachable(self._entries())}
+            for path in self._blobs.iterdir():
+                if path.name not in keep:
+                    path.unlink()
 
     def _entries(self) -> list[Descriptor]:
         try:
@@ -227,7 +240,24 @@ class Layout:
     def _write_index(self, entries: list[Descriptor]) -> None:
         document = {
             "schemaVersion": 2,
-            "mediaType": INDEX_TYPE,
+            "mediaType": media_types.INDEX,
             "manifests": [entry.to_json() for entry in entries],
         }
         write_atomically(self.root / "index.json", json.dumps(document, indent=1).encode())
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves a blob; from another disk by way of a copy, so that the target is whole or not there."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        staged = target.with_name(f".staged-{target.name}")
+        try:
+            shutil.copyfile(source, staged)
+            with open(staged, "rb") as file:
+                os.fsync(file.fileno())
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)

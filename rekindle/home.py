@@ -15,7 +15,6 @@ A command that is killed leaves its work directory behind, unlocked; the next co
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,10 +54,10 @@ class Home:
     @contextlib.contextmanager
     def work(self, verb: str) -> Iterator[Path]:
         """A private directory for one command, removed at the end, however the command ends."""
-        self.sweep()
         with contextlib.ExitStack() as stack:
             with locked(self.root / "lock"), naming_full_disk(self.root):
-                directory = Path(tempfile.mkdtemp(prefix=f"{verb}-{os.getpid()}-", dir=self.run))
+                directory = self.run / f"{verb}-{os.getpid()}-{os.urandom(4).hex()}"
+                directory.mkdir(mode=0o700)
                 stack.callback(remove_tree, directory)
                 stack.enter_context(locked(directory / "lock"))
             try:

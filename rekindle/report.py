@@ -8,6 +8,7 @@ machines (one JSON document). Phases and `unaccounted` add up to the wall time s
 import contextlib
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -128,6 +129,7 @@ class Report:
             "oracle": self.oracle,
             "endpoint": self.endpoint,
             "pid": self.pid,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "error": self.error,
         }
 

@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +48,8 @@ def run(
     `output` is the end of what it wrote (standard output too, unless that goes to the file `stdout`).
     Raises FileNotFoundError if there is no such program.
     """
+    import tempfile
+
     with contextlib.ExitStack() as stack:
         messages = stack.enter_context(tempfile.TemporaryFile())
         out = stack.enter_context(open(stdout, "wb")) if stdout else messages

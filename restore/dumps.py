@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oci.image import Image
-from oci.layers import unpack
 from rekindle.errors import UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 from rekindle.fingerprint import boot_id
@@ -60,6 +59,8 @@ def limit_bytes() -> int:
 
 
 def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
+    from oci.layers import unpack  # most restores find the dump unpacked, and zstandard takes time to load
+
     staged.mkdir(mode=0o700)
     written = unpack(
         image.layout, image.layers, image.record.files, staged, workers=len(os.sched_getaffinity(0))

@@ -22,9 +22,18 @@ class Server:
     """The running server. `root_pid` and `server_pid` are PIDs in the cell."""
 
     def __init__(
-        self, cell: Cell, argv: Sequence[str], environment: Mapping[str, str], cwd: Path, logs: Path
+        self,
+        cell: Cell,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path,
+        logs: Path,
+        temporary: Path = TEMPORARY,
     ) -> None:
-        """Starts it. Its output goes to `stdout.log` and `stderr.log` in `logs`."""
+        """Starts it. Its output goes to `stdout.log` and `stderr.log` in `logs`.
+
+        `temporary` is its TMPDIR: the cell's own unless the server is not to be snapshotted.
+        """
         from shutil import which
 
         if which(argv[0], path=environment.get("PATH")) is None:
@@ -34,11 +43,11 @@ class Server:
         self.stderr = logs / "stderr.log"
         self.environment = dict(environment) | {
             "PYTHONHASHSEED": "0",  # with equal layouts, dumps of equal servers share most pages
-            "TMPDIR": str(TEMPORARY),  # sockets and files there are the cell's own, and come along
+            "TMPDIR": str(temporary),  # sockets and files there are the cell's own, and come along
         }
-        temporary = cell.root / TEMPORARY.relative_to("/")
-        temporary.mkdir()
-        temporary.chmod(0o1777)
+        inside = cell.root / temporary.relative_to("/")
+        inside.mkdir(exist_ok=True)
+        inside.chmod(0o1777)
         self.root_pid = cell.spawn(
             Command(
                 argv=[*_ROOT, *argv],

@@ -4,7 +4,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,14 +19,21 @@ _ANSWER_SECONDS = 300.0
 _REQUESTS_LIMIT_BYTES = 16 << 20
 
 
-def wait_ready(server: Server, engine: Engine, client: Client, timeout: float) -> None:
-    """Waits until the server takes requests.
+def wait_ready(
+    server: Server,
+    engine: Engine,
+    client: Client,
+    timeout: float,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Waits until the server takes requests, and calls `meanwhile` at every look.
 
     Raises WorkloadError as soon as it dies, NotReadyError when time is over; both with its last words.
     """
     deadline = time.monotonic() + timeout
     while True:
         server.raise_if_dead(_POLL_SECONDS)
+        meanwhile()
         try:
             if engine.ready(client):
                 return

@@ -51,6 +51,21 @@ def require_root() -> None:
         )
 
 
+def open_home() -> Home:
+    """$REKINDLE_HOME, after what a killed command left there has been removed."""
+    home = Home.from_environment()
+    sweep(home)
+    return home
+
+
+def sweep(home: Home) -> list[Path]:
+    """Removes what killed commands left; returns their work directories."""
+    removed = home.sweep()
+    if removed and (home.store / "index.json").exists():
+        Layout(home.store).collect_garbage()
+    return removed
+
+
 def layout_of(image: Reference, home: Home, *, create: bool = False) -> Layout:
     """The layout that an image is in. Raises UsageError for a directory that is no layout."""
     if image.directory is None:

@@ -14,7 +14,6 @@ from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint
 from rekindle.errors import UsageError
 from rekindle.fingerprint import Fingerprint
-from rekindle.home import Home
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options
 from restore import dumps, forward, match, process, serve
@@ -57,35 +56,37 @@ def _restore(
     reference = _options.parse_image(args.image)
     _options.require_root()
     cell = stack.enter_context(Cell())  # it boots while we decide
-    with report.phase("decide"):
-        home = Home.from_environment()
-        layout = _options.layout_of(reference, home)
-        image = images.load(layout, layout.resolve(reference.tag))
-        record = image.record
-        report.image = {"reference": args.image, "digest": image.index.digest}
-        report.reasons = match.match(record, Fingerprint.probe(), match.size_here)
-        match.require(record, report.reasons)
-        work = stack.enter_context(home.work("restore"))
-        tool = criu.find(home)
-        endpoint = _published(args.publish, record.endpoint, record.process.network)
-        published = forward.bind(endpoint)
-        stack.callback(published.close)
-        if record.process.network is Network.HOST:
-            published.close()  # the server takes the address itself; we only looked if it is free
-    with dumps.ready(home, work, image, report) as dump:
-        process.restore(
-            cell,
-            record,
-            dump,
-            tool=tool,
-            home=home,
-            work=work,
-            # With --json, stdout carries the report alone.
-            output=process.Output(
-                stdout=sys.stderr.fileno() if args.json else sys.stdout.fileno(), stderr=sys.stderr.fileno()
-            ),
-            report=report,
-        )
+    with contextlib.ExitStack() as reading:
+        with report.phase("decide"):
+            home = _options.open_home()
+            layout = _options.layout_of(reference, home)
+            reading.enter_context(layout.reading())
+            image = images.load(layout, layout.resolve(reference.tag))
+            record = image.record
+            report.image = {"reference": args.image, "digest": image.index.digest}
+            report.reasons = match.match(record, Fingerprint.probe(), match.size_here)
+            match.require(record, report.reasons)
+            work = stack.enter_context(home.work("restore"))
+            tool = criu.find(home)
+            endpoint = _published(args.publish, record.endpoint, record.process.network)
+            published = forward.bind(endpoint)
+            stack.callback(published.close)
+            if record.process.network is Network.HOST:
+                published.close()  # the server takes the address itself; we only looked if it is free
+        dump = stack.enter_context(dumps.ready(home, work, image, report))
+    process.restore(
+        cell,
+        record,
+        dump,
+        tool=tool,
+        home=home,
+        work=work,
+        # With --json, stdout carries the report alone.
+        output=process.Output(
+            stdout=sys.stderr.fileno() if args.json else sys.stdout.fileno(), stderr=sys.stderr.fileno()
+        ),
+        report=report,
+    )
     report.bytes.setdefault("written", 0)
     report.bytes["reused"] = image.size_bytes if not report.bytes["written"] else 0
     report.endpoint = str(endpoint)

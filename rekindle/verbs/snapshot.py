@@ -75,7 +75,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         warm_requests=read_requests(args.warm_requests) if args.warm_requests else None,
     )
     _options.require_root()
-    home = Home.from_environment()
+    home = _options.open_home()
     with home.work("snapshot") as work:
         with report.phase("find criu"):
             tool = criu.find(home)
@@ -98,7 +98,10 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         if not args.no_prove:
             _prove(home, work, image, tool, report)
         with report.phase("publish"):
-            _options.layout_of(reference, home, create=True).publish(staging, image.index, reference.tag)
+            layout = _options.layout_of(reference, home, create=True)
+            layout.publish(staging, image.index, reference.tag)
+            if reference.directory is None:
+                layout.collect_garbage()
 
 
 def _prove(home: Home, work: Path, image: images.Image, tool: criu.Criu, report: Report) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of phases side by side, as SVG 1.1: one bar a start, one colour a phase."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#ccb974", "#64b5cd")
+_LABEL, _BARS, _TAIL, _ROW = 190, 640, 130, 34
+_WIDTH = _LABEL + _BARS + _TAIL
+_TEXT = "font-family='sans-serif' font-size='13' fill='#222'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A start: its name, and how many seconds each of its phases took."""
+
+    name: str
+    phases: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+
+def draw(title: str, bars: Sequence[Bar]) -> str:
+    """The picture. Bars too short to be told apart are drawn again below, on a scale of their own."""
+    names = list(dict.fromkeys(name for bar in bars for name in bar.phases))
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    longest = max((bar.seconds for bar in bars), default=0.0)
+    short = [bar for bar in bars if bar.seconds < longest / 10]
+    body = [f"<text x='12' y='28' {_TEXT} font-weight='bold'>{escape(title)}</text>"]
+    top = _panel(body, bars, colours, 52, longest)
+    if short:
+        largest = max(bar.seconds for bar in short)
+        scale = f"magnified {longest / largest:.0f} times"
+        body.append(f"<text x='12' y='{top + 18}' {_TEXT} fill-opacity='0.7'>{scale}</text>")
+        top = _panel(body, short, colours, top + 34, largest)
+    height = _legend(body, colours, top + 14)
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{height}' "
+        f"viewBox='0 0 {_WIDTH} {height}'>\n<rect width='100%' height='100%' fill='white'/>\n"
+        + "\n".join(body)
+        + "\n</svg>\n"
+    )
+
+
+def _panel(body: list[str], bars: Sequence[Bar], colours: Mapping[str, str], top: int, longest: float) -> int:
+    for bar in bars:
+        body.append(f"<text x='12' y='{top + 17}' {_TEXT}>{escape(bar.name)}</text>")
+        x = float(_LABEL)
+        for name, seconds in bar.phases.items():
+            width = _BARS * seconds / longest if longest else 0.0
+            body.append(
+                f"<rect x='{x:.2f}' y='{top}' width='{width:.2f}' height='24' fill='{colours[name]}'>"
+                f"<title>{escape(name)}: {seconds:.3f} s</title></rect>"
+            )
+            x += width
+        body.append(f"<text x='{x + 8:.2f}' y='{top + 17}' {_TEXT}>{bar.seconds:.2f} s</text>")
+        top += _ROW
+    return top
+
+
+def _legend(body: list[str], colours: Mapping[str, str], top: int) -> int:
+    """The colours' names; returns the picture's height."""
+    x = 12
+    for name, colour in colours.items():
+        width = 34 + 8 * len(name)
+        if x + width > _WIDTH:
+            x, top = 12, top + 22
+        body.append(f"<rect x='{x}' y='{top}' width='14' height='14' fill='{colour}'/>")
+        body.append(f"<text x='{x + 20}' y='{top + 12}' {_TEXT}>{escape(name)}</text>")
+        x += width
+    return top + 34

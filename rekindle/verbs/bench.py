@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle bench`: cold starts and restores of one server, side by side and by phase.
+
+Every start is timed to the first token of the oracle's answer, and is ended with SIGKILL:
+
+    cold                    the command, with empty kernel caches
+    warm-cache              the command again, with the caches that the cold start left
+    process                 `rekindle restore`, the dump in the page cache
+    process-cold-page-cache `rekindle restore`, the dump's pages dropped from the page cache
+    criu-plain              `criu restore` of CRIU's untouched dump in the same cell, without rekindle
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oci import image as images
+from oci.layout import Layout
+from rekindle import criu, picture
+from rekindle.cell import Cell, Network
+from rekindle.engine import JSON, Engine, Request, for_command
+from rekindle.engine.client import Client
+from rekindle.errors import OracleError, UsageError, WorkloadError
+from rekindle.files import copy_sparse_tree, write_atomically
+from rekindle.home import Home
+from rekindle.record import Record
+from rekindle.run import run, spawn
+from rekindle.verbs import _options
+from snapshot.server import Server
+from snapshot.warm import wait_ready
+
+SCHEMA = "rekindle.bench/1"
+_IMAGE = "bench"
+_START_SECONDS = 1800.0
+_RESTORE_SECONDS = 300.0
+_SETTLE_SECONDS = 1.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start. Its phases, `unaccounted` among them, add up to the time to the first token."""
+
+    phases: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _options.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle bench",
+        usage="rekindle bench [options] -- COMMAND…",
+        description="Compare cold starts and restores of a server, by phase.",
+    )
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of every kind of start (3)")
+    parser.add_argument(
+        "--cold-runs", type=int, metavar="N", help="of the starts that take long, if other than --runs"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases (SVG)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to a file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--ready-url", metavar="URL", help="as for `rekindle snapshot`")
+    parser.add_argument("--oracle-request", type=Path, metavar="FILE", help="as for `rekindle snapshot`")
+    args = parser.parse_args(words)
+    if not command:
+        raise UsageError("there is no command", hint="rekindle bench -- vllm serve MODEL")
+    if args.runs < 1 or (args.cold_runs is not None and args.cold_runs < 1):
+        raise UsageError("--runs must be 1 or more")
+    engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
+    _options.require_root()
+    home = _options.open_home()
+    with home.work("bench") as work:
+        bench = _Bench(args, command, engine, home, work)
+        document = bench.run()
+    if args.report:
+        write_atomically(args.report, (json.dumps(document, indent=2) + "\n").encode())
+    if args.picture:
+        write_atomically(args.picture, _picture(document).encode())
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print_table(document)
+        if args.picture:
+            print(f"picture: {args.picture}")
+    return 0
+
+
+class _Bench:
+    """One comparison. It has a store of its own within its work directory."""
+
+    def __init__(
+        self, args: argparse.Namespace, command: list[str], engine: Engine, home: Home, work: Path
+    ) -> None:
+        self._runs: int = args.runs
+        self._cold_runs: int = args.cold_runs or args.runs
+        self._args = args
+        self._command = command
+        self._engine = engine
+        self._work = work
+        self._home = Home(work / "home")
+        self._tool = criu.find(home)
+        self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
+        self._environment["REKINDLE_CRIU"] = str(self._tool.path)
+        self._peaks: dict[str, int] = {}
+        self._answer: JSON = None
+
+    def run(self) -> dict[str, Any]:
+        starts: dict[str, list[Start]] = {}
+        caches = self._work / "caches"
+        for number in range(self._cold_runs):
+            caches = self._work / f"caches-{number}"
+            self._add(starts, "cold", self._command_start(caches))
+        for _ in range(self._cold_runs):
+            self._add(starts, "warm-cache", self._command_start(caches))
+        record, image_bytes = self._snapshot(caches)
+        dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
+        for directory in (dump, self._work / "plain"):
+            _write_back(directory)
+        # Taken in turns, so that a change of the machine's mood meets all of them.
+        for _ in range(self._runs):
+            self._add(starts, "process", self._restore_start())
+            self._add(starts, "criu-plain", self._plain_start(record))
+        for _ in range(self._runs):
+            _drop_from_page_cache(dump)
+            self._add(starts, "process-cold-page-cache", self._restore_start())
+        return {
+            "schema": SCHEMA,
+            "n": self._runs,
+            "starts": {name: _summary(runs) for name, runs in starts.items()},
+            "dump_bytes": record.dump_bytes,
+            "image_bytes": image_bytes,
+            "peak_rss_bytes": self._peaks,
+            "answer": record.oracle.answer,
+        }
+
+    def _add(self, starts: dict[str, list[Start]], name: str, start: Start) -> None:
+        starts.setdefault(name, []).append(start)
+        print(f"rekindle: {name} {start.seconds:.2f} s", file=sys.stderr, flush=True)
+        time.sleep(_SETTLE_SECONDS)
+
+    def _command_start(self, caches: Path) -> Start:
+        """The command as it is, in a cell only so that it can be ended with all that it started."""
+        logs = self._work / "logs"
+        for directory in (caches, caches / "tmp", logs):
+            directory.mkdir(exist_ok=True)
+        for log in logs.iterdir():
+            log.unlink()
+        environment = {**os.environ, **self._engine.cache_environment(caches)}
+        with Cell() as cell:
+            cell.enter(Network.PRIVATE)
+            began = time.monotonic()
+            server = Server(cell, self._command, environment, Path.cwd(), logs, temporary=caches / "tmp")
+            client = Client(self._engine.endpoint, cell.connect)
+            clock = _Milestones(self._engine, server, began)
+            wait_ready(server, self._engine, client, _START_SECONDS, clock.look)
+            clock.mark("ready")
+            first = self._first_token(client, self._engine.oracle_request(client))
+            clock.mark("first token", at=first)
+            return Start(phases=clock.phases)
+
+    def _snapshot(self, caches: Path) -> tuple[Record, int]:
+        environment = {**self._environment, **self._engine.cache_environment(caches)}
+        report = self._work / "snapshot.json"
+        options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
+        if self._args.ready_url:
+            options += ["--ready-url", self._args.ready_url]
+        if self._args.oracle_request:
+            options += ["--oracle-request", str(self._args.oracle_request)]
+        argv = [*_rekindle(), "snapshot", _IMAGE, *options, "--", *self._command]
+        done = run(argv, timeout=_START_SECONDS * 2, env=environment)
+        if done.status != 0:
+            raise WorkloadError("the snapshot failed", cause=done.output, command=argv)
+        self._peaks["snapshot"] = json.loads(report.read_bytes())["peak_rss_bytes"]
+        layout = Layout(self._home.store)
+        image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
+        return image.record, image.size_bytes
+
+    def _restore_start(self) -> Start:
+        """`rekindle restore` as a user runs it; its report tells the phases."""
+        report = self._work / "restore.json"
+        report.unlink(missing_ok=True)
+        log = self._work / "restore.log"
+        argv = [*_rekindle(), "restore", _IMAGE, "--report", str(report)]
+        with open(log, "wb") as output:
+            process = spawn(argv, env=self._environment, stdout=output.fileno(), stderr=output.fileno())
+            try:
+                document = _await_report(report, process.poll, log)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+        self._peaks["restore"] = max(self._peaks.get("restore", 0), document["peak_rss_bytes"])
+        first = float(document["first_token_seconds"])
+        phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
+        if "oracle" in phases:  # the first token comes before the answer's end
+            phases.pop("oracle")
+            phases["first token"] = float(document["oracle"]["first_token_seconds"])
+        phases["unaccounted"] = max(0.0, first - sum(phases.values()))
+        return Start(phases=phases)
+
+    def _plain_start(self, record: Record) -> Start:
+        """CRIU alone, in a cell like that of a restore."""
+        marks = [("", time.monotonic())]
+        with Cell() as cell:
+            cell.enter(record.process.network, record.process.clocks)
+            copy_sparse_tree(self._work / "plain" / "shm", cell.root / "dev/shm")
+            marks.append(("cell", time.monotonic()))
+            with open(self._work / "plain.log", "ab") as log:
+                output = {Path(name): log.fileno() for name in (record.process.stdout, record.process.stderr)}
+                criu.restore(self._tool, cell, self._work / "plain" / "criu", inherit=output, home=self._home)
+            marks.append(("restore", time.monotonic()))
+            client = Client(record.endpoint, cell.connect)
+            marks.append(("first token", self._first_token(client, record.oracle.request)))
+        pairs = itertools.pairwise(marks)
+        return Start(phases={name: at - before for (_, before), (name, at) in pairs})
+
+    def _first_token(self, client: Client, request: Request) -> float:
+        """Asks the oracle; returns when its answer began. Raises OracleError if it is not the usual one."""
+        response = client.ask(self._engine.authorize(request, os.environ), timeout=_START_SECONDS)
+        answer = self._engine.answer(response)
+        if self._answer is None:
+            self._answer = answer
+        if not self._engine.agree(self._answer, answer):
+            raise OracleError(
+                "two starts of the same server give two answers, so there is nothing to compare",
+                cause=f"first {json.dumps(self._answer)[:300]}, now {json.dumps(answer)[:300]}",
+            )
+        return response.first_byte
+
+
+class _Milestones:
+    """Divides a start into phases by what appears in the server's log."""
+
+    def __init__(self, engine: Engine, server: Server, began: float) -> None:
+        self._waiting = list(engine.milestones())
+        self._logs = (server.stdout, server.stderr)
+        self._last = began
+        self.phases: dict[str, float] = {}
+
+    def look(self) -> None:
+        if self._waiting:
+            text = "".join(path.read_text(errors="replace") for path in self._logs if path.exists())
+            while self._waiting and self._waiting[0][1] in text:
+                self.mark(self._waiting.pop(0)[0])
+
+    def mark(self, name: str, at: float | None = None) -> None:
+        now = time.monotonic() if at is None else at
+        self.phases[name] = now - self._last
+        self._last = now
+
+
+def _await_report(report: Path, poll: Callable[[], int | None], log: Path) -> dict[str, Any]:
+    deadline = time.monotonic() + _RESTORE_SECONDS
+    while not report.exists():
+        ended = poll() is not None and not report.exists()
+        if ended or time.monotonic() > deadline:
+            raise WorkloadError("the restore failed", cause=log.read_text(errors="replace")[-4000:])
+        time.sleep(0.005)
+    document = json.loads(report.read_bytes())
+    if document["outcome"] != "restored":
+        raise WorkloadError("the restore failed", cause=str(document["error"]))
+    assert isinstance(document, dict)
+    return document
+
+
+def _rekindle() -> list[str]:
+    """This rekindle, as a command."""
+    return [sys.executable, "-m", "rekindle"]
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _write_back(directory: Path) -> None:
+    """Only clean pages can be dropped, and writing them back would slow down what is measured."""
+    for path in _files(directory):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _drop_from_page_cache(directory: Path) -> None:
+    for path in _files(directory):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _summary(runs: Sequence[Start]) -> dict[str, Any]:
+    """Medians. The phases are those of the run in the middle, so that they add up to its time."""
+    ordered = sorted(runs, key=lambda run: run.seconds)
+    seconds = [run.seconds for run in ordered]
+    middle = ordered[(len(ordered) - 1) // 2]
+    return {
+        "n": len(runs),
+        "first_token_seconds": {
+            "median": round(statistics.median(seconds), 4),
+            "min": round(seconds[0], 4),
+            "max": round(seconds[-1], 4),
+        },
+        "phases": {name: round(value, 4) for name, value in middle.phases.items()},
+    }
+
+
+def _print_table(document: dict[str, Any]) -> None:
+    starts = document["starts"]
+    cold = starts["cold"]["first_token_seconds"]["median"]
+    print(f"{'start':<26}{'n':>3}{'median':>10}{'min':>9}{'max':>9}{'cold/it':>9}   phases of the middle run")
+    for name, start in starts.items():
+        times = start["first_token_seconds"]
+        phases = ", ".join(f"{key} {value:.2f}" for key, value in start["phases"].items() if value >= 0.005)
+        print(
+            f"{name:<26}{start['n']:>3}{times['median']:>8.2f} s{times['min']:>7.2f} s{times['max']:>7.2f} s"
+            f"{cold / times['median']:>8.1f}x   {phases}"
+        )
+    process = starts["process"]["first_token_seconds"]["median"]
+    plain = starts["criu-plain"]["first_token_seconds"]["median"]
+    warm = starts["warm-cache"]["first_token_seconds"]["median"]
+    print(f"warm-cache / process      {warm / process:.1f}")
+    print(f"process / criu-plain      {process / plain:.2f}")
+    print(
+        f"image / dump              {document['image_bytes'] / document['dump_bytes']:.3f}"
+        f"   ({document['image_bytes']:,} of {document['dump_bytes']:,} bytes)"
+    )
+    peaks = ", ".join(f"{verb} {peak / 1e6:.0f} MB" for verb, peak in document["peak_rss_bytes"].items())
+    print(f"rekindle's own memory     {peaks}")
+    answer = document["answer"]
+    answer = answer.get("tokens", answer)
+    print(f"every start answered      {json.dumps(answer)[:120]}")
+
+
+def _picture(document: dict[str, Any]) -> str:
+    bars = [picture.Bar(name=name, phases=start["phases"]) for name, start in document["starts"].items()]
+    return picture.draw("seconds to the first token, by phase (the run in the middle)", bars)

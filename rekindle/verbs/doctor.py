@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle doctor`: what this node can do, tried rather than guessed, and what mends each lack.
+
+Imports the standard library and the kernel only, so that it runs where nothing is installed yet.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle import amx, criu
+from rekindle.cell import Cell, Clocks, Network
+from rekindle.errors import CapabilityError, RekindleError
+from rekindle.home import Home
+from rekindle.verbs import _options
+
+SCHEMA = "rekindle.doctor/1"
+_ROOM_BYTES = 8 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What was tried. `needed` says whether snapshot and restore do without it."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    needed: bool = True
+    path: Path | None = None
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle doctor",
+        description="Try what snapshot and restore need on this node. Exit status 10 if there is a lack.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--check", choices=list(_CHECKS), metavar="NAME", help="only this one")
+    args = parser.parse_args(words)
+    home = Home.from_environment()
+    removed = _options.sweep(home)
+    names = [args.check] if args.check else list(_CHECKS)
+    checks = [check for name in names for check in _CHECKS[name](home)]
+    ok = all(check.ok or not check.needed for check in checks)
+    if args.json:
+        document = {
+            "schema": SCHEMA,
+            "ok": ok,
+            "kernel": platform.release(),
+            "checks": [
+                {
+                    "name": c.name,
+                    "ok": c.ok,
+                    "needed": c.needed,
+                    "detail": c.detail,
+                    "remedy": c.remedy,
+                    "path": c.path and str(c.path),
+                }
+                for c in checks
+            ],
+            "removed": [str(path) for path in removed],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        for check in checks:
+            mark = "ok  " if check.ok else "LACK" if check.needed else "note"
+            print(f"{mark}  {check.name:<11}{check.detail}")
+            if check.remedy and not check.ok:
+                print(f"      {'':<11}→ {check.remedy}")
+        for path in removed:
+            print(f"      {'':<11}removed what a killed command left: {path}")
+    return 0 if ok else CapabilityError.exit_status
+
+
+def _root(_: Home) -> Iterator[Check]:
+    root = os.geteuid() == 0
+    yield Check(
+        name="root",
+        ok=root,
+        detail="yes" if root else f"no, this is user {os.geteuid()}",
+        remedy="run rekindle with sudo, or as root",
+    )
+
+
+def _cell(_: Home) -> Iterator[Check]:
+    try:
+        with Cell() as cell:
+            cell.enter(Network.PRIVATE, Clocks.now())
+    except RekindleError as error:
+        yield Check(name="cell", ok=False, detail=f"{error.message}: {error.cause}", remedy=error.hint)
+        return
+    yield Check(name="cell", ok=True, detail="own processes, mounts, IPC, clocks and network")
+
+
+def _criu(home: Home) -> Iterator[Check]:
+    remedy = "hack/get-criu, or set REKINDLE_CRIU to one that works"
+    works = False
+    try:
+        for candidate in criu.candidates(home):
+            works = works or not candidate.lack
+            lack = f" does not work here: {candidate.lack}" if candidate.lack else ""
+            yield Check(
+                name="criu",
+                ok=not candidate.lack,
+                needed=not candidate.lack,
+                detail=f"{candidate.version} ({candidate.path}){lack}",
+                remedy=remedy,
+                path=candidate.path,
+            )
+            if works:
+                return
+    except CapabilityError as error:
+        yield Check(name="criu", ok=False, detail=error.message, remedy=error.hint)
+        return
+    yield Check(name="criu", ok=False, detail="none that works", remedy=remedy)
+
+
+def _amx(home: Home) -> Iterator[Check]:
+    if not amx.present():
+        yield Check(name="amx", ok=True, detail="this processor has none, so nothing is to be done for it")
+        return
+    try:
+        yield Check(name="amx", ok=True, detail=f"permission by {amx.compiled(home.tools)}")
+    except CapabilityError as error:
+        yield Check(name="amx", ok=False, detail=error.message, remedy=error.hint)
+
+
+def _shell(_: Home) -> Iterator[Check]:
+    there = os.access("/bin/sh", os.X_OK)
+    yield Check(
+        name="shell", ok=there, detail="/bin/sh" if there else "no /bin/sh", remedy="install a POSIX shell"
+    )
+
+
+def _disk(home: Home) -> Iterator[Check]:
+    free = shutil.disk_usage(home.root).free
+    yield Check(
+        name="disk",
+        ok=free > _ROOM_BYTES,
+        needed=False,
+        detail=f"{free / (1 << 30):.0f} GiB free in {home.root}",
+        remedy="a dump is as large as the server's memory: set REKINDLE_HOME to a larger disk",
+    )
+
+
+def _packages(_: Home) -> Iterator[Check]:
+    ours = Path(__file__).parents[2]
+    for name in ("oci", "snapshot", "restore"):
+        spec = importlib.util.find_spec(name)
+        where = Path(spec.origin).parents[1] if spec and spec.origin else None
+        if where != ours:
+            yield Check(
+                name="packages",
+                ok=False,
+                detail=f"`import {name}` finds {where or 'nothing'}, not rekindle's",
+                remedy="install rekindle into an environment of its own",
+            )
+            return
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check(name="packages", ok=True, detail=f"rekindle in {ours}, Python {version}")
+
+
+_CHECKS: dict[str, Callable[[Home], Iterator[Check]]] = {
+    "root": _root,
+    "cell": _cell,
+    "criu": _criu,
+    "amx": _amx,
+    "shell": _shell,
+    "disk": _disk,
+    "packages": _packages,
+}

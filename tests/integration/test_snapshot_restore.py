@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshot and restore of a server that is not vLLM, with real CRIU."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Rekindle, Replica, free_port, wait_for, workhorse, workhorse_flags
+
+pytestmark = pytest.mark.criu
+Restore = Callable[..., Replica]
+
+
+def test_a_restored_server_goes_on_where_it_was(
+    rekindle: Rekindle, restore: Restore, port: int, nothing_left: Callable[[], None]
+) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, flags=["--json"])
+    assert done.status == 0, done.stderr
+    report = done.json
+    assert report["outcome"] == "saved"
+    assert report["oracle"]["match"] is True
+    assert report["bytes"]["written"] < report["bytes"]["dump"]
+    accounted = sum(phase["seconds"] for phase in report["phases"]) + report["unaccounted_seconds"]
+    assert abs(report["seconds"] - accounted) < 1e-3
+
+    replica = restore("horse", port)
+    assert replica.report["outcome"] == "restored"
+    assert replica.ask("/count", {}) == "1"
+    assert replica.ask("/count", {}) == "2"
+    facts = json.loads(replica.ask("/facts"))
+    assert facts["pid"] > 1000
+    assert facts["child"] == "pong", "the child's pages are not what they were"
+    assert facts["shared"] == "hello"
+    assert facts["zeros"] is True
+    assert facts["deleted"] == "ghost"
+    assert facts["io_uring_errno"] == errno.ENOSYS, "the system call filter is gone"
+    assert facts["hash_seed"] == "0"
+    replica.kill()
+    nothing_left()
+
+
+def test_ten_restores_each_after_kill_9_of_the_last(
+    rekindle: Rekindle, restore: Restore, port: int, nothing_left: Callable[[], None]
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    for _ in range(10):
+        replica = restore("horse", port)
+        assert replica.report["oracle"]["match"] is True
+        assert replica.ask("/count", {}) == "1"
+        replica.kill()
+    assert rekindle("doctor", "--check", "root").status == 0  # cleans up after the last
+    nothing_left()
+
+
+def test_two_replicas_of_one_snapshot_on_one_host(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    first, second = restore("horse", port), restore("horse", free_port())
+    assert [first.ask("/count", {}) for _ in range(3)] == ["1", "2", "3"]
+    assert second.ask("/count", {}) == "1"
+    assert "data: 4" in first.ask("/stream?n=5")
+    with ThreadPoolExecutor(8) as pool:
+        streams = list(pool.map(lambda r: r.ask("/stream?n=20"), [first, second] * 4))
+    assert all(stream.count("data:") == 20 for stream in streams)
+
+
+def test_the_published_port_carries_much_both_ways_and_streams(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    replica = restore("horse", port)
+    assert replica.ask("/upload", "x" * 20_000_000) == str(20_000_002)
+    began = time.monotonic()
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stream?n=20", timeout=30) as response:
+        response.readline()
+        first = time.monotonic() - began
+        response.read()
+    assert first < (time.monotonic() - began) / 2, "the stream was held back to its end"
+
+
+def test_without_publish_the_port_is_where_the_server_listened(
+    rekindle: Rekindle, port: int, tmp_path: Path
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    report = tmp_path / "report.json"
+    process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
+    try:
+        wait_for(report.exists, 30)
+        assert json.loads(report.read_text())["endpoint"] == f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_clocks_go_on_from_the_snapshot(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    record = rekindle("inspect", "horse", "--json").json["record"]["process"]
+    time.sleep(2.5)
+    facts = json.loads(restore("horse", port).ask("/facts"))
+    for clock in ("monotonic", "boottime"):
+        passed = facts[clock] - record[f"{clock}_ns"] / 1e9
+        assert 0 <= passed < 2, f"{clock} jumped by {passed} s"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_server_and_its_status_is_ours(
+    rekindle: Rekindle, restore: Restore, port: int, signum: int, nothing_left: Callable[[], None]
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    replica = restore("horse", port)
+    replica.process.send_signal(signum)
+    assert replica.process.wait(20) == 7
+    assert f"workhorse: signal {int(signum)}" in replica.log.read_text()
+    nothing_left()
+
+
+def test_a_restored_server_writes_to_our_stdout_and_stderr(
+    rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
+) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    replica = restore("horse", port)
+    replica.ask("/count", {})
+    wait_for(lambda: "count 1" in replica.log.read_text(), 5)
+    assert "serving" not in replica.log.read_text(), "what was written before the snapshot came again"
+
+
+def test_the_hosts_network_can_be_kept(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, flags=["--network", "host"])
+    assert done.status == 0, done.stderr
+    report = tmp_path / "report.json"
+    process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
+    try:
+        wait_for(lambda: report.exists() or process.poll() is not None, 30)
+        replica = Replica(process, port, tmp_path / "log", {})
+        assert replica.ask("/count", {}) == "1"
+    finally:
+        process.kill()
+        process.wait()
+    assert rekindle("restore", "horse", "--publish", str(free_port())).status == 2
+
+
+def test_an_image_in_a_layout_directory(
+    rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
+) -> None:
+    image = f"oci:{tmp_path / 'layout'}:v1"
+    assert rekindle.snapshot_workhorse(image, port).status == 0
+    index = json.loads((tmp_path / "layout" / "index.json").read_text())
+    assert [m["annotations"]["org.opencontainers.image.ref.name"] for m in index["manifests"]] == ["v1"]
+    assert restore(image, port).ask("/count", {}) == "1"
+
+
+def test_a_layout_on_another_disk(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    from tests.conftest import small_disk
+
+    with small_disk(tmp_path / "disk", "256m"):
+        image = f"oci:{tmp_path / 'disk' / 'layout'}:v1"
+        assert rekindle.snapshot_workhorse(image, port).status == 0
+        assert rekindle("inspect", image).status == 0
+
+
+def test_a_new_snapshot_replaces_the_old_and_frees_its_blobs(rekindle: Rekindle, port: int) -> None:
+    digests = set()
+    for _ in range(2):
+        done = rekindle.snapshot_workhorse("horse", port, flags=["--json"])
+        assert done.status == 0, done.stderr
+        digests.add(done.json["image"]["digest"])
+    assert len(digests) == 2
+    blobs = list((rekindle.home / "store" / "blobs" / "sha256").iterdir())
+    layers = rekindle("inspect", "horse", "--json").json["process_image"]["layers"]
+    assert len(blobs) == len(layers) + 3  # index, manifest, record
+
+
+def test_dumps_that_were_not_used_for_longest_make_room(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    for name in ("one", "two", "three"):
+        assert rekindle.snapshot_workhorse(name, port).status == 0
+    dumps = rekindle.home / "dumps"
+    kept = [path for path in dumps.iterdir() if path.is_dir()]
+    assert len(kept) == 3
+    rekindle.env["REKINDLE_DUMPS_LIMIT"] = "0.05"  # GiB: room for one and a half
+    replica = restore("one", port)
+    digest = rekindle("inspect", "one", "--json").json["process_image"]["digest"].removeprefix("sha256:")
+    left = {path.name for path in dumps.iterdir() if path.is_dir()}
+    assert digest in left
+    assert len(left) < 3
+    replica.kill()
+    assert restore("two", port).ask("/count", {}) == "1", "an evicted dump is unpacked again"
+
+
+def test_requests_from_a_file_warm_the_server(
+    rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
+) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"method": "POST", "path": "/count", "body": {}}\n' * 5)
+    done = rekindle.snapshot_workhorse("horse", port, flags=["--warm-requests", str(requests)])
+    assert done.status == 0, done.stderr
+    assert restore("horse", port).ask("/count", {}) == "6"
+
+
+def test_json_keeps_stdout_for_the_report(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    with open(tmp_path / "stdout", "wb") as stdout:
+        process = rekindle.spawn("restore", "horse", "--json", log=tmp_path / "stderr", stdout=stdout)
+    wait_for(lambda: (tmp_path / "stdout").read_text().endswith("}\n"), 30)
+    replica = Replica(process, port, tmp_path / "stderr", {})
+    wait_for(lambda: _answers(replica), 10)
+    process.kill()
+    process.wait()
+    assert json.loads((tmp_path / "stdout").read_text())["outcome"] == "restored"
+    assert "count 1" in (tmp_path / "stderr").read_text()
+
+
+def _answers(replica: Replica) -> bool:
+    try:
+        return replica.ask("/count", {}) == "1"
+    except OSError:
+        return False
+
+
+def test_bench_measures_every_start_and_draws_it(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.svg"
+    done = rekindle(
+        *("bench", "--runs", "2", "--json", "--picture", str(picture)),
+        *(*workhorse_flags(port), "--", *workhorse(port)),
+    )
+    assert done.status == 0, done.stderr
+    document = done.json
+    assert document["schema"] == "rekindle.bench/1"
+    assert set(document["starts"]) == {
+        *("cold", "warm-cache", "process", "process-cold-page-cache", "criu-plain")
+    }
+    for start in document["starts"].values():
+        times = start["first_token_seconds"]
+        assert times["min"] <= times["median"] <= times["max"]
+        assert times["min"] - 1e-3 <= sum(start["phases"].values()) <= times["max"] + 1e-3
+    assert document["image_bytes"] < document["dump_bytes"]
+    assert picture.read_text().count("<rect") > 10
+    assert not list((rekindle.home / "run").iterdir())
+
+
+def test_the_console_script_is_installed() -> None:
+    script = Path(sys.executable).with_name("rekindle")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("rekindle ")

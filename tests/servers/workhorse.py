@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server that holds all that a checkpoint must keep: `workhorse.py PORT [BEHAVIOUR…]`.
+
+    GET  /health            200 once it is ready
+    POST /count             adds one; answers with the count, which lives in memory only
+    GET  /facts             what it sees of its surroundings, as JSON
+    GET  /stream?n=N        N chunks, 50 ms apart
+    POST /answer            the oracle's question
+
+Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
+file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit.
+"""
+
+import ctypes
+import http.server
+import json
+import multiprocessing.shared_memory
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from urllib.parse import parse_qs, urlsplit
+
+PORT = int(sys.argv[1])
+BEHAVIOURS = dict(word.partition("=")[::2] for word in sys.argv[2:])
+libc = ctypes.CDLL(None, use_errno=True)
+
+state = {"count": 0}
+memory = multiprocessing.shared_memory.SharedMemory(create=True, size=1 << 20)
+memory.buf[:5] = b"hello"
+lock = multiprocessing.get_context("spawn").Lock()  # a POSIX semaphore, unlinked while in use
+pair = socket.socketpair()
+zeros = bytearray(8 << 20)  # pages that are written and zero
+random = bytearray(os.urandom(1 << 20) * 4)
+deleted = open(f"{os.environ['TMPDIR']}/deleted", "w+b")  # noqa: SIM115
+deleted.write(b"ghost")
+deleted.flush()
+os.unlink(deleted.name)
+
+
+def child(reader: int) -> None:
+    """A process of its own, which shares pages with its parent and has cleared some of them."""
+    zeros[:] = bytes(len(zeros))
+    random[: 1 << 20] = bytes(1 << 20)
+    while os.read(reader, 1):
+        pair[1].sendall(b"pong" if not any(random[: 1 << 20]) and any(random[1 << 20 :]) else b"torn")
+
+
+requests, to_child = os.pipe()
+zeros[:] = b"\1" * len(zeros)
+child_pid = os.fork()
+if child_pid == 0:
+    os.close(to_child)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    child(requests)
+    os._exit(0)
+zeros[:] = bytes(len(zeros))
+
+
+def io_uring_errno() -> int:
+    libc.syscall(425, 1, ctypes.create_string_buffer(120))
+    return ctypes.get_errno()
+
+
+def hold(what: str) -> object:
+    """Something that CRIU cannot dump."""
+    if what == "vsock":
+        return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    if what == "kmsg":
+        return open("/dev/kmsg", "rb")
+    if what == "loop":
+        return open("/dev/loop-control", "rb")
+    if what == "perf":
+        attributes = ctypes.create_string_buffer(b"\1\0\0\0\x80\0\0\0", 128)  # software, cpu-clock
+        return libc.syscall(298, attributes, 0, -1, -1, 0)
+    if what == "daemon":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(1000)
+            os._exit(0)
+        os.wait()
+        return None
+    raise ValueError(what)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        if url.path == "/health":
+            self.reply("ready", 503 if "never-ready" in BEHAVIOURS else 200)
+        elif url.path == "/facts":
+            os.write(to_child, b"?")
+            deleted.seek(0)
+            with lock:
+                facts = {
+                    "pid": os.getpid(),
+                    "child": pair[0].recv(4).decode(),
+                    "monotonic": time.monotonic(),
+                    "boottime": time.clock_gettime(time.CLOCK_BOOTTIME),
+                    "io_uring_errno": io_uring_errno(),
+                    "shared": bytes(memory.buf[:5]).decode(),
+                    "zeros": not any(zeros),
+                    "deleted": deleted.read().decode(),
+                    "hash_seed": os.environ.get("PYTHONHASHSEED"),
+                }
+            self.reply(json.dumps(facts))
+        elif url.path == "/stream":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for number in range(int(parse_qs(url.query)["n"][0])):
+                text = f"data: {number}\n\n".encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+                self.wfile.flush()
+                time.sleep(0.05)
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self.reply("no such page", 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "dies-warming" in BEHAVIOURS:
+            print("workhorse: out of oats", file=sys.stderr, flush=True)
+            os._exit(3)
+        if self.path == "/count":
+            state["count"] += 1
+            print(f"count {state['count']}", flush=True)
+            self.reply(str(state["count"]))
+        elif self.path == "/answer":
+            answer: object = 42
+            if "moody" in BEHAVIOURS:
+                answer = time.time_ns()
+            elif "file" in BEHAVIOURS:
+                with open(BEHAVIOURS["file"]) as file:
+                    answer = file.read()
+            self.reply(json.dumps({"answer": answer, "when": time.time(), "asked": body.decode()}))
+        else:
+            self.reply(str(len(body)))
+
+    def reply(self, text: str, status: int = 200) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def main() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler)
+    server.daemon_threads = True
+
+    def stop(signum: int, _: object) -> None:
+        print(f"workhorse: signal {signum}", file=sys.stderr, flush=True)
+        os._exit(7)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    for _ in range(4):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
+    print("workhorse: serving", flush=True)
+    server.serve_forever()
+    del held
+
+
+if __name__ == "__main__":
+    main()
