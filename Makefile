@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test check fuzz clean
+.PHONY: help setup setup-dev demo docs check test clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -25,6 +25,9 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup-dev ## Cold start, snapshot, restore: the whole job, ending with a table and a picture
 	@hack/demo
+
+docs: setup ## Write the generated pages
+	@$(BIN)/python hack/errors_page.py
 
 check: setup ## Lint, types, generated docs
 	@$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import http.server
 import json
 import multiprocessing.shared_memory
 import os
+import platform
 import signal
 import socket
 import sys
@@ -64,6 +65,17 @@ def io_uring_errno() -> int:
     return ctypes.get_errno()
 
 
+def xcomp_permission() -> int:
+    """Which extended states this process may use: bit 18 is AMX's tile data (x86-64 only)."""
+    mask = ctypes.c_ulong()
+    libc.syscall(158, 0x1022, ctypes.byref(mask))
+    return mask.value
+
+
+if platform.machine() == "x86_64":
+    libc.syscall(158, 0x1023, 18)  # asks for AMX, as a library that uses it does
+
+
 def hold(what: str) -> object:
     """Something that CRIU cannot dump."""
     if what == "vsock":
@@ -103,6 +115,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "monotonic": time.monotonic(),
                     "boottime": time.clock_gettime(time.CLOCK_BOOTTIME),
                     "io_uring_errno": io_uring_errno(),
+                    "xcomp_permission": xcomp_permission() if platform.machine() == "x86_64" else 0,
                     "shared": bytes(memory.buf[:5]).decode(),
                     "zeros": not any(zeros),
                     "deleted": deleted.read().decode(),

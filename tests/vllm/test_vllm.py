@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job on real vLLM: start, warm, snapshot, kill, restore, compare tokens."""
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, Replica, Traces, free_port, wait_for
+
+pytestmark = [pytest.mark.criu, pytest.mark.vllm, pytest.mark.timeout(900)]
+PORT = 18_200
+PROMPT = {
+    "model": "tiny",
+    "prompt": "Once upon a time",
+    "max_tokens": 24,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, object]]:
+    """A snapshot of a real vLLM server, and the report of its making."""
+    home = tmp_path_factory.mktemp("vllm")
+    rekindle = Rekindle(
+        home / "home",
+        {
+            "PATH": f"{VLLM_BIN}:{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_USE_AOT_COMPILE": "0",
+        },
+    )
+    done = rekindle(
+        *("snapshot", "tiny", "--json", "--", "vllm", "serve", str(TINY_MODEL)),
+        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(PORT)),
+        *("--max-model-len", "512", "--gpu-memory-utilization", "0.3"),
+        timeout=600,
+    )
+    assert done.status == 0, done.stderr
+    return rekindle, done.json
+
+
+@pytest.fixture
+def start(vllm: tuple[Rekindle, dict[str, object]], tmp_path: Path) -> Iterator[Callable[..., Replica]]:
+    replicas: list[Replica] = []
+
+    def begin(port: int = PORT) -> Replica:
+        report, log = tmp_path / f"{len(replicas)}.json", tmp_path / f"{len(replicas)}.log"
+        process = vllm[0].spawn("restore", "tiny", "--publish", str(port), "--report", str(report), log=log)
+        replica = Replica(process, port, log, {})
+        replicas.append(replica)
+        wait_for(lambda: report.exists() or process.poll() is not None, 120)
+        assert process.poll() is None, log.read_text()
+        replica.report = json.loads(report.read_text())
+        return replica
+
+    yield begin
+    for replica in replicas:
+        replica.kill()
+
+
+def complete(replica: Replica, **changes: object) -> str:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            answer = json.loads(replica.ask("/v1/completions", {**PROMPT, **changes}, timeout=60))
+        except ConnectionError:
+            assert time.monotonic() < deadline
+            continue
+        return str(answer["choices"][0]["text"])
+
+
+def test_the_snapshot_is_proved_small_and_made_in_little_memory(
+    vllm: tuple[Rekindle, dict[str, object]],
+) -> None:
+    report = vllm[1]
+    assert report["outcome"] == "saved"
+    oracle, sizes = report["oracle"], report["bytes"]
+    assert isinstance(oracle, dict)
+    assert isinstance(sizes, dict)
+    assert oracle["match"] is True
+    assert len(oracle["expected"]["tokens"]) == 16
+    assert sizes["written"] <= 0.13 * sizes["dump"], sizes
+    assert isinstance(report["peak_rss_bytes"], int)
+    assert report["peak_rss_bytes"] <= 300e6
+    shown = vllm[0]("inspect", "tiny")
+    assert "engine      vllm" in shown.stdout
+    assert "fits here   yes" in shown.stdout
+
+
+def test_ten_restores_in_a_row_give_ten_right_answers_and_leave_nothing(
+    vllm: tuple[Rekindle, dict[str, object]], start: Callable[..., Replica]
+) -> None:
+    before = Traces.now()
+    answers = set()
+    for _ in range(10):
+        replica = start()
+        assert replica.report["oracle"]["match"] is True
+        answers.add(complete(replica))
+        replica.kill()
+        time.sleep(0.1)
+    assert len(answers) == 1
+    assert vllm[0]("doctor", "--check", "root").status == 0
+    wait_for(lambda: Traces.now().processes <= before.processes, 10)
+    after = Traces.now()
+    assert after.mounts <= before.mounts
+    assert after.shared_memory <= before.shared_memory
+    assert after.temporary <= before.temporary
+    assert after.namespaces <= before.namespaces
+    assert not list((vllm[0].home / "run").iterdir())
+
+
+def test_two_replicas_answer_side_by_side_and_stream(start: Callable[..., Replica]) -> None:
+    replicas = [start(), start(free_port())]
+    with ThreadPoolExecutor(8) as pool:
+        texts = set(pool.map(complete, replicas * 4))
+    assert len(texts) == 1
+
+    def stream(replica: Replica) -> int:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{replica.port}/v1/completions",
+            json.dumps({**PROMPT, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return sum(line.startswith(b"data: {") for line in response)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(count > 5 for count in pool.map(stream, replicas))
+
+
+def test_a_signal_ends_the_server_gracefully(start: Callable[..., Replica]) -> None:
+    replica = start()
+    complete(replica)
+    replica.process.terminate()
+    status = replica.process.wait(60)
+    assert status in {0, 143}, replica.log.read_text()
+    assert "Shutting down" in replica.log.read_text() or "shutdown" in replica.log.read_text().lower()
+
+
+def test_a_snapshot_of_a_server_with_a_wrong_model_tells_why(
+    vllm: tuple[Rekindle, dict[str, object]],
+) -> None:
+    done = vllm[0]("snapshot", "other", "--", "vllm", "serve", "/no/such/model", timeout=200)
+    assert done.status == 30
+    assert "/no/such/model" in done.stderr
