@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,10 @@ class Obstacle:
         return f"process {self.pid} ({self.command}), {self.where}: {self.what}; {self.remedy}"
 
 
+Finding = tuple[str, str]  # what is wrong, and the remedy
+
+_SECRET_MEMORY = ("is secret memory, which the kernel hides from CRIU too", "turn it off")
+
 # Anonymous inodes that CRIU dumps; every other one is an obstacle.
 _KNOWN_ANONYMOUS = re.compile(
     r"anon_inode:(?:\[(?:eventfd|eventpoll|timerfd|signalfd|pidfd)\]|inotify|\[fanotify\]|\[eventfd\d*\])"
@@ -44,12 +48,16 @@ _ANONYMOUS_REMEDIES = {
     "bpf-map": "end the tracer",
 }
 # Character devices that CRIU knows, by major number: memory devices (null, zero, urandom), ttys,
-# ptmx, and pseudo-terminals. The nvidia ones are emptied by the CUDA checkpoint, not dumped.
+# ptmx, and pseudo-terminals.
 _KNOWN_MAJORS = {1, 4, 5, *range(136, 144)}
-_SOCKET_TABLES = (
-    *("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6"),
-    *("unix", "netlink", "packet"),
-)
+# The tables of /proc/net, and the column with the socket's inode.
+_SOCKET_TABLES = {
+    **dict.fromkeys(("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6"), 9),
+    "unix": 6,
+    "netlink": 9,
+    "packet": 8,
+}
+_GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 _STATES_OF_CONNECTION = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
@@ -88,19 +96,16 @@ def _of_process(cell: Cell, pid: int, network: Network) -> Iterator[tuple[str, s
         yield "the process", "is traced by a debugger", "detach it"
     if fields.get("Seccomp") == "1":
         yield "the process", "is in seccomp strict mode", "start it without"
-    tables = _socket_inodes(cell, pid)
-    outside = _outside_connections(cell, pid) if network is Network.HOST else {}
+    sockets = _sockets(cell, pid, network)
     for fd, target in processes.descriptors(cell, pid):
-        if finding := _of_descriptor(cell, pid, fd, target, tables, outside):
+        if finding := _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets):
             yield (f"descriptor {fd} ({target})", *finding)
     for path in processes.mapped_paths(cell, pid):
         if finding := _of_mapping(path):
             yield (f"mapping {path}", *finding)
 
 
-def _of_descriptor(
-    cell: Cell, pid: int, fd: int, target: str, tables: set[str], outside: dict[str, str]
-) -> tuple[str, str] | None:
+def _of_descriptor(link: Path, target: str, sockets: Mapping[str, Finding | None]) -> Finding | None:
     if target.startswith("anon_inode:"):
         if _KNOWN_ANONYMOUS.fullmatch(target):
             return None
@@ -108,21 +113,25 @@ def _of_descriptor(
         return "is a kernel object that CRIU does not know", _ANONYMOUS_REMEDIES.get(kind, "close it")
     if target.startswith("socket:["):
         inode = target.removeprefix("socket:[").removesuffix("]")
-        if inode not in tables:
-            return "is a socket of a family that CRIU does not know", "close it"
-        if inode in outside:
-            return f"is connected to {outside[inode]}, which will not be there", "close the connection"
-        return None
+        unknown = ("is a socket of a family that CRIU does not know", "close it")
+        return sockets.get(inode, unknown)
     if target.startswith("/secretmem"):
-        return "is secret memory, which the kernel hides from CRIU too", "turn it off"
-    if target.startswith("/dev/"):
+        return _SECRET_MEMORY
+    if target.startswith("/"):
         with contextlib.suppress(OSError):
-            status = (processes.proc(cell) / str(pid) / "fd" / str(fd)).stat()
-            major = os.major(status.st_rdev)
-            if stat.S_ISBLK(status.st_mode):
-                return "is a block device", "close it"
-            if stat.S_ISCHR(status.st_mode) and major not in _KNOWN_MAJORS and "/nvidia" not in target:
-                return "is a device that CRIU does not know", "close it"
+            return _of_file(link.stat(), target)
+    return None
+
+
+def _of_file(status: os.stat_result, target: str) -> Finding | None:
+    if stat.S_ISBLK(status.st_mode):
+        return "is a block device", "close it"
+    if stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) not in _KNOWN_MAJORS:
+        if target.startswith(_GPUS):
+            return "is a GPU, whose state this version of rekindle does not save", "run it on a CPU"
+        return "is a device that CRIU does not know", "close it"
+    if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
+        return "is a deleted file that has other names", "keep such files below $TMPDIR"
     return None
 
 
@@ -132,29 +141,36 @@ def _of_mapping(path: str) -> tuple[str, str] | None:
     if path.startswith("anon_inode:") and "i915" not in path:
         return "is memory of a kernel object that CRIU does not know", "turn it off"
     if path.startswith("/secretmem"):
-        return "is secret memory, which the kernel hides from CRIU too", "turn it off"
+        return _SECRET_MEMORY
     return None
 
 
-def _socket_inodes(cell: Cell, pid: int) -> set[str]:
-    """The inodes of all sockets of families that CRIU dumps, in a process's network."""
-    found = set()
-    for name in _SOCKET_TABLES:
+def _sockets(cell: Cell, pid: int, network: Network) -> dict[str, Finding | None]:
+    """The sockets of a process's network that are of a family that CRIU knows, by inode, each with what
+    is wrong with it, if anything is."""
+    found: dict[str, Finding | None] = {}
+    for name, column in _SOCKET_TABLES.items():
         with contextlib.suppress(OSError):
-            lines = (processes.proc(cell) / str(pid) / "net" / name).read_text().splitlines()
-            column = {"unix": 6, "netlink": 9, "packet": 8}.get(name, 9)
-            found |= {fields[column] for line in lines[1:] if len(fields := line.split()) > column}
+            lines = (processes.proc(cell) / str(pid) / "net" / name).read_text().splitlines()[1:]
+            for fields in (line.split(maxsplit=column + 1) for line in lines):
+                if len(fields) > column:
+                    found[fields[column]] = None
+                if name == "unix" and len(fields) > column + 1:
+                    found[fields[column]] = _of_unix_path(fields[column + 1])
+                if name.startswith("tcp") and network is Network.HOST:
+                    found[fields[column]] = _of_connection(fields)
     return found
 
 
-def _outside_connections(cell: Cell, pid: int) -> dict[str, str]:
-    """The TCP connections of the network that lead to other machines: inode and remote address."""
-    found = {}
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            table = Path(processes.proc(cell) / str(pid) / "net" / name).read_text().splitlines()[1:]
-            for fields in map(str.split, table):
-                here, there = processes.address(fields[1])[0], processes.address(fields[2])
-                if fields[3] in _STATES_OF_CONNECTION and there[0] != here:
-                    found[fields[9]] = f"{there[0]} port {there[1]}"
-    return found
+def _of_unix_path(path: str) -> Finding | None:
+    """Sockets in the cell's /dev/shm and abstract ones are the cell's own."""
+    if path.startswith(("@", "/dev/shm/")):  # noqa: S108
+        return None
+    return f"is bound to {path}, which every replica would take from the others", "put it below $TMPDIR"
+
+
+def _of_connection(fields: Sequence[str]) -> Finding | None:
+    (here, _), (there, port) = processes.address(fields[1]), processes.address(fields[2])
+    if fields[3] not in _STATES_OF_CONNECTION or here == there:
+        return None
+    return f"is connected to {there} port {port}, which will not be there", "close the connection"

@@ -35,7 +35,7 @@ lock = multiprocessing.get_context("spawn").Lock()  # a POSIX semaphore, unlinke
 pair = socket.socketpair()
 zeros = bytearray(8 << 20)  # pages that are written and zero
 random = bytearray(os.urandom(1 << 20) * 4)
-deleted = open(f"{os.environ['TMPDIR']}/deleted", "w+b")  # noqa: SIM115
+deleted = open(f"{os.environ['TMPDIR']}/deleted", "w+b")
 deleted.write(b"ghost")
 deleted.flush()
 os.unlink(deleted.name)
@@ -80,8 +80,15 @@ def hold(what: str) -> object:
     """Something that CRIU cannot dump."""
     if what == "vsock":
         return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    if what == "kmsg":
-        return open("/dev/kmsg", "rb")
+    if what == "unix":
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(BEHAVIOURS["path"])
+        return server
+    if what == "link":
+        file = open(BEHAVIOURS["path"], "w")
+        os.link(BEHAVIOURS["path"], BEHAVIOURS["path"] + "2")
+        os.unlink(BEHAVIOURS["path"])
+        return file
     if what == "loop":
         return open("/dev/loop-control", "rb")
     if what == "perf":
