@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#ccb974", "#64b5cd")
+_COLOURS = (
+    *("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"),
+    *("#ccb974", "#64b5cd", "#1f3d66", "#f2b134", "#7fc97f", "#b30059", "#2f4f4f", "#9fb6cd"),
+)
 _LABEL, _BARS, _TAIL, _ROW = 190, 640, 130, 34
 _WIDTH = _LABEL + _BARS + _TAIL
 _TEXT = "font-family='sans-serif' font-size='13' fill='#222'"

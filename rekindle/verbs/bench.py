@@ -40,6 +40,7 @@ from snapshot.server import Server
 from snapshot.warm import wait_ready
 
 SCHEMA = "rekindle.bench/1"
+_STARTS = ("cold", "warm-cache", "process", "process-cold-page-cache", "criu-plain")
 _IMAGE = "bench"
 _START_SECONDS = 1800.0
 _RESTORE_SECONDS = 300.0
@@ -139,7 +140,7 @@ class _Bench:
         return {
             "schema": SCHEMA,
             "n": self._runs,
-            "starts": {name: _summary(runs) for name, runs in starts.items()},
+            "starts": {name: _summary(starts[name]) for name in _STARTS},
             "dump_bytes": record.dump_bytes,
             "image_bytes": image_bytes,
             "peak_rss_bytes": self._peaks,
