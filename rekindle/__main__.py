@@ -64,6 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BUG_STATUS
 
 
+def _open_standard_files() -> None:
+    """Opens what of 0, 1 and 2 is closed, lest a file of ours be taken for the standard output."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+
+
 def _interrupt(signum: int, _: object) -> NoReturn:
     signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is the clean-up
     raise Interrupted(signum)
@@ -94,6 +101,7 @@ def _usage() -> str:
 
 def run() -> NoReturn:
     """The entry point of the console script."""
+    _open_standard_files()
     status = main()
     with contextlib.suppress(OSError):
         sys.stdout.flush()

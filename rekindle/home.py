@@ -58,13 +58,18 @@ class Home:
             with locked(self.root / "lock"), naming_full_disk(self.root):
                 directory = self.run / f"{verb}-{os.getpid()}-{os.urandom(4).hex()}"
                 directory.mkdir(mode=0o700)
-                stack.callback(remove_tree, directory)
                 stack.enter_context(locked(directory / "lock"))
+                stack.callback(self._remove, directory)
             try:
                 yield directory
             except RekindleError as error:
                 self._keep_log(error, directory)
                 raise
+
+    def _remove(self, directory: Path) -> None:
+        """Removes our own work directory. Under the lock, since a sweep would make files in it meanwhile."""
+        with locked(self.root / "lock"):
+            remove_tree(directory)
 
     def sweep(self) -> list[Path]:
         """Removes the work directories of commands that are no more; returns them."""

@@ -139,8 +139,7 @@ class Report:
         if path is not None:
             write_atomically(path, text.encode())
         if to_stdout:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            print(text, end="", flush=True)
 
 
 def process_age() -> float:

@@ -36,17 +36,20 @@ def ready(home: Home, work: Path, image: Image, report: Report) -> Iterator[Path
     limit = limit_bytes()
     target = home.dumps / image.process.digest.hex
     lock = home.dumps / f"{image.process.digest.hex}.lock"
-    if not _is_ready(target):
+    while True:
+        with locked(lock, shared=True, timeout=_WAIT_SECONDS):
+            if _is_ready(target):
+                with contextlib.suppress(OSError):
+                    os.utime(target / "ready.json")
+                _evict(home.dumps, keep=target.name, limit=limit)
+                yield target
+                return
+        # Between the two locks, another may unpack it for us, or make room by removing it again.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
             if not _is_ready(target):
                 remove_tree(target)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
-    with locked(lock, shared=True, timeout=_WAIT_SECONDS):
-        with contextlib.suppress(OSError):
-            os.utime(target / "ready.json")
-        _evict(home.dumps, keep=target.name, limit=limit)
-        yield target
 
 
 def limit_bytes() -> int:

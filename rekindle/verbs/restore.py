@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Sequence
 
 from oci import image as images
@@ -82,9 +81,7 @@ def _restore(
         home=home,
         work=work,
         # With --json, stdout carries the report alone.
-        output=process.Output(
-            stdout=sys.stderr.fileno() if args.json else sys.stdout.fileno(), stderr=sys.stderr.fileno()
-        ),
+        output=process.Output(stdout=2 if args.json else 1, stderr=2),
         report=report,
     )
     report.bytes.setdefault("written", 0)

@@ -207,6 +207,18 @@ def test_requests_from_a_file_warm_the_server(
     assert restore("horse", port).ask("/count", {}) == "6"
 
 
+def test_closed_standard_files_do_no_harm(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    report = tmp_path / "report.json"
+    rekindle.prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
+    replica = Replica(process, port, tmp_path / "log", {})
+    try:
+        wait_for(lambda: _answers(replica), 30)
+    finally:
+        replica.kill()
+
+
 def test_json_keeps_stdout_for_the_report(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     with open(tmp_path / "stdout", "wb") as stdout:
