@@ -28,12 +28,8 @@ class Server:
         environment: Mapping[str, str],
         cwd: Path,
         logs: Path,
-        temporary: Path = TEMPORARY,
     ) -> None:
-        """Starts it. Its output goes to `stdout.log` and `stderr.log` in `logs`.
-
-        `temporary` is its TMPDIR: the cell's own unless the server is not to be snapshotted.
-        """
+        """Starts it. Its output goes to `stdout.log` and `stderr.log` in `logs`."""
         from shutil import which
 
         if which(argv[0], path=environment.get("PATH")) is None:
@@ -43,11 +39,9 @@ class Server:
         self.stderr = logs / "stderr.log"
         self.environment = dict(environment) | {
             "PYTHONHASHSEED": "0",  # with equal layouts, dumps of equal servers share most pages
-            "TMPDIR": str(temporary),  # sockets and files there are the cell's own, and come along
+            "TMPDIR": str(TEMPORARY),  # sockets and files there are the cell's own, and come along
         }
-        inside = cell.root / temporary.relative_to("/")
-        inside.mkdir(exist_ok=True)
-        inside.chmod(0o1777)
+        make_temporary(cell)
         self.root_pid = cell.spawn(
             Command(
                 argv=[*_ROOT, *argv],
@@ -91,3 +85,11 @@ class Server:
             except OSError:
                 continue
         return "\n".join(end for end in ends if end)[-_LAST_WORDS_BYTES:]
+
+
+def make_temporary(cell: Cell) -> Path:
+    """Makes the server's TMPDIR, open to all its users; returns it as the host sees it. Idempotent."""
+    inside = cell.root / TEMPORARY.relative_to("/")
+    inside.mkdir(exist_ok=True)
+    inside.chmod(0o1777)
+    return inside
