@@ -27,16 +27,16 @@ from typing import Any
 from oci import image as images
 from oci.layout import Layout
 from rekindle import criu, picture
-from rekindle.cell import Cell, Network
+from rekindle.cell import Cell, Command, Network
 from rekindle.engine import JSON, Engine, Request, for_command
 from rekindle.engine.client import Client
-from rekindle.errors import OracleError, UsageError, WorkloadError
+from rekindle.errors import CapabilityError, OracleError, UsageError, WorkloadError
 from rekindle.files import copy_sparse_tree, write_atomically
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.run import run, spawn
 from rekindle.verbs import _options
-from snapshot.server import Server
+from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import wait_ready
 
 SCHEMA = "rekindle.bench/1"
@@ -162,8 +162,9 @@ class _Bench:
         environment = {**os.environ, **self._engine.cache_environment(caches)}
         with Cell() as cell:
             cell.enter(Network.PRIVATE)
+            self._keep_temporary(cell, caches / "tmp")
             began = time.monotonic()
-            server = Server(cell, self._command, environment, Path.cwd(), logs, temporary=caches / "tmp")
+            server = Server(cell, self._command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
             clock = _Milestones(self._engine, server, began)
             wait_ready(server, self._engine, client, _START_SECONDS, clock.look)
@@ -171,6 +172,16 @@ class _Bench:
             first = self._first_token(client, self._engine.oracle_request(client))
             clock.mark("first token", at=first)
             return Start(phases=clock.phases)
+
+    def _keep_temporary(self, cell: Cell, directory: Path) -> None:
+        """Puts a directory of the disk in TMPDIR's place, since compilers keep caches there too.
+
+        A mount, and not another TMPDIR: the path of a socket has room for 107 bytes.
+        """
+        make_temporary(cell)
+        argv = ["mount", "--bind", str(directory), str(TEMPORARY)]
+        if status := cell.run(Command(argv=argv, env=os.environ, cwd=Path("/")), _RESTORE_SECONDS):
+            raise CapabilityError(f"mount ended with status {status}", command=argv)
 
     def _snapshot(self, caches: Path) -> tuple[Record, int]:
         environment = {**self._environment, **self._engine.cache_environment(caches)}
