@@ -15,7 +15,6 @@ Pieces that are all zero are not there: files have their size from the record an
 zstd tool can decompress a layer, to its pieces one after the other.
 """
 
-import contextlib
 import hashlib
 import os
 import struct
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self, cast
 
 import zstandard
 
@@ -33,7 +32,7 @@ from oci import tree as tree_of
 from oci.layout import Descriptor, Layout
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
-from rekindle.files import data_extents, nonzero_runs
+from rekindle.files import data_extents, nonzero_runs, write_at
 from rekindle.record import FileKind, StoredFile
 
 PIECE_BYTES = 4 << 20
@@ -45,6 +44,7 @@ _COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than z
 
 _LAYER_BYTES = 256 << 20  # of raw content: what is sent again when an upload breaks
 _LAYERS_LIMIT = 100  # registries take about 127
+_REMEDY = "make the snapshot anew, or fetch it again"
 _LEVEL = 1  # 0.5 to 1 GB/s a core; level 3 takes twice as long for a tenth less
 
 
@@ -110,14 +110,10 @@ def _write_layer(
     buffer = memoryview(bytearray(PIECE_BYTES))
     hasher = hashlib.sha256()
     size = 0
-    with contextlib.ExitStack() as stack, layout.staging() as (staged, blob):
-        opened: dict[int, BinaryIO] = {}
+    with _Opened(tree, files, "rb") as opened, layout.staging() as (staged, blob):
         for piece in pieces:
-            if piece.file not in opened:
-                path = tree / files[piece.file].path
-                opened[piece.file] = stack.enter_context(open(path, "rb", buffering=0))
             content = buffer[: piece.length]
-            if os.preadv(opened[piece.file].fileno(), [content], piece.offset) != piece.length:
+            if os.preadv(opened.fileno(piece.file), [content], piece.offset) != piece.length:
                 raise IntegrityError(f"{files[piece.file].path} changed while it was packed")
             runs = list(nonzero_runs(bytes(content)))
             if not runs:
@@ -136,6 +132,30 @@ def _write_layer(
     return Descriptor(
         media_type=media_types.DUMP_LAYER, digest=digest, size=size, annotations={"vnd.rekindle.role": role}
     )
+
+
+class _Opened:
+    """Files of a tree, by index, one open at a time: pieces come file by file, and there may be thousands."""
+
+    def __init__(self, tree: Path, files: Sequence[StoredFile], mode: str) -> None:
+        self._tree, self._files, self._mode = tree, files, mode
+        self._index: int | None = None
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def fileno(self, index: int) -> int:
+        if self._file is None or self._index != index:
+            self.__exit__()
+            path = self._tree / self._files[index].path
+            self._file = cast(BinaryIO, open(path, self._mode, buffering=0))  # noqa: SIM115
+            self._index = index
+        return self._file.fileno()
 
 
 def unpack(
@@ -178,19 +198,15 @@ def read_pieces(
     stop: threading.Event,
 ) -> int:
     """Reads a layer to its end and writes its pieces; returns the bytes written."""
+    source = _Source(stream, layer)
     decompressor = zstandard.ZstdDecompressor()
-    hasher = hashlib.sha256()
-    received = bytearray(_COMPRESSED_LIMIT_BYTES)
     content = memoryview(bytearray(PIECE_BYTES))
-    left = layer.size
     written = 0
-    with contextlib.ExitStack() as stack:
-        opened: dict[int, BinaryIO] = {}
-        while left and not stop.is_set():
-            header = _read(stream, memoryview(received)[: _HEADER.size], left, layer)
-            hasher.update(header)
-            left -= _HEADER.size
-            magic, content_bytes, index, compressed, offset, length = _HEADER.unpack(header)
+    with _Opened(tree, files, "r+b") as opened:
+        while source.left and not stop.is_set():
+            magic, content_bytes, index, compressed, offset, length = _HEADER.unpack(
+                source.read(_HEADER.size)
+            )
             if (
                 magic != _MAGIC
                 or content_bytes != _CONTENT_BYTES
@@ -200,52 +216,74 @@ def read_pieces(
                 or files[index].kind is not FileKind.FILE
                 or offset + length > files[index].size
             ):
-                # Most often the bytes are simply not those of the digest; only the whole blob tells.
-                raise _bad_layer(layer, layer_digest(hasher, stream, received))
-            frame = _read(stream, memoryview(received)[:compressed], left, layer)
-            hasher.update(frame)
-            left -= compressed
-            try:
-                if zstandard.frame_content_size(frame) != length:
-                    raise zstandard.ZstdError("the frame's size is not what its header says")
-                with decompressor.stream_reader(frame) as reader:
-                    count = 0
-                    while count < length and (got := reader.readinto(content[count:length])):
-                        count += got
-                if count != length:
-                    raise zstandard.ZstdError("the frame is cut off")
-            except zstandard.ZstdError:
-                raise _bad_layer(layer, layer_digest(hasher, stream, received)) from None
-            if index not in opened:
-                path = tree / files[index].path
-                opened[index] = stack.enter_context(open(path, "r+b", buffering=0))
-            written += os.pwrite(opened[index].fileno(), content[:length], offset)
-    if stop.is_set():
-        return written
-    if stream.read(1):
-        raise IntegrityError(f"layer {layer.digest} is longer than its descriptor says")
-    if "sha256:" + hasher.hexdigest() != layer.digest:
-        raise IntegrityError(f"the bytes of layer {layer.digest} are not those of its digest")
+                raise source.verdict()
+            piece = content[:length]
+            if not _decompress(decompressor, source.read(compressed), piece):
+                raise source.verdict()
+            written += write_at(opened.fileno(index), piece, offset)
+    if not stop.is_set():
+        source.finish()
     return written
 
 
-def layer_digest(hasher: "hashlib._Hash", stream: BinaryIO, buffer: bytearray) -> str:
-    """The digest of a layer whose rest is only to be hashed."""
-    while count := stream.readinto(buffer):  # type: ignore[attr-defined]
-        hasher.update(memoryview(buffer)[:count])
-    return "sha256:" + hasher.hexdigest()
+def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, content: memoryview) -> bool:
+    """Whether a frame holds exactly what is to fill `content`, and nothing follows it."""
+    try:
+        if zstandard.frame_content_size(frame) != len(content):
+            return False
+        # Across frames, so that whatever stands behind this one is looked at as well.
+        with decompressor.stream_reader(frame, read_across_frames=True) as reader:
+            count = 0
+            while count < len(content) and (got := reader.readinto(content[count:])):
+                count += got
+            return count == len(content) and not reader.read(1)
+    except zstandard.ZstdError:
+        return False
 
 
-def _bad_layer(layer: Descriptor, got: str) -> FormatError | IntegrityError:
-    if got == layer.digest:
-        return FormatError(f"layer {layer.digest} is not of the form that its type says")
-    return IntegrityError(f"the bytes of layer {layer.digest} are not those of its digest")
+class _Source:
+    """The bytes of a layer, hashed as they come."""
 
+    def __init__(self, stream: BinaryIO, layer: Descriptor) -> None:
+        self._stream = stream
+        self._layer = layer
+        self._hasher = hashlib.sha256()
+        self._buffer = memoryview(bytearray(_COMPRESSED_LIMIT_BYTES))
+        self.left = layer.size
 
-def _read(stream: BinaryIO, into: memoryview, left: int, layer: Descriptor) -> memoryview:
-    count = 0
-    while count < len(into) and (got := stream.readinto(into[count:])):  # type: ignore[attr-defined]
-        count += got
-    if count < len(into) or len(into) > left:
-        raise IntegrityError(f"layer {layer.digest} is cut off")
-    return into
+    def read(self, length: int) -> memoryview:
+        """The next bytes, valid until the next call."""
+        into = self._buffer[: min(length, self.left)]
+        count = self._fill(into)
+        self._hasher.update(into[:count])
+        self.left -= count
+        if count < len(into):
+            raise IntegrityError(f"layer {self._layer.digest} is cut off", hint=_REMEDY)
+        if count < length:
+            raise self.verdict()
+        return into
+
+    def verdict(self) -> FormatError | IntegrityError:
+        """What is wrong with a layer that makes no sense. Most often its bytes are not those of its digest,
+        which only all of them can tell."""
+        while self.left and (count := self._fill(self._buffer[: min(len(self._buffer), self.left)])):
+            self._hasher.update(self._buffer[:count])
+            self.left -= count
+        if "sha256:" + self._hasher.hexdigest() == self._layer.digest:
+            return FormatError(f"layer {self._layer.digest} is not of the form that its type says")
+        return IntegrityError(
+            f"the bytes of layer {self._layer.digest} are not those of its digest", hint=_REMEDY
+        )
+
+    def finish(self) -> None:
+        """Raises IntegrityError unless the stream ends here, and its bytes are those of the digest."""
+        if self._stream.read(1):
+            raise IntegrityError(f"layer {self._layer.digest} is longer than its descriptor says")
+        if "sha256:" + self._hasher.hexdigest() != self._layer.digest:
+            raise self.verdict()
+
+    def _fill(self, into: memoryview) -> int:
+        count = 0
+        while count < len(into) and (got := self._stream.readinto(into[count:])):  # type: ignore[attr-defined]
+            count += got
+        return count

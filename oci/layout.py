@@ -66,9 +66,9 @@ class Descriptor:
             media_type=fields.text("mediaType"),
             digest=digest,
             size=fields.integer("size"),
-            annotations=fields.text_map("annotations"),
+            annotations=fields.text_map("annotations", {}),
             artifact_type=fields.text("artifactType", ""),
-            platform=fields.text_map("platform"),
+            platform=fields.text_map("platform", {}),
         )
 
 
@@ -186,7 +186,8 @@ class Layout:
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
             for digest in source.reachable([descriptor]):
                 target = self._blobs / digest.hex
-                if not target.exists():
+                # One that is there already may be damaged, and ours is whole: it takes its place.
+                if source is not self:
                     _move(source._blobs / digest.hex, target)
             sync_directory(self._blobs)
             entries = [d for d in self._entries() if d.annotations.get(TAG_ANNOTATION) != tag]
@@ -213,10 +214,12 @@ class Layout:
             found.add(descriptor.digest)
             if descriptor.media_type in {media_types.INDEX, media_types.MANIFEST}:
                 content = self.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES)
-                document = json.loads(content)
-                children = [*document.get("manifests", []), *document.get("layers", [])]
-                children += [document["config"]] if "config" in document else []
-                queue += [Descriptor.from_json(child, "manifest") for child in children]
+                document = Fields.parse(content, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+                for name in ("manifests", "layers"):
+                    if document.has(name):
+                        queue += document.list_of(name, Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+                if document.has("config"):
+                    queue.append(Descriptor.from_json(document.json("config"), "manifest.config"))
         return found
 
     def collect_garbage(self) -> None:
@@ -229,7 +232,8 @@ class Layout:
 
     def _entries(self) -> list[Descriptor]:
         try:
-            content = (self.root / "index.json").read_bytes()
+            with open(self.root / "index.json", "rb") as file:
+                content = file.read(_INDEX_LIMIT_BYTES + 1)
         except FileNotFoundError:
             raise NotFoundError(
                 f"{self.root} holds no images", hint="make one: rekindle snapshot NAME -- COMMAND"

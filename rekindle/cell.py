@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from rekindle import cell_init
 from rekindle.errors import CapabilityError, RestoreError
-from rekindle.run import spawn
+from rekindle.run import TimeoutExpired, spawn
 
 _START_SECONDS = 20.0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -242,7 +242,15 @@ class Cell:
             socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
         except (BrokenPipeError, ConnectionResetError):
             self._receive(0.0)
-            raise RestoreError("the cell has ended", hint="was its init killed, by lack of memory?") from None
+            raise self._ended() from None
+
+    def _ended(self) -> RestoreError:
+        """The error for a cell that came to its end by itself."""
+        try:
+            cause = f"its launcher ended with status {self._launcher.wait(_START_SECONDS)}"
+        except TimeoutExpired:
+            cause = "its init closed the connection"
+        return RestoreError("the cell has ended", cause=cause, hint="was it killed, by lack of memory?")
 
     def _receive(self, timeout: float) -> bool:
         """Takes in one message; False if none came in time."""
@@ -254,7 +262,7 @@ class Cell:
         except ConnectionResetError:
             content = b""
         if not content:
-            raise RestoreError("the cell has ended", hint="was its init killed, by lack of memory?")
+            raise self._ended()
         match json.loads(content):
             case {"exited": int(pid), "status": int(status)}:
                 self._exits[pid] = status

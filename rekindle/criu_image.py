@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.errors import FormatError
-from rekindle.files import PAGE_BYTES, nonzero_runs
+from rekindle.files import PAGE_BYTES, nonzero_runs, write_at
 
 IMAGE_MAGIC = 0x54564319
 PAGEMAP_MAGIC = 0x56084025
@@ -28,6 +28,7 @@ VMA_ANON_PRIVATE = 1 << 9
 VMA_AIORING = 1 << 13
 MAP_HUGETLB = 0x40000
 
+_ADDRESS_END = 1 << 64
 _MESSAGE_LIMIT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 
@@ -77,21 +78,38 @@ def drop_zero_pages(dump: Path) -> ZeroPages:
     Not atomic: a dump in which this was interrupted is lost. Raises FormatError for image files that
     are not as described above; nothing has been written to a pages file by then.
     """
+    plans = [_plan(dump, path) for path in sorted(dump.glob("pagemap-*.img"))]
     kept = dropped = 0
-    for path in sorted(dump.glob("pagemap-*.img")):
-        pages_id, stretches = read_pagemap(path)
-        pages = dump / f"pages-{pages_id}.img"
-        if pages.stat().st_size != sum(s.pages for s in stretches if s.flags & PE_PRESENT) * PAGE_BYTES:
-            raise FormatError(f"{path.name} and {pages.name} do not fit together")
-        if match := re.fullmatch(r"pagemap-(\d+)\.img", path.name):
-            droppable = [m for m in read_mappings(dump / f"mm-{match[1]}.img") if m.reads_zero_when_absent]
-        else:  # pagemap-shmem-*: shared anonymous memory, which is made anew and so all zero
-            droppable = [Mapping(start=0, end=1 << 64, flags=0, status=VMA_ANON_PRIVATE)]
-        left, count = _compact(pages, stretches, droppable)
-        write_pagemap(path, pages_id, left)
+    for plan in plans:
+        left, count = _compact(plan.pages, plan.stretches, plan.droppable)
+        write_pagemap(plan.pagemap, plan.pages_id, left)
         dropped += count
         kept += sum(s.pages for s in left if s.flags & PE_PRESENT)
     return ZeroPages(kept=kept, dropped=dropped)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """One pagemap, its pages, and the mappings whose zero pages may go."""
+
+    pagemap: Path
+    pages: Path
+    pages_id: int
+    stretches: Sequence[Stretch]
+    droppable: Sequence[Mapping]
+
+
+def _plan(dump: Path, pagemap: Path) -> _Plan:
+    pages_id, stretches = read_pagemap(pagemap)
+    pages = dump / f"pages-{pages_id}.img"
+    expected = sum(s.pages for s in stretches if s.flags & PE_PRESENT) * PAGE_BYTES
+    if not pages.exists() or pages.stat().st_size != expected:
+        raise FormatError(f"{pagemap.name} and {pages.name} do not fit together")
+    if match := re.fullmatch(r"pagemap-(\d+)\.img", pagemap.name):
+        droppable = [m for m in read_mappings(dump / f"mm-{match[1]}.img") if m.reads_zero_when_absent]
+    else:  # pagemap-shmem-*: shared anonymous memory, which is made anew and so all zero
+        droppable = [Mapping(start=0, end=_ADDRESS_END, flags=0, status=VMA_ANON_PRIVATE)]
+    return _Plan(pagemap=pagemap, pages=pages, pages_id=pages_id, stretches=stretches, droppable=droppable)
 
 
 def _compact(
@@ -99,7 +117,7 @@ def _compact(
 ) -> tuple[list[Stretch], int]:
     """Moves the pages that are kept to the front of the file and cuts off the rest."""
     left: list[Stretch] = []
-    dropped = read_at = write_at = 0
+    dropped = read_at = write_to = 0
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(pages, "r+b", buffering=0) as file:
         for piece in _pieces(stretches, droppable):
@@ -113,13 +131,12 @@ def _compact(
                 raise FormatError(f"{pages.name} is shorter than its pagemap says")
             read_at += length
             for start, end in nonzero_runs(bytes(content)) if may_drop else [(0, length)]:
-                os.pwrite(file.fileno(), content[start:end], write_at)
-                write_at += end - start
+                write_to += write_at(file.fileno(), content[start:end], write_to)
                 kept = (end - start) // PAGE_BYTES
                 _append(left, Stretch(address=stretch.address + start, pages=kept, flags=stretch.flags))
                 dropped -= kept
             dropped += stretch.pages
-        file.truncate(write_at)
+        file.truncate(write_to)
     return left, dropped
 
 
@@ -171,6 +188,8 @@ def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
         if stretch.address < previous_end:
             raise FormatError(f"{path.name}: its entries are not in order")
         previous_end = stretch.address + stretch.pages * PAGE_BYTES
+        if previous_end > _ADDRESS_END:
+            raise FormatError(f"{path.name}: an entry over the end of the address space")
         stretches.append(stretch)
     return _integer(head, 1, path), stretches
 
@@ -189,14 +208,17 @@ def write_pagemap(path: Path, pages_id: int, stretches: Sequence[Stretch]) -> No
 
 def read_mappings(path: Path) -> list[Mapping]:
     """The mappings of a task, from its mm-PID.img."""
-    message = next(read_messages(path, MM_MAGIC), b"")
-    mappings = []
+    message = next(read_messages(path, MM_MAGIC), None)
+    if message is None:
+        raise FormatError(f"{path.name} holds nothing")
+    mappings: list[Mapping] = []
     for number, value in fields_of(message, path):
         if number == 14 and isinstance(value, bytes):
             fields = parse_message(value, path)
             start, end = _integer(fields, 1, path), _integer(fields, 2, path)
-            if start % PAGE_BYTES or end % PAGE_BYTES or end <= start:
-                raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}")
+            before = mappings[-1].end if mappings else 0
+            if start % PAGE_BYTES or end % PAGE_BYTES or end <= start or start < before:
+                raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}, after {before:#x}")
             mappings.append(
                 Mapping(
                     start=start,
@@ -209,8 +231,12 @@ def read_mappings(path: Path) -> list[Mapping]:
 
 
 def read_messages(path: Path, magic: int) -> Iterator[bytes]:
-    """The messages of an image file. Raises FormatError for another magic or a cut-off file."""
-    with open(path, "rb") as file:
+    """The messages of an image file. Raises FormatError for a missing or cut-off file or another magic."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        raise FormatError(f"{path.name} is missing") from None
+    with file:
         if file.read(8) != struct.pack("<II", IMAGE_MAGIC, magic):
             raise FormatError(f"{path.name} is not the CRIU image file that its name says")
         while prefix := file.read(4):

@@ -2,7 +2,7 @@
 """The border at which JSON from outside becomes typed values."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from rekindle.errors import FormatError
@@ -61,8 +61,11 @@ class Fields:
     def texts(self, name: str, *, at_most: int = 100_000) -> list[str]:
         return self.list_of(name, text_item, at_most=at_most)
 
-    def text_map(self, name: str) -> dict[str, str]:
-        value = self._value.get(name, {})
+    def has(self, name: str) -> bool:
+        return name in self._value
+
+    def text_map(self, name: str, default: Mapping[str, str] | None = None) -> dict[str, str]:
+        value = self._value.get(name, default)
         if not isinstance(value, dict) or not all(isinstance(part, str) for part in value.values()):
             raise self._wrong(name, "an object of texts")
         return value

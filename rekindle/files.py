@@ -19,7 +19,7 @@ _COPY_BYTES = 1 << 20
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Replaces `path` in one step. Readers see the old content or the new, also after a power cut."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(fd, "wb") as file:
@@ -40,6 +40,18 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_at(fd: int, content: memoryview, offset: int) -> int:
+    """Writes all of a buffer at an offset; returns its length.
+
+    A single pwrite may write less: when the disk runs full, it writes what fits and says so by its result
+    alone. The next one raises then.
+    """
+    written = 0
+    while written < len(content):
+        written += os.pwrite(fd, content[written:], offset + written)
+    return written
 
 
 def remove_tree(path: Path) -> None:
@@ -120,6 +132,7 @@ def copy_sparse_tree(source: Path, target: Path) -> int:
     makes them anew. Other special files than FIFOs are left out too.
     """
     links: dict[tuple[int, int], Path] = {}
+    made: list[tuple[Path, os.stat_result]] = []
     written = 0
     for directory, names, filenames in os.walk(source):
         here = target / Path(directory).relative_to(source)
@@ -141,7 +154,9 @@ def copy_sparse_tree(source: Path, target: Path) -> int:
             else:
                 continue
             links[identity] = copy
-            copy_attributes(copy, status)
+            made.append((copy, status))
+    for copy, status in reversed(made):  # a directory after what is in it, which changes its time
+        copy_attributes(copy, status)
     return written
 
 
@@ -165,7 +180,7 @@ def _copy_sparse_file(source: Path, target: Path, size: int) -> int:
                 if count == 0:
                     break
                 for run_start, run_end in nonzero_runs(bytes(buffer[:count])):
-                    written += os.pwrite(writer.fileno(), buffer[run_start:run_end], offset + run_start)
+                    written += write_at(writer.fileno(), buffer[run_start:run_end], offset + run_start)
                 offset += count
     return written
 

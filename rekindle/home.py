@@ -42,11 +42,13 @@ class Home:
     def from_environment(cls) -> "Home":
         """Raises UsageError if the directory cannot be made."""
         home = os.environ.get("REKINDLE_HOME")
-        data = os.environ.get("XDG_DATA_HOME") or str(Path("~/.local/share").expanduser())
-        root = Path(home) if home else Path(data) / "rekindle"
+        root = Path(home or "~/.local/share/rekindle")
         try:
+            if not home:
+                data = os.environ.get("XDG_DATA_HOME")
+                root = Path(data, "rekindle") if data else root.expanduser()
             return cls(root.absolute())
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
             raise UsageError(
                 f"{root} cannot be used", cause=str(error), hint="set REKINDLE_HOME to a directory of yours"
             ) from error
@@ -76,6 +78,8 @@ class Home:
         removed = []
         with locked(self.root / "lock"):
             for directory in self.run.iterdir():
+                if not directory.is_dir():
+                    continue
                 fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 try:
                     if try_lock(fd):

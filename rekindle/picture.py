@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from xml.sax import saxutils
 
 _COLOURS = (
     *("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"),
@@ -26,6 +26,11 @@ class Bar:
         return sum(self.phases.values())
 
 
+def escape(text: str) -> str:
+    """Text for XML, without the characters that XML has no place for."""
+    return saxutils.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
 def draw(title: str, bars: Sequence[Bar]) -> str:
     """The picture. Bars too short to be told apart are drawn again below, on a scale of their own."""
     names = list(dict.fromkeys(name for bar in bars for name in bar.phases))
@@ -34,8 +39,8 @@ def draw(title: str, bars: Sequence[Bar]) -> str:
     short = [bar for bar in bars if bar.seconds < longest / 10]
     body = [f"<text x='12' y='28' {_TEXT} font-weight='bold'>{escape(title)}</text>"]
     top = _panel(body, bars, colours, 52, longest)
-    if short:
-        largest = max(bar.seconds for bar in short)
+    largest = max((bar.seconds for bar in short), default=0.0)
+    if largest:
         scale = f"magnified {longest / largest:.0f} times"
         body.append(f"<text x='12' y='{top + 18}' {_TEXT} fill-opacity='0.7'>{scale}</text>")
         top = _panel(body, short, colours, top + 34, largest)

@@ -2,6 +2,7 @@
 """The record: our JSON about a snapshot, stored as the process image's config. See docs/format.md."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from rekindle.fingerprint import Fingerprint
 SCHEMA = "rekindle.record/1"
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
+_FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
+_NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
+
+# Names that say that a value is a secret; but not --tokenizer or --max-num-batched-tokens.
+_SECRET_WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER|S)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH)[\w.-]*"  # noqa: S105
+_SECRET = re.compile(_SECRET_WORD, re.IGNORECASE)
+_ASSIGNMENT = re.compile(rf"(?<![\w-])((?:--)?{_SECRET_WORD})=\S*", re.IGNORECASE)
+_OPTION = re.compile(rf"--{_SECRET_WORD}", re.IGNORECASE)
+_OPTION_IN_TEXT = re.compile(rf"(--{_SECRET_WORD}\s+)[^\s-]\S*", re.IGNORECASE)
 
 
 class FileKind(StrEnum):
@@ -150,11 +159,13 @@ class Record:
         oracle, node = document.inner("oracle"), document.inner("node")
         process, dump = document.inner("process"), document.inner("dump")
         options = engine.json("options")
+        if not isinstance(options, dict):
+            raise FormatError("record.engine.options is not a JSON object", cause=f"{options!r:.80}")
         return cls(
             created=document.text("created"),
             made_by=document.text("made_by"),
             engine=engine.text("name"),
-            engine_options=options if isinstance(options, dict) else {},
+            engine_options=options,
             command=document.texts("command"),
             directory=document.text("directory"),
             environment=document.text_map("environment"),
@@ -162,7 +173,7 @@ class Record:
                 host=endpoint.text("host"), port=endpoint.integer("port", at_least=1, at_most=65535)
             ),
             oracle=Oracle(
-                request=Request.from_json(oracle.json("request")),
+                request=_request(oracle.json("request")),
                 answer=oracle.json("answer"),
             ),
             node=Fingerprint(
@@ -198,14 +209,23 @@ def redact_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def redact_command(argv: Sequence[str]) -> list[str]:
-    """The command with the values of options that hold a secret taken out."""
+    """The command with every value taken out that belongs to a name that says that it is a secret.
+
+    An option may take many values (vLLM's --api-key does), so all go up to the next option.
+    """
     out: list[str] = []
-    hide_next = False
+    hiding = False
+    first = False
     for word in argv:
-        name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and _SECRET.search(name) is not None
-        out.append("REDACTED" if hide_next else f"{name}=REDACTED" if secret and equals else word)
-        hide_next = secret and not equals and not hide_next
+        if _OPTION.fullmatch(word):
+            hiding, first = True, True
+            out.append(word)
+            continue
+        if word.startswith("--") and not first:
+            hiding = False
+        shown = _OPTION_IN_TEXT.sub(r"\1REDACTED", _ASSIGNMENT.sub(r"\1=REDACTED", word))
+        out.append("REDACTED" if hiding else shown)
+        first = False
     return out
 
 
@@ -233,10 +253,12 @@ def _stored_file(value: object, where: str) -> StoredFile:
     target = fields.text("target", "")
     if kind is FileKind.HARDLINK:
         _inside(target, where)
+    elif kind is FileKind.SYMLINK and not 0 < len(_encodable(target, where)) <= _PATH_LIMIT_BYTES:
+        raise FormatError(f"{where}.target cannot be the text of a symbolic link")
     return StoredFile(
         path=_inside(fields.text("path"), where),
         kind=kind,
-        size=fields.integer("size"),
+        size=fields.integer("size", at_most=_FILE_LIMIT_BYTES),
         mode=fields.integer("mode", at_most=0o7777),
         uid=fields.integer("uid", at_most=(1 << 32) - 1),
         gid=fields.integer("gid", at_most=(1 << 32) - 1),
@@ -271,14 +293,26 @@ def _inside(text: str, where: str) -> PurePosixPath:
         or len(path.parts) < 2
         or path.parts[0] not in {"criu", "shm"}
         or ".." in path.parts
-        or "\0" in text
+        or len(_encodable(text, where)) > _PATH_LIMIT_BYTES // 2  # below the directory that it goes to
+        or any(len(os.fsencode(part)) > _NAME_LIMIT_BYTES for part in path.parts)
     ):
         raise FormatError(f"{where} names a path outside the dump", cause=f"{text!r:.120}")
     return path
 
 
+def _encodable(text: str, where: str) -> bytes:
+    """The text as the file system takes it."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise FormatError(f"{where} names a file that cannot be", cause=f"{text!r:.120}")
+    return encoded
+
+
 def _absolute(text: str) -> str:
-    if not text.startswith("/") or "\0" in text:
+    if not text.startswith("/") or b"\0" in _encodable(text, "the record"):
         raise FormatError("the record's log is not an absolute path", cause=f"{text!r:.120}")
     return text
 
@@ -288,6 +322,13 @@ def _network(text: str) -> Network:
         return Network(text)
     except ValueError:
         raise FormatError(f"the record's network {text!r:.60} is not known here") from None
+
+
+def _request(value: JSON) -> Request:
+    try:
+        return Request.from_json(value)
+    except FormatError as error:
+        raise FormatError("record.oracle.request is no request", cause=error.cause) from None
 
 
 def _mapped_file(value: object, where: str) -> MappedFile:

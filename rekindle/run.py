@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+TimeoutExpired = subprocess.TimeoutExpired
 _GRACE_SECONDS = 5.0
 _OUTPUT_BYTES = 64 * 1024
 

@@ -8,6 +8,7 @@ it (the oracle) and what of the answer counts. It only talks HTTP; it starts and
     http    any other server: a URL that answers when it is ready, and a file with the oracle's request
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
 JSON = Any
+
+# What HTTP/1.1 lets through (RFC 9110 and 9112), so that a request cannot be more than one.
+_METHOD = re.compile(r"[A-Za-z]+")
+_PATH = re.compile(r"/[!-~]*")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +65,16 @@ class Request:
     def from_json(cls, value: JSON) -> "Request":
         """Raises FormatError if this is no request."""
         match value:
-            case {"path": str(path)} if path.startswith("/") and not any(c in path for c in " \r\n"):
+            case {"path": str(path)} if _PATH.fullmatch(path):
                 method = value.get("method", "POST" if "body" in value else "GET")
                 headers = value.get("headers", {})
                 if (
                     isinstance(method, str)
-                    and method.isalpha()
+                    and _METHOD.fullmatch(method)
                     and isinstance(headers, dict)
                     and all(isinstance(part, str) for pair in headers.items() for part in pair)
+                    and all(_HEADER_NAME.fullmatch(name) for name in headers)
+                    and all(_HEADER_VALUE.fullmatch(content) for content in headers.values())
                 ):
                     return cls(method=method, path=path, headers=headers, body=value.get("body"))
         raise FormatError(
@@ -139,5 +148,5 @@ def restored(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engi
         case "vllm":
             return vllm.VllmEngine(endpoint=endpoint)
         case "http":
-            return http.HttpEngine(endpoint=endpoint, options=options)
+            return http.HttpEngine.from_record(endpoint, options)
     raise FormatError(f"the record's engine {name!r} is not known here", hint="use a newer rekindle")

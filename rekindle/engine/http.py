@@ -7,6 +7,7 @@ Without it, the whole body counts.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,8 +16,10 @@ from rekindle.digest import Digest
 from rekindle.engine import JSON, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
+from rekindle.fields import Fields
 
 _TIMEOUT_SECONDS = 10.0
+_INDEX = re.compile(r"0|[1-9][0-9]*")
 
 
 class HttpEngine(Engine):
@@ -33,28 +36,40 @@ class HttpEngine(Engine):
         """Raises UsageError for a URL or a file that makes no sense."""
         try:
             url = urlsplit(ready_url)
-            host, port = url.hostname, url.port or 80
-        except ValueError as error:
+            host, port = url.hostname, 80 if url.port is None else url.port
+            ready_path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+            Request.from_json({"path": ready_path})
+        except (ValueError, FormatError) as error:
             raise UsageError(f"--ready-url {ready_url} is no URL", cause=str(error)) from error
-        if url.scheme != "http" or not host:
+        if url.scheme != "http" or not host or not port:
             raise UsageError(f"--ready-url {ready_url} is not of the form http://HOST:PORT/PATH")
-        ready_path = (url.path or "/") + (f"?{url.query}" if url.query else "")
         options: dict[str, JSON] = {"ready_path": ready_path, "oracle": None, "select": []}
         if oracle_file is not None:
             try:
                 content = json.loads(oracle_file.read_bytes())
                 options["oracle"] = Request.from_json(content).to_json()
-            except (OSError, ValueError, FormatError) as error:
+            except (OSError, ValueError, RecursionError, FormatError) as error:
                 raise UsageError(
                     f"--oracle-request {oracle_file} holds no request",
                     cause=str(error),
                     hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
                 ) from error
             select = content.get("select", [])
-            if not isinstance(select, list) or not all(isinstance(p, str) for p in select):
+            if not _is_pointers(select):
                 raise UsageError(f'"select" in {oracle_file} is not a list of JSON pointers')
             options["select"] = select
         return cls(endpoint=Endpoint(host=host, port=port), options=options)
+
+    @classmethod
+    def from_record(cls, endpoint: Endpoint, options: Mapping[str, JSON]) -> "HttpEngine":
+        """Raises FormatError for options that are not such as `options` gives."""
+        fields = Fields(dict(options), "record.engine.options")
+        Request.from_json({"path": fields.text("ready_path")})
+        if (oracle := fields.json("oracle")) is not None:
+            Request.from_json(oracle)
+        if not _is_pointers(fields.json("select")):
+            raise FormatError("record.engine.options.select is not a list of JSON pointers")
+        return cls(endpoint=endpoint, options=options)
 
     def environment(self) -> Mapping[str, str]:
         return {}
@@ -96,7 +111,7 @@ class HttpEngine(Engine):
         try:
             document = json.loads(response.body)
             values = [_at(document, pointer) for pointer in self._options["select"]]
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise OracleError(
                 "the oracle's answer does not hold what is to be compared", cause=repr(error)
             ) from error
@@ -110,5 +125,14 @@ def _at(document: JSON, pointer: str) -> JSON:
     """The value that a JSON pointer names. Raises LookupError, ValueError or TypeError if there is none."""
     for token in pointer.split("/")[1:]:
         key = token.replace("~1", "/").replace("~0", "~")
-        document = document[int(key)] if isinstance(document, list) else document[key]
+        if isinstance(document, list):
+            if not _INDEX.fullmatch(key):
+                raise LookupError(f"{key!r} is no index of a list")
+            document = document[int(key)]
+        else:
+            document = document[key]
     return document
+
+
+def _is_pointers(value: JSON) -> bool:
+    return isinstance(value, list) and all(isinstance(p, str) and p[:1] in {"", "/"} for p in value)

@@ -32,12 +32,7 @@ class VllmEngine(Engine):
     @classmethod
     def recognise(cls, argv: Sequence[str]) -> "VllmEngine | None":
         """The engine if this command starts vLLM's server. Raises UsageError for what is not supported."""
-        names = [Path(word).name for word in argv[:4]]
-        if not (
-            names[:2] == ["vllm", "serve"]
-            or names[1:3] == ["vllm", "serve"]  # python /…/bin/vllm serve
-            or names[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
-        ):
+        if not _is_server(argv):
             return None
         if _option(argv, "--uds"):
             raise UsageError(
@@ -120,8 +115,10 @@ class VllmEngine(Engine):
         tokens: list[str] = []
         logprobs: list[float] = []
         try:
-            for line in response.body.decode().splitlines():
-                if line.startswith("data: ") and line != "data: [DONE]":
+            # Not splitlines: a stream of events ends its lines with a line feed alone, and vLLM leaves
+            # other line separators in its texts as they are.
+            for line in response.body.decode().split("\n"):
+                if line.startswith("data: ") and line.strip() != "data: [DONE]":
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise ValueError(str(event["error"]))
@@ -129,16 +126,22 @@ class VllmEngine(Engine):
                         if choice["logprobs"]:
                             tokens += choice["logprobs"]["tokens"]
                             logprobs += choice["logprobs"]["token_logprobs"]
-        except (ValueError, KeyError, TypeError) as error:
+            answer = {"tokens": tokens, "logprobs": [round(value, 6) for value in logprobs]}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OracleError(
                 "the oracle's answer is not a stream of completions",
-                cause=f"{error!r} in {response.body[:300].decode(errors='replace')}",
+                cause=f"{error!r:.300} in {response.body[:300].decode(errors='replace')}",
             ) from error
-        if not tokens:
-            raise OracleError("the oracle's answer holds no token")
-        return {"tokens": tokens, "logprobs": [round(value, 6) for value in logprobs]}
+        if not tokens or not _is_answer(answer):
+            raise OracleError(
+                "the oracle's answer holds no tokens with their logprobs",
+                cause=response.body[:300].decode(errors="replace"),
+            )
+        return answer
 
     def agree(self, expected: JSON, got: JSON) -> bool:
+        if not _is_answer(expected) or not _is_answer(got):
+            return False
         return bool(expected["tokens"] == got["tokens"]) and all(
             abs(a - b) <= _LOGPROB_TOLERANCE
             for a, b in zip(expected["logprobs"], got["logprobs"], strict=True)
@@ -157,6 +160,35 @@ class VllmEngine(Engine):
                 cause=response.body[:300].decode(errors="replace"),
                 hint="if the server asks for a key, set VLLM_API_KEY",
             ) from error
+
+
+def _is_server(argv: Sequence[str]) -> bool:
+    """Whether a command starts vLLM's server: `vllm serve`, with or without Python in front of it."""
+    if not argv:
+        return False
+    words = list(argv)
+    if Path(words[0]).name.startswith("python"):
+        words = words[1:]
+        while words and words[0].startswith("-") and words[0] != "-m":
+            del words[: 2 if words[0] in {"-W", "-X"} else 1]
+        if words[:1] == ["-m"]:
+            module = words[1:2]
+            if module == ["vllm.entrypoints.openai.api_server"]:
+                return True
+            return module in (["vllm"], ["vllm.entrypoints.cli.main"]) and words[2:3] == ["serve"]
+    return len(words) > 1 and Path(words[0]).name == "vllm" and words[1] == "serve"
+
+
+def _is_answer(value: JSON) -> bool:
+    """Whether this is an answer as `answer` makes them: texts, and a number for each."""
+    match value:
+        case {"tokens": list(tokens), "logprobs": list(logprobs)}:
+            return (
+                len(tokens) == len(logprobs)
+                and all(isinstance(token, str) for token in tokens)
+                and all(isinstance(logprob, int | float) for logprob in logprobs)
+            )
+    return False
 
 
 def _prompt(number: int, tokens: int) -> list[int]:
