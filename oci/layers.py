@@ -57,6 +57,11 @@ class Piece:
     length: int
 
 
+def workers() -> int:
+    """How many threads to pack or unpack with: more than eight gain little and cost 20 MiB each."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: int) -> list[Descriptor]:
     """Writes the content of the tree's files into layers in a layout; returns their descriptors.
 
@@ -70,9 +75,10 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
             is_pages = file.path.parts[0] == "criu" and file.path.name.startswith("pages-")
             group = shm if file.path.parts[0] == "shm" else pages if is_pages else small
             group += list(_pieces(tree / file.path, index))
-    total = sum(piece.length for piece in pages)
+    total = sum(piece.length for piece in (*small, *pages, *shm))
     layer_bytes = max(_LAYER_BYTES, -(-total // _LAYERS_LIMIT))
-    plan = [("metadata", small), *(("pages", layer) for layer in _split(pages, layer_bytes)), ("shm", shm)]
+    groups = {"metadata": small, "pages": pages, "shm": shm}
+    plan = [(role, layer) for role, group in groups.items() for layer in _split(group, layer_bytes)]
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_write_layer, tree, files, layer, role, layout) for role, layer in plan if layer]
         try:

@@ -9,6 +9,7 @@ DIR/
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -21,9 +22,9 @@ from typing import BinaryIO
 from oci import media_types
 from rekindle.digest import Digest
 from rekindle.engine import JSON
-from rekindle.errors import FormatError, IntegrityError, NotFoundError
+from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import Fields
-from rekindle.files import locked, naming_full_disk, sync_directory, write_atomically
+from rekindle.files import locked, naming_full_disk, sync_directory, try_lock, write_atomically
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
@@ -68,8 +69,15 @@ class Descriptor:
             size=fields.integer("size"),
             annotations=fields.text_map("annotations", {}),
             artifact_type=fields.text("artifactType", ""),
-            platform=fields.text_map("platform", {}),
+            platform=_texts_of(fields.json("platform")) if fields.has("platform") else {},
         )
+
+
+def _texts_of(platform: JSON) -> dict[str, str]:
+    """What of a platform is text: `os.features` and the like are lists, and nothing to us."""
+    if not isinstance(platform, dict):
+        raise FormatError("a descriptor's platform is not a JSON object", cause=f"{platform!r:.80}")
+    return {name: value for name, value in platform.items() if isinstance(value, str)}
 
 
 class Layout:
@@ -87,21 +95,26 @@ class Layout:
             layout._blobs.mkdir(parents=True, exist_ok=True)
             if not (root / "oci-layout").exists():
                 write_atomically(root / "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
-            with locked(root / ".lock"):
-                if not (root / "index.json").exists():
-                    layout._write_index([])
+            if not (root / "index.json").exists():
+                with locked(root / ".lock"):
+                    if not (root / "index.json").exists():
+                        layout._write_index({"schemaVersion": 2, "mediaType": media_types.INDEX})
         return layout
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Keeps every blob in place while an image is read."""
         try:
-            os.close(os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError:  # a layout that we may not write to: nobody with our lock changes it
+            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:  # a layout that we may not write to: nobody with our locks changes it
             yield
             return
-        with locked(self.root / ".lock", shared=True, timeout=_WAIT_SECONDS):
+        try:
+            if not try_lock(fd, shared=True, timeout=_WAIT_SECONDS):
+                raise BusyError(f"garbage is being collected in {self.root}", hint="try again")
             yield
+        finally:
+            os.close(fd)
 
     def tags(self) -> dict[str, Descriptor]:
         """Every tag and what it names. Raises FormatError for a malformed index."""
@@ -145,10 +158,6 @@ class Layout:
             )
         return file
 
-    def has(self, descriptor: Descriptor) -> bool:
-        path = self._blobs / descriptor.digest.hex
-        return path.exists() and path.stat().st_size == descriptor.size
-
     def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:
         """Stores a small blob."""
         digest = Digest.of_bytes(content)
@@ -181,27 +190,20 @@ class Layout:
         """Takes over an image from another layout on the same disk, tag last.
 
         Readers see what the tag named before, or all of the new image. A publisher that is killed midway
-        leaves blobs at most, for `collect_garbage`.
+        leaves blobs at most, for `collect_garbage`. Other entries of the index stay as they are.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
             for digest in source.reachable([descriptor]):
-                target = self._blobs / digest.hex
                 # One that is there already may be damaged, and ours is whole: it takes its place.
                 if source is not self:
-                    _move(source._blobs / digest.hex, target)
+                    _move(source._blobs / digest.hex, self._blobs / digest.hex)
             sync_directory(self._blobs)
-            entries = [d for d in self._entries() if d.annotations.get(TAG_ANNOTATION) != tag]
+            document = self._document()
+            entries = document.get("manifests")
+            others = [e for e in entries if not _is_tagged(e, tag)] if isinstance(entries, list) else []
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
-            entries.append(
-                Descriptor(
-                    media_type=descriptor.media_type,
-                    digest=descriptor.digest,
-                    size=descriptor.size,
-                    annotations=annotations,
-                    artifact_type=descriptor.artifact_type,
-                )
-            )
-            self._write_index(entries)
+            ours = dataclasses.replace(descriptor, annotations=annotations)
+            self._write_index({**document, "manifests": [*others, ours.to_json()]})
 
     def reachable(self, roots: list[Descriptor]) -> set[Digest]:
         """The digests of all blobs below some manifests and indexes."""
@@ -223,14 +225,32 @@ class Layout:
         return found
 
     def collect_garbage(self) -> None:
-        """Removes the blobs that no tag needs. For a layout that nobody else puts blobs into."""
+        """Removes the blobs that no tag needs. For a layout that nobody else puts blobs into.
+
+        Puts it off, without an error, while somebody reads or as long as one of the images is damaged.
+        """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS):
-            keep = {digest.hex for digest in self.reachable(self._entries())}
-            for path in self._blobs.iterdir():
-                if path.name not in keep:
+            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if not try_lock(fd):
+                    return
+                keep = {digest.hex for digest in self.reachable(self._entries())}
+                for path in self._blobs.iterdir():
+                    if path.name not in keep:
+                        path.unlink()
+                for path in self.root.glob(".index.json.*"):  # of a writer that was killed: we hold the lock
                     path.unlink()
+            except (FormatError, IntegrityError):
+                return
+            finally:
+                os.close(fd)
 
     def _entries(self) -> list[Descriptor]:
+        document = Fields(self._document(), "index.json")
+        return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+
+    def _document(self) -> dict[str, JSON]:
+        """The index as it is written."""
         try:
             with open(self.root / "index.json", "rb") as file:
                 content = file.read(_INDEX_LIMIT_BYTES + 1)
@@ -238,16 +258,17 @@ class Layout:
             raise NotFoundError(
                 f"{self.root} holds no images", hint="make one: rekindle snapshot NAME -- COMMAND"
             ) from None
-        document = Fields.parse(content, "index.json", limit_bytes=_INDEX_LIMIT_BYTES)
-        return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+        fields = Fields.parse(content, "index.json", limit_bytes=_INDEX_LIMIT_BYTES)
+        fields.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+        return fields.as_json()
 
-    def _write_index(self, entries: list[Descriptor]) -> None:
-        document = {
-            "schemaVersion": 2,
-            "mediaType": media_types.INDEX,
-            "manifests": [entry.to_json() for entry in entries],
-        }
-        write_atomically(self.root / "index.json", json.dumps(document, indent=1).encode())
+    def _write_index(self, document: dict[str, JSON]) -> None:
+        content = {"manifests": [], **document}
+        write_atomically(self.root / "index.json", json.dumps(content, indent=1).encode())
+
+
+def _is_tagged(entry: JSON, tag: str) -> bool:
+    return bool(entry.get("annotations", {}).get(TAG_ANNOTATION) == tag)
 
 
 def _move(source: Path, target: Path) -> None:

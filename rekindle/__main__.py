@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from rekindle.errors import Interrupted, RekindleError
 from rekindle.files import full_disk
+from rekindle.text import printable
 
 # Each verb is a module of rekindle.verbs, imported only when it is asked for.
 VERBS = {
@@ -22,6 +23,7 @@ VERBS = {
     "doctor": "show what this node can do, and what it lacks",
     "bench": "compare cold starts and restores, by phase",
 }
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BUG_STATUS = 1
 _USAGE_STATUS = 2
 
@@ -40,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         print(f"rekindle: there is no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return _USAGE_STATUS
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _interrupt)
+    for signum in _ENDING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and a shell's & ask for
+            signal.signal(signum, _interrupt)
     try:
         verb = importlib.import_module(f"rekindle.verbs.{words[0]}")
         status = verb.main(words[1:])
@@ -72,7 +75,8 @@ def _open_standard_files() -> None:
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # once is enough: what follows is the clean-up
+    for each in _ENDING:  # once is enough: what follows is the clean-up
+        signal.signal(each, signal.SIG_IGN)
     raise Interrupted(signum)
 
 
@@ -87,7 +91,7 @@ def _tell(error: RekindleError) -> None:
 
         lines.append(f"  ran:   {replay(error.command)}")
     with contextlib.suppress(OSError):
-        print("\n".join(lines), file=sys.stderr)
+        print(printable("\n".join(lines)), file=sys.stderr)
 
 
 def _usage() -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
-from rekindle.errors import CapabilityError
+from rekindle.errors import CapabilityError, UsageError
 
 SOURCE = """
 __attribute__((constructor)) static void ask(void) {
@@ -33,7 +33,12 @@ def present() -> bool:
 
 def environment(tools: Path) -> dict[str, str]:
     """What CRIU's environment needs so that restored tasks may use AMX; nothing where there is none."""
-    return {"LD_PRELOAD": str(compiled(tools))} if present() else {}
+    if not present():
+        return {}
+    helper = str(compiled(tools))
+    if any(character in helper for character in " \t\n:"):  # LD_PRELOAD is a list that these divide
+        raise UsageError(f"{helper} cannot be preloaded", hint="set REKINDLE_HOME to a path without such")
+    return {"LD_PRELOAD": helper}
 
 
 def compiled(tools: Path) -> Path:

@@ -72,7 +72,7 @@ class Cell:
     """A running cell. Leaving the context ends every process in it and drops its mounts.
 
     It also ends when this process dies, even by SIGKILL; so it must be made by a thread that lives as
-    long as the cell shall. Not safe for use by several threads at once.
+    long as the cell shall. Several threads may `connect` at once; the rest is for one.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,10 @@ class Cell:
             "fds": list(command.fds),
             "workload": command.workload,
         }
-        self._send(request, list(command.fds.values()))
+        # In a file: a message has room for some 200 kB, and environments can be larger.
+        with open(os.memfd_create("request"), "w+b", buffering=0) as file:
+            file.write(json.dumps(request).encode())
+            self._send({"op": "spawn"}, [file.fileno(), *command.fds.values()])
         deadline = time.monotonic() + _START_SECONDS
         while not self._spawned:
             if not self._receive(deadline - time.monotonic()):

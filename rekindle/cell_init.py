@@ -11,8 +11,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, a JSON object a message:
 
     to init                                                  from init
     {"op": "enter", "network", "monotonic", "boottime"}      {"init": PID on the host}, {"ready": true}
-    {"op": "spawn", "argv", "env", "cwd", "files", "fds",
-     "workload"}  + the descriptors for "fds"                {"spawned": PID}
+    {"op": "spawn"} + a file with {"argv", "env", "cwd",
+     "files", "fds", "workload"}, descriptors for "fds"      {"spawned": PID}
     {"op": "signal", "pid", "signal"}                        -
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
@@ -179,8 +179,11 @@ def reap(control: socket.socket) -> None:
 def answer(control: socket.socket, request: dict, fds: list) -> None:  # type: ignore[type-arg]
     match request["op"]:
         case "spawn":
-            pid = spawn(request, fds)
-            for fd in fds:
+            content, *rest = fds
+            with open(content, "rb") as file:
+                file.seek(0)
+                pid = spawn(json.load(file), rest)
+            for fd in rest:
                 os.close(fd)
             send(control, {"spawned": pid})
         case "signal":

@@ -22,6 +22,8 @@ from rekindle.home import Home
 
 # The GPU processes that we are made for take longer than CRIU's ten seconds to come to rest.
 _TIMEOUT_SECONDS = 600
+# How large a deleted file may be that is still open and so becomes part of the dump. CRIU's is 1 MiB.
+GHOST_LIMIT_BYTES = 1 << 30
 _PROBE_SECONDS = 20.0
 _INSTALL_HINT = "`hack/get-criu` installs a CRIU that works, or set REKINDLE_CRIU to yours"
 
@@ -55,44 +57,43 @@ class Candidate:
 def find(home: Home) -> Criu:
     """The first CRIU that works: `$REKINDLE_CRIU`, one on PATH, one installed by hack/get-criu.
 
-    What was found out about a program is remembered until it or the kernel changes. Raises
-    CapabilityError if there is none.
+    That one works is remembered until it or the kernel changes; that one does not is tried every time.
+    Raises CapabilityError if there is none.
     """
+    known = home.tools / "criu-that-work.json"
+    remembered = _read_known(known)
     tried = []
-    for candidate in candidates(home):
+    for path in _paths():
+        identity = _identity(path)
+        if identity in remembered:
+            return Criu(path=path, version=remembered[identity])
+        candidate = _try(home, path)
         if not candidate.lack:
-            return Criu(path=candidate.path, version=candidate.version)
+            write_atomically(known, json.dumps({**remembered, identity: candidate.version}).encode())
+            return Criu(path=path, version=candidate.version)
         tried.append(candidate)
     if not tried:
         raise CapabilityError("there is no CRIU on this machine", hint=_INSTALL_HINT)
-    worst = tried[-1]
+    last = tried[-1]
     raise CapabilityError(
-        f"CRIU {worst.version} ({worst.path}) does not work on kernel {platform.release()}",
-        cause=worst.lack,
+        f"CRIU {last.version} ({last.path}) does not work on kernel {platform.release()}",
+        cause=last.lack,
         hint=_INSTALL_HINT,
     )
 
 
 def candidates(home: Home) -> Iterator[Candidate]:
-    """Every CRIU that can be found, tried one after the other."""
-    for path in _paths():
-        known = home.tools / "criu-probes.json"
-        key = _identity(path)
-        probes = _read_probes(known)
-        if key not in probes:
-            probes[key] = _try(path)
-            write_atomically(known, json.dumps(probes, indent=1).encode())
-        version, lack = probes[key]
-        yield Candidate(path=path, version=version, lack=lack)
+    """Every CRIU that can be found, each tried now."""
+    return (_try(home, path) for path in _paths())
 
 
 def _paths() -> list[Path]:
     if chosen := os.environ.get("REKINDLE_CRIU"):
-        return [Path(chosen)]
+        return [Path(chosen).absolute()]
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     prefix = os.environ.get("REKINDLE_PREFIX") or str(Path(cache, "rekindle"))
     found = [shutil.which("criu"), shutil.which("criu", path=f"{prefix}/bin")]
-    return [Path(path) for path in dict.fromkeys(found) if path]
+    return [Path(path).absolute() for path in dict.fromkeys(found) if path]
 
 
 def _identity(path: Path) -> str:
@@ -103,32 +104,30 @@ def _identity(path: Path) -> str:
     return f"{path} {status.st_size} {status.st_mtime_ns} on {platform.release()}"
 
 
-def _read_probes(path: Path) -> dict[str, tuple[str, str]]:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        content = json.loads(path.read_bytes())
-        return {str(key): (str(version), str(lack)) for key, (version, lack) in content.items()}
+def _read_known(path: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return {str(key): str(version) for key, version in json.loads(path.read_bytes()).items()}
     return {}
 
 
-def _try(path: Path) -> tuple[str, str]:
-    """Dumps and restores a small process with threads and a TCP listener: (version, what went wrong)."""
+def _try(home: Home, path: Path) -> Candidate:
+    """Dumps and restores a small process with threads and a TCP listener."""
     from rekindle.run import run
 
     try:
-        version = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
+        match = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
     except OSError as error:
-        return "unknown", str(error)
-    name = version[1] if version else "unknown"
+        return Candidate(path=path, version="unknown", lack=str(error))
+    version = match[1] if match else "unknown"
     if os.geteuid() != 0:
         raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
-    import tempfile
-
+    lack = ""
     try:
-        with tempfile.TemporaryDirectory(prefix="rekindle-probe-") as directory:
-            _round_trip(Criu(path=path, version=name), Path(directory))
+        with home.work("probe") as directory:
+            _round_trip(Criu(path=path, version=version), directory)
     except (DumpError, RestoreError) as error:
-        return name, f"{error.message}: {error.cause}"
-    return name, ""
+        lack = f"{error.message}: {error.cause}"
+    return Candidate(path=path, version=version, lack=lack)
 
 
 _PROBE_PORT = 1234
@@ -187,7 +186,7 @@ def _expect(got: bytes, wanted: bytes) -> None:
 def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
     """Dumps the tree below a process of the cell into a directory, and ends it.
 
-    Raises DumpError; the tree runs on then.
+    Raises DumpError; the tree runs on then, unless CRIU had to be killed.
     """
     argv = [
         str(criu.path),
@@ -197,7 +196,7 @@ def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = 
         "--log-file=dump.log",
         "-v2",
         f"--timeout={int(timeout)}",
-        "--ghost-limit=1073741824",  # bytes of a deleted file that is still open; the default is 1 MiB
+        f"--ghost-limit={GHOST_LIMIT_BYTES}",
         *_COMMON,
     ]
     _call(cell, argv, directory, "dump.log", timeout, {}, DumpError("CRIU could not dump the server"))
@@ -274,7 +273,12 @@ def errors_in(log: Path, *, every_line: bool = False, limit: int = 5) -> str:
     """The first error lines of a CRIU log, or the lines at all; "" if there are none."""
     try:
         with open(log, errors="replace") as file:
-            lines = [line.strip() for line in file if every_line or "Error" in line]
+            # What CRIU says of rlimits is harmless, and the first thing it says where it may not set them.
+            lines = [
+                line.strip()
+                for line in file
+                if (every_line or "Error" in line) and "Can't setup RLIMIT_NOFILE for self" not in line
+            ]
     except OSError:
         return ""
     return "; ".join(lines[:limit])

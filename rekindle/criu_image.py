@@ -131,7 +131,9 @@ def _compact(
                 raise FormatError(f"{pages.name} is shorter than its pagemap says")
             read_at += length
             for start, end in nonzero_runs(bytes(content)) if may_drop else [(0, length)]:
-                write_to += write_at(file.fileno(), content[start:end], write_to)
+                if write_to != read_at - length + start:  # the first pages of most files stay in place
+                    write_at(file.fileno(), content[start:end], write_to)
+                write_to += end - start
                 kept = (end - start) // PAGE_BYTES
                 _append(left, Stretch(address=stretch.address + start, pages=kept, flags=stretch.flags))
                 dropped -= kept

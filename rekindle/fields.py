@@ -45,6 +45,10 @@ class Fields:
     def inner(self, name: str) -> "Fields":
         return Fields(self._value.get(name), f"{self._where}.{name}")
 
+    def as_json(self) -> dict[str, Any]:
+        """The object as it is."""
+        return self._value
+
     def json(self, name: str) -> Any:
         """A value of any form."""
         if name not in self._value:

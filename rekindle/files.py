@@ -60,23 +60,22 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+_DISK_HINT = "free some, or set REKINDLE_HOME to a directory on a larger disk"
+
+
 @contextlib.contextmanager
-def naming_full_disk(place: Path) -> Iterator[None]:
+def naming_full_disk(place: Path | str, *, hint: str = _DISK_HINT) -> Iterator[None]:
     """Turns "no space left" and "quota exceeded" within the block into a SpaceError that names the place."""
     try:
         yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        raise full_disk(place, cause=str(error)) from error
+        raise full_disk(place, cause=str(error), hint=hint) from error
 
 
-def full_disk(place: Path | str, *, cause: str) -> SpaceError:
-    return SpaceError(
-        f"no space left below {place}",
-        cause=cause,
-        hint="free some, or set REKINDLE_HOME to a directory on a larger disk",
-    )
+def full_disk(place: Path | str, *, cause: str, hint: str = _DISK_HINT) -> SpaceError:
+    return SpaceError(f"no space left below {place}", cause=cause, hint=hint)
 
 
 @contextlib.contextmanager

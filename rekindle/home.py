@@ -4,10 +4,10 @@
     $REKINDLE_HOME/                 (default: $XDG_DATA_HOME/rekindle, ~/.local/share/rekindle)
         store/                      the local store, an OCI image layout
         dumps/HEX/                  dumps ready to restore, by the digest of their manifest
-        run/VERB-PID-XXXXXX/        what one running command works with; `lock` is held while it lives
+        run/VERB-PID-XXXXXX/        what one running command works with; locked itself while that lives
         logs/                       logs of commands that failed, the newest twenty
         tools/                      what was compiled here, and what was found out about this node
-        lock                        held while one of these is made or cleaned up
+        lock                        held for a moment, while a work directory is made or looked at
 
 A command that is killed leaves its work directory behind, unlocked; the next command removes it.
 """
@@ -15,6 +15,7 @@ A command that is killed leaves its work directory behind, unlocked; the next co
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rekindle.errors import RekindleError, UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 
 _LOGS_KEPT = 20
+_STALE_SECONDS = 3600.0
 
 
 class Home:
@@ -47,7 +49,16 @@ class Home:
             if not home:
                 data = os.environ.get("XDG_DATA_HOME")
                 root = Path(data, "rekindle") if data else root.expanduser()
-            return cls(root.absolute())
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # The kernel and CRIU speak of files by their real paths.
+            root = root.resolve()
+            if root.is_relative_to("/dev/shm"):  # noqa: S108
+                raise UsageError(
+                    f"{root} cannot be used",
+                    cause="a cell has a /dev/shm of its own, in which it is not to be seen",
+                    hint="set REKINDLE_HOME to a directory on a disk, or on another tmpfs",
+                )
+            return cls(root)
         except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
             raise UsageError(
                 f"{root} cannot be used", cause=str(error), hint="set REKINDLE_HOME to a directory of yours"
@@ -60,34 +71,35 @@ class Home:
             with locked(self.root / "lock"), naming_full_disk(self.root):
                 directory = self.run / f"{verb}-{os.getpid()}-{os.urandom(4).hex()}"
                 directory.mkdir(mode=0o700)
-                stack.enter_context(locked(directory / "lock"))
-                stack.callback(self._remove, directory)
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                try_lock(fd)
+                stack.callback(_remove_if_possible, directory)
             try:
                 yield directory
             except RekindleError as error:
                 self._keep_log(error, directory)
                 raise
 
-    def _remove(self, directory: Path) -> None:
-        """Removes our own work directory. Under the lock, since a sweep would make files in it meanwhile."""
-        with locked(self.root / "lock"):
-            remove_tree(directory)
-
     def sweep(self) -> list[Path]:
         """Removes the work directories of commands that are no more; returns them."""
-        removed = []
-        with locked(self.root / "lock"):
-            for directory in self.run.iterdir():
-                if not directory.is_dir():
-                    continue
-                fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    if try_lock(fd):
-                        remove_tree(directory)
-                        removed.append(directory)
-                finally:
-                    os.close(fd)
-        return removed
+        found: list[tuple[Path, int]] = []
+        with contextlib.ExitStack() as stack:
+            with locked(self.root / "lock"):
+                for directory in self.run.iterdir():
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                        stack.callback(os.close, fd)
+                        if try_lock(fd):
+                            found.append((directory, fd))
+                for path in self.tools.glob(".*"):  # staged by a writer that was killed
+                    with contextlib.suppress(FileNotFoundError):
+                        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                            path.unlink()
+            # Gigabytes, maybe: nobody has to wait for that, and who comes now finds them locked.
+            for directory, _ in found:
+                _remove_if_possible(directory)
+        return [directory for directory, _ in found]
 
     def _keep_log(self, error: RekindleError, directory: Path) -> None:
         """Saves the log that an error names from the removal of its directory."""
@@ -100,6 +112,16 @@ class Home:
             error.log = None
             return
         error.log = kept
+        with contextlib.suppress(OSError):  # another command may be at it, too
+            self._drop_old_logs()
+
+    def _drop_old_logs(self) -> None:
         by_age = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in by_age[:-_LOGS_KEPT]:
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def _remove_if_possible(directory: Path) -> None:
+    """A directory that cannot be removed now is left to the next sweep: the command's result stands."""
+    with contextlib.suppress(OSError):
+        remove_tree(directory)

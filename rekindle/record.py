@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,13 +19,6 @@ RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
-
-# Names that say that a value is a secret; but not --tokenizer or --max-num-batched-tokens.
-_SECRET_WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER|S)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH)[\w.-]*"  # noqa: S105
-_SECRET = re.compile(_SECRET_WORD, re.IGNORECASE)
-_ASSIGNMENT = re.compile(rf"(?<![\w-])((?:--)?{_SECRET_WORD})=\S*", re.IGNORECASE)
-_OPTION = re.compile(rf"--{_SECRET_WORD}", re.IGNORECASE)
-_OPTION_IN_TEXT = re.compile(rf"(--{_SECRET_WORD}\s+)[^\s-]\S*", re.IGNORECASE)
 
 
 class FileKind(StrEnum):
@@ -201,32 +193,6 @@ class Record:
             stored_bytes=dump.integer("stored_bytes"),
             files=_consistent(dump.list_of("files", _stored_file, at_most=_FILES_LIMIT)),
         )
-
-
-def redact_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the variables whose names say that they hold a secret."""
-    return {name: value for name, value in sorted(environment.items()) if not _SECRET.search(name)}
-
-
-def redact_command(argv: Sequence[str]) -> list[str]:
-    """The command with every value taken out that belongs to a name that says that it is a secret.
-
-    An option may take many values (vLLM's --api-key does), so all go up to the next option.
-    """
-    out: list[str] = []
-    hiding = False
-    first = False
-    for word in argv:
-        if _OPTION.fullmatch(word):
-            hiding, first = True, True
-            out.append(word)
-            continue
-        if word.startswith("--") and not first:
-            hiding = False
-        shown = _OPTION_IN_TEXT.sub(r"\1REDACTED", _ASSIGNMENT.sub(r"\1=REDACTED", word))
-        out.append("REDACTED" if hiding else shown)
-        first = False
-    return out
 
 
 def _file_to_json(file: StoredFile) -> dict[str, JSON]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.files import write_atomically
+from rekindle.text import printable
 
 SCHEMA = "rekindle.report/1"
 
@@ -98,7 +99,7 @@ class Report:
         """Tells a person."""
         if not self.quiet:
             with contextlib.suppress(OSError):
-                print(f"rekindle: {text}", file=sys.stderr, flush=True)
+                print(printable(f"rekindle: {text}"), file=sys.stderr, flush=True)
 
     def to_json(self) -> dict[str, Any]:
         seconds = time.monotonic() - self.began

@@ -13,6 +13,7 @@ trusted to be whole.
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,13 +42,15 @@ def ready(home: Home, work: Path, image: Image, report: Report) -> Iterator[Path
             if _is_ready(target):
                 with contextlib.suppress(OSError):
                     os.utime(target / "ready.json")
-                _evict(home.dumps, keep=target.name, limit=limit)
+                _evict(home.dumps, keep=target.name, limit=limit, room=0)
                 yield target
                 return
         # Between the two locks, another may unpack it for us, or make room by removing it again.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
             if not _is_ready(target):
                 remove_tree(target)
+                room = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
+                _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
 
@@ -62,12 +65,13 @@ def limit_bytes() -> int:
 
 
 def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
-    from oci.layers import unpack  # most restores find the dump unpacked, and zstandard takes time to load
+    from oci.layers import (  # most restores find the dump unpacked, and zstandard takes time to load
+        unpack,
+        workers,
+    )
 
     staged.mkdir(mode=0o700)
-    written = unpack(
-        image.layout, image.layers, image.record.files, staged, workers=len(os.sched_getaffinity(0))
-    )
+    written = unpack(image.layout, image.layers, image.record.files, staged, workers=workers())
     report.bytes["written"] = written
     (staged / "ready.json").write_text(json.dumps({"boot": boot_id(), "bytes": written}))
     staged.replace(target)
@@ -85,18 +89,23 @@ def _marker(target: Path) -> tuple[str, int] | None:
     return None
 
 
-def _evict(dumps: Path, *, keep: str, limit: int) -> None:
-    """Removes the dumps that were not used for longest until the rest fits; none that is in use."""
+def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
+    """Removes the dumps that were not used for longest until the rest fits into `limit` bytes, and `room`
+    bytes are free on the disk; those of another boot at once; none that is in use."""
     found = []
     for path in dumps.iterdir():
-        if path.suffix == ".lock":
+        if path.suffix == ".lock" or path.name == keep:
             continue
         marker = _marker(path)
-        used = (path / "ready.json").stat().st_mtime if marker else 0.0
-        found.append((used, path, marker[1] if marker else 0))
-    total = sum(size for _, _, size in found)
-    for _, path, size in sorted(found):
-        if path.name != keep and (total > limit or size == 0) and _remove(path):
+        stale = marker is None or marker[0] != boot_id()
+        used = 0.0
+        with contextlib.suppress(OSError):
+            used = (path / "ready.json").stat().st_mtime
+        found.append((not stale, used, path, marker[1] if marker else 0))
+    total = sum(size for _, _, _, size in found)
+    for useful, _, path, size in sorted(found):
+        crowded = total > limit or shutil.disk_usage(dumps).free < room
+        if (crowded or not useful) and _remove(path):
             total -= size
 
 

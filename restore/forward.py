@@ -36,7 +36,15 @@ def bind(endpoint: Endpoint) -> socket.socket:
     return sock
 
 
-def _taken(endpoint: Endpoint | str, error: OSError) -> PortError:
+def listen(sock: socket.socket, endpoint: Endpoint) -> None:
+    """Opens an address that was bound. Raises PortError if somebody else was faster."""
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        raise _taken(endpoint, error) from error
+
+
+def _taken(endpoint: Endpoint, error: OSError) -> PortError:
     return PortError(
         f"{endpoint} cannot be published",
         cause=error.strerror or str(error),
@@ -66,12 +74,8 @@ class Forwarder:
         self._listener: socket.socket | None = None
         self._sides: set[_Side] = set()
 
-    def listen(self, sock: socket.socket) -> None:
-        """Takes connections from now on. Raises PortError if somebody else was faster."""
-        try:
-            sock.listen(_BACKLOG)
-        except OSError as error:
-            raise _taken("the port", error) from error
+    def accept_from(self, sock: socket.socket) -> None:
+        """Takes the connections to a listening socket from now on."""
         sock.setblocking(False)
         self._listener = sock
         self._selector.register(sock, selectors.EVENT_READ, self._accept)
@@ -79,7 +83,8 @@ class Forwarder:
     def close(self) -> None:
         """Ends every connection."""
         if self._listener is not None:
-            self._selector.unregister(self._listener)
+            if self._listener in self._selector.get_map():
+                self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
         for side in list(self._sides):
@@ -89,13 +94,16 @@ class Forwarder:
         assert self._listener is not None
         try:
             client, _address = self._listener.accept()
-        except OSError:  # gone again, or out of descriptors: the next one may do better
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                self._pause()
             return
         host = self._target.reachable_host
         try:
             server = self._cell.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError:
             client.close()
+            self._pause()
             return
         near, far = _Side(client), _Side(server, connected=False)
         near.other, far.other = far, near
@@ -110,6 +118,16 @@ class Forwarder:
             return
         self._watch(near)
         self._watch(far)
+
+    def _pause(self) -> None:
+        """Out of descriptors: leaves new connections in the queue until one of ours ends."""
+        assert self._listener is not None
+        if self._sides and self._listener in self._selector.get_map():
+            self._selector.unregister(self._listener)
+
+    def _resume(self) -> None:
+        if self._listener is not None and self._listener not in self._selector.get_map():
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _watch(self, side: _Side) -> None:
         """Asks for the events that a side waits for: room to write, or something to read."""
@@ -177,3 +195,4 @@ class Forwarder:
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each.sock)
                 each.sock.close()
+        self._resume()

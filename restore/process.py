@@ -12,9 +12,9 @@ from pathlib import Path
 from rekindle import criu
 from rekindle.cell import Cell, exit_status
 from rekindle.criu import Criu
-from rekindle.engine import restored
+from rekindle.engine import Engine, restored
 from rekindle.errors import OracleError, RestoreError
-from rekindle.files import copy_sparse_tree
+from rekindle.files import copy_sparse_tree, naming_full_disk
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import Report
@@ -40,15 +40,19 @@ def restore(
     work: Path,
     output: Output,
     report: Report,
+    engine: Engine | None = None,
 ) -> None:
     """Fills a cell that was just booted with the server, and asks the oracle.
+
+    `engine` is who asks: the one that the record names, if it is not given.
 
     Raises RestoreError or OracleError; the caller ends the cell then, and nothing is left of the try.
     """
     process = record.process
     with report.phase("cell"):
         cell.enter(process.network, process.clocks)
-        copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
+        with naming_full_disk("the cell's /dev/shm", hint="the node is short of memory"):
+            copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
     # The HTTP client takes 30 ms to import: that is done while CRIU works.
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
     with report.phase("restore"):
@@ -61,13 +65,13 @@ def restore(
             home=home,
         )
     with report.phase("oracle"):
-        _prove(cell, record, report)
+        engine = engine or restored(record.engine, record.endpoint, record.engine_options)
+        _prove(cell, record, engine, report)
 
 
-def _prove(cell: Cell, record: Record, report: Report) -> None:
+def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
     from rekindle.engine.client import Client
 
-    engine = restored(record.engine, record.endpoint, record.engine_options)
     client = Client(record.endpoint, cell.connect)
     request = engine.authorize(record.oracle.request, os.environ)
     asked = time.monotonic()

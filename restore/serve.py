@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -25,10 +26,14 @@ _FORWARDED = (
 
 def serve(cell: Cell, record: Record, published: socket.socket | None) -> int:
     """Runs until the server ends; returns its exit status as the shell counts."""
+    # Two descriptors a connection; the server's own limit is the one that it was dumped with.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with selectors.DefaultSelector() as selector, _signals(cell, record) as wakeups:
         forwarder = Forwarder(selector, cell, Endpoint(host=record.endpoint.host, port=record.endpoint.port))
         if published is not None:
-            forwarder.listen(published)
+            forwarder.accept_from(published)
         selector.register(wakeups, selectors.EVENT_READ, lambda _: os.read(wakeups, 4096))
         selector.register(cell, selectors.EVENT_READ, lambda _: None)
         try:
@@ -52,7 +57,8 @@ def _signals(cell: Cell, record: Record) -> Iterator[int]:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    before = {signum: signal.signal(signum, pass_on) for signum in _FORWARDED}
+    heeded = [signum for signum in _FORWARDED if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.signal(signum, pass_on) for signum in heeded}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield reader

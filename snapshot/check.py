@@ -9,12 +9,13 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle import processes
-from rekindle.cell import Cell, Network
+from rekindle.cell import Cell, Command, Network
+from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
 
 
@@ -32,6 +33,7 @@ class Obstacle:
         return f"process {self.pid} ({self.command}), {self.where}: {self.what}; {self.remedy}"
 
 
+_CAT_SECONDS = 10.0
 Finding = tuple[str, str]  # what is wrong, and the remedy
 
 _SECRET_MEMORY = ("is secret memory, which the kernel hides from CRIU too", "turn it off")
@@ -61,9 +63,10 @@ _GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 _STATES_OF_CONNECTION = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
-def check(cell: Cell, root: int, network: Network) -> None:
-    """Raises NotDumpableError that names every obstacle."""
-    found = list(obstacles(cell, root, network))
+def check(cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path) -> None:
+    """Raises NotDumpableError that names every obstacle. `own` are the logs that a restore replaces."""
+    found = list(obstacles(cell, root, network, own))
+    found += _system_v(cell, work)
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -72,7 +75,7 @@ def check(cell: Cell, root: int, network: Network) -> None:
         )
 
 
-def obstacles(cell: Cell, root: int, network: Network) -> Iterator[Obstacle]:
+def obstacles(cell: Cell, root: int, network: Network, own: Collection[Path]) -> Iterator[Obstacle]:
     """Every obstacle in the cell, process by process."""
     tree = processes.tree(cell, root)
     for pid in processes.pids(cell):
@@ -86,11 +89,13 @@ def obstacles(cell: Cell, root: int, network: Network) -> Iterator[Obstacle]:
                 remedy="start it in the foreground",
             )
             continue
-        for where, what, remedy in _of_process(cell, pid, network):
+        for where, what, remedy in _of_process(cell, pid, network, own):
             yield Obstacle(pid=pid, command=name, where=where, what=what, remedy=remedy)
 
 
-def _of_process(cell: Cell, pid: int, network: Network) -> Iterator[tuple[str, str, str]]:
+def _of_process(
+    cell: Cell, pid: int, network: Network, own: Collection[Path]
+) -> Iterator[tuple[str, str, str]]:
     fields = processes.status(cell, pid)
     if fields.get("TracerPid", "0") != "0":
         yield "the process", "is traced by a debugger", "detach it"
@@ -98,7 +103,10 @@ def _of_process(cell: Cell, pid: int, network: Network) -> Iterator[tuple[str, s
         yield "the process", "is in seccomp strict mode", "start it without"
     sockets = _sockets(cell, pid, network)
     for fd, target in processes.descriptors(cell, pid):
-        if finding := _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets):
+        finding = _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets)
+        if not finding and Path(target) not in own:
+            finding = _of_writing(cell, pid, fd, target)
+        if finding:
             yield (f"descriptor {fd} ({target})", *finding)
     for path in processes.mapped_paths(cell, pid):
         if finding := _of_mapping(path):
@@ -132,7 +140,49 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
         return "is a device that CRIU does not know", "close it"
     if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
         return "is a deleted file that has other names", "keep such files below $TMPDIR"
+    if not status.st_nlink and status.st_size > GHOST_LIMIT_BYTES:
+        return f"is a deleted file of {status.st_size:,} bytes, more than CRIU stores", "keep its name"
     return None
+
+
+def _of_writing(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
+    """A file that grows does not fit its snapshot any more, and replicas would write to one file."""
+    if target.startswith(("/dev/", "/proc/", "/memfd:")) or not target.startswith("/"):
+        return None
+    process = processes.proc(cell) / str(pid)
+    with contextlib.suppress(OSError):
+        status = (process / "fd" / str(fd)).stat()
+        fields = (process / "fdinfo" / str(fd)).read_text().split()
+        flags = int(fields[fields.index("flags:") + 1], 8)
+        if (
+            stat.S_ISREG(status.st_mode)
+            and status.st_nlink
+            and status.st_size  # an empty one is a lock
+            and flags & os.O_ACCMODE != os.O_RDONLY
+        ):
+            return "is open for writing", "log to stdout or stderr, and keep other files below $TMPDIR"
+    return None
+
+
+def _system_v(cell: Cell, work: Path) -> Iterator[Obstacle]:
+    """System V IPC objects of the cell. CRIU dumps them with their namespace only, and we dump none."""
+    for table, what in (("sem", "semaphores"), ("msg", "message queue"), ("shm", "shared memory")):
+        listing = work / f"sysvipc-{table}"  # the kernel shows a reader that of the reader's namespace
+        command = Command(
+            argv=["cat", f"/proc/sysvipc/{table}"],
+            env={"PATH": os.defpath},
+            cwd=Path("/"),
+            files={0: Path(os.devnull), 1: listing, 2: Path(os.devnull)},
+        )
+        if cell.run(command, _CAT_SECONDS) == 0:
+            for row in listing.read_text().splitlines()[1:]:
+                yield Obstacle(
+                    pid=0,
+                    command="any",
+                    where=f"System V id {row.split()[1]}",
+                    what=f"System V {what}, which would be missing after a restore",
+                    remedy="use POSIX semaphores, queues and shared memory",
+                )
 
 
 def _of_mapping(path: str) -> tuple[str, str] | None:

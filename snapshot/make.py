@@ -13,16 +13,16 @@ from rekindle.cell import Cell, Network
 from rekindle.criu import Criu
 from rekindle.engine import Endpoint, Engine, Request
 from rekindle.engine.client import Client
-from rekindle.files import copy_sparse_tree, naming_full_disk
+from rekindle.errors import CapabilityError, UsageError
+from rekindle.files import PAGE_BYTES, copy_sparse_tree, naming_full_disk
 from rekindle.fingerprint import Fingerprint
 from rekindle.record import (
     MappedFile,
     Process,
     Record,
     StoredFile,
-    redact_command,
-    redact_environment,
 )
+from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
 from snapshot.check import check
 from snapshot.server import TEMPORARY, Server
@@ -53,6 +53,7 @@ def make(
     `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of
     it. The server is gone afterwards, whatever happens.
     """
+    _refuse_what_cannot_be(options)
     tree = work / "dump"
     for directory in (tree, tree / "criu", tree / "shm"):
         directory.mkdir(mode=0o700)
@@ -70,11 +71,12 @@ def make(
         with report.phase("oracle"):
             oracle = ask_twice(server, engine, client)
         with report.phase("check"):
-            check(cell, server.root_pid, options.network)
+            own = (server.stdout, server.stderr)
+            check(cell, server.root_pid, options.network, own=own, work=work)
             endpoint = _endpoint(cell, engine)
             tasks = processes.tree(cell, server.root_pid)
             threads = sum(processes.threads(cell, pid) for pid in tasks)
-            mapped = _mapped_files(cell, tasks, (server.stdout, server.stderr))
+            mapped = _mapped_files(cell, tasks, own)
             server_pid = server.server_pid
             _drop_disposable(cell, tasks, engine.disposable())
         with report.phase("dump"), naming_full_disk(work):
@@ -115,6 +117,22 @@ def make(
         stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
         files=files,
     )
+
+
+def _refuse_what_cannot_be(options: Options) -> None:
+    """Raises UsageError, CapabilityError for what would fail only after the server has started."""
+    if os.sysconf("SC_PAGE_SIZE") != PAGE_BYTES:
+        raise CapabilityError(
+            f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
+            hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
+        )
+    for word in (str(Path.cwd()), *options.argv):
+        if word.startswith("/dev/shm/"):  # noqa: S108
+            raise UsageError(
+                f"the server cannot see {word}",
+                cause="in its cell it has a /dev/shm of its own",
+                hint="put it on a disk, or on another tmpfs",
+            )
 
 
 def _endpoint(cell: Cell, engine: Engine) -> Endpoint:

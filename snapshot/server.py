@@ -2,6 +2,7 @@
 """A server that was started in a cell, so that it can be snapshotted."""
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rekindle.errors import UsageError, WorkloadError
 # after that of all others; with a root that has none, the server's own is restored beside theirs.
 _ROOT = ["/bin/sh", "-c", '"$@"; exit $?', "sh"]
 TEMPORARY = Path("/dev/shm/tmp")  # noqa: S108 - in the cell's private file system, and kept in the snapshot
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LAST_WORDS_BYTES = 4000
 _SPAWN_SECONDS = 10.0
 
@@ -44,7 +46,7 @@ class Server:
         make_temporary(cell)
         self.root_pid = cell.spawn(
             Command(
-                argv=[*_ROOT, *argv],
+                argv=[*_ROOT, *_odd_variables(self.environment), *argv],
                 env=self.environment,
                 cwd=cwd,
                 files={0: Path(os.devnull), 1: self.stdout, 2: self.stderr},
@@ -93,3 +95,9 @@ def make_temporary(cell: Cell) -> Path:
     inside.mkdir(exist_ok=True)
     inside.chmod(0o1777)
     return inside
+
+
+def _odd_variables(environment: Mapping[str, str]) -> list[str]:
+    """A command that sets the variables which a shell does not pass on: those whose name is no identifier."""
+    odd = [f"{name}={value}" for name, value in environment.items() if not _IDENTIFIER.fullmatch(name)]
+    return ["env", *odd] if odd else []

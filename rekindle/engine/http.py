@@ -6,6 +6,7 @@ parts of a JSON answer that count, as JSON pointers (RFC 6901): {"select": ["/ch
 Without it, the whole body counts.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from rekindle.engine import JSON, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
 from rekindle.fields import Fields
+from rekindle.redact import sounds_secret
 
 _TIMEOUT_SECONDS = 10.0
 _INDEX = re.compile(r"0|[1-9][0-9]*")
@@ -47,13 +49,21 @@ class HttpEngine(Engine):
         if oracle_file is not None:
             try:
                 content = json.loads(oracle_file.read_bytes())
-                options["oracle"] = Request.from_json(content).to_json()
+                request = Request.from_json(content)
+                options["oracle"] = request.to_json()
             except (OSError, ValueError, RecursionError, FormatError) as error:
                 raise UsageError(
                     f"--oracle-request {oracle_file} holds no request",
                     cause=str(error),
                     hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
                 ) from error
+            for name, value in request.headers.items():
+                if sounds_secret(name) and not value.startswith("$"):
+                    raise UsageError(
+                        f"{oracle_file} holds a secret in the header {name}",
+                        cause="the request becomes part of the image",
+                        hint=f'put the value into a variable and write {{"{name}": "$VARIABLE"}}',
+                    )
             select = content.get("select", [])
             if not _is_pointers(select):
                 raise UsageError(f'"select" in {oracle_file} is not a list of JSON pointers')
@@ -86,11 +96,17 @@ class HttpEngine(Engine):
     def options(self) -> dict[str, JSON]:
         return self._options
 
-    def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:  # noqa: ARG002
-        return request
+    def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
+        """Puts variables in the place of header values such as `$TOKEN`, so that no record holds them."""
+        headers = {
+            name: environment.get(value[1:], "") if value.startswith("$") else value
+            for name, value in request.headers.items()
+        }
+        return dataclasses.replace(request, headers=headers)
 
-    def ready(self, client: Client) -> bool:
-        return 200 <= client.get(self._options["ready_path"], timeout=_TIMEOUT_SECONDS).status < 300
+    def ready(self, client: Client, timeout: float) -> bool:
+        response = client.get(self._options["ready_path"], timeout=min(timeout, _TIMEOUT_SECONDS))
+        return 200 <= response.status < 300
 
     def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
         return [[self.oracle_request(client)]]

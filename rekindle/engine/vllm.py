@@ -83,8 +83,8 @@ class VllmEngine(Engine):
         headers = {**request.headers, "Authorization": f"Bearer {key}"}
         return dataclasses.replace(request, headers=headers)
 
-    def ready(self, client: Client) -> bool:
-        return client.get("/health", timeout=_TIMEOUT_SECONDS).status == 200
+    def ready(self, client: Client, timeout: float) -> bool:
+        return client.get("/health", timeout=min(timeout, _TIMEOUT_SECONDS)).status == 200
 
     def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
         model, length = self._model(client)

@@ -11,7 +11,7 @@ from oci import reference
 from oci.layout import Layout
 from oci.reference import Reference
 from rekindle.engine import Endpoint
-from rekindle.errors import CapabilityError, RekindleError, UsageError
+from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
 from rekindle.home import Home
 from rekindle.report import Report
 
@@ -36,10 +36,16 @@ def reporting(report: Report, args: argparse.Namespace) -> Iterator[None]:
     """Writes the report when the command fails, too."""
     try:
         yield
-    except RekindleError as error:
-        report.error = {"code": error.code, "message": error.message}
-        report.error |= {"cause": error.cause, "hint": error.hint}
-        report.write(args.report, to_stdout=args.json)
+    except BaseException as error:
+        if isinstance(error, RekindleError):
+            report.error = {"code": error.code, "message": error.message}
+            report.error |= {"cause": error.cause, "hint": error.hint}
+        elif isinstance(error, Interrupted):
+            report.error = {"code": "interrupted", "message": f"ended by signal {error.signum}"}
+        else:
+            report.error = {"code": "bug", "message": repr(error)}
+        with contextlib.suppress(OSError):
+            report.write(args.report, to_stdout=args.json)
         raise
 
 
@@ -60,9 +66,12 @@ def open_home() -> Home:
 
 def sweep(home: Home) -> list[Path]:
     """Removes what killed commands left; returns their work directories."""
-    removed = home.sweep()
-    if removed and (home.store / "index.json").exists():
-        Layout(home.store).collect_garbage()
+    try:
+        removed = home.sweep()
+        if removed and (home.store / "index.json").exists():
+            Layout(home.store).collect_garbage()
+    except PermissionError:  # somebody else's home: its owner's commands will do it
+        return []
     return removed
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from oci import image as images
 from rekindle.fingerprint import Fingerprint
+from rekindle.home import Home
 from rekindle.run import replay
+from rekindle.text import printable
 from rekindle.verbs import _options
 from restore import match
 
@@ -22,7 +24,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
     reference = _options.parse_image(args.image)
-    layout = _options.layout_of(reference, _options.open_home())
+    layout = _options.layout_of(reference, Home.from_environment())
     image = images.load(layout, layout.resolve(reference.tag))
     reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     if args.json:
@@ -70,7 +72,7 @@ def main(words: Sequence[str]) -> int:
         "fits here": fits,
     }
     for name, value in rows.items():
-        print(f"{name:<12}{value}")
+        print(printable(f"{name:<12}{value}"))
     for reason in reasons:
-        print(f"{'':<12}{'' if reason.hard else '(harmless) '}{reason}")
+        print(printable(f"{'':<12}{'' if reason.hard else '(harmless) '}{reason}"))
     return 0

@@ -5,14 +5,18 @@ import argparse
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Sequence
 
 from oci import image as images
+from oci.layout import Layout
+from oci.reference import Reference
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint
 from rekindle.errors import UsageError
 from rekindle.fingerprint import Fingerprint
+from rekindle.home import Home
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options
 from restore import dumps, forward, match, process, serve
@@ -55,40 +59,52 @@ def _restore(
     reference = _options.parse_image(args.image)
     _options.require_root()
     cell = stack.enter_context(Cell())  # it boots while we decide
-    with contextlib.ExitStack() as reading:
-        with report.phase("decide"):
-            home = _options.open_home()
-            layout = _options.layout_of(reference, home)
-            reading.enter_context(layout.reading())
-            image = images.load(layout, layout.resolve(reference.tag))
-            record = image.record
-            report.image = {"reference": args.image, "digest": image.index.digest}
-            report.reasons = match.match(record, Fingerprint.probe(), match.size_here)
-            match.require(record, report.reasons)
-            work = stack.enter_context(home.work("restore"))
-            tool = criu.find(home)
-            endpoint = _published(args.publish, record.endpoint, record.process.network)
-            published = forward.bind(endpoint)
-            stack.callback(published.close)
-            if record.process.network is Network.HOST:
-                published.close()  # the server takes the address itself; we only looked if it is free
-        dump = stack.enter_context(dumps.ready(home, work, image, report))
-    process.restore(
-        cell,
-        record,
-        dump,
-        tool=tool,
-        home=home,
-        work=work,
-        # With --json, stdout carries the report alone.
-        output=process.Output(stdout=2 if args.json else 1, stderr=2),
-        report=report,
-    )
+    with report.phase("decide"):
+        home = Home.from_environment()
+        layout = _options.layout_of(reference, home)
+        image, tool = _decide(layout, reference, home, report, args.image)
+        record = image.record
+        work = stack.enter_context(home.work("restore"))
+        endpoint = _published(args.publish, record.endpoint, record.process.network)
+        published = stack.enter_context(forward.bind(endpoint))
+        if record.process.network is Network.HOST:
+            published.close()  # the server takes the address itself; we only looked if it is free
+    # Nothing of the dump is needed any more once it is restored: others may make room then.
+    with contextlib.ExitStack() as using:
+        with layout.reading():
+            dump = using.enter_context(dumps.ready(home, work, image, report))
+        process.restore(
+            cell,
+            record,
+            dump,
+            tool=tool,
+            home=home,
+            work=work,
+            # With --json, stdout carries the report alone.
+            output=process.Output(stdout=2 if args.json else 1, stderr=2),
+            report=report,
+        )
+    if record.process.network is not Network.HOST:
+        forward.listen(published, endpoint)
+    # What killed commands left may be gigabytes: nobody who restores has to wait for its removal.
+    threading.Thread(target=_options.sweep, args=[home], daemon=True).start()
     report.bytes.setdefault("written", 0)
     report.bytes["reused"] = image.size_bytes if not report.bytes["written"] else 0
     report.endpoint = str(endpoint)
     report.pid = os.getpid()
     return cell, image, None if record.process.network is Network.HOST else published
+
+
+def _decide(
+    layout: Layout, reference: Reference, home: Home, report: Report, text: str
+) -> tuple[images.Image, criu.Criu]:
+    """Reads the record, and says whether this node can. No layer is touched."""
+    with layout.reading():
+        image = images.load(layout, layout.resolve(reference.tag))
+    report.image = {"reference": text, "digest": image.index.digest}
+    report.reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
+    match.require(image.record, report.reasons)
+    return image, criu.find(home)
 
 
 def _published(text: str | None, recorded: Endpoint, network: Network) -> Endpoint:

@@ -11,12 +11,14 @@ from oci import layers, tree
 from oci.layout import Layout
 from rekindle import criu
 from rekindle.cell import Cell, Network
-from rekindle.engine import for_command
+from rekindle.engine import Engine, for_command
 from rekindle.errors import UsageError
+from rekindle.files import remove_tree
+from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options
-from restore import dumps, process
+from restore import dumps, match, process
 from snapshot import make
 from snapshot.warm import read_requests
 
@@ -91,12 +93,13 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         )
         staging = Layout.create(work / "layout")
         with report.phase("pack"):
-            packed = layers.pack(work / "dump", record.files, staging, workers=len(os.sched_getaffinity(0)))
+            packed = layers.pack(work / "dump", record.files, staging, workers=layers.workers())
+            remove_tree(work / "dump")
             image = images.build(staging, record, packed)
         report.image = {"reference": args.image, "digest": image.index.digest}
         report.bytes = {"dump": record.dump_bytes, "written": image.size_bytes}
         if not args.no_prove:
-            _prove(home, work, image, tool, report)
+            _prove(home, work, image, tool, engine, report)
         with report.phase("publish"):
             layout = _options.layout_of(reference, home, create=True)
             layout.publish(staging, image.index, reference.tag)
@@ -104,8 +107,16 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
                 layout.collect_garbage()
 
 
-def _prove(home: Home, work: Path, image: images.Image, tool: criu.Criu, report: Report) -> None:
-    """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`."""
+def _prove(
+    home: Home, work: Path, image: images.Image, tool: criu.Criu, engine: Engine, report: Report
+) -> None:
+    """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`.
+
+    As on another day: the files that the server logged to are gone.
+    """
+    for name in ("stdout.log", "stderr.log"):
+        (work / name).rename(work / f"before-{name}")
+    match.require(image.record, match.match(image.record, Fingerprint.probe(), match.size_here))
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         proof = Report(verb="restore", quiet=True)
@@ -119,6 +130,7 @@ def _prove(home: Home, work: Path, image: images.Image, tool: criu.Criu, report:
                 work=work,
                 output=process.Output(stdout=log, stderr=log),
                 report=proof,
+                engine=engine,
             )
         report.oracle = proof.oracle
     finally:
