@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that several unit tests start from, and a gauge of memory."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from rekindle.cell import Clocks, Network
+from rekindle.engine import Endpoint, Request
+from rekindle.fingerprint import Fingerprint
+from rekindle.record import FileKind, MappedFile, Oracle, Process, Record, StoredFile
+
+NODE = Fingerprint(
+    architecture="x86_64",
+    cpu_model="Example CPU",
+    cpu_features=frozenset({"avx2", "avx512f", "fpu"}),
+    kernel="6.8.0",
+    page_bytes=4096,
+)
+
+RECORD = Record(
+    created="2026-01-02T03:04:05Z",
+    made_by="rekindle 0.1.0",
+    engine="http",
+    engine_options={"ready_path": "/health", "oracle": None, "select": []},
+    command=["server", "--port", "8000"],
+    directory="/srv",
+    environment={"LANG": "C.UTF-8"},
+    endpoint=Endpoint(host="127.0.0.1", port=8000),
+    oracle=Oracle(
+        request=Request(method="POST", path="/ask", headers={"X-Kind": "oracle"}, body={"text": "hi"}),
+        answer={"status": 200, "values": [1, "zwei"]},
+    ),
+    node=NODE,
+    criu_version="4.1",
+    process=Process(
+        root_pid=7,
+        server_pid=8,
+        tasks=3,
+        network=Network.PRIVATE,
+        clocks=Clocks(monotonic_ns=123, boottime_ns=456),
+        stdout="/run/stdout",
+        stderr="/run/stderr",
+    ),
+    mapped_files=[MappedFile(path="/usr/lib/libc.so.6", size=2_000_000)],
+    dump_bytes=1 << 30,
+    stored_bytes=1 << 20,
+    files=(),
+)
+
+
+def stored(path: str, kind: FileKind = FileKind.FILE, **changes: Any) -> StoredFile:
+    """A file of a dump, as a record lists it."""
+    fields: dict[str, Any] = {"size": 0, "mode": 0o600, "uid": 0, "gid": 0, "mtime_ns": 0, "target": ""}
+    return StoredFile(path=PurePosixPath(path), kind=kind, **{**fields, **changes})
+
+
+FILES = [
+    stored("criu/core-7.img", size=5),
+    stored("criu/pages-1.img", size=1 << 20, mtime_ns=-1),
+    stored("shm/deep", FileKind.DIRECTORY, mode=0o755),
+    stored("shm/deep/fifo", FileKind.FIFO),
+    stored("shm/deep/segment", size=4096, uid=1000, gid=100, mode=0o640),
+    stored("shm/link", FileKind.SYMLINK, target="../anywhere"),
+    stored("shm/again", FileKind.HARDLINK, target="shm/deep/segment"),
+]
+FULL_RECORD = dataclasses.replace(RECORD, files=FILES)
+
+
+def document(record: Record = FULL_RECORD) -> dict[str, Any]:
+    """A record's JSON, to be spoiled."""
+    value = json.loads(record.to_bytes())
+    assert isinstance(value, dict)
+    return value
+
+
+def bug(what: str) -> pytest.MarkDecorator:
+    """Marks a test that states what should hold and does not: it fails as soon as that is mended."""
+    return pytest.mark.xfail(reason=what, strict=True)
+
+
+@contextlib.contextmanager
+def writable_up_to(size: int) -> Iterator[None]:
+    """Within the block, files take bytes up to an offset, and a write over it is a short one.
+
+    A disk that runs full does the same.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def memory_peak() -> Iterator[list[int]]:
+    """How many bytes more the process held at the most within the block than before it: the one item."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = _status_bytes("VmRSS")
+    peak: list[int] = []
+    yield peak
+    peak.append(_status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) * 1024
+
+
+class Unseekable(io.RawIOBase):
+    """A stream that gives its bytes in pieces of at most `chunk` bytes, as a socket does."""
+
+    def __init__(self, content: bytes, chunk: int) -> None:
+        self._content = io.BytesIO(content)
+        self._chunk = chunk
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._content.readinto(memoryview(buffer)[: self._chunk])

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrows between the packages, the one door to commands, and what a start may import."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("rekindle", "snapshot", "oci", "restore")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+VERBS = ("rekindle.verbs", "rekindle.__main__")  # what puts the packages together
+
+# Who may import which of the packages, besides itself.
+ARROWS = {
+    "rekindle": set(),
+    "snapshot": {"rekindle"},
+    "oci": {"rekindle"},
+    "restore": {"oci", "rekindle"},
+    "verbs": set(PACKAGES),
+}
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever that stands, relative ones made absolute."""
+    here = module(path) if path.name == "__init__.py" else module(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=name, names=names, level=level):
+                base = ".".join(here.split(".")[: len(here.split(".")) - level + 1]) if level else ""
+                origin = ".".join(part for part in (base, name) if part)
+                yield origin
+                yield from (f"{origin}.{alias.name}" for alias in names)
+            case ast.Call(args=[ast.Constant(value=str(name)), *_], func=function):
+                if ast.unparse(function) in {"importlib.import_module", "import_module", "__import__"}:
+                    yield name
+
+
+def below(name: str, *tops: str) -> bool:
+    return any(name == top or name.startswith(f"{top}.") for top in tops)
+
+
+def test_there_are_files() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(PACKAGES)
+    assert len(FILES) > 30
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    assert "rekindle.engine.http" in imports(ROOT / "rekindle/engine/__init__.py")  # in a function
+    assert "rekindle.engine.client" in imports(ROOT / "restore/process.py")
+    assert "rekindle.run.spawn" in imports(ROOT / "rekindle/cell.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_arrows_lead_one_way(path: Path) -> None:
+    name = module(path)
+    own = name.partition(".")[0]
+    allowed = ARROWS["verbs" if below(name, *VERBS) else own] | {own}
+    assert {top for other in imports(path) if (top := other.partition(".")[0]) in PACKAGES} <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_nothing_imports_the_verbs(path: Path) -> None:
+    name = module(path)
+    found = set(imports(path))
+    assert not [other for other in found if below(other, "rekindle.__main__")]
+    if not below(name, *VERBS):
+        assert not [other for other in found if below(other, "rekindle.verbs")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_commands_are_run_in_one_place(path: Path) -> None:
+    assert ("subprocess" in set(imports(path))) is (module(path) == "rekindle.run")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_a_file_names_its_licence_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert text.count("SPDX-License-Identifier") == 1
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring
+    assert docstring.splitlines()[0][-1] in ".:"
+
+
+def test_the_tree_has_no_machine_in_it() -> None:
+    home = str(Path.home())
+    for path in FILES:
+        text = path.read_text()
+        assert str(ROOT) not in text
+        assert len(home) < 6 or home not in text
+
+
+def imported_by(name: str) -> set[str]:
+    """The modules that a fresh interpreter has after one import."""
+    program = f"import sys, {name}; print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
+
+
+def test_a_start_imports_little() -> None:
+    loaded = imported_by("rekindle.__main__")
+    heavy = [
+        *("argparse", "zstandard", "http.client", "ssl", "asyncio", "concurrent.futures", "tempfile"),
+        *("urllib.request", "subprocess", "json", "psutil", "rich", "email", "ctypes", "inspect", "logging"),
+    ]
+    assert not loaded & set(heavy)
+    assert not [name for name in loaded if below(name, "oci", "restore", "snapshot", "rekindle.verbs")]
+
+
+def test_a_start_imports_nothing_from_outside_the_standard_library() -> None:
+    plain = set(
+        subprocess.run(
+            [sys.executable, "-c", "import sys; print(*sys.modules)"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout.split()
+    )
+    tops = {name.partition(".")[0] for name in imported_by("rekindle.__main__") - plain}
+    assert tops - set(sys.stdlib_module_names) == {"rekindle"}
+
+
+@pytest.mark.parametrize("verb", ["restore", "inspect"])
+def test_a_verb_imports_what_it_needs(verb: str) -> None:
+    loaded = imported_by(f"rekindle.verbs.{verb}")
+    heavy = [
+        *("zstandard", "http.client", "concurrent.futures", "torch", "vllm", "tempfile", "asyncio"),
+        *("ssl", "email", "rich", "psutil", "logging", "numpy", "cryptography"),
+    ]
+    assert not loaded & set(heavy)
+
+
+def test_a_verb_is_in_the_table() -> None:
+    from rekindle.__main__ import VERBS as TABLE
+
+    files = {path.stem for path in (ROOT / "rekindle/verbs").glob("[!_]*.py")}
+    assert set(TABLE) == files
