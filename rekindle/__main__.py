@@ -91,7 +91,7 @@ def _tell(error: RekindleError) -> None:
 
         lines.append(f"  ran:   {replay(error.command)}")
     with contextlib.suppress(OSError):
-        print(printable("\n".join(lines)), file=sys.stderr)
+        print(printable("\n".join(lines), lines=True), file=sys.stderr)
 
 
 def _usage() -> str:

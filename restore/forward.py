@@ -6,6 +6,7 @@ import errno
 import os
 import selectors
 import socket
+import time
 from dataclasses import dataclass, field
 
 from rekindle.cell import Cell
@@ -14,6 +15,7 @@ from rekindle.errors import PortError
 
 _BUFFER_BYTES = 256 * 1024
 _BACKLOG = 1024
+_BREATH_SECONDS = 0.01
 
 
 def bind(endpoint: Endpoint) -> socket.socket:
@@ -31,7 +33,7 @@ def bind(endpoint: Endpoint) -> socket.socket:
         except BaseException:
             sock.close()
             raise
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:  # the latter two for what is no host name at all
         raise _taken(endpoint, error) from error
     return sock
 
@@ -44,10 +46,10 @@ def listen(sock: socket.socket, endpoint: Endpoint) -> None:
         raise _taken(endpoint, error) from error
 
 
-def _taken(endpoint: Endpoint, error: OSError) -> PortError:
+def _taken(endpoint: Endpoint, error: Exception) -> PortError:
     return PortError(
         f"{endpoint} cannot be published",
-        cause=error.strerror or str(error),
+        cause=getattr(error, "strerror", None) or str(error),
         hint="choose another with --publish [HOST:]PORT, or end what listens there",
     )
 
@@ -83,8 +85,7 @@ class Forwarder:
     def close(self) -> None:
         """Ends every connection."""
         if self._listener is not None:
-            if self._listener in self._selector.get_map():
-                self._selector.unregister(self._listener)
+            self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
         for side in list(self._sides):
@@ -96,14 +97,13 @@ class Forwarder:
             client, _address = self._listener.accept()
         except OSError as error:
             if error.errno in {errno.EMFILE, errno.ENFILE}:
-                self._pause()
+                time.sleep(_BREATH_SECONDS)  # it stays in the queue, and would wake us again at once
             return
         host = self._target.reachable_host
         try:
             server = self._cell.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError:
             client.close()
-            self._pause()
             return
         near, far = _Side(client), _Side(server, connected=False)
         near.other, far.other = far, near
@@ -118,16 +118,6 @@ class Forwarder:
             return
         self._watch(near)
         self._watch(far)
-
-    def _pause(self) -> None:
-        """Out of descriptors: leaves new connections in the queue until one of ours ends."""
-        assert self._listener is not None
-        if self._sides and self._listener in self._selector.get_map():
-            self._selector.unregister(self._listener)
-
-    def _resume(self) -> None:
-        if self._listener is not None and self._listener not in self._selector.get_map():
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _watch(self, side: _Side) -> None:
         """Asks for the events that a side waits for: room to write, or something to read."""
@@ -195,4 +185,3 @@ class Forwarder:
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each.sock)
                 each.sock.close()
-        self._resume()

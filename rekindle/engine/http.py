@@ -6,7 +6,6 @@ parts of a JSON answer that count, as JSON pointers (RFC 6901): {"select": ["/ch
 Without it, the whole body counts.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -98,11 +97,19 @@ class HttpEngine(Engine):
 
     def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
         """Puts variables in the place of header values such as `$TOKEN`, so that no record holds them."""
-        headers = {
-            name: environment.get(value[1:], "") if value.startswith("$") else value
-            for name, value in request.headers.items()
-        }
-        return dataclasses.replace(request, headers=headers)
+        headers = dict(request.headers)
+        for name, value in request.headers.items():
+            if value.startswith("$"):
+                if value[1:] not in environment:
+                    raise UsageError(
+                        f"the oracle's request needs the variable {value[1:]}",
+                        hint=f"set it to the value of the header {name}",
+                    )
+                headers[name] = environment[value[1:]]
+        try:
+            return Request.from_json({**request.to_json(), "headers": headers})
+        except FormatError:
+            raise UsageError("the value of a variable cannot be sent as a header") from None
 
     def ready(self, client: Client, timeout: float) -> bool:
         response = client.get(self._options["ready_path"], timeout=min(timeout, _TIMEOUT_SECONDS))

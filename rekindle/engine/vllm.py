@@ -123,9 +123,11 @@ class VllmEngine(Engine):
                     if "error" in event:
                         raise ValueError(str(event["error"]))
                     for choice in event["choices"]:
-                        if choice["logprobs"]:
-                            tokens += choice["logprobs"]["tokens"]
-                            logprobs += choice["logprobs"]["token_logprobs"]
+                        if found := choice["logprobs"]:
+                            if not isinstance(found["tokens"], list):
+                                raise TypeError("the tokens are no list")
+                            tokens += found["tokens"]
+                            logprobs += found["token_logprobs"]
             answer = {"tokens": tokens, "logprobs": [round(value, 6) for value in logprobs]}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise OracleError(

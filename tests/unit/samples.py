@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -59,7 +60,8 @@ RECORD = Record(
 
 def stored(path: str, kind: FileKind = FileKind.FILE, **changes: Any) -> StoredFile:
     """A file of a dump, as a record lists it."""
-    fields: dict[str, Any] = {"size": 0, "mode": 0o600, "uid": 0, "gid": 0, "mtime_ns": 0, "target": ""}
+    fields: dict[str, Any] = {"size": 0, "mode": 0o600, "mtime_ns": 0, "target": ""}
+    fields |= {"uid": os.getuid(), "gid": os.getgid()}
     return StoredFile(path=PurePosixPath(path), kind=kind, **{**fields, **changes})
 
 

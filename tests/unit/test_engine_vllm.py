@@ -11,7 +11,6 @@ from rekindle.engine import Endpoint, Request, for_command, restored
 from rekindle.engine.client import Response
 from rekindle.engine.vllm import VllmEngine
 from rekindle.errors import FormatError, OracleError, UsageError
-from tests.unit.samples import bug
 
 MODULE = "vllm.entrypoints.openai.api_server"
 ENGINE = VllmEngine(endpoint=Endpoint(host="127.0.0.1", port=8000))
@@ -242,7 +241,6 @@ def test_another_answer_is_an_oracle_error(got: Response) -> None:
         ENGINE.answer(got)
 
 
-@bug("text is taken for a list of its characters, an object for its names")
 @pytest.mark.parametrize("tokens", ["ab", {"a": 1, "b": 2}])
 def test_tokens_that_are_no_list_are_an_oracle_error(tokens: object) -> None:
     with pytest.raises(OracleError):

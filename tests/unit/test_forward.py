@@ -20,7 +20,6 @@ from rekindle.engine import Endpoint
 from rekindle.errors import PortError
 from restore.forward import Forwarder, bind, listen
 from tests.conftest import wait_for
-from tests.unit.samples import bug
 
 NOISE = random.Random(0).randbytes(3 << 20)
 SECONDS = 20.0
@@ -337,7 +336,6 @@ def test_a_cell_without_a_socket_to_give_ends_the_client(setting: Setting) -> No
         assert server.recv(1) == b"x"
 
 
-@bug("nobody is let in until a connection ends, and one that is kept alive may never")
 def test_a_lack_that_is_over_keeps_nobody_out(setting: Setting) -> None:
     client, server = setting.pair()
     with client, server:
@@ -473,7 +471,6 @@ def test_an_address_of_another_is_a_port_error(host: str) -> None:
         bind(Endpoint(host=host, port=1))
 
 
-@bug("UnicodeError or TypeError, and so a traceback")
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "\ud800", ":\0"])
 def test_a_host_of_no_form_is_a_port_error(host: str) -> None:
     with pytest.raises(PortError):

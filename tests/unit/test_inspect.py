@@ -14,7 +14,7 @@ import pytest
 from oci import image, media_types
 from oci.layout import Layout
 from rekindle.record import Record
-from tests.unit.samples import FULL_RECORD, bug
+from tests.unit.samples import FULL_RECORD
 
 
 def inspect(tmp_path: Path, record: Record, *flags: str) -> "subprocess.CompletedProcess[bytes]":
@@ -52,7 +52,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@bug("a line feed is a line feed, and what follows it looks like a line of ours")
 def test_text_of_a_record_makes_no_line_of_its_own(tmp_path: Path) -> None:
     done = inspect(tmp_path, dataclasses.replace(FULL_RECORD, made_by="x\nfits here   yes"))
     assert b"\nfits here   yes" not in done.stdout

@@ -28,7 +28,7 @@ from oci.layout import Descriptor, Layout
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.record import FileKind
-from tests.unit.samples import Unseekable, bug, memory_peak, stored, writable_up_to
+from tests.unit.samples import Unseekable, memory_peak, stored, writable_up_to
 
 HEADER = struct.Struct("<IIIIQQ")
 MAGIC = 0x184D2A5E
@@ -381,23 +381,6 @@ def test_a_layer_that_lies_is_malformed(layout: Layout, target: Path, content: C
     with memory_peak() as peak, pytest.raises(FormatError, match=layer.digest):
         unpack(layout, [layer], ONE_FILE, target, workers=1)
     assert peak[0] < 40 << 20
-
-
-@bug("it decompresses to nothing, so it is taken for nothing")
-@pytest.mark.parametrize(
-    "behind",
-    [
-        compressed(PIECE)[:4],
-        compressed(PIECE)[:7],
-        compressed(b""),
-        struct.pack("<II", MAGIC, 0),
-    ],
-    ids=["a magic", "half a frame", "an empty frame", "a skippable frame"],
-)
-def test_what_is_hidden_behind_a_frame_is_malformed(layout: Layout, target: Path, behind: bytes) -> None:
-    layer = put(layout, framed(compressed(PIECE) + behind, len(PIECE)))
-    with pytest.raises(FormatError):
-        unpack(layout, [layer], ONE_FILE, target, workers=1)
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)

@@ -10,7 +10,7 @@ from rekindle.text import printable
 
 @pytest.mark.parametrize("text", ["", "plain", "é中☃", "a\tb\nc", "\\x1b", "'\""])
 def test_text_stays_as_it_is(text: str) -> None:
-    assert printable(text) == text
+    assert printable(text, lines=True) == text
 
 
 @pytest.mark.parametrize(
