@@ -206,6 +206,50 @@ def test_requests_from_a_file_warm_the_server(
     assert restore("horse", port).ask("/count", {}) == "6"
 
 
+def test_a_home_behind_a_symbolic_link(
+    rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rekindle.home = tmp_path / "link" / "home"
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    assert restore("horse", port).ask("/count", {}) == "1"
+
+
+def test_the_environment_reaches_the_server_whole(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    environment = {"odd.name": "kept", "LARGE": "x" * 100_000, "LARGE2": "x" * 100_000, "L3": "x" * 100_000}
+    done = rekindle.snapshot_workhorse("horse", port, env=environment)
+    assert done.status == 0, done.stderr
+    facts = json.loads(restore("horse", port).ask("/facts"))
+    assert facts["odd"] == "kept"
+    assert facts["large"] == 100_000
+
+
+def test_the_port_is_open_when_the_report_is_there(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    for number in range(5):
+        report = tmp_path / f"report-{number}"
+        process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
+        try:
+            wait_for(report.exists, 30)
+            assert Replica(process, port, tmp_path / "log", {}).ask("/count", {}) == "1"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_readers_of_the_store_do_not_wait_for_each_other(rekindle: Rekindle, port: int) -> None:
+    import fcntl
+
+    assert rekindle.snapshot_workhorse("horse", port).status == 0
+    with open(rekindle.home / "store" / ".reading", "w") as unpacking:
+        fcntl.flock(unpacking, fcntl.LOCK_SH)
+        began = time.monotonic()
+        assert rekindle("inspect", "horse").status == 0
+        assert rekindle.snapshot_workhorse("horse", port, flags=["--no-prove"]).status == 0
+        assert time.monotonic() - began < 20
+
+
 def test_closed_standard_files_do_no_harm(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     report = tmp_path / "report.json"

@@ -80,6 +80,13 @@ def hold(what: str) -> object:
     """Something that CRIU cannot dump."""
     if what == "vsock":
         return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    if what == "log":
+        file = open(BEHAVIOURS["path"], "w")
+        file.write("began\n")
+        file.flush()
+        return file
+    if what == "sysv":
+        return libc.semget(0, 1, 0o600)
     if what == "unix":
         server = socket.socket(socket.AF_UNIX)
         server.bind(BEHAVIOURS["path"])
@@ -127,6 +134,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "zeros": not any(zeros),
                     "deleted": deleted.read().decode(),
                     "hash_seed": os.environ.get("PYTHONHASHSEED"),
+                    "odd": os.environ.get("odd.name"),  # noqa: SIM112
+                    "large": len(os.environ.get("LARGE", "")),
                 }
             self.reply(json.dumps(facts))
         elif url.path == "/stream":

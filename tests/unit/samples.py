@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pytest
-
 from rekindle.cell import Clocks, Network
 from rekindle.engine import Endpoint, Request
 from rekindle.fingerprint import Fingerprint
@@ -82,11 +80,6 @@ def document(record: Record = FULL_RECORD) -> dict[str, Any]:
     value = json.loads(record.to_bytes())
     assert isinstance(value, dict)
     return value
-
-
-def bug(what: str) -> pytest.MarkDecorator:
-    """Marks a test that states what should hold and does not: it fails as soon as that is mended."""
-    return pytest.mark.xfail(reason=what, strict=True)
 
 
 @contextlib.contextmanager
