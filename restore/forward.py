@@ -67,7 +67,7 @@ class _Side:
 
 
 class Forwarder:
-    """Carries connections, as part of somebody's selector loop. Holds 256 KiB a direction at most."""
+    """Carries connections, as part of somebody's selector loop. Holds 512 KiB a direction at most."""
 
     def __init__(self, selector: selectors.BaseSelector, cell: Cell, target: Endpoint) -> None:
         self._selector = selector

@@ -38,6 +38,12 @@ class VllmEngine(Engine):
             raise UsageError(
                 "a server on a unix socket (--uds) is not supported", hint="use --host and --port"
             )
+        if _option(argv, "--ssl-keyfile") or _option(argv, "--ssl-certfile"):
+            raise UsageError(
+                "a server that speaks TLS itself is not supported",
+                cause="the oracle is asked by plain HTTP, within the cell",
+                hint="leave it out, and put a proxy that speaks TLS before the published port",
+            )
         port = _option(argv, "--port") or "8000"
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"--port {port} is no port")

@@ -74,6 +74,12 @@ def test_a_unix_socket_is_refused(option: str) -> None:
         VllmEngine.recognise(f"vllm serve m {option}".split())
 
 
+@pytest.mark.parametrize("option", ["--ssl-keyfile /k", "--ssl-certfile=/c"])
+def test_tls_is_refused(option: str) -> None:
+    with pytest.raises(UsageError, match="TLS"):
+        VllmEngine.recognise(f"vllm serve m {option}".split())
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "80.0", "http", "1_0", " 80", "99999999999999999999"])
 def test_a_bad_port_is_refused(port: str) -> None:
     with pytest.raises(UsageError, match="port"):
