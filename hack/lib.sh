@@ -37,12 +37,13 @@ unpack_debian() {
   state=$(mktemp -d "$PREFIX/apt.XXXXXX")
   mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
 
-  # The mirror that this machine already uses for Debian, else Debian's own.
-  mirror=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
-    awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')
+  # The mirror that this machine already uses for Debian.
+  mirror=${REKINDLE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
+    awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')}
+  [ -n "$mirror" ] || die "apt knows no Debian mirror: set REKINDLE_DEBIAN_MIRROR to the URL of one"
   keyring=/usr/share/keyrings/debian-archive-keyring.gpg
   [ -e "$keyring" ] || die "no $keyring: install the package debian-archive-keyring"
-  echo "deb [signed-by=$keyring] ${mirror:-http://deb.debian.org/debian} $suite main" >"$state/sources.list"
+  echo "deb [signed-by=$keyring] $mirror $suite main" >"$state/sources.list"
   cat >"$state/apt.conf" <<APT
 Dir::State "$state";
 Dir::State::lists "$state/lists";
