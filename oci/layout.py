@@ -5,7 +5,9 @@ DIR/
     oci-layout
     index.json                  which manifest each tag names; replaced in one step
     blobs/sha256/HEX
-    .lock                       held by whoever changes the index or collects garbage
+    .lock                       held by whoever changes the index
+    .reading                    shared by readers, so that nobody removes a blob under them
+    .garbage                    there while blobs may be there that no tag needs
 """
 
 import contextlib
@@ -224,6 +226,14 @@ class Layout:
                     queue.append(Descriptor.from_json(document.json("config"), "manifest.config"))
         return found
 
+    def expect_garbage(self) -> None:
+        """Notes that there will be garbage to collect, whatever happens to us before we come to it."""
+        (self.root / ".garbage").touch()
+
+    def has_garbage(self) -> bool:
+        """Whether a collection is due: somebody was killed, or it was put off."""
+        return (self.root / ".garbage").exists()
+
     def collect_garbage(self) -> None:
         """Removes the blobs that no tag needs. For a layout that nobody else puts blobs into.
 
@@ -240,6 +250,7 @@ class Layout:
                         path.unlink()
                 for path in self.root.glob(".index.json.*"):  # of a writer that was killed: we hold the lock
                     path.unlink()
+                (self.root / ".garbage").unlink(missing_ok=True)
             except (FormatError, IntegrityError):
                 return
             finally:

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,7 @@ class Traces:
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if entry.name.isdecimal():
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().lower()
                     for kind in ("pid", "net", "mnt", "ipc", "time"):
                         namespaces.add(os.readlink(entry / "ns" / kind))
                     if any(
@@ -222,6 +222,19 @@ class Traces:
             namespaces=frozenset(namespaces),
         )
 
+    def wait_until_nothing_is_left(self) -> None:
+        """Fails if more is there than was at this time. Processes with much memory take a while to go."""
+
+        def more() -> dict[str, frozenset[str]]:
+            now = Traces.now()
+            found = {f.name: getattr(now, f.name) - getattr(self, f.name) for f in fields(self)}
+            return {name: values for name, values in found.items() if values}
+
+        deadline = time.monotonic() + 10
+        while left := more():
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
+
 
 @pytest.fixture
 def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
@@ -232,25 +245,7 @@ def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
     before = Traces.now()
 
     def look() -> None:
-        def same() -> bool:
-            after = Traces.now()
-            return (
-                after.processes <= before.processes
-                and after.mounts <= before.mounts
-                and after.shared_memory <= before.shared_memory
-                and after.namespaces <= before.namespaces
-                and after.temporary <= before.temporary
-            )
-
-        try:
-            wait_for(same, 5)
-        except AssertionError:
-            after = Traces.now()
-            pytest.fail(
-                f"left behind: {after.processes - before.processes} {after.mounts - before.mounts} "
-                f"{after.shared_memory - before.shared_memory} {after.temporary - before.temporary} "
-                f"{after.namespaces - before.namespaces}"
-            )
+        before.wait_until_nothing_is_left()
         if rekindle.home.exists():
             rekindle.prefix = []
             assert rekindle("doctor", "--check", "root").status == 0  # the next command cleans up

@@ -68,8 +68,9 @@ def sweep(home: Home) -> list[Path]:
     """Removes what killed commands left; returns their work directories."""
     try:
         removed = home.sweep()
-        if removed and (home.store / "index.json").exists():
-            Layout(home.store).collect_garbage()
+        store = Layout(home.store)
+        if store.has_garbage():
+            store.collect_garbage()
     except PermissionError:  # somebody else's home: its owner's commands will do it
         return []
     return removed

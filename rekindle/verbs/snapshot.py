@@ -102,9 +102,16 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
             _prove(home, work, image, tool, engine, report)
         with report.phase("publish"):
             layout = _options.layout_of(reference, home, create=True)
-            layout.publish(staging, image.index, reference.tag)
-            if reference.directory is None:
+            if reference.directory is not None:
+                layout.publish(staging, image.index, reference.tag)
+                return
+            layout.expect_garbage()
+            try:
+                layout.publish(staging, image.index, reference.tag)
                 layout.collect_garbage()
+            except BaseException:
+                layout.collect_garbage()
+                raise
 
 
 def _prove(

@@ -108,12 +108,7 @@ def test_ten_restores_in_a_row_give_ten_right_answers_and_leave_nothing(
         time.sleep(0.1)
     assert len(answers) == 1
     assert vllm[0]("doctor", "--check", "root").status == 0
-    wait_for(lambda: Traces.now().processes <= before.processes, 10)
-    after = Traces.now()
-    assert after.mounts <= before.mounts
-    assert after.shared_memory <= before.shared_memory
-    assert after.temporary <= before.temporary
-    assert after.namespaces <= before.namespaces
+    before.wait_until_nothing_is_left()
     assert not list((vllm[0].home / "run").iterdir())
 
 
