@@ -59,9 +59,11 @@ def _restore(
     reference = _options.parse_image(args.image)
     _options.require_root()
     cell = stack.enter_context(Cell())  # it boots while we decide
+    reading = stack.enter_context(contextlib.ExitStack())
     with report.phase("decide"):
         home = Home.from_environment()
         layout = _options.layout_of(reference, home)
+        reading.enter_context(layout.reading())
         image, tool = _decide(layout, reference, home, report, args.image)
         record = image.record
         work = stack.enter_context(home.work("restore"))
@@ -71,8 +73,8 @@ def _restore(
             published.close()  # the server takes the address itself; we only looked if it is free
     # Nothing of the dump is needed any more once it is restored: others may make room then.
     with contextlib.ExitStack() as using:
-        with layout.reading():
-            dump = using.enter_context(dumps.ready(home, work, image, report))
+        dump = using.enter_context(dumps.ready(home, work, image, report))
+        reading.close()
         process.restore(
             cell,
             record,
@@ -99,8 +101,7 @@ def _decide(
     layout: Layout, reference: Reference, home: Home, report: Report, text: str
 ) -> tuple[images.Image, criu.Criu]:
     """Reads the record, and says whether this node can. No layer is touched."""
-    with layout.reading():
-        image = images.load(layout, layout.resolve(reference.tag))
+    image = images.load(layout, layout.resolve(reference.tag))
     report.image = {"reference": text, "digest": image.index.digest}
     report.reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     match.require(image.record, report.reasons)
