@@ -51,6 +51,16 @@ class Reason:
     here: str
     hard: bool
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rung": self.rung,
+            "code": self.code,
+            "field": self.field,
+            "recorded": self.recorded,
+            "here": self.here,
+            "hard": self.hard,
+        }
+
     def __str__(self) -> str:
         return f"{self.code}: {self.field} was {self.recorded}, is {self.here}"
 
@@ -111,17 +121,7 @@ class Report:
             "image": self.image,
             # Signatures are not checked yet; the report says so rather than nothing.
             "trust": {"verified": False, "by": None},
-            "reasons": [
-                {
-                    "rung": reason.rung,
-                    "code": reason.code,
-                    "field": reason.field,
-                    "recorded": reason.recorded,
-                    "here": reason.here,
-                    "hard": reason.hard,
-                }
-                for reason in self.reasons
-            ],
+            "reasons": [reason.to_json() for reason in self.reasons],
             "phases": [{"name": p.name, "seconds": round(p.seconds, 6)} for p in self.phases],
             "seconds": round(seconds, 6),
             "unaccounted_seconds": round(seconds - sum(p.seconds for p in self.phases), 6),

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from oci import reference
 from oci.layout import Layout
 from oci.reference import Reference
 from rekindle.engine import Endpoint
@@ -85,10 +84,6 @@ def layout_of(image: Reference, home: Home, *, create: bool = False) -> Layout:
     if not (image.directory / "oci-layout").exists():
         raise UsageError(f"{image.directory} is no OCI image layout")
     return Layout(image.directory)
-
-
-def parse_image(text: str) -> Reference:
-    return reference.parse(text)
 
 
 def parse_endpoint(text: str, default_host: str) -> Endpoint:

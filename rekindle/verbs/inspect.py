@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from oci import image as images
+from oci.reference import parse
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.run import replay
@@ -23,7 +24,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
-    reference = _options.parse_image(args.image)
+    reference = parse(args.image)
     layout = _options.layout_of(reference, Home.from_environment())
     image = images.load(layout, layout.resolve(reference.tag))
     reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
@@ -39,17 +40,7 @@ def main(words: Sequence[str]) -> int:
                         "layers": [layer.to_json() for layer in image.layers],
                     },
                     "record": json.loads(image.record.to_bytes()),
-                    "reasons": [
-                        {
-                            "rung": r.rung,
-                            "code": r.code,
-                            "field": r.field,
-                            "recorded": r.recorded,
-                            "here": r.here,
-                            "hard": r.hard,
-                        }
-                        for r in reasons
-                    ],
+                    "reasons": [reason.to_json() for reason in reasons],
                 },
                 indent=2,
             )

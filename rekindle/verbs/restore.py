@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from oci import image as images
 from oci.layout import Layout
-from oci.reference import Reference
+from oci.reference import Reference, parse
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint
@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> int:
 def _restore(
     args: argparse.Namespace, report: Report, stack: contextlib.ExitStack
 ) -> tuple[Cell, images.Image, socket.socket | None]:
-    reference = _options.parse_image(args.image)
+    reference = parse(args.image)
     _options.require_root()
     cell = stack.enter_context(Cell())  # it boots while we decide
     reading = stack.enter_context(contextlib.ExitStack())

@@ -9,6 +9,7 @@ from pathlib import Path
 from oci import image as images
 from oci import layers, tree
 from oci.layout import Layout
+from oci.reference import parse
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
@@ -68,7 +69,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> None:
-    reference = _options.parse_image(args.image)
+    reference = parse(args.image)
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
     options = make.Options(
         argv=command,
