@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert isinstance(status, int)
         return status
     except Interrupted as interrupted:
+        from rekindle.criu import remove_leftovers
+
+        remove_leftovers()
         return 128 + interrupted.signum
     except RekindleError as error:
         _tell(error)

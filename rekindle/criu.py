@@ -25,6 +25,7 @@ _TIMEOUT_SECONDS = 600
 # How large a deleted file may be that is still open and so becomes part of the dump. CRIU's is 1 MiB.
 GHOST_LIMIT_BYTES = 1 << 30
 _PROBE_SECONDS = 20.0
+_LEFTOVER_SECONDS = 0.1
 _INSTALL_HINT = "`hack/get-criu` installs a CRIU that works, or set REKINDLE_CRIU to yours"
 
 _COMMON = [
@@ -267,6 +268,20 @@ def _call(
         raise full_disk(log_directory, cause=cause)
     failure.cause, failure.log, failure.command = cause, log, tuple(argv)
     raise failure
+
+
+def remove_leftovers() -> None:
+    """Removes the directories that a killed CRIU leaves in /tmp. For when a command of ours was killed.
+
+    Where /run is no tmpfs, CRIU looks at every start what the kernel can do, and makes such a directory for
+    some milliseconds. One that stays longer, and is empty, belongs to nobody any more.
+    """
+    found = list(Path("/tmp").glob(".criu.*"))  # noqa: S108 - CRIU's choice
+    if found:
+        time.sleep(_LEFTOVER_SECONDS)
+    for path in found:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def errors_in(log: Path, *, every_line: bool = False, limit: int = 5) -> str:

@@ -245,11 +245,11 @@ def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
     before = Traces.now()
 
     def look() -> None:
-        before.wait_until_nothing_is_left()
         if rekindle.home.exists():
             rekindle.prefix = []
             assert rekindle("doctor", "--check", "root").status == 0  # the next command cleans up
             assert not list((rekindle.home / "run").iterdir())
+        before.wait_until_nothing_is_left()
 
     return look
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from oci.layout import Layout
 from oci.reference import Reference
+from rekindle import criu
 from rekindle.engine import Endpoint
 from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
 from rekindle.home import Home
@@ -67,6 +68,8 @@ def sweep(home: Home) -> list[Path]:
     """Removes what killed commands left; returns their work directories."""
     try:
         removed = home.sweep()
+        if removed:
+            criu.remove_leftovers()
         store = Layout(home.store)
         if store.has_garbage():
             store.collect_garbage()

@@ -421,6 +421,22 @@ def test_a_second_signal_does_not_stop_the_clean_up(
     nothing_left()
 
 
+def test_what_a_killed_criu_left_is_removed(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    """Its directory for a trial of the kernel, which a kill at the right millisecond leaves."""
+    import tempfile
+    import time
+
+    log = tmp_path / "log"
+    process = rekindle.spawn("snapshot", "horse", *workhorse_flags(port), "--", *workhorse(port), log=log)
+    wait_for(lambda: "rekindle: cell " in log.read_text(), 60)
+    process.kill()
+    process.wait()
+    left = Path(tempfile.mkdtemp(prefix=".criu.move_mount_set_group.", dir="/tmp"))
+    time.sleep(0.2)
+    assert rekindle("doctor", "--check", "root").status == 0
+    assert not left.exists()
+
+
 def test_nohup_is_heeded(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     rekindle.prefix = ["nohup"]
     log = tmp_path / "log"
