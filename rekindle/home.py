@@ -83,7 +83,7 @@ class Home:
 
     def sweep(self) -> list[Path]:
         """Removes the work directories of commands that are no more; returns them."""
-        found: list[tuple[Path, int]] = []
+        found: list[Path] = []
         with contextlib.ExitStack() as stack:
             with locked(self.root / "lock"):
                 for directory in self.run.iterdir():
@@ -91,15 +91,15 @@ class Home:
                         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                         stack.callback(os.close, fd)
                         if try_lock(fd):
-                            found.append((directory, fd))
+                            found.append(directory)
                 for path in self.tools.glob(".*"):  # staged by a writer that was killed
                     with contextlib.suppress(FileNotFoundError):
                         if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                             path.unlink()
             # Gigabytes, maybe: nobody has to wait for that, and who comes now finds them locked.
-            for directory, _ in found:
+            for directory in found:
                 _remove_if_possible(directory)
-        return [directory for directory, _ in found]
+        return found
 
     def _keep_log(self, error: RekindleError, directory: Path) -> None:
         """Saves the log that an error names from the removal of its directory."""

@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 
 from rekindle.cell import Cell, exit_status
-from rekindle.engine import Endpoint
 from rekindle.record import Record
 from restore.forward import Forwarder
 
@@ -31,7 +30,7 @@ def serve(cell: Cell, record: Record, published: socket.socket | None) -> int:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with selectors.DefaultSelector() as selector, _signals(cell, record) as wakeups:
-        forwarder = Forwarder(selector, cell, Endpoint(host=record.endpoint.host, port=record.endpoint.port))
+        forwarder = Forwarder(selector, cell, record.endpoint)
         if published is not None:
             forwarder.accept_from(published)
         selector.register(wakeups, selectors.EVENT_READ, lambda _: os.read(wakeups, 4096))
