@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oci import media_types
-from oci.layout import MANIFEST_LIMIT_BYTES, Descriptor, Layout
+from oci.descriptor import Blobs, Descriptor
+from oci.layout import MANIFEST_LIMIT_BYTES, Layout
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 from rekindle.record import RECORD_LIMIT_BYTES, Record
@@ -18,9 +19,9 @@ _LAYERS_LIMIT = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A snapshot that was found in a layout: its descriptors, and its record once checked and parsed."""
+    """A snapshot: its descriptors, its record once checked and parsed, and where its blobs are."""
 
-    layout: Layout
+    blobs: Blobs
     index: Descriptor
     process: Descriptor
     config: Descriptor
@@ -62,7 +63,7 @@ def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image
         "annotations": {"org.opencontainers.image.created": record.created},
     }
     return Image(
-        layout=layout,
+        blobs=layout,
         index=layout.put(_serialize(index), media_types.INDEX, artifact_type=media_types.SNAPSHOT),
         process=process,
         config=config,
@@ -71,13 +72,13 @@ def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image
     )
 
 
-def load(layout: Layout, descriptor: Descriptor) -> Image:
+def load(blobs: Blobs, descriptor: Descriptor) -> Image:
     """Reads index, manifest and record, each checked against its digest; no layer is touched.
 
     Raises IntegrityError for other bytes, FormatError for what is no snapshot or of a newer format.
     """
     index = Fields.parse(
-        layout.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES),
+        blobs.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES),
         "index",
         limit_bytes=MANIFEST_LIMIT_BYTES,
     )
@@ -93,7 +94,7 @@ def load(layout: Layout, descriptor: Descriptor) -> Image:
         raise FormatError(f"{descriptor.digest} names {len(processes)} process images and not one")
     (process,) = processes
     manifest = Fields.parse(
-        layout.read(process, limit_bytes=MANIFEST_LIMIT_BYTES),
+        blobs.read(process, limit_bytes=MANIFEST_LIMIT_BYTES),
         "manifest",
         limit_bytes=MANIFEST_LIMIT_BYTES,
     )
@@ -108,12 +109,12 @@ def load(layout: Layout, descriptor: Descriptor) -> Image:
             f"{process.digest} has parts that this rekindle does not know", hint="use a newer rekindle"
         )
     return Image(
-        layout=layout,
+        blobs=blobs,
         index=descriptor,
         process=process,
         config=config,
         layers=tuple(layers),
-        record=Record.parse(layout.read(config, limit_bytes=RECORD_LIMIT_BYTES)),
+        record=Record.parse(blobs.read(config, limit_bytes=RECORD_LIMIT_BYTES)),
     )
 
 

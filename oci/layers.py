@@ -16,6 +16,7 @@ zstd tool can decompress a layer, to its pieces one after the other.
 """
 
 import hashlib
+import io
 import os
 import struct
 import threading
@@ -29,7 +30,8 @@ import zstandard
 
 from oci import media_types
 from oci import tree as tree_of
-from oci.layout import Descriptor, Layout
+from oci.descriptor import Blobs, Descriptor
+from oci.layout import Layout
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, write_at
@@ -165,7 +167,7 @@ class _Opened:
 
 
 def unpack(
-    layout: Layout, layers: Sequence[Descriptor], files: Sequence[StoredFile], tree: Path, *, workers: int
+    blobs: Blobs, layers: Sequence[Descriptor], files: Sequence[StoredFile], tree: Path, *, workers: int
 ) -> int:
     """Writes the files of a dump below `tree`, which exists and is empty; returns the bytes written.
 
@@ -175,7 +177,7 @@ def unpack(
     tree_of.make(files, tree)
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_read_layer, layout, layer, files, tree, stop) for layer in layers]
+        jobs = [pool.submit(_read_layer, blobs, layer, files, tree, stop) for layer in layers]
         try:
             written = sum(job.result() for job in jobs)
         except BaseException:
@@ -186,18 +188,18 @@ def unpack(
 
 
 def _read_layer(
-    layout: Layout,
+    blobs: Blobs,
     layer: Descriptor,
     files: Sequence[StoredFile],
     tree: Path,
     stop: threading.Event,
 ) -> int:
-    with layout.open_blob(layer) as stream:
+    with blobs.open_blob(layer) as stream:
         return read_pieces(stream, layer, files, tree, stop)
 
 
 def read_pieces(
-    stream: BinaryIO,
+    stream: io.RawIOBase,
     layer: Descriptor,
     files: Sequence[StoredFile],
     tree: Path,
@@ -250,7 +252,7 @@ def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, con
 class _Source:
     """The bytes of a layer, hashed as they come."""
 
-    def __init__(self, stream: BinaryIO, layer: Descriptor) -> None:
+    def __init__(self, stream: io.RawIOBase, layer: Descriptor) -> None:
         self._stream = stream
         self._layer = layer
         self._hasher = hashlib.sha256()
@@ -290,6 +292,6 @@ class _Source:
 
     def _fill(self, into: memoryview) -> int:
         count = 0
-        while count < len(into) and (got := self._stream.readinto(into[count:])):  # type: ignore[attr-defined]
+        while count < len(into) and (got := self._stream.readinto(into[count:])):
             count += got
         return count

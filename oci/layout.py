@@ -13,15 +13,16 @@ DIR/
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from oci import media_types
+from oci.descriptor import Descriptor
 from rekindle.digest import Digest
 from rekindle.engine import JSON
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
@@ -34,52 +35,6 @@ MANIFEST_LIMIT_BYTES = 4 << 20
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
 _WAIT_SECONDS = 3600.0  # who reads a large image holds the lock for minutes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Descriptor:
-    """What a blob is, by digest and size in bytes."""
-
-    media_type: str
-    digest: Digest
-    size: int
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    artifact_type: str = ""
-    platform: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, JSON]:
-        out: dict[str, JSON] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
-        if self.artifact_type:
-            out["artifactType"] = self.artifact_type
-        if self.platform:
-            out["platform"] = dict(self.platform)
-        if self.annotations:
-            out["annotations"] = dict(self.annotations)
-        return out
-
-    @classmethod
-    def from_json(cls, value: object, where: str) -> "Descriptor":
-        """Raises FormatError for what is no descriptor of a sha256 digest."""
-        fields = Fields(value, where)
-        try:
-            digest = Digest.parse(fields.text("digest"))
-        except ValueError as error:
-            raise FormatError(f"{where}.digest cannot be used", cause=str(error)) from None
-        return cls(
-            media_type=fields.text("mediaType"),
-            digest=digest,
-            size=fields.integer("size"),
-            annotations=fields.text_map("annotations", {}),
-            artifact_type=fields.text("artifactType", ""),
-            platform=_texts_of(fields.json("platform")) if fields.has("platform") else {},
-        )
-
-
-def _texts_of(platform: JSON) -> dict[str, str]:
-    """What of a platform is text: `os.features` and the like are lists, and nothing to us."""
-    if not isinstance(platform, dict):
-        raise FormatError("a descriptor's platform is not a JSON object", cause=f"{platform!r:.80}")
-    return {name: value for name, value in platform.items() if isinstance(value, str)}
 
 
 class Layout:
@@ -135,7 +90,7 @@ class Layout:
         if descriptor.size > limit_bytes:
             raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than is sane")
         with self.open_blob(descriptor) as file:
-            content = file.read(descriptor.size + 1)
+            content = file.read(descriptor.size + 1) or b""
         if len(content) != descriptor.size or Digest.of_bytes(content) != descriptor.digest:
             raise IntegrityError(
                 f"the bytes of blob {descriptor.digest} are not those of its digest",
@@ -143,7 +98,7 @@ class Layout:
             )
         return content
 
-    def open_blob(self, descriptor: Descriptor) -> BinaryIO:
+    def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """A blob's bytes, unchecked. Raises IntegrityError if it is missing or has another size."""
         try:
             file = open(self._blobs / descriptor.digest.hex, "rb", buffering=0)  # noqa: SIM115

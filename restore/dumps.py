@@ -71,7 +71,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
     )
 
     staged.mkdir(mode=0o700)
-    written = unpack(image.layout, image.layers, image.record.files, staged, workers=workers())
+    written = unpack(image.blobs, image.layers, image.record.files, staged, workers=workers())
     report.bytes["written"] = written
     (staged / "ready.json").write_text(json.dumps({"boot": boot_id(), "bytes": written}))
     staged.replace(target)

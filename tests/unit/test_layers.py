@@ -23,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci import media_types, tree
+from oci.descriptor import Descriptor
 from oci.layers import PIECE_BYTES, pack, read_pieces, unpack
-from oci.layout import Descriptor, Layout
+from oci.layout import Layout
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.record import FileKind

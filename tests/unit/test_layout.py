@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from oci import image as images
 from oci import layout as layouts
 from oci import media_types
-from oci.layout import TAG_ANNOTATION, Descriptor, Layout
+from oci.descriptor import Descriptor
+from oci.layout import TAG_ANNOTATION, Layout
 from rekindle.digest import Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError, SpaceError
 from rekindle.files import locked
