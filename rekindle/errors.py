@@ -20,7 +20,10 @@ once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
     ├── NotDumpableError    the server holds something that CRIU cannot dump
     ├── DumpError           CRIU failed to dump
     ├── RestoreError        CRIU failed to restore                                        ladder goes down
-    └── OracleError         the server gave another answer than it should                 ladder goes down
+    ├── OracleError         the server gave another answer than it should                 ladder goes down
+    ├── SecretError         what is to be packed holds a secret
+    ├── RegistryError       a registry cannot be reached, or fails                        ladder goes down
+    └── CredentialsError    a registry refuses who we are
 """
 
 from collections.abc import Sequence
@@ -163,6 +166,28 @@ class OracleError(RekindleError):
     exit_status = 35
     code = "oracle"
     descends = True
+
+
+class SecretError(RekindleError):
+    """What is to be packed holds a credential. It is named, and its value is not shown."""
+
+    exit_status = 36
+    code = "secret"
+
+
+class RegistryError(RekindleError):
+    """A registry cannot be reached, does not answer in time, or answers what it must not."""
+
+    exit_status = 40
+    code = "registry"
+    descends = True
+
+
+class CredentialsError(RekindleError):
+    """A registry refuses the credentials that it was given, or there are none for it."""
+
+    exit_status = 41
+    code = "credentials"
 
 
 class Interrupted(BaseException):

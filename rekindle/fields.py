@@ -42,6 +42,12 @@ class Fields:
             raise self._wrong(name, f"an integer from {at_least} to {at_most}")
         return value
 
+    def truth(self, name: str, *, default: bool) -> bool:
+        value = self._value.get(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false")
+        return value
+
     def inner(self, name: str) -> "Fields":
         return Fields(self._value.get(name), f"{self._where}.{name}")
 

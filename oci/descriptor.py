@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors (OCI image specification 1.1), and what can give the blobs that they name."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rekindle.digest import Digest
+from rekindle.engine import JSON
+from rekindle.errors import FormatError
+from rekindle.fields import Fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptor:
+    """What a blob is, by digest and size in bytes."""
+
+    media_type: str
+    digest: Digest
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    artifact_type: str = ""
+    platform: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, JSON]:
+        out: dict[str, JSON] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+        if self.artifact_type:
+            out["artifactType"] = self.artifact_type
+        if self.platform:
+            out["platform"] = dict(self.platform)
+        if self.annotations:
+            out["annotations"] = dict(self.annotations)
+        return out
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> "Descriptor":
+        """Raises FormatError for what is no descriptor of a sha256 digest."""
+        fields = Fields(value, where)
+        try:
+            digest = Digest.parse(fields.text("digest"))
+        except ValueError as error:
+            raise FormatError(f"{where}.digest cannot be used", cause=str(error)) from None
+        return cls(
+            media_type=fields.text("mediaType"),
+            digest=digest,
+            size=fields.integer("size"),
+            annotations=fields.text_map("annotations", {}),
+            artifact_type=fields.text("artifactType", ""),
+            platform=_texts_of(fields.json("platform")) if fields.has("platform") else {},
+        )
+
+
+def _texts_of(platform: JSON) -> dict[str, str]:
+    """What of a platform is text: `os.features` and the like are lists, and nothing to us."""
+    if not isinstance(platform, dict):
+        raise FormatError("a descriptor's platform is not a JSON object", cause=f"{platform!r:.80}")
+    return {name: value for name, value in platform.items() if isinstance(value, str)}
+
+
+class Blobs(Protocol):
+    """Where blobs are read from: a layout, or a repository of a registry."""
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        """A small blob, whole and checked against its digest. Raises IntegrityError, FormatError."""
+
+    def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
+        """A blob's bytes, in order and *unchecked*: whoever reads them must hash them."""

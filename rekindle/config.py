@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file, `$REKINDLE_HOME/config.toml`, or what `$REKINDLE_CONFIG` names. See docs/operations.md.
+
+    [limits]                                how much of foreign bytes is taken
+    manifest_bytes = 4194304
+    record_bytes = 16777216
+    layers = 1000
+    expansion_ratio = 200
+
+    [registry."registry.example.com"]
+    mirrors = ["http://127.0.0.1:30020"]    tried first, in this order; the digest is the judge
+    plain_http = false                      loopback is always tried without TLS as well
+    ca_file = "/etc/ssl/our-ca.pem"
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rekindle.errors import FormatError, UsageError
+from rekindle.fields import Fields, text_item
+
+_FILE_LIMIT_BYTES = 1 << 20
+_MIRRORS_LIMIT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an image from elsewhere may be at most. Sizes are in bytes."""
+
+    manifest_bytes: int = 4 << 20
+    record_bytes: int = 16 << 20
+    layers: int = 1000
+    expansion_ratio: int = 200
+
+    def expanded_bytes(self, stored_bytes: int) -> int:
+        """How much a layer may become. A gigabyte is never a bomb, and constant memory shrinks to nothing."""
+        return max(1 << 30, stored_bytes * self.expansion_ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrySettings:
+    """How one registry is reached."""
+
+    mirrors: tuple[str, ...] = ()
+    plain_http: bool = False
+    ca_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All that the file may say. Registries are by host, with the port if there is one."""
+
+    limits: Limits = field(default_factory=Limits)
+    registries: Mapping[str, RegistrySettings] = field(default_factory=dict)
+
+    def registry(self, host: str) -> RegistrySettings:
+        return self.registries.get(host, RegistrySettings())
+
+    @classmethod
+    def read(cls, home: Path) -> "Config":
+        """Raises UsageError for a file that cannot be used; without one, the defaults."""
+        named = os.environ.get("REKINDLE_CONFIG")
+        path = Path(named) if named else home / "config.toml"
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            if named:
+                raise UsageError(f"{path} cannot be read", cause=str(error)) from None
+            return cls()
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read", cause=str(error)) from None
+        try:
+            return cls.parse(content)
+        except FormatError as error:
+            raise UsageError(
+                f"{path} is not as it should be",
+                cause=": ".join(part for part in (error.message, error.cause) if part),
+                hint="docs/operations.md shows what it may say",
+            ) from None
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Config":
+        """Raises FormatError."""
+        import tomllib
+
+        if len(content) > _FILE_LIMIT_BYTES:
+            raise FormatError(f"it is longer than {_FILE_LIMIT_BYTES} bytes")
+        try:
+            document = tomllib.loads(content.decode())
+        except ValueError as error:
+            raise FormatError("it is not TOML", cause=str(error)) from None
+        _only(document, {"limits", "registry"}, "it")
+        limits, registries = document.get("limits", {}), document.get("registry", {})
+        return cls(
+            limits=_limits(limits),
+            registries={host: _registry(value, f"registry.{host}") for host, value in _items(registries)},
+        )
+
+
+def _items(value: object) -> list[tuple[str, Any]]:
+    return list(Fields(value, "registry").as_json().items())
+
+
+def _limits(value: object) -> Limits:
+    known = {each.name for each in fields(Limits)}
+    given = Fields(value, "limits")
+    _only(given.as_json(), known, "limits")
+    return Limits(**{name: given.integer(name, at_least=1) for name in known if given.has(name)})
+
+
+def _registry(value: object, where: str) -> RegistrySettings:
+    given = Fields(value, where)
+    _only(given.as_json(), {"mirrors", "plain_http", "ca_file"}, where)
+    mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
+    return RegistrySettings(
+        mirrors=tuple(mirrors),
+        plain_http=given.truth("plain_http", default=False),
+        ca_file=Path(given.text("ca_file")) if given.has("ca_file") else None,
+    )
+
+
+def _only(given: Mapping[str, object], known: set[str], where: str) -> None:
+    """A word that is not known is a mistake in spelling, most often: it must not go unsaid."""
+    if unknown := sorted(set(given) - known):
+        raise FormatError(f"{where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}")
