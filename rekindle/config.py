@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration file, `$REKINDLE_HOME/config.toml`, or what `$REKINDLE_CONFIG` names. See docs/operations.md.
+"""The configuration file: `$REKINDLE_HOME/config.toml`, or what `$REKINDLE_CONFIG` names.
+
+docs/operations.md explains it.
 
     [limits]                                how much of foreign bytes is taken
     manifest_bytes = 4194304
