@@ -66,3 +66,6 @@ class Blobs(Protocol):
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """A blob's bytes, in order and *unchecked*: whoever reads them must hash them."""
+
+    def cancel(self) -> None:
+        """Ends all reads that are under way in other threads, where they could take long."""

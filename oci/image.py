@@ -3,18 +3,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor
-from oci.layout import MANIFEST_LIMIT_BYTES, Layout
+from oci.layout import Layout
+from rekindle.config import Limits
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
-from rekindle.record import RECORD_LIMIT_BYTES, Record
+from rekindle.record import Record
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
-_LAYERS_LIMIT = 1000
+_DEFAULTS = Limits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Image:
     process: Descriptor
     config: Descriptor
     layers: Sequence[Descriptor]
+    cache: Descriptor | None
     record: Record
 
     @property
@@ -34,8 +36,13 @@ class Image:
         return self.process.size + self.config.size + sum(layer.size for layer in self.layers)
 
 
-def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image:
-    """Writes the record, the manifest and the index of a snapshot whose layers are there already."""
+def build(
+    layout: Layout, record: Record, layers: Sequence[Descriptor], cache: Descriptor | None = None
+) -> Image:
+    """Writes the record, the manifest and the index of a snapshot whose layers are there already.
+
+    `cache` is the manifest of the kernel cache's image.
+    """
     config = layout.put(record.to_bytes(), media_types.RECORD)
     # Names of checkpointctl's where they mean the same; org.criu.checkpoint.container.name is not
     # set, since a kubelet would try to restore the image as a container.
@@ -55,11 +62,15 @@ def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image
     process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=media_types.PROCESS)
     architecture = record.node.architecture
     platform = {"architecture": _ARCHITECTURES.get(architecture, architecture), "os": "linux"}
+    manifests = [{**process.to_json(), "platform": platform}]
+    if cache is not None:
+        annotations = {**cache.annotations, media_types.ROLE: media_types.CACHE_ROLE}
+        manifests.append({**replace(cache, annotations=annotations).to_json(), "platform": platform})
     index = {
         "schemaVersion": 2,
         "mediaType": media_types.INDEX,
         "artifactType": media_types.SNAPSHOT,
-        "manifests": [{**process.to_json(), "platform": platform}],
+        "manifests": manifests,
         "annotations": {"org.opencontainers.image.created": record.created},
     }
     return Image(
@@ -68,19 +79,20 @@ def build(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Image
         process=process,
         config=config,
         layers=tuple(layers),
+        cache=cache,
         record=record,
     )
 
 
-def load(blobs: Blobs, descriptor: Descriptor) -> Image:
+def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Image:
     """Reads index, manifest and record, each checked against its digest; no layer is touched.
 
     Raises IntegrityError for other bytes, FormatError for what is no snapshot or of a newer format.
     """
     index = Fields.parse(
-        blobs.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES),
+        blobs.read(descriptor, limit_bytes=limits.manifest_bytes),
         "index",
-        limit_bytes=MANIFEST_LIMIT_BYTES,
+        limit_bytes=limits.manifest_bytes,
     )
     kind = index.text("artifactType", "")
     if kind != media_types.SNAPSHOT:
@@ -93,15 +105,18 @@ def load(blobs: Blobs, descriptor: Descriptor) -> Image:
     if len(processes) != 1:
         raise FormatError(f"{descriptor.digest} names {len(processes)} process images and not one")
     (process,) = processes
+    caches = [d for d in manifests if d.annotations.get(media_types.ROLE) == media_types.CACHE_ROLE]
+    if len(caches) > 1:
+        raise FormatError(f"{descriptor.digest} names {len(caches)} kernel caches and not one")
     manifest = Fields.parse(
-        blobs.read(process, limit_bytes=MANIFEST_LIMIT_BYTES),
+        blobs.read(process, limit_bytes=limits.manifest_bytes),
         "manifest",
-        limit_bytes=MANIFEST_LIMIT_BYTES,
+        limit_bytes=limits.manifest_bytes,
     )
     if manifest.text("artifactType", "") != media_types.PROCESS:
         raise FormatError(f"{process.digest} is not the process image that the index calls it")
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
-    layers = manifest.list_of("layers", Descriptor.from_json, at_most=_LAYERS_LIMIT)
+    layers = manifest.list_of("layers", Descriptor.from_json, at_most=limits.layers)
     if config.media_type != media_types.RECORD or any(
         layer.media_type != media_types.DUMP_LAYER for layer in layers
     ):
@@ -114,7 +129,10 @@ def load(blobs: Blobs, descriptor: Descriptor) -> Image:
         process=process,
         config=config,
         layers=tuple(layers),
-        record=Record.parse(blobs.read(config, limit_bytes=RECORD_LIMIT_BYTES)),
+        cache=caches[0] if caches else None,
+        record=Record.parse(
+            blobs.read(config, limit_bytes=limits.record_bytes), limit_bytes=limits.record_bytes
+        ),
     )
 
 

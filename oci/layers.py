@@ -182,6 +182,7 @@ def unpack(
             written = sum(job.result() for job in jobs)
         except BaseException:
             stop.set()
+            blobs.cancel()
             raise
     tree_of.finish(files, tree)
     return written

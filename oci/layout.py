@@ -8,32 +8,44 @@ DIR/
     .lock                       held by whoever changes the index
     .reading                    shared by readers, so that nobody removes a blob under them
     .garbage                    there while blobs may be there that no tag needs
+    .incoming/HEX/              a layout of what has come so far of an image, by the digest of its manifest
+    .incoming/HEX.lock          held by who fetches it
 """
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from oci import media_types
-from oci.descriptor import Descriptor
-from rekindle.digest import Digest
+from oci.descriptor import Blobs, Descriptor
+from rekindle.digest import READ_BYTES, Digest
 from rekindle.engine import JSON
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import Fields
-from rekindle.files import locked, naming_full_disk, sync_directory, try_lock, write_atomically
+from rekindle.files import (
+    locked,
+    naming_full_disk,
+    remove_tree,
+    sync_directory,
+    try_lock,
+    write_atomically,
+)
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 MANIFEST_LIMIT_BYTES = 4 << 20
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
+_FORGOTTEN_SECONDS = 24 * 3600.0
 _WAIT_SECONDS = 3600.0  # who reads a large image holds the lock for minutes
 
 
@@ -115,6 +127,9 @@ class Layout:
             )
         return file
 
+    def cancel(self) -> None:
+        """See `Blobs.cancel`: files do not take long."""
+
     def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:
         """Stores a small blob."""
         digest = Digest.of_bytes(content)
@@ -153,7 +168,7 @@ class Layout:
             for digest in source.reachable([descriptor]):
                 # One that is there already may be damaged, and ours is whole: it takes its place.
                 if source is not self:
-                    _move(source._blobs / digest.hex, self._blobs / digest.hex)
+                    self._take(source, digest)
             sync_directory(self._blobs)
             document = self._document()
             entries = document.get("manifests")
@@ -161,6 +176,60 @@ class Layout:
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
             ours = dataclasses.replace(descriptor, annotations=annotations)
             self._write_index({**document, "manifests": [*others, ours.to_json()]})
+
+    @contextlib.contextmanager
+    def incoming(self, digest: Digest) -> Iterator["Arrival"]:
+        """Where to bring an image, with what an interrupted try has brought already.
+
+        Whoever brings the same image at the same time waits. Its end with `Arrival.publish` removes it; of
+        one that was interrupted, everything stays for a day.
+        """
+        directory = self.root / ".incoming"
+        with contextlib.ExitStack() as stack:
+            with naming_full_disk(self.root):
+                directory.mkdir(exist_ok=True)
+                lock = directory / f"{digest.hex}.lock"
+                stack.enter_context(locked(lock, timeout=_WAIT_SECONDS))
+                stack.enter_context(self.reading())
+                layout = Layout.create(directory / digest.hex)
+            for staged in layout._blobs.glob(".staged-*"):  # of one that was killed: we hold the lock
+                staged.unlink()
+            os.utime(lock)
+            yield Arrival(self, layout, lock)
+
+    def drop_forgotten(self) -> None:
+        """Removes what came of images that nobody has gone on fetching for a day."""
+        for lock in (self.root / ".incoming").glob("*.lock"):
+            with contextlib.suppress(OSError, BusyError):
+                if time.time() - lock.stat().st_mtime > _FORGOTTEN_SECONDS:
+                    with locked(lock, timeout=0.0):
+                        _remove_incoming(lock)
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether a blob is there, and whole: its name alone does not say so."""
+        path = self._blobs / descriptor.digest.hex
+        with contextlib.suppress(OSError):
+            return path.stat().st_size == descriptor.size and Digest.of_file(path) == descriptor.digest
+        return False
+
+    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        """Takes over a blob. Nothing of it is there until its digest has matched. Raises IntegrityError."""
+        hasher = hashlib.sha256()
+        size = 0
+        buffer = memoryview(bytearray(READ_BYTES))
+        with source.open_blob(descriptor) as stream, self.staging() as (staged, finish):
+            while count := stream.readinto(buffer):
+                size += count
+                if size > descriptor.size:
+                    break
+                hasher.update(buffer[:count])
+                staged.write(buffer[:count])
+            if size != descriptor.size or "sha256:" + hasher.hexdigest() != descriptor.digest:
+                raise IntegrityError(
+                    f"the bytes of blob {descriptor.digest} are not those of its digest",
+                    cause=f"{size} bytes came, of {descriptor.size}",
+                )
+            finish(descriptor.digest)
 
     def reachable(self, roots: list[Descriptor]) -> set[Digest]:
         """The digests of all blobs below some manifests and indexes."""
@@ -171,7 +240,7 @@ class Layout:
             if descriptor.digest in found:
                 continue
             found.add(descriptor.digest)
-            if descriptor.media_type in {media_types.INDEX, media_types.MANIFEST}:
+            if descriptor.media_type in media_types.DOCUMENTS:
                 content = self.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES)
                 document = Fields.parse(content, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
                 for name in ("manifests", "layers"):
@@ -211,6 +280,16 @@ class Layout:
             finally:
                 os.close(fd)
 
+    def _take(self, source: "Layout", digest: Digest) -> None:
+        """Moves a blob here, unless the source has left it out because it is here already."""
+        try:
+            _move(source._blobs / digest.hex, self._blobs / digest.hex)
+        except FileNotFoundError:
+            if not (self._blobs / digest.hex).exists():
+                raise IntegrityError(
+                    f"blob {digest} is missing from {self.root}", hint="it was removed meanwhile: try again"
+                ) from None
+
     def _entries(self) -> list[Descriptor]:
         document = Fields(self._document(), "index.json")
         return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
@@ -231,6 +310,47 @@ class Layout:
     def _write_index(self, document: dict[str, JSON]) -> None:
         content = {"manifests": [], **document}
         write_atomically(self.root / "index.json", json.dumps(content, indent=1).encode())
+
+
+class Arrival:
+    """An image on its way into a layout. Implements `oci.transfer.Target`."""
+
+    def __init__(self, layout: Layout, incoming: Layout, lock: Path) -> None:
+        self._layout = layout
+        self._incoming = incoming
+        self._lock = lock
+
+    def has(self, descriptor: Descriptor) -> bool:
+        if descriptor.media_type in media_types.DOCUMENTS:  # few and small, and read again to publish
+            return self._incoming.has(descriptor)
+        return self._layout.has(descriptor) or self._incoming.has(descriptor)
+
+    def mount(self, _: Descriptor) -> bool:
+        return False
+
+    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        self._incoming.upload(descriptor, source)
+
+    def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
+        """The name is given by `publish`."""
+        assert name is None
+        return self._incoming.put(content, media_type).digest
+
+    def cancel(self) -> None:
+        """See `Target.cancel`: files do not take long."""
+
+    def publish(self, root: Descriptor, tag: str) -> None:
+        """Takes what has come over into the layout, tag last."""
+        self._layout.publish(self._incoming, root, tag)
+        _remove_incoming(self._lock)
+
+
+def _remove_incoming(lock: Path) -> None:
+    """Removes what has come of an image. The caller holds the lock."""
+    remove_tree(lock.with_suffix(""))
+    lock.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # others may be coming in
+        lock.parent.rmdir()
 
 
 def _is_tagged(entry: JSON, tag: str) -> bool:

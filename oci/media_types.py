@@ -3,8 +3,24 @@
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+# Everything that names other blobs; Docker's of old mean the same.
+DOCUMENTS = frozenset(
+    {
+        INDEX,
+        MANIFEST,
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+    }
+)
 
 SNAPSHOT = "application/vnd.rekindle.snapshot.v1"
 PROCESS = "application/vnd.rekindle.process.v1"
 RECORD = "application/vnd.rekindle.record.v1+json"
 DUMP_LAYER = "application/vnd.rekindle.dump.v1+zstd"
+
+# The kernel cache is an ordinary image, so that MCV, skopeo and container runtimes take it as one: no
+# artifactType, but an annotation on its descriptor in the snapshot's index.
+IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
+TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+ROLE = "vnd.rekindle.role"
+CACHE_ROLE = "cache"

@@ -5,15 +5,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rekindle.digest import Digest
 from rekindle.errors import UsageError
 
 # OCI distribution specification 1.1, "Pulling manifests".
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:.]+\])(?::[0-9]{1,5})?")
+_NAME_LIMIT = 255
+
+DOCKER_HUB = "docker.io"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
+class LayoutReference:
     """An image in an OCI layout: that in `directory`, or the local store if that is None.
 
     `tag` is what the layout's index calls it: `name:tag` in the store, the tag alone in a directory.
@@ -27,24 +32,71 @@ class Reference:
         return self.text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryReference:
+    """An image in a repository of a registry. With a digest, the tag is for people only."""
+
+    text: str
+    host: str
+    repository: str
+    tag: str
+    digest: Digest | None
+
+    @property
+    def api_host(self) -> str:
+        """Who answers for the host."""
+        return "registry-1.docker.io" if self.host == DOCKER_HUB else self.host
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Reference = LayoutReference | RegistryReference
+
+
 def parse(text: str) -> Reference:
-    """`name[:tag]` or `oci:DIR[:tag]`. Raises UsageError for anything else."""
+    """`name[:tag]`, `oci:DIR[:tag]` or `HOST[:PORT]/repository[:tag][@digest]`.
+
+    A name is one of a registry if its first part looks like a host: with a dot or a port, or `localhost`.
+    Raises UsageError for anything else.
+    """
     if text.startswith("oci:"):
         directory, _, tag = text.removeprefix("oci:").partition(":")
         tag = tag or "latest"
         if not directory or not _TAG.fullmatch(tag):
             raise UsageError(f"{text} is not of the form oci:DIR[:TAG]")
-        return Reference(text=text, directory=Path(directory).absolute(), tag=tag)
+        return LayoutReference(text=text, directory=Path(directory).absolute(), tag=tag)
+    host, slash, rest = text.partition("/")
+    if slash and ("." in host or ":" in host or host == "localhost"):
+        return _registry(text, host, rest)
     name, colon, tag = text.partition(":")
-    first = text.partition("/")[0]
-    if "/" in text and ("." in first or ":" in first or first == "localhost"):
-        raise UsageError(
-            f"{text} names a registry, and this version of rekindle has none",
-            hint="use a name in the local store (name:tag) or an OCI layout (oci:DIR:tag)",
-        )
     if not _NAME.fullmatch(name) or (colon and not _TAG.fullmatch(tag)):
         raise UsageError(
             f"{text!r} is no image name",
             hint="write name[:tag], in lower case: letters, digits and single . _ - / between them",
         )
-    return Reference(text=text, directory=None, tag=f"{name}:{tag or 'latest'}")
+    return LayoutReference(text=text, directory=None, tag=f"{name}:{tag or 'latest'}")
+
+
+def _registry(text: str, host: str, rest: str) -> RegistryReference:
+    rest, at, digest = rest.partition("@")
+    name, colon, tag = rest.partition(":")
+    # docker.io/vllm means docker.io/library/vllm, for docker and so for everybody.
+    if host == DOCKER_HUB and "/" not in name:
+        name = f"library/{name}"
+    port = re.search(r":(\d+)$", host)
+    if (
+        not _HOST.fullmatch(host)
+        or (port and not 0 < int(port[1]) < 65536)
+        or not _NAME.fullmatch(name)
+        or len(name) > _NAME_LIMIT
+        or (colon and not _TAG.fullmatch(tag))
+    ):
+        raise UsageError(
+            f"{text!r} is no image of a registry", hint="write HOST[:PORT]/repository[:tag][@sha256:…]"
+        )
+    try:
+        parsed = Digest.parse(digest) if at else None
+    except ValueError as error:
+        raise UsageError(f"{text!r} names no digest", cause=str(error)) from None
+    return RegistryReference(text=text, host=host, repository=name, tag=tag or "latest", digest=parsed)

@@ -19,6 +19,9 @@ from rekindle.text import printable
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
     "restore": "bring a saved server back, and serve",
+    "push": "send an image to a registry",
+    "pull": "fetch an image from a registry",
+    "copy": "copy an image from anywhere to anywhere",
     "inspect": "show what is in an image",
     "doctor": "show what this node can do, and what it lacks",
     "bench": "compare cold starts and restores, by phase",
@@ -102,7 +105,8 @@ def _usage() -> str:
     return (
         "usage: rekindle COMMAND …      (rekindle COMMAND --help tells more)\n\n"
         f"{verbs}\n\n"
-        "An IMAGE is name[:tag], in the local store, or oci:DIR[:tag], an OCI image layout."
+        "An IMAGE is name[:tag], in the local store, oci:DIR[:tag], an OCI image layout,\n"
+        "or HOST[:PORT]/repository[:tag][@digest], in a registry."
     )
 
 

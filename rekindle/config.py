@@ -9,9 +9,16 @@ docs/operations.md explains it.
     layers = 1000
     expansion_ratio = 200
 
+    [transfer]
+    jobs = 16                               connections at once
+    connect_seconds = 10
+    stall_seconds = 30                      without news, a connection counts as broken
+    attempts = 5                            of one request, in all
+    longest_wait_seconds = 60               a registry that asks for more (Retry-After) has failed
+
     [registry."registry.example.com"]
     mirrors = ["http://127.0.0.1:30020"]    tried first, in this order; the digest is the judge
-    plain_http = false                      loopback is always tried without TLS as well
+    plain_http = false                      true for registries on loopback, unless this says otherwise
     ca_file = "/etc/ssl/our-ca.pem"
 """
 
@@ -43,11 +50,22 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long and how often a registry is asked, and over how many connections at once."""
+
+    jobs: int = 16
+    connect_seconds: int = 10
+    stall_seconds: int = 30
+    attempts: int = 5
+    longest_wait_seconds: int = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegistrySettings:
     """How one registry is reached."""
 
     mirrors: tuple[str, ...] = ()
-    plain_http: bool = False
+    plain_http: bool | None = None  # None: for loopback only
     ca_file: Path | None = None
 
 
@@ -56,6 +74,7 @@ class Config:
     """All that the file may say. Registries are by host, with the port if there is one."""
 
     limits: Limits = field(default_factory=Limits)
+    patience: Patience = field(default_factory=Patience)
     registries: Mapping[str, RegistrySettings] = field(default_factory=dict)
 
     def registry(self, host: str) -> RegistrySettings:
@@ -94,10 +113,11 @@ class Config:
             document = tomllib.loads(content.decode())
         except ValueError as error:
             raise FormatError("it is not TOML", cause=str(error)) from None
-        _only(document, {"limits", "registry"}, "it")
-        limits, registries = document.get("limits", {}), document.get("registry", {})
+        _only(document, {"limits", "transfer", "registry"}, "it")
+        registries = document.get("registry", {})
         return cls(
-            limits=_limits(limits),
+            limits=Limits(**_integers(Limits, document.get("limits", {}), "limits")),
+            patience=Patience(**_integers(Patience, document.get("transfer", {}), "transfer")),
             registries={host: _registry(value, f"registry.{host}") for host, value in _items(registries)},
         )
 
@@ -106,11 +126,11 @@ def _items(value: object) -> list[tuple[str, Any]]:
     return list(Fields(value, "registry").as_json().items())
 
 
-def _limits(value: object) -> Limits:
-    known = {each.name for each in fields(Limits)}
-    given = Fields(value, "limits")
-    _only(given.as_json(), known, "limits")
-    return Limits(**{name: given.integer(name, at_least=1) for name in known if given.has(name)})
+def _integers(table: type[Limits] | type[Patience], value: object, where: str) -> dict[str, int]:
+    known = {each.name for each in fields(table)}
+    given = Fields(value, where)
+    _only(given.as_json(), known, where)
+    return {name: given.integer(name, at_least=1) for name in known if given.has(name)}
 
 
 def _registry(value: object, where: str) -> RegistrySettings:
@@ -119,7 +139,7 @@ def _registry(value: object, where: str) -> RegistrySettings:
     mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
     return RegistrySettings(
         mirrors=tuple(mirrors),
-        plain_http=given.truth("plain_http", default=False),
+        plain_http=given.truth("plain_http", default=False) if given.has("plain_http") else None,
         ca_file=Path(given.text("ca_file")) if given.has("ca_file") else None,
     )
 

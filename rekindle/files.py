@@ -82,18 +82,30 @@ def full_disk(place: Path | str, *, cause: str, hint: str = _DISK_HINT) -> Space
 def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
     """Holds an advisory lock on a file, which is made if it is not there.
 
-    The kernel drops it with the process, however that ends. Raises BusyError after `timeout` seconds.
+    The kernel drops it with the process, however that ends. Whoever holds it may remove the file. Raises
+    BusyError after `timeout` seconds.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not try_lock(fd, shared=shared, timeout=timeout):
+                raise BusyError(
+                    f"another rekindle holds {path}",
+                    hint="wait for it to end; `fuser -v` on that file names it",
+                )
+            if not _is_at(fd, path):  # who held it has removed it meanwhile
+                continue
+            yield
+            return
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
     try:
-        if not try_lock(fd, shared=shared, timeout=timeout):
-            raise BusyError(
-                f"another rekindle holds {path}",
-                hint="wait for it to end; `fuser -v` on that file names it",
-            )
-        yield
-    finally:
-        os.close(fd)
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def try_lock(fd: int, *, shared: bool = False, timeout: float = 0.0) -> bool:

@@ -138,9 +138,9 @@ class Record:
         }
 
     @classmethod
-    def parse(cls, content: bytes) -> "Record":
+    def parse(cls, content: bytes, *, limit_bytes: int = RECORD_LIMIT_BYTES) -> "Record":
         """Raises FormatError for anything but a well-formed record of a version known here."""
-        document = Fields.parse(content, "record", limit_bytes=RECORD_LIMIT_BYTES)
+        document = Fields.parse(content, "record", limit_bytes=limit_bytes)
         schema = document.text("schema")
         if schema != SCHEMA:
             raise FormatError(

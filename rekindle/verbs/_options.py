@@ -3,17 +3,29 @@
 
 import argparse
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
-from oci.reference import Reference
+from oci.reference import LayoutReference, Reference
 from rekindle import criu
+from rekindle.config import Config, Limits
 from rekindle.engine import Endpoint
 from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
 from rekindle.home import Home
 from rekindle.report import Report
+
+if TYPE_CHECKING:
+    from oci.progress import Tally
+    from oci.registry.repository import Access
+
+IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
+_JOBS_LIMIT = 256
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,6 +83,7 @@ def sweep(home: Home) -> list[Path]:
         if removed:
             criu.remove_leftovers()
         store = Layout(home.store)
+        store.drop_forgotten()
         if store.has_garbage():
             store.collect_garbage()
     except PermissionError:  # somebody else's home: its owner's commands will do it
@@ -78,7 +91,79 @@ def sweep(home: Home) -> list[Path]:
     return removed
 
 
-def layout_of(image: Reference, home: Home, *, create: bool = False) -> Layout:
+def add_registry(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that may talk to a registry."""
+    group = parser.add_argument_group("registries")
+    group.add_argument("--jobs", type=int, metavar="N", help="connections at once (16)")
+    group.add_argument(
+        "--limit-rate", type=_rate, metavar="RATE", help="bytes a second, of all together: 500K, 80M, 1G"
+    )
+    group.add_argument(
+        "--mirror", action="append", default=[], metavar="URL", help="ask here first; the digest is the judge"
+    )
+    group.add_argument("--plain-http", action="store_true", default=None, help="speak no TLS")
+
+
+def _rate(text: str) -> float:
+    units = {"k": 1e3, "m": 1e6, "g": 1e9}
+    unit = units.get(text[-1:].lower(), 1.0)
+    try:
+        rate = float(text[:-1] if unit != 1.0 else text) * unit
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no rate") from None
+    if not 1000 <= rate <= 1e12:
+        raise argparse.ArgumentTypeError(f"{text} is no rate between 1K and 1000G")
+    return rate
+
+
+def access(args: argparse.Namespace, home: Home) -> "Access":
+    """How this command reaches registries."""
+    from oci.progress import Limiter, Tally
+    from oci.registry.repository import Access
+
+    config = Config.read(home.root)
+    if args.jobs is not None:
+        if not 1 <= args.jobs <= _JOBS_LIMIT:
+            raise UsageError(f"--jobs must be from 1 to {_JOBS_LIMIT}")
+        patience = dataclasses.replace(config.patience, jobs=args.jobs)
+        config = dataclasses.replace(config, patience=patience)
+    return Access(
+        config=config,
+        tally=Tally(),
+        limiter=Limiter(args.limit_rate),
+        mirrors=tuple(args.mirror),
+        plain_http=args.plain_http,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An image that was found: its root's descriptor, where its blobs are, and what counts them."""
+
+    blobs: Blobs
+    root: Descriptor
+    limits: Limits
+    tally: "Tally | None" = None
+
+
+@contextlib.contextmanager
+def source(reference: Reference, home: Home, args: argparse.Namespace) -> Iterator[Source]:
+    """Finds an image; within the context its blobs stay where they are. Raises NotFoundError."""
+    if isinstance(reference, LayoutReference):
+        layout = layout_of(reference, home)
+        with layout.reading():
+            limits = Config.read(home.root).limits
+            yield Source(blobs=layout, root=layout.resolve(reference.tag), limits=limits)
+        return
+    # A restore from the local store needs no HTTP client, which takes time to import.
+    from oci.registry.repository import Repository
+
+    how = access(args, home)
+    with Repository(reference, how) as repository:
+        yield Source(blobs=repository, root=repository.resolve(), limits=how.config.limits, tally=how.tally)
+
+
+def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> Layout:
     """The layout that an image is in. Raises UsageError for a directory that is no layout."""
     if image.directory is None:
         return Layout.create(home.store)
@@ -87,6 +172,20 @@ def layout_of(image: Reference, home: Home, *, create: bool = False) -> Layout:
     if not (image.directory / "oci-layout").exists():
         raise UsageError(f"{image.directory} is no OCI image layout")
     return Layout(image.directory)
+
+
+@contextlib.contextmanager
+def collecting(layout: Layout, target: LayoutReference) -> Iterator[None]:
+    """Removes what an image that is replaced within leaves behind in the local store. A directory of the
+    user's may hold what others put there: it is left as it is."""
+    if target.directory is not None:
+        yield
+        return
+    layout.expect_garbage()
+    try:
+        yield
+    finally:
+        layout.collect_garbage()
 
 
 def parse_endpoint(text: str, default_host: str) -> Endpoint:

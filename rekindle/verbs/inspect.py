@@ -21,12 +21,13 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle inspect", description="Show what is in an image, and whether it fits this node."
     )
-    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    _options.add_registry(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
     reference = parse(args.image)
-    layout = _options.layout_of(reference, Home.from_environment())
-    image = images.load(layout, layout.resolve(reference.tag))
+    with _options.source(reference, Home.from_environment(), args) as source:
+        image = images.load(source.blobs, source.root, source.limits)
     reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     if args.json:
         print(

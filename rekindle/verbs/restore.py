@@ -9,8 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from oci import image as images
-from oci.layout import Layout
-from oci.reference import Reference, parse
+from oci.reference import parse
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint
@@ -30,12 +29,13 @@ def main(words: Sequence[str]) -> int:
         description="Bring a saved server back, prove it by its oracle, open its port, and serve until it "
         "ends. Signals reach the server; its exit status is ours.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
     parser.add_argument(
         "--publish",
         metavar="[HOST:]PORT",
         help="the host's address that leads to the server (default: where it listened)",
     )
+    _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
     if command:
@@ -62,9 +62,8 @@ def _restore(
     reading = stack.enter_context(contextlib.ExitStack())
     with report.phase("decide"):
         home = Home.from_environment()
-        layout = _options.layout_of(reference, home)
-        reading.enter_context(layout.reading())
-        image, tool = _decide(layout, reference, home, report, args.image)
+        source = reading.enter_context(_options.source(reference, home, args))
+        image, tool = _decide(source, home, report, args.image)
         record = image.record
         work = stack.enter_context(home.work("restore"))
         endpoint = _published(args.publish, record.endpoint, record.process.network)
@@ -91,17 +90,16 @@ def _restore(
     # What killed commands left may be gigabytes: nobody who restores has to wait for its removal.
     threading.Thread(target=_options.sweep, args=[home], daemon=True).start()
     report.bytes.setdefault("written", 0)
+    report.bytes["fetched"] = source.tally.fetched_bytes if source.tally else 0
     report.bytes["reused"] = image.size_bytes if not report.bytes["written"] else 0
     report.endpoint = str(endpoint)
     report.pid = os.getpid()
     return cell, image, None if record.process.network is Network.HOST else published
 
 
-def _decide(
-    layout: Layout, reference: Reference, home: Home, report: Report, text: str
-) -> tuple[images.Image, criu.Criu]:
+def _decide(source: _options.Source, home: Home, report: Report, text: str) -> tuple[images.Image, criu.Criu]:
     """Reads the record, and says whether this node can. No layer is touched."""
-    image = images.load(layout, layout.resolve(reference.tag))
+    image = images.load(source.blobs, source.root, source.limits)
     report.image = {"reference": text, "digest": image.index.digest}
     report.reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     match.require(image.record, report.reasons)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oci import image as images
-from oci import layers, tree
+from oci import layers, transfer, tree
 from oci.layout import Layout
-from oci.reference import parse
+from oci.reference import Reference, RegistryReference, parse
+from oci.registry.repository import Access
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
@@ -31,7 +32,7 @@ def main(words: Sequence[str]) -> int:
         usage="rekindle snapshot IMAGE [options] -- COMMAND…",
         description="Start a server, warm it, prove it, and save it as an image. The server ends with it.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
     parser.add_argument(
         "--network",
         type=Network,
@@ -53,6 +54,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
     if not command:
@@ -79,6 +81,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
     )
     _options.require_root()
     home = _options.open_home()
+    access = _options.access(args, home)
     with home.work("snapshot") as work:
         with report.phase("find criu"):
             tool = criu.find(home)
@@ -102,17 +105,17 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         if not args.no_prove:
             _prove(home, work, image, tool, engine, report)
         with report.phase("publish"):
-            layout = _options.layout_of(reference, home, create=True)
-            if reference.directory is not None:
-                layout.publish(staging, image.index, reference.tag)
-                return
-            layout.expect_garbage()
-            try:
-                layout.publish(staging, image.index, reference.tag)
-                layout.collect_garbage()
-            except BaseException:
-                layout.collect_garbage()
-                raise
+            _publish(staging, image, reference, access, home)
+
+
+def _publish(staging: Layout, image: images.Image, reference: Reference, access: Access, home: Home) -> None:
+    if isinstance(reference, RegistryReference):
+        tree = transfer.explore(staging, image.index, access.config.limits)
+        transfer.into_registry(staging, tree, reference, access)
+        return
+    layout = _options.layout_of(reference, home, create=True)
+    with _options.collecting(layout, reference):
+        layout.publish(staging, image.index, reference.tag)
 
 
 def _prove(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci.reference import parse
+from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.errors import UsageError
 
 GOOD = {
@@ -30,6 +30,7 @@ GOOD = {
 @pytest.mark.parametrize(("text", "tag"), GOOD.items())
 def test_a_name_is_in_the_store(text: str, tag: str) -> None:
     reference = parse(text)
+    assert isinstance(reference, LayoutReference)
     assert (reference.directory, reference.tag) == (None, tag)
     assert str(reference) == text
 
@@ -47,22 +48,53 @@ def test_no_name_is_refused(text: str) -> None:
         parse(text)
 
 
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "repository", "tag", "digest"),
+    [
+        ("ghcr.io/team/llama", "ghcr.io", "team/llama", "latest", None),
+        ("ghcr.io/team/llama:8b", "ghcr.io", "team/llama", "8b", None),
+        ("localhost/llama", "localhost", "llama", "latest", None),
+        ("localhost:5000/llama", "localhost:5000", "llama", "latest", None),
+        ("registry:5000/llama:8b", "registry:5000", "llama", "8b", None),
+        ("127.0.0.1:5000/llama", "127.0.0.1:5000", "llama", "latest", None),
+        ("[::1]:5000/a/b", "[::1]:5000", "a/b", "latest", None),
+        (f"ghcr.io/team/llama@{DIGEST}", "ghcr.io", "team/llama", "latest", DIGEST),
+        (f"ghcr.io/team/llama:8b@{DIGEST}", "ghcr.io", "team/llama", "8b", DIGEST),
+        ("docker.io/vllm", "docker.io", "library/vllm", "latest", None),
+    ],
+)
+def test_what_begins_with_a_host_is_in_a_registry(
+    text: str, host: str, repository: str, tag: str, digest: str | None
+) -> None:
+    reference = parse(text)
+    assert isinstance(reference, RegistryReference)
+    assert (reference.host, reference.repository, reference.tag) == (host, repository, tag)
+    assert reference.digest == digest
+    assert str(reference) == text
+
+
+def test_docker_io_is_answered_for_by_another_host() -> None:
+    reference = parse("docker.io/vllm/vllm-openai")
+    assert isinstance(reference, RegistryReference)
+    assert reference.api_host == "registry-1.docker.io"
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "ghcr.io/team/llama",
-        "ghcr.io/team/llama:8b",
-        "localhost/llama",
-        "localhost:5000/llama",
-        "registry:5000/llama:8b",
-        "127.0.0.1:5000/llama",
-        "ghcr.io/team/llama@sha256:" + "0" * 64,
+        *("ghcr.io/", "ghcr.io/Team/llama", "ghcr.io/a:b:c", "ghcr.io/a:", "ghcr.io/a b", "ghcr.io//a"),
+        *("ghcr.io/a/../b", "ghcr.io/a@", "ghcr.io/a@sha256:0", f"ghcr.io/a@{DIGEST.upper()}", "a.b/x?y"),
+        *("h:0/a", "h:99999/a", "h:x/a", "user@h:5/a", "http://h:5/a", "h:5/" + "a" * 256, "-h.x/a"),
+        *("h.x/a@sha512:" + "0" * 128, "h.x\n/a", "[::1/a", "h..x:5 /a"),
     ],
 )
-def test_a_registry_is_not_taken_for_a_name(text: str) -> None:
-    with pytest.raises(UsageError, match="registry") as caught:
+def test_no_image_of_a_registry_is_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
         parse(text)
-    assert "oci:DIR" in caught.value.hint
+    assert caught.value.hint or caught.value.cause
 
 
 @pytest.mark.parametrize(
@@ -76,13 +108,16 @@ def test_a_registry_is_not_taken_for_a_name(text: str) -> None:
 )
 def test_a_directory_is_a_layout(text: str, directory: str, tag: str) -> None:
     reference = parse(text)
+    assert isinstance(reference, LayoutReference)
     assert (reference.directory, reference.tag) == (Path(directory), tag)
     assert str(reference) == text
 
 
 def test_a_relative_directory_is_below_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse("oci:images").directory == tmp_path / "images"
+    reference = parse("oci:images")
+    assert isinstance(reference, LayoutReference)
+    assert reference.directory == tmp_path / "images"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +134,7 @@ def test_a_tag_in_the_store_has_one_form(text: str) -> None:
         reference = parse(text)
     except UsageError:
         return
-    if reference.directory is None:
+    if isinstance(reference, LayoutReference) and reference.directory is None:
         name, _, tag = reference.tag.partition(":")
         assert parse(f"{name}:{tag}") == type(reference)(
             text=reference.tag, directory=None, tag=reference.tag

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blobs over many connections at once, given out as streams.
+
+A blob is fetched in stretches, each by a request of its own, and the stretches are put together in order:
+so one blob goes as fast as many, a broken connection costs what it had yet to bring, and a stretch that is
+slower than the others is asked for once more over another connection. A registry that does not know
+ranges is read from the beginning to the end instead.
+
+Nothing here is verified: whoever reads a stream has to hash it.
+"""
+
+import collections
+import io
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from oci.descriptor import Descriptor
+from oci.progress import Limiter, Tally
+from oci.registry.transport import PIECE_BYTES, Answer
+from rekindle.config import Patience
+from rekindle.errors import RegistryError, RekindleError
+
+STRETCH_BYTES = 4 << 20
+_WINDOW = 24  # stretches in memory, of all open streams together
+_LEAST_WINDOW = 2
+_LOOK_SECONDS = 0.25
+_STRAGGLER_SECONDS = 2.0  # and three times as long as the others took
+
+
+class Fetch(Protocol):
+    """How a stretch is asked for."""
+
+    def __call__(self, blob: Descriptor, begin: int, end: int, *, again: bool) -> Answer:
+        """The answer to a request for `blob[begin:end]`: 206 with just that, or 200 with all of it.
+        `again` says that it was tried before, and failed.
+
+        Raises OSError for what another try may mend, RekindleError for the rest.
+        """
+
+
+class _Read(Protocol):
+    """One try to read something; False if it has to be read in another way."""
+
+    def __call__(self, *, again: bool) -> bool: ...
+
+
+class Downloads:
+    """Threads that fetch stretches for the streams that are open."""
+
+    def __init__(self, fetch: Fetch, patience: Patience, *, tally: Tally, limiter: Limiter) -> None:
+        self._fetch = fetch
+        self._patience = patience
+        self._tally = tally
+        self._limiter = limiter
+        self.condition = threading.Condition()
+        self._tasks: queue.SimpleQueue[_Stretch | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._streams: set[BlobStream] = set()
+        self._buffers: list[bytearray] = []
+        self._running: dict[_Attempt, float] = {}
+        self._took: collections.deque[float] = collections.deque(maxlen=32)
+        self.closed = False
+        self.ranges_work = False  # until the first answer that is one
+
+    def open(self, blob: Descriptor) -> "BlobStream":
+        """Begins to fetch a blob, and returns it as a stream."""
+        if not self._threads:
+            for number in range(self._patience.jobs):
+                thread = threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        stream = BlobStream(self, blob)
+        with self.condition:
+            self._streams.add(stream)
+            stream.ask_for_more()
+        return stream
+
+    def close(self) -> None:
+        """Ends all threads and streams, at once."""
+        with self.condition:
+            self.closed = True
+            for attempt in self._running:
+                attempt.abort()
+            self.condition.notify_all()
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    # What streams ask of us. The caller holds the condition.
+
+    def window(self) -> int:
+        return max(_LEAST_WINDOW, _WINDOW // max(1, len(self._streams)))
+
+    def submit(self, stretch: "_Stretch") -> None:
+        self._tasks.put(stretch)
+
+    def forget(self, stream: "BlobStream") -> None:
+        self._streams.discard(stream)
+        for attempt in self._running:
+            if attempt.stretch.stream is stream:
+                attempt.abort()
+        for other in self._streams:
+            other.ask_for_more()
+
+    def give_buffer(self) -> bytearray:
+        return self._buffers.pop() if self._buffers else bytearray(STRETCH_BYTES)
+
+    def take_buffer(self, buffer: bytearray) -> None:
+        if len(self._buffers) < _WINDOW:  # fresh memory costs page faults
+            self._buffers.append(buffer)
+
+    # The threads.
+
+    def _work(self) -> None:
+        while not self.closed:
+            try:
+                stretch = self._tasks.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                stretch = self._straggler()
+                if stretch is None:
+                    continue
+            if stretch is None:
+                return
+            self._bring(stretch)
+
+    def _straggler(self) -> "_Stretch | None":
+        """A stretch that is much slower than others were, and that nobody else helps with yet."""
+        now = time.monotonic()
+        with self.condition:
+            if len(self._took) < 4 or self.closed:
+                return None
+            patience = max(_STRAGGLER_SECONDS, 3 * statistics.median(self._took))
+            tries = collections.Counter(attempt.stretch for attempt in self._running)
+            for attempt, began in self._running.items():
+                stretch = attempt.stretch
+                if now - began > patience and tries[stretch] == 1 and not stretch.stream.whole:
+                    return stretch
+        return None
+
+    def _bring(self, stretch: "_Stretch") -> None:
+        """Fetches a stretch, as often as patience allows, unless another thread is faster."""
+        stream = stretch.stream
+        attempt = _Attempt(stretch)
+        with self.condition:
+            if self.closed or not stream.wants(stretch):
+                return
+            buffer = self.give_buffer()
+            self._running[attempt] = time.monotonic()
+        try:
+            if stream.whole:
+                self._read_whole(attempt, buffer)
+            else:
+                self._read_stretch(attempt, buffer)
+        except RekindleError as error:
+            self._fail(attempt, error)
+        except Exception as error:
+            self._fail(attempt, RegistryError(f"{stream.blob.digest} cannot be fetched", cause=repr(error)))
+        finally:
+            with self.condition:
+                began = self._running.pop(attempt)
+                if stretch.content is not None and not stream.whole:
+                    self._took.append(time.monotonic() - began)
+                if stretch.content is not buffer:
+                    self.take_buffer(buffer)
+                self.condition.notify_all()
+
+    def _fail(self, attempt: "_Attempt", error: RekindleError) -> None:
+        """Gives a stream up, unless another thread still tries the same."""
+        with self.condition:
+            if not any(o.stretch is attempt.stretch for o in self._running if o is not attempt):
+                attempt.stretch.stream.fail(error)
+
+    def _read_stretch(self, attempt: "_Attempt", buffer: bytearray) -> None:
+        stretch = attempt.stretch
+        view, length = memoryview(buffer), stretch.end - stretch.begin
+        count = 0
+
+        def read(*, again: bool) -> bool:
+            nonlocal count
+            with self._fetch(stretch.stream.blob, stretch.begin + count, stretch.end, again=again) as answer:
+                attempt.answer = answer
+                if answer.status == 200 and stretch.stream.parts > 1:
+                    return False
+                with self.condition:
+                    stretch.stream.begin_all()
+                while count < length and stretch.is_wanted():
+                    count += self._receive(answer, view[count:length])
+                if count == length and answer.readinto(memoryview(bytearray(1))):
+                    raise too_long(stretch.stream.blob)
+            return True
+
+        if not self._patiently(attempt, read, lambda: count):
+            with self.condition:
+                stretch.stream.go_whole()
+            return
+        with self.condition:
+            if count == length and stretch.is_wanted():
+                stretch.content = buffer
+                for other in self._running:
+                    if other.stretch is stretch and other is not attempt:
+                        other.abort()
+
+    def _read_whole(self, attempt: "_Attempt", buffer: bytearray) -> None:
+        """Reads a blob from its beginning, and hands out stretch after stretch."""
+        stream = attempt.stretch.stream
+        total = 0
+
+        def read(*, again: bool) -> bool:
+            nonlocal total
+            position = 0
+            with self._fetch(stream.blob, 0, stream.blob.size, again=again) as answer:
+                attempt.answer = answer
+                for index in range(stream.parts):
+                    stretch = stream.stretch(index)
+                    position += self._fill(stretch, answer, buffer)
+                    total = max(total, position)
+                    if not self._hand_out(stretch, buffer):
+                        return True
+                if answer.readinto(memoryview(bytearray(1))):
+                    raise too_long(stream.blob)
+            return True
+
+        self._patiently(attempt, read, lambda: total)
+
+    def _fill(self, stretch: "_Stretch", answer: Answer, buffer: bytearray) -> int:
+        view, length = memoryview(buffer), stretch.end - stretch.begin
+        count = 0
+        while count < length:
+            count += self._receive(answer, view[count:length])
+        return count
+
+    def _hand_out(self, stretch: "_Stretch", buffer: bytearray) -> bool:
+        """Waits until there is room for a stretch; False if nobody wants the rest any more."""
+        stream = stretch.stream
+        with self.condition:
+            while not self.closed and not stream.closed and stretch.index >= stream.at + self.window():
+                self.condition.wait()
+            if self.closed or stream.closed:
+                return False
+            if stretch.index >= stream.at and stretch.content is None:
+                content = self.give_buffer()
+                content[: stretch.end - stretch.begin] = buffer[: stretch.end - stretch.begin]
+                stretch.content = content
+                self.condition.notify_all()
+            return True
+
+    def _receive(self, answer: Answer, room: memoryview) -> int:
+        room = room[: self._limiter.piece_bytes(PIECE_BYTES)]
+        self._limiter.wait(len(room))
+        count = answer.readinto(room)
+        if not count:
+            raise ConnectionError(f"{answer.url}: the body is shorter than it should be")
+        self._tally.fetch(count)
+        return count
+
+    def _patiently(self, attempt: "_Attempt", read: "_Read", progress: Callable[[], int]) -> bool:
+        """What `read` returns. Broken connections do not count as long as each brings something."""
+        tries, before = 0, 0
+        while True:
+            try:
+                return read(again=tries > 0)
+            except OSError as error:
+                if attempt.aborted or self.closed or attempt.stretch.stream.closed:
+                    return True
+                tries = 1 if progress() > before else tries + 1
+                before = progress()
+                if tries >= self._patience.attempts:
+                    raise RegistryError(
+                        f"blob {attempt.stretch.stream.blob.digest} cannot be fetched",
+                        cause=f"{error}, {tries} times in a row",
+                    ) from None
+                time.sleep(0.1 * 2**tries)
+
+
+class _Stretch:
+    """A part of a blob: bytes `begin` to `end`. `content` is there once all of it is."""
+
+    __slots__ = ("begin", "content", "end", "index", "stream")
+
+    def __init__(self, stream: "BlobStream", index: int) -> None:
+        self.stream = stream
+        self.index = index
+        self.begin = index * STRETCH_BYTES
+        self.end = min(self.begin + STRETCH_BYTES, stream.blob.size)
+        self.content: bytearray | None = None
+
+    def is_wanted(self) -> bool:
+        return self.content is None and not self.stream.closed and self.index >= self.stream.at
+
+
+class _Attempt:
+    """A thread's try to bring a stretch."""
+
+    __slots__ = ("aborted", "answer", "stretch")
+
+    def __init__(self, stretch: _Stretch) -> None:
+        self.stretch = stretch
+        self.answer: Answer | None = None
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        if self.answer is not None:
+            self.answer.abort()
+
+
+class BlobStream(io.RawIOBase):
+    """A blob, read in order, while what follows is being fetched."""
+
+    def __init__(self, downloads: Downloads, blob: Descriptor) -> None:
+        super().__init__()
+        self.blob = blob
+        self.parts = max(1, -(-blob.size // STRETCH_BYTES))
+        self.at = 0  # the stretch that is being read
+        self.whole = False  # the registry knows no ranges
+        self._downloads = downloads
+        self._condition = downloads.condition
+        self._offset = 0  # within that stretch
+        self._asked = 0  # how many stretches were asked for
+        self._whole_begun = False
+        self._stretches: dict[int, _Stretch] = {}
+        self._error: RekindleError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: object, /) -> int:
+        """The next bytes; 0 at the end. Raises RegistryError if they cannot be fetched."""
+        target = memoryview(into).cast("B")  # type: ignore[arg-type]
+        if self.blob.size == 0 or self.at == self.parts:
+            return 0
+        with self._condition:
+            stretch = self.stretch(self.at)
+            while stretch.content is None:
+                if self._error is not None:
+                    raise self._error
+                if self._downloads.closed or self.closed:
+                    raise RegistryError("the transfer was ended")
+                self._condition.wait()
+        length = stretch.end - stretch.begin
+        count = min(len(target), length - self._offset)
+        target[:count] = memoryview(stretch.content)[self._offset : self._offset + count]
+        self._offset += count
+        if self._offset == length:
+            with self._condition:
+                self._downloads.take_buffer(stretch.content)
+                del self._stretches[self.at]
+                self.at, self._offset = self.at + 1, 0
+                self.ask_for_more()
+                self._condition.notify_all()
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with self._condition:
+                self._downloads.forget(self)
+                self._stretches.clear()
+                self._condition.notify_all()
+
+    # What the threads ask of us. The caller holds the condition.
+
+    def stretch(self, index: int) -> _Stretch:
+        if index not in self._stretches:
+            self._stretches[index] = _Stretch(self, index)
+        return self._stretches[index]
+
+    def ask_for_more(self) -> None:
+        """Asks for as many stretches as may be under way. The first goes ahead, and tells if ranges work."""
+        if self.whole or self.closed or self.blob.size == 0:
+            return
+        end = min(self.parts, self.at + self._downloads.window()) if self._downloads.ranges_work else 1
+        while self._asked < end:
+            self._downloads.submit(self.stretch(self._asked))
+            self._asked += 1
+
+    def begin_all(self) -> None:
+        """Takes note that the registry knows ranges."""
+        self._downloads.ranges_work = True
+        self.ask_for_more()
+
+    def wants(self, stretch: _Stretch) -> bool:
+        """Whether to begin with a stretch; with a registry that knows no ranges, one begins with all."""
+        if not self.whole:
+            return stretch.is_wanted()
+        begun, self._whole_begun = self._whole_begun, True
+        return not begun and not self.closed
+
+    def go_whole(self) -> None:
+        """One thread reads all of it, since there is no other way."""
+        if not self.whole:
+            self.whole = True
+            self._downloads.submit(self.stretch(self.at))
+
+    def fail(self, error: RekindleError) -> None:
+        self._error = self._error or error
+        self._condition.notify_all()
+
+
+def too_long(blob: Descriptor) -> RegistryError:
+    """A registry that sends more than it should."""
+    return RegistryError(f"blob {blob.digest} is longer than its descriptor says", cause=f"{blob.size} bytes")

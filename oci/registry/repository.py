@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One repository of a registry: what the distribution specification 1.1 lets one do with it."""
+
+import contextlib
+import hashlib
+import http.client
+import json
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+from oci import media_types
+from oci.descriptor import Blobs, Descriptor
+from oci.progress import Limiter, Tally
+from oci.reference import RegistryReference
+from oci.registry import tokens
+from oci.registry.download import BlobStream, Downloads
+from oci.registry.endpoint import Bytes, Endpoint, target_of
+from oci.registry.transport import PIECE_BYTES, Answer, Connections, Url, is_loopback
+from rekindle.config import Config, RegistrySettings
+from rekindle.digest import Digest
+from rekindle.errors import (
+    CredentialsError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    RegistryError,
+    RekindleError,
+    UsageError,
+)
+from rekindle.fields import Fields
+
+T = TypeVar("T")
+
+_OK = frozenset({200})
+_STREAMED = frozenset({200, 206})
+_REDIRECTED = frozenset({200, 206, 301, 302, 303, 307, 308})
+_EXPIRED = frozenset({400, 401, 403, 404, 410})  # how storage says that a signed link is too old
+_ACCEPT = ", ".join(sorted(media_types.DOCUMENTS))
+_ANY = frozenset(range(100, 600))
+_REMEDY = "make the snapshot anew, or fetch it again"
+_REFERRERS_LIMIT = 1000
+_REFERRERS_BYTES = 4 << 20
+_MANIFESTS_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How registries are reached: the configuration, what one command adds to it, and who counts."""
+
+    config: Config
+    tally: Tally
+    limiter: Limiter
+    mirrors: Sequence[str] = ()
+    plain_http: bool | None = None
+    find_credentials: Callable[[str], tokens.Credentials | None] = tokens.from_docker
+
+    def settings(self, host: str) -> RegistrySettings:
+        """Of one registry."""
+        settings = self.config.registry(host)
+        if self.plain_http is not None:
+            settings = replace(settings, plain_http=self.plain_http)
+        return replace(settings, mirrors=(*self.mirrors, *settings.mirrors))
+
+
+class Repository:
+    """Implements `Blobs`. For many threads; the context ends all that is under way."""
+
+    def __init__(
+        self, reference: RegistryReference, access: Access, *, mount_from: Sequence[str] = ()
+    ) -> None:
+        """`mount_from` are repositories of the same registry that may have what is to be pushed."""
+        self._mount_from = mount_from
+        self.reference = reference
+        self._access = access
+        self._limits = access.config.limits
+        settings = access.settings(reference.host)
+        ca_files = {host: each.ca_file for host, each in access.config.registries.items() if each.ca_file}
+        self._connections = Connections(access.config.patience, ca_files=ca_files)
+        self._origin = Endpoint(
+            _base(reference.api_host, settings.plain_http),
+            self._connections,
+            access.find_credentials,
+            name=reference.api_host,
+        )
+        query = urllib.parse.urlencode({"ns": reference.host})  # as containerd asks its mirrors
+        self._mirrors = [
+            Endpoint(_mirror(url), self._connections, access.find_credentials, name=url, query=query)
+            for url in settings.mirrors
+        ]
+        self._name = reference.repository
+        self._pull = f"repository:{self._name}:pull"
+        self._push = f"repository:{self._name}:pull,push"
+        self._manifests: dict[Digest, bytes] = {}
+        self._places: dict[tuple[str, Digest], Url] = {}  # where redirects led
+        self._downloads: Downloads | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Ends all that is under way, in other threads too."""
+        for endpoint in (*self._mirrors, self._origin):
+            endpoint.close()
+        self._access.limiter.close()
+        if self._downloads is not None:
+            self._downloads.close()
+        self._connections.close()
+
+    def distrust_mirrors(self) -> bool:
+        """From now on, asks the registry itself only; whether there were any others."""
+        had = bool(self._mirrors)
+        self._mirrors = []
+        return had
+
+    @property
+    def _endpoints(self) -> list[Endpoint]:
+        return [*self._mirrors, self._origin]
+
+    # Reading.
+
+    def resolve(self) -> Descriptor:
+        """The manifest or index that the reference names, checked against the digest if it has one.
+
+        A tag is asked of the registry itself: only for a digest it does not matter who answers.
+        """
+        if self.reference.digest is not None:
+            return self._first(lambda endpoint: self._fetch_manifest(endpoint, str(self.reference.digest)))
+        return self._fetch_manifest(self._origin, self.reference.tag)
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        """See `Blobs.read`. Raises NotFoundError, RegistryError, CredentialsError besides."""
+        if descriptor.size > limit_bytes:
+            raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than is sane")
+        if descriptor.digest in self._manifests:
+            content = self._manifests[descriptor.digest]
+            if len(content) != descriptor.size:
+                raise IntegrityError(f"{descriptor.digest} has not the size that its descriptor says")
+            return content
+        return self._first(lambda endpoint: self._read_from(endpoint, descriptor))
+
+    def open_blob(self, descriptor: Descriptor) -> BlobStream:
+        """See `Blobs.open_blob`; the rest is being fetched while the stream is read."""
+        if self._downloads is None:
+            self._downloads = Downloads(
+                self._fetch_stretch,
+                self._access.config.patience,
+                tally=self._access.tally,
+                limiter=self._access.limiter,
+            )
+        return self._downloads.open(descriptor)
+
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        """The manifests that say that they refer to this one; each one's own subject is still to be checked.
+
+        Anything but an index means that the registry has no such interface: then the fallback tag counts.
+        """
+        with contextlib.suppress(NotFoundError, RegistryError, FormatError, OSError):
+            path = f"{self._name}/referrers/{digest}"
+            with self._origin.ask("GET", path, scope=self._pull, expected=_OK, attempts=2) as answer:
+                if _media_type(answer.headers) == media_types.INDEX:
+                    return _listed(answer.read(_REFERRERS_BYTES))
+        try:
+            fallback = self._fetch_manifest(self._origin, _fallback_tag(digest))
+        except NotFoundError:
+            return []
+        if fallback.media_type != media_types.INDEX or fallback.digest == digest:
+            return []
+        return _listed(self._manifests[fallback.digest])
+
+    def _first(self, read: Callable[[Endpoint], T]) -> T:
+        """What the first endpoint gives that has it; the registry itself has the last word."""
+        for endpoint in list(self._mirrors):
+            try:
+                return read(endpoint)
+            except RekindleError as error:
+                self._note(endpoint, error)
+        return read(self._origin)
+
+    def _note(self, mirror: Endpoint, error: RekindleError) -> None:
+        """A mirror need not have everything; but one that cannot be reached is not asked again."""
+        if not isinstance(error, NotFoundError) and mirror in self._mirrors:
+            self._mirrors = [each for each in self._mirrors if each is not mirror]
+
+    def _fetch_manifest(self, endpoint: Endpoint, name: str) -> Descriptor:
+        path = f"{self._name}/manifests/{name}"
+        limit = self._limits.manifest_bytes
+        content, headers = self._get(endpoint, path, {"Accept": _ACCEPT}, limit)
+        media_type, said = _media_type(headers), headers.get("Docker-Content-Digest", "")
+        digest = Digest.of_bytes(content)
+        for wanted in (name, said):
+            if wanted.startswith("sha256:") and wanted != digest:
+                raise IntegrityError(
+                    f"{endpoint.name} gives another manifest than {wanted}", cause=f"it is {digest}"
+                )
+        fields = Fields.parse(content, "the manifest", limit_bytes=limit)
+        if fields.text("mediaType", media_type) != media_type:
+            raise FormatError(f"{endpoint.name} calls {digest} {media_type}, and it says something else")
+        self._keep(digest, content)
+        return Descriptor(
+            media_type=media_type,
+            digest=digest,
+            size=len(content),
+            artifact_type=fields.text("artifactType", ""),
+        )
+
+    def _read_from(self, endpoint: Endpoint, descriptor: Descriptor) -> bytes:
+        is_manifest = descriptor.media_type in media_types.DOCUMENTS
+        kind = "manifests" if is_manifest else "blobs"
+        headers = {"Accept": descriptor.media_type} if is_manifest else {}
+        path = f"{self._name}/{kind}/{descriptor.digest}"
+        content, _ = self._get(endpoint, path, headers, descriptor.size + 1)
+        if len(content) != descriptor.size or Digest.of_bytes(content) != descriptor.digest:
+            raise IntegrityError(
+                f"{endpoint.name} gives other bytes than those of {descriptor.digest}",
+                cause=f"{len(content)} for {descriptor.size} bytes, with {Digest.of_bytes(content)}",
+            )
+        if not is_manifest:
+            self._access.tally.fetch(len(content))
+        self._keep(descriptor.digest, content)
+        return content
+
+    def _keep(self, digest: Digest, content: bytes) -> None:
+        if len(self._manifests) < _MANIFESTS_KEPT:
+            self._manifests[digest] = content
+
+    def _get(
+        self, endpoint: Endpoint, path: str, headers: dict[str, str], limit_bytes: int
+    ) -> tuple[bytes, http.client.HTTPMessage]:
+        """Something small, from the end of all redirects; what breaks midway is asked for anew."""
+        tries = self._access.config.patience.attempts
+        for attempt in range(1, tries + 1):
+            first = endpoint.ask("GET", path, scope=self._pull, expected=_REDIRECTED, headers=headers)
+            try:
+                with endpoint.follow(first, scope=self._pull, expected=_OK, headers=headers) as answer:
+                    return answer.read(limit_bytes), answer.headers
+            except OSError as error:
+                if attempt == tries:
+                    raise RegistryError(f"{endpoint.name} fails", cause=str(error)) from None
+        raise AssertionError("not reached")
+
+    def _fetch_stretch(self, blob: Descriptor, begin: int, end: int, *, again: bool) -> Answer:
+        """See `download.Fetch`. What a mirror began and did not finish, the registry itself is asked for."""
+        for endpoint in [] if again else self._mirrors:
+            try:
+                return self._fetch_from(endpoint, blob, begin, end)
+            except RekindleError as error:
+                self._note(endpoint, error)
+            except OSError:
+                continue
+        return self._fetch_from(self._origin, blob, begin, end)
+
+    def _fetch_from(self, endpoint: Endpoint, blob: Descriptor, begin: int, end: int) -> Answer:
+        headers = {} if (begin, end) == (0, blob.size) else {"Range": f"bytes={begin}-{end - 1}"}
+        key = endpoint.name, blob.digest
+        if place := self._places.get(key):
+            answer = self._connections.request("GET", place, headers)
+            if answer.status in _STREAMED:
+                return _checked(answer, blob, begin, end)
+            answer.close()
+            self._places.pop(key, None)
+            if answer.status not in _EXPIRED:
+                raise ConnectionError(f"{place} answers {answer.status}")
+        path = f"{self._name}/blobs/{blob.digest}"
+        first = endpoint.ask("GET", path, scope=self._pull, expected=_REDIRECTED, headers=headers)
+        answer = endpoint.follow(first, scope=self._pull, expected=_STREAMED, headers=headers)
+        if answer is not first:
+            self._places[key] = answer.url
+        return _checked(answer, blob, begin, end)
+
+    # Writing. Only ever to the registry itself.
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether a blob or manifest is there already."""
+        kind = "manifests" if descriptor.media_type in media_types.DOCUMENTS else "blobs"
+        headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
+        path = f"{self._name}/{kind}/{descriptor.digest}"
+        try:
+            first = self._origin.ask("HEAD", path, scope=self._push, expected=_REDIRECTED, headers=headers)
+        except (NotFoundError, RegistryError):  # some do not take HEAD; sending it again does no harm
+            return False
+        with first:
+            length = first.headers.get("Content-Length", "")
+            # A redirect says that there is something to lead to; a size that differs, that it is broken.
+            return first.status != 200 or not length or length == str(descriptor.size)
+
+    def mount(self, descriptor: Descriptor) -> bool:
+        """See `Target.mount`."""
+        return any(self._mount(descriptor, repository) for repository in self._mount_from)
+
+    def _mount(self, descriptor: Descriptor, repository: str) -> bool:
+        query = urllib.parse.urlencode({"mount": descriptor.digest, "from": repository}, safe=":/")
+        path = f"{self._name}/blobs/uploads/?{query}"
+        scope = f"{self._push} repository:{repository}:pull"
+        try:
+            with self._origin.ask("POST", path, scope=scope, expected=frozenset({201, 202})) as answer:
+                if answer.status == 201:
+                    return True
+                place = target_of(answer)  # it began an upload instead, which nobody needs
+            with self._origin.ask("DELETE", place, scope=self._push, expected=_ANY, attempts=1):
+                return False
+        except (RegistryError, NotFoundError, CredentialsError):
+            return False
+
+    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        """Sends a blob, in one stream. Nothing of it is there until all of it is.
+
+        Raises IntegrityError if the source gives other bytes than those of the digest.
+        """
+        tries = self._access.config.patience.attempts
+        for attempt in range(1, tries + 1):
+            path = f"{self._name}/blobs/uploads/"
+            with self._origin.ask("POST", path, scope=self._push, expected=frozenset({202})) as answer:
+                place = target_of(answer)
+            joint = "&" if "?" in place.target else "?"
+            place = replace(place, target=f"{place.target}{joint}digest={descriptor.digest}")
+            try:
+                with self._origin.ask(
+                    "PUT",
+                    place,
+                    scope=self._push,
+                    expected=frozenset({201, 204}),
+                    headers={"Content-Type": "application/octet-stream"},
+                    body=_BlobBody(descriptor, source, self._access),
+                    attempts=1,  # an upload that broke is begun anew
+                ) as answer:
+                    said = answer.headers.get("Docker-Content-Digest", descriptor.digest)
+                if said != descriptor.digest:
+                    raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
+                return
+            except RegistryError as error:
+                if attempt == tries or not error.descends:
+                    raise
+                self._origin.pause(attempt)
+
+    def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
+        """Stores a manifest under its digest, or under a tag. What it names must be there."""
+        digest = Digest.of_bytes(content)
+        fields = Fields.parse(content, "the manifest", limit_bytes=self._limits.manifest_bytes)
+        with self._origin.ask(
+            "PUT",
+            f"{self._name}/manifests/{name or digest}",
+            scope=self._push,
+            expected=frozenset({200, 201}),
+            headers={"Content-Type": media_type},
+            body=Bytes(content),
+        ) as answer:
+            said = answer.headers.get("Docker-Content-Digest", digest)
+            knows_referrers = "OCI-Subject" in answer.headers
+        if said != digest:
+            raise IntegrityError(f"{self._origin.name} stored {said} for {digest}")
+        if fields.has("subject") and not knows_referrers:
+            self._list_referrer(content, media_type, digest)
+        return digest
+
+    def _list_referrer(self, content: bytes, media_type: str, digest: Digest) -> None:
+        """Adds a manifest to the fallback tag of its subject, as the specification asks of clients."""
+        fields = Fields.parse(content, "the manifest", limit_bytes=self._limits.manifest_bytes)
+        subject = Descriptor.from_json(fields.json("subject"), "subject")
+        artifact_type = fields.text("artifactType", "")
+        if not artifact_type and fields.has("config"):
+            artifact_type = fields.inner("config").text("mediaType", "")
+        ours = Descriptor(
+            media_type=media_type,
+            digest=digest,
+            size=len(content),
+            artifact_type=artifact_type,
+            annotations=fields.text_map("annotations", {}),
+        )
+        tag = _fallback_tag(subject.digest)
+        try:
+            there = self._fetch_manifest(self._origin, tag)
+            others = _listed(self._manifests[there.digest]) if there.media_type == media_types.INDEX else []
+        except NotFoundError:
+            others = []
+        entries = [*(each for each in others if each.digest != digest), ours]
+        index = {
+            "schemaVersion": 2,
+            "mediaType": media_types.INDEX,
+            "manifests": [each.to_json() for each in entries],
+        }
+        self.put_manifest(json.dumps(index).encode(), media_types.INDEX, tag)
+
+
+class _BlobBody:
+    """A blob as the body of a request, hashed as it goes."""
+
+    def __init__(self, descriptor: Descriptor, source: Blobs, access: Access) -> None:
+        self._descriptor = descriptor
+        self._source = source
+        self._access = access
+
+    @property
+    def length(self) -> int:
+        return self._descriptor.size
+
+    def send(self, connection: http.client.HTTPConnection) -> None:
+        hasher = hashlib.sha256()
+        piece_bytes = self._access.limiter.piece_bytes(PIECE_BYTES)
+        buffer = memoryview(bytearray(piece_bytes))
+        left = self._descriptor.size
+        with self._source.open_blob(self._descriptor) as stream:
+            while left:
+                count = stream.readinto(buffer[: min(left, piece_bytes)])
+                if not count:
+                    raise IntegrityError(f"blob {self._descriptor.digest} is cut off", hint=_REMEDY)
+                hasher.update(buffer[:count])
+                left -= count
+                # The registry must not get the last bytes of what is not what it should be.
+                if not left and "sha256:" + hasher.hexdigest() != self._descriptor.digest:
+                    raise IntegrityError(
+                        f"the bytes of blob {self._descriptor.digest} are not those of its digest",
+                        hint=_REMEDY,
+                    )
+                self._access.limiter.wait(count)
+                connection.sock.sendall(buffer[:count])
+                self._access.tally.send(count)
+
+
+def _checked(answer: Answer, blob: Descriptor, begin: int, end: int) -> Answer:
+    """The answer, if it is the one to the question. Raises RegistryError for another."""
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        problem = f"the content is encoded as {answer.headers['Content-Encoding']}"
+    elif (
+        answer.status == 206 and answer.headers.get("Content-Range") != f"bytes {begin}-{end - 1}/{blob.size}"
+    ):
+        problem = f"asked for bytes {begin} to {end - 1}, it sends {answer.headers.get('Content-Range')}"
+    elif answer.status == 200 and answer.length not in {None, blob.size}:
+        problem = f"it has {answer.length} bytes and should have {blob.size}"
+    elif answer.status == 206 and answer.length not in {None, end - begin}:
+        problem = f"asked for {end - begin} bytes, it sends {answer.length}"
+    else:
+        return answer
+    answer.close()
+    raise RegistryError(f"blob {blob.digest} cannot be fetched", cause=f"{answer.url}: {problem}")
+
+
+def _listed(content: bytes) -> list[Descriptor]:
+    fields = Fields.parse(content, "the list of referrers", limit_bytes=_REFERRERS_BYTES)
+    return fields.list_of("manifests", Descriptor.from_json, at_most=_REFERRERS_LIMIT)
+
+
+def _fallback_tag(digest: Digest) -> str:
+    return f"sha256-{digest.hex}"
+
+
+def _media_type(headers: http.client.HTTPMessage) -> str:
+    return headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def _base(host: str, plain_http: bool | None) -> Url:
+    plain = is_loopback(host.partition(":")[0] if not host.startswith("[") else "::1")
+    return Url.parse(f"{'http' if (plain if plain_http is None else plain_http) else 'https'}://{host}/")
+
+
+def _mirror(url: str) -> Url:
+    try:
+        return Url.parse(url)
+    except ValueError as error:
+        raise UsageError(
+            f"{url} is no mirror", cause=str(error), hint="write http://HOST:PORT or https://HOST"
+        ) from None

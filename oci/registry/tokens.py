@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who we are to a registry: its challenge, a token for each scope, docker's credentials.
+
+The sources are RFC 9110 (challenges) and the distribution project's token authentication: a registry
+answers 401 and names a realm, which gives a token for a scope to whoever has the credentials for it.
+"""
+
+import base64
+import binascii
+import json
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from oci.registry.transport import Answer, Url
+from rekindle.errors import CredentialsError, FormatError, RegistryError
+from rekindle.fields import Fields
+
+_TOKEN_LIMIT_BYTES = 1 << 20
+_DEFAULT_SECONDS = 60  # what the token specification says of a token without `expires_in`
+_RENEW_SECONDS = 10.0
+_PARAMETER = re.compile(r'([a-zA-Z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+_TOKEN_FORM = re.compile(r"[!-~]+")
+
+Ask = Callable[[str, Url, Mapping[str, str], bytes | None], Answer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """A name and password; or, if `identity` is set, a refresh token in the password's place."""
+
+    name: str
+    password: str
+    identity: bool = False
+
+    @property
+    def basic(self) -> str:
+        return "Basic " + base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
+
+
+def from_docker(host: str) -> Credentials | None:
+    """What docker's configuration and its helpers hold for a registry.
+
+    Raises CredentialsError if they cannot be read.
+    """
+    # oras takes 0.2 s to import: only registries that ask who we are cost it.
+    import oras.auth.base
+    import oras.container
+
+    backend = oras.auth.base.AuthBackend()
+    # An older spelling of the registry that `docker login` without a name writes.
+    names = ["https://index.docker.io/v1/", host] if host == "registry-1.docker.io" else [host]
+    try:
+        for name in names:
+            container = oras.container.Container("rekindle/rekindle", registry=name)
+            backend.load_configs(container)
+            found = getattr(backend, "_basic_auth", None)
+            identity = backend._auth_config.get("auths", {}).get(name, {}).get("identitytoken")
+            if identity:
+                return Credentials(name="<token>", password=str(identity), identity=True)
+            if found:
+                name_and_password = base64.b64decode(found).decode()
+                user, _, password = name_and_password.partition(":")
+                return Credentials(name=user, password=password, identity=user == "<token>")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, binascii.Error) as error:
+        raise CredentialsError(
+            f"docker's credentials for {host} cannot be read",
+            cause=f"{type(error).__name__}: {error}",
+            hint="look at ~/.docker/config.json, or at $DOCKER_CONFIG",
+        ) from None
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    """What a 401 asks for. `realm`, `service` and `scope` are those of a bearer token."""
+
+    scheme: str
+    realm: str = ""
+    service: str = ""
+    scope: str = ""
+
+    @classmethod
+    def parse(cls, headers: list[str]) -> "Challenge | None":
+        """The challenge that we can answer: a bearer token before a password."""
+        found: dict[str, Challenge] = {}
+        for header in headers:
+            scheme, _, rest = header.strip().partition(" ")
+            parameters = {
+                name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
+                for name, quoted, plain in _PARAMETER.findall(rest)
+            }
+            found[scheme.lower()] = cls(
+                scheme=scheme.lower(),
+                realm=parameters.get("realm", ""),
+                service=parameters.get("service", ""),
+                scope=parameters.get("scope", ""),
+            )
+        return found.get("bearer") or found.get("basic")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Token:
+    text: str
+    until: float
+
+
+class Authorizer:
+    """Gives the Authorization header for requests to one registry. For many threads."""
+
+    def __init__(self, host: str, ask: Ask, *, tls: bool, find: Callable[[str], Credentials | None]) -> None:
+        """`ask` sends one request to a realm; `tls` says whether the registry itself is spoken to by it."""
+        self._host = host
+        self._ask = ask
+        self._tls = tls
+        self._find = find
+        self._lock = threading.Lock()
+        self._challenge: Challenge | None = None
+        self._tokens: dict[str, _Token] = {}
+        self._credentials: Credentials | None = None
+        self._looked = False
+
+    def header(self, scope: str) -> str | None:
+        """The header for a scope; None as long as the registry has not asked for one."""
+        challenge = self._challenge
+        if challenge is None:
+            return None
+        if challenge.scheme == "basic":
+            credentials = self._known_credentials()
+            return credentials.basic if credentials else None
+        with self._lock:
+            token = self._tokens.get(scope)
+            if token is None or token.until < time.monotonic():
+                token = self._tokens[scope] = self._fetch(challenge, scope)
+            return f"Bearer {token.text}"
+
+    def answer(self, refused: str | None, challenges: list[str], scope: str) -> None:
+        """Takes note of a 401 that came to a request with this header, so that the next may do better.
+
+        Raises CredentialsError if it cannot: the credentials are wrong, or there are none.
+        """
+        challenge = Challenge.parse(challenges)
+        if challenge is None:
+            raise CredentialsError(
+                f"{self._host} asks for credentials in a way that rekindle does not know",
+                cause="; ".join(challenges)[:300] or "its 401 carries no challenge",
+            )
+        if challenge.scheme == "basic" and (refused is not None or self._known_credentials() is None):
+            raise self._refused("it refuses the password" if refused else "it asks for a password")
+        with self._lock:
+            self._challenge = challenge
+            token = self._tokens.get(scope)
+            if token is not None and refused == f"Bearer {token.text}":
+                del self._tokens[scope]
+
+    def _known_credentials(self) -> Credentials | None:
+        if not self._looked:
+            self._credentials = self._find(self._host)
+            self._looked = True
+        return self._credentials
+
+    def _fetch(self, challenge: Challenge, scope: str) -> _Token:
+        try:
+            realm = Url.parse(challenge.realm)
+        except ValueError as error:
+            raise RegistryError(f"{self._host} names a realm that is none", cause=str(error)) from None
+        if self._tls and realm.scheme != "https":
+            raise RegistryError(
+                f"{self._host} wants the password sent without TLS",
+                cause=f"the realm of its tokens is {realm}",
+                hint="this is an attack, or a mistake of whoever runs it",
+            )
+        scopes = [each for each in dict.fromkeys([*scope.split(), *challenge.scope.split()]) if each]
+        if covers(scope, challenge.scope):
+            scopes = scope.split()
+        credentials = self._known_credentials()
+        headers: dict[str, str] = {}
+        body = None
+        query = [("service", challenge.service)] if challenge.service else []
+        if credentials is not None and credentials.identity:
+            form = [("grant_type", "refresh_token"), ("refresh_token", credentials.password), *query]
+            form += [("client_id", "rekindle"), ("scope", " ".join(scopes))]
+            body = urllib.parse.urlencode(form).encode()
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            target = realm.target
+        else:
+            query += [("scope", each) for each in scopes]
+            if credentials is not None:
+                headers["Authorization"] = credentials.basic
+            target = f"{realm.target}{'&' if '?' in realm.target else '?'}{urllib.parse.urlencode(query)}"
+        url = Url(scheme=realm.scheme, host=realm.host, port=realm.port, target=target)
+        with self._ask("POST" if body is not None else "GET", url, headers, body) as answer:
+            if answer.status in {400, 401, 403}:
+                raise self._refused(f"{url} answers {answer.status}")
+            if answer.status != 200:
+                raise RegistryError(f"{url} gives no token", cause=f"it answers {answer.status}")
+            content = answer.read(_TOKEN_LIMIT_BYTES)
+        return _parse_token(content, str(url))
+
+    def _refused(self, cause: str) -> CredentialsError:
+        there = "has none for it" if self._known_credentials() is None else "has other ones"
+        return CredentialsError(
+            f"{self._host} refuses us",
+            cause=cause,
+            hint=f"docker's configuration {there}: `docker login {self._host}`, or `oras login {self._host}`",
+        )
+
+
+def covers(scope: str, other: str) -> bool:
+    """Whether one scope allows all that another does."""
+    wide = {each.rpartition(":")[0]: set(each.rpartition(":")[2].split(",")) for each in scope.split()}
+    return all(
+        set(each.rpartition(":")[2].split(",")) <= wide.get(each.rpartition(":")[0], set())
+        for each in other.split()
+    )
+
+
+def _parse_token(content: bytes, where: str) -> _Token:
+    try:
+        fields = Fields.parse(content, "the token", limit_bytes=_TOKEN_LIMIT_BYTES)
+        text = fields.text("token", "") or fields.text("access_token", "")
+        lasts = fields.integer("expires_in") if fields.has("expires_in") else _DEFAULT_SECONDS
+    except FormatError as error:
+        raise RegistryError(f"{where} gives no token", cause=f"{error.message} {error.cause}") from None
+    if not _TOKEN_FORM.fullmatch(text):
+        raise RegistryError(f"{where} gives no token", cause=json.dumps(text)[:40])
+    # Renewed while it is still good, so that a long request does not outlive it.
+    seconds = max(lasts - _RENEW_SECONDS, lasts / 2)
+    return _Token(text=text, until=time.monotonic() + seconds)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images from one place to another: only what is not there yet, many blobs at once, the tag last."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Protocol
+
+from oci import media_types
+from oci.descriptor import Blobs, Descriptor
+from oci.layout import Layout
+from oci.progress import Tally
+from oci.reference import RegistryReference
+from oci.registry.repository import Access, Repository
+from rekindle.config import Limits
+from rekindle.digest import Digest
+from rekindle.errors import FormatError, UsageError
+from rekindle.fields import Fields
+
+_DEPTH_LIMIT = 4
+_NODES_LIMIT = 1000
+
+
+class Target(Protocol):
+    """What images can be brought to: a layout, or a repository of a registry."""
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether it is there, and need not be brought."""
+
+    def mount(self, descriptor: Descriptor) -> bool:
+        """Takes a blob over from where the target has it already; False if it has to be brought."""
+
+    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        """Brings a blob. Nothing of it is there until all of it is, and its digest matched."""
+
+    def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
+        """Stores a manifest whose parts are there, under its digest or a tag."""
+
+    def cancel(self) -> None:
+        """Ends what is under way in other threads, where it could take long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A manifest or index of an image, as it is to be stored."""
+
+    descriptor: Descriptor
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """All that an image consists of. `nodes` come after those that they name; the last is the root."""
+
+    nodes: Sequence[Node]
+    blobs: Sequence[Descriptor]
+
+
+def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
+    """Reads the manifests of an image, each checked against its digest.
+
+    Raises FormatError for what is no image, or exceeds the limits.
+    """
+    nodes: dict[Digest, Node] = {}
+    blobs: dict[Digest, Descriptor] = {}
+
+    def visit(descriptor: Descriptor, depth: int) -> None:
+        if descriptor.digest in nodes:
+            return
+        if depth > _DEPTH_LIMIT or len(nodes) > _NODES_LIMIT:
+            raise FormatError(f"{root.digest} has more indexes within indexes than is sane")
+        content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
+        fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
+        for child in _children(fields, limits):
+            if child.media_type in media_types.DOCUMENTS:
+                visit(child, depth + 1)
+            else:
+                known = blobs.setdefault(child.digest, child)
+                if known.size != child.size:
+                    raise FormatError(f"{root.digest} gives {child.digest} two sizes")
+        nodes[descriptor.digest] = Node(descriptor=descriptor, content=content)
+
+    visit(root, 0)
+    return Tree(nodes=tuple(nodes.values()), blobs=tuple(blobs.values()))
+
+
+def _children(fields: Fields, limits: Limits) -> Iterator[Descriptor]:
+    if fields.has("manifests"):
+        yield from fields.list_of("manifests", Descriptor.from_json, at_most=limits.layers)
+    if fields.has("config"):
+        yield Descriptor.from_json(fields.json("config"), "manifest.config")
+    if fields.has("layers"):
+        yield from fields.list_of("layers", Descriptor.from_json, at_most=limits.layers)
+
+
+def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Access) -> None:
+    """Brings an image to a layout. What came before an interruption stays for the next try."""
+    root = tree.nodes[-1].descriptor
+    with layout.incoming(root.digest) as arrival:
+        copy(source, tree, arrival, tag=None, jobs=access.config.patience.jobs, tally=access.tally)
+        arrival.publish(root, tag)
+
+
+def into_registry(
+    source: Blobs, tree: Tree, target: RegistryReference, access: Access, *, mount_from: Sequence[str] = ()
+) -> None:
+    """Brings an image to a registry. `mount_from` are repositories of it that may have its blobs.
+
+    Raises UsageError if the target's digest is not the image's.
+    """
+    digest = tree.nodes[-1].descriptor.digest
+    if target.digest not in {None, digest}:
+        raise UsageError(f"{target} asks for another digest than the image has", cause=str(digest))
+    tag = None if target.digest else target.tag
+    with Repository(target, access, mount_from=mount_from) as repository:
+        copy(source, tree, repository, tag=tag, jobs=access.config.patience.jobs, tally=access.tally)
+
+
+def copy(
+    source: Blobs,
+    tree: Tree,
+    target: Target,
+    *,
+    tag: str | None,
+    jobs: int,
+    tally: Tally,
+) -> None:
+    """Brings an image to a target; its root under `tag`, if there is one, and last of all.
+
+    Raises what the source and the target raise. What has come until then stays, for the next try.
+    """
+    for blob in tree.blobs:
+        tally.expect(blob.size)
+
+    def bring(blob: Descriptor) -> None:
+        if target.has(blob) or target.mount(blob):
+            tally.reuse(blob.size)
+        else:
+            target.upload(blob, source)
+
+    # The largest first: the small ones then fill the gaps.
+    ordered = sorted(tree.blobs, key=lambda blob: -blob.size)
+    with ThreadPoolExecutor(max(1, min(jobs, len(ordered)))) as pool:
+        running = [pool.submit(bring, blob) for blob in ordered]
+        try:
+            for job in as_completed(running):  # the first to fail ends all
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            source.cancel()
+            target.cancel()
+            raise
+    for node in tree.nodes[:-1]:
+        if not target.has(node.descriptor):
+            target.put_manifest(node.content, node.descriptor.media_type)
+    root = tree.nodes[-1]
+    target.put_manifest(root.content, root.descriptor.media_type, tag)
