@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests.servers.registry.docker_registry import Auth, DockerRegistry
+from tests.servers.registry.access import Auth
+from tests.servers.registry.docker_registry import DockerRegistry
 
 ROOT = Path(__file__).parents[1]
 SERVERS = ROOT / "tests" / "servers"

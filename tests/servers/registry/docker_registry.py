@@ -15,24 +15,15 @@ import subprocess
 import threading
 import time
 import uuid
-from enum import StrEnum
 from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
-USERNAME = "user"
-PASSWORD = "correct horse"
+from tests.servers.registry.access import PASSWORD, USERNAME, Auth
+
 # The registry takes bcrypt only, which Python has not; made with crypt(3) at the lowest cost that it takes.
 _HTPASSWD = f"{USERNAME}:$2y$05$abcdefghijklmnopqrstuuHNbAKRhpaujgo33bRWs.NLUTJO3lOy2\n"
 _SERVICE = "docker-registry"
-
-
-class Auth(StrEnum):
-    """Who may come in: everybody, or USERNAME with PASSWORD."""
-
-    NONE = "none"
-    BASIC = "basic"
-    TOKEN = "token"
 
 
 class TokenServer:
