@@ -69,3 +69,6 @@ class Blobs(Protocol):
 
     def cancel(self) -> None:
         """Ends all reads that are under way in other threads, where they could take long."""
+
+    def distrust(self) -> bool:
+        """After bytes that were not those of their digest: whether another try reads them elsewhere."""

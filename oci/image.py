@@ -20,9 +20,13 @@ _DEFAULTS = Limits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A snapshot: its descriptors, its record once checked and parsed, and where its blobs are."""
+    """A snapshot: its descriptors, its record once checked and parsed, and where its blobs are.
+
+    `limits` are those by which its layers are to be read, too.
+    """
 
     blobs: Blobs
+    limits: Limits
     index: Descriptor
     process: Descriptor
     config: Descriptor
@@ -75,6 +79,7 @@ def build(
     }
     return Image(
         blobs=layout,
+        limits=_DEFAULTS,
         index=layout.put(_serialize(index), media_types.INDEX, artifact_type=media_types.SNAPSHOT),
         process=process,
         config=config,
@@ -125,6 +130,7 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         )
     return Image(
         blobs=blobs,
+        limits=limits,
         index=descriptor,
         process=process,
         config=config,

@@ -32,6 +32,7 @@ from oci import media_types
 from oci import tree as tree_of
 from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
+from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, write_at
@@ -47,6 +48,7 @@ _COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than z
 _LAYER_BYTES = 256 << 20  # of raw content: what is sent again when an upload breaks
 _LAYERS_LIMIT = 100  # registries take about 127
 _REMEDY = "make the snapshot anew, or fetch it again"
+_DEFAULTS = Limits()
 _LEVEL = 1  # 0.5 to 1 GB/s a core; level 3 takes twice as long for a tenth less
 
 
@@ -167,17 +169,24 @@ class _Opened:
 
 
 def unpack(
-    blobs: Blobs, layers: Sequence[Descriptor], files: Sequence[StoredFile], tree: Path, *, workers: int
+    blobs: Blobs,
+    layers: Sequence[Descriptor],
+    files: Sequence[StoredFile],
+    tree: Path,
+    *,
+    workers: int,
+    limits: Limits = _DEFAULTS,
 ) -> int:
     """Writes the files of a dump below `tree`, which exists and is empty; returns the bytes written.
 
     The caller must not use the tree before this returns: only then is every digest known to match.
-    Raises IntegrityError for bytes that are not those of the digest, FormatError for a layer that lies.
+    Raises IntegrityError for bytes that are not those of the digest, FormatError for a layer that lies or
+    that becomes larger than the limits allow.
     """
     tree_of.make(files, tree)
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_read_layer, blobs, layer, files, tree, stop) for layer in layers]
+        jobs = [pool.submit(_read_layer, blobs, layer, files, tree, stop, limits) for layer in layers]
         try:
             written = sum(job.result() for job in jobs)
         except BaseException:
@@ -194,9 +203,10 @@ def _read_layer(
     files: Sequence[StoredFile],
     tree: Path,
     stop: threading.Event,
+    limits: Limits,
 ) -> int:
     with blobs.open_blob(layer) as stream:
-        return read_pieces(stream, layer, files, tree, stop)
+        return read_pieces(stream, layer, files, tree, stop, limits)
 
 
 def read_pieces(
@@ -205,12 +215,13 @@ def read_pieces(
     files: Sequence[StoredFile],
     tree: Path,
     stop: threading.Event,
+    limits: Limits = _DEFAULTS,
 ) -> int:
     """Reads a layer to its end and writes its pieces; returns the bytes written."""
     source = _Source(stream, layer)
     decompressor = zstandard.ZstdDecompressor()
     content = memoryview(bytearray(PIECE_BYTES))
-    written = 0
+    written, most = 0, limits.expanded_bytes(layer.size)
     with _Opened(tree, files, "r+b") as opened:
         while source.left and not stop.is_set():
             magic, content_bytes, index, compressed, offset, length = _HEADER.unpack(
@@ -226,6 +237,12 @@ def read_pieces(
                 or offset + length > files[index].size
             ):
                 raise source.verdict()
+            if written + length > most:
+                raise FormatError(
+                    f"layer {layer.digest} becomes more than {most} bytes",
+                    cause=f"it has {layer.size}",
+                    hint="`expansion_ratio` in the configuration limits this",
+                )
             piece = content[:length]
             if not _decompress(decompressor, source.read(compressed), piece):
                 raise source.verdict()

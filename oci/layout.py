@@ -130,6 +130,10 @@ class Layout:
     def cancel(self) -> None:
         """See `Blobs.cancel`: files do not take long."""
 
+    def distrust(self) -> bool:
+        """See `Blobs.distrust`: there is nothing but the files."""
+        return False
+
     def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:
         """Stores a small blob."""
         digest = Digest.of_bytes(content)

@@ -52,7 +52,6 @@ class Limiter:
         self._rate = bytes_per_second
         self._lock = threading.Lock()
         self._next = 0.0
-        self._closing = threading.Event()
 
     def piece_bytes(self, most: int) -> int:
         """How much to move at once: no more than goes within a quarter of a second."""
@@ -66,8 +65,4 @@ class Limiter:
             now = time.monotonic()
             begin = max(now, self._next)
             self._next = begin + size / self._rate
-        self._closing.wait(begin - now)
-
-    def close(self) -> None:
-        """Lets everybody go."""
-        self._closing.set()
+        time.sleep(begin - now)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images from one place to another: only what is not there yet, many blobs at once, the tag last."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from oci.reference import RegistryReference
 from oci.registry.repository import Access, Repository
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, UsageError
+from rekindle.errors import FormatError, IntegrityError, UsageError
 from rekindle.fields import Fields
 
 _DEPTH_LIMIT = 4
@@ -138,8 +138,24 @@ def copy(
         else:
             target.upload(blob, source)
 
+    while True:
+        try:
+            _bring_all(tree.blobs, bring, source, target, jobs)
+            break
+        except IntegrityError:
+            if not source.distrust():
+                raise
+
+
+def _bring_all(
+    blobs: Sequence[Descriptor],
+    bring: Callable[[Descriptor], None],
+    source: Blobs,
+    target: Target,
+    jobs: int,
+) -> None:
     # The largest first: the small ones then fill the gaps.
-    ordered = sorted(tree.blobs, key=lambda blob: -blob.size)
+    ordered = sorted(blobs, key=lambda blob: -blob.size)
     with ThreadPoolExecutor(max(1, min(jobs, len(ordered)))) as pool:
         running = [pool.submit(bring, blob) for blob in ordered]
         try:
@@ -150,8 +166,3 @@ def copy(
             source.cancel()
             target.cancel()
             raise
-    for node in tree.nodes[:-1]:
-        if not target.has(node.descriptor):
-            target.put_manifest(node.content, node.descriptor.media_type)
-    root = tree.nodes[-1]
-    target.put_manifest(root.content, root.descriptor.media_type, tag)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oci.image import Image
-from rekindle.errors import UsageError
+from rekindle.errors import FormatError, IntegrityError, UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 from rekindle.fingerprint import boot_id
 from rekindle.home import Home
@@ -70,8 +70,23 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
         workers,
     )
 
-    staged.mkdir(mode=0o700)
-    written = unpack(image.blobs, image.layers, image.record.files, staged, workers=workers())
+    while True:
+        staged.mkdir(mode=0o700)
+        try:
+            written = unpack(
+                image.blobs,
+                image.layers,
+                image.record.files,
+                staged,
+                workers=workers(),
+                limits=image.limits,
+            )
+            break
+        except (IntegrityError, FormatError):
+            # What a mirror gave is gone before the registry itself is asked.
+            remove_tree(staged)
+            if not image.blobs.distrust():
+                raise
     report.bytes["written"] = written
     (staged / "ready.json").write_text(json.dumps({"boot": boot_id(), "bytes": written}))
     staged.replace(target)

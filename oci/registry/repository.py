@@ -76,23 +76,25 @@ class Repository:
         self._access = access
         self._limits = access.config.limits
         settings = access.settings(reference.host)
-        ca_files = {host: each.ca_file for host, each in access.config.registries.items() if each.ca_file}
-        self._connections = Connections(access.config.patience, ca_files=ca_files)
-        self._origin = Endpoint(
-            _base(reference.api_host, settings.plain_http),
-            self._connections,
-            access.find_credentials,
-            name=reference.api_host,
-        )
-        query = urllib.parse.urlencode({"ns": reference.host})  # as containerd asks its mirrors
-        self._mirrors = [
-            Endpoint(_mirror(url), self._connections, access.find_credentials, name=url, query=query)
-            for url in settings.mirrors
-        ]
+        self._base = _base(reference.api_host, settings.plain_http)
+        self._open(settings.mirrors)
         self._name = reference.repository
         self._pull = f"repository:{self._name}:pull"
         self._push = f"repository:{self._name}:pull,push"
         self._manifests: dict[Digest, bytes] = {}
+
+    def _open(self, mirrors: Sequence[str]) -> None:
+        access, host = self._access, self.reference.host
+        ca_files = {name: each.ca_file for name, each in access.config.registries.items() if each.ca_file}
+        self._connections = Connections(access.config.patience, ca_files=ca_files)
+        self._origin = Endpoint(
+            self._base, self._connections, access.find_credentials, name=self.reference.api_host
+        )
+        query = urllib.parse.urlencode({"ns": host})  # as containerd asks its mirrors
+        self._mirrors = [
+            Endpoint(_mirror(url), self._connections, access.find_credentials, name=url, query=query)
+            for url in mirrors
+        ]
         self._places: dict[tuple[str, Digest], Url] = {}  # where redirects led
         self._downloads: Downloads | None = None
 
@@ -106,20 +108,17 @@ class Repository:
         """Ends all that is under way, in other threads too."""
         for endpoint in (*self._mirrors, self._origin):
             endpoint.close()
-        self._access.limiter.close()
         if self._downloads is not None:
             self._downloads.close()
         self._connections.close()
 
-    def distrust_mirrors(self) -> bool:
-        """From now on, asks the registry itself only; whether there were any others."""
-        had = bool(self._mirrors)
-        self._mirrors = []
-        return had
-
-    @property
-    def _endpoints(self) -> list[Endpoint]:
-        return [*self._mirrors, self._origin]
+    def distrust(self) -> bool:
+        """See `Blobs.distrust`: from now on, only the registry itself is asked, if there were others."""
+        if not self._mirrors:
+            return False
+        self.cancel()
+        self._open([])
+        return True
 
     # Reading.
 
