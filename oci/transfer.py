@@ -145,6 +145,11 @@ def copy(
         except IntegrityError:
             if not source.distrust():
                 raise
+    for node in tree.nodes[:-1]:
+        if not target.has(node.descriptor):
+            target.put_manifest(node.content, node.descriptor.media_type)
+    root = tree.nodes[-1]
+    target.put_manifest(root.content, root.descriptor.media_type, tag)
 
 
 def _bring_all(

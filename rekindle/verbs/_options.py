@@ -163,6 +163,15 @@ def source(reference: Reference, home: Home, args: argparse.Namespace) -> Iterat
         yield Source(blobs=repository, root=repository.resolve(), limits=how.config.limits, tally=how.tally)
 
 
+def progress(tally: "Tally | None", report: Report) -> contextlib.AbstractContextManager[None]:
+    """Shows what is fetched, if anything is."""
+    if tally is None:
+        return contextlib.nullcontext()
+    from rekindle.verbs._progress import shown
+
+    return shown(tally, quiet=report.quiet)
+
+
 def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> Layout:
     """The layout that an image is in. Raises UsageError for a directory that is no layout."""
     if image.directory is None:

@@ -7,6 +7,7 @@ Every start is timed to the first token of the oracle's answer, and is ended wit
     warm-cache              the command again, with the caches that the cold start left
     process                 `rekindle restore`, the dump in the page cache
     process-cold-page-cache `rekindle restore`, the dump's pages dropped from the page cache
+    process-registry        `rekindle restore` with an empty $REKINDLE_HOME, from --registry
     criu-plain              `criu restore` of CRIU's untouched dump in the same cell, without rekindle
 """
 
@@ -19,19 +20,20 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oci import image as images
 from oci.layout import Layout
+from oci.reference import RegistryReference, parse
 from rekindle import criu, picture
 from rekindle.cell import Cell, Command, Network
 from rekindle.engine import JSON, Engine, Request, for_command
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, OracleError, UsageError, WorkloadError
-from rekindle.files import copy_sparse_tree, write_atomically
+from rekindle.files import copy_sparse_tree, remove_tree, write_atomically
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.run import run, spawn
@@ -40,7 +42,7 @@ from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import wait_ready
 
 SCHEMA = "rekindle.bench/1"
-_STARTS = ("cold", "warm-cache", "process", "process-cold-page-cache", "criu-plain")
+_STARTS = ("cold", "warm-cache", "process", "process-cold-page-cache", "process-registry", "criu-plain")
 _IMAGE = "bench"
 _START_SECONDS = 1800.0
 _RESTORE_SECONDS = 300.0
@@ -70,6 +72,11 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--cold-runs", type=int, metavar="N", help="of the starts that take long, if other than --runs"
     )
+    parser.add_argument(
+        "--registry",
+        metavar="HOST[:PORT]/REPOSITORY[:TAG]",
+        help="where to push the snapshot, to restore it from there with an empty store as well",
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases (SVG)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to a file")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
@@ -78,6 +85,8 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     if not command:
         raise UsageError("there is no command", hint="rekindle bench -- vllm serve MODEL")
+    if args.registry and not isinstance(parse(args.registry), RegistryReference):
+        raise UsageError(f"--registry {args.registry} is no repository of a registry")
     if args.runs < 1 or (args.cold_runs is not None and args.cold_runs < 1):
         raise UsageError("--runs must be 1 or more")
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
@@ -113,6 +122,7 @@ class _Bench:
         self._work = work
         self._home = Home(work / "home")
         self._tool = criu.find(home)
+        self._registry: str | None = args.registry
         self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
         self._environment["REKINDLE_CRIU"] = str(self._tool.path)
         self._peaks: dict[str, int] = {}
@@ -137,10 +147,14 @@ class _Bench:
         for _ in range(self._runs):
             _drop_from_page_cache(dump)
             self._add(starts, "process-cold-page-cache", self._restore_start())
+        if self._registry:
+            self._push(self._registry)
+            for _ in range(self._runs):
+                self._add(starts, "process-registry", self._registry_start(self._registry))
         return {
             "schema": SCHEMA,
             "n": self._runs,
-            "starts": {name: _summary(starts[name]) for name in _STARTS},
+            "starts": {name: _summary(starts[name]) for name in _STARTS if name in starts},
             "dump_bytes": record.dump_bytes,
             "image_bytes": image_bytes,
             "peak_rss_bytes": self._peaks,
@@ -200,21 +214,46 @@ class _Bench:
         image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
         return image.record, image.size_bytes
 
-    def _restore_start(self) -> Start:
+    def _push(self, registry: str) -> None:
+        report = self._work / "push.json"
+        argv = [*_rekindle(), "push", _IMAGE, registry, "--report", str(report)]
+        done = run(argv, timeout=_START_SECONDS, env=self._environment)
+        if done.status != 0:
+            raise WorkloadError("the push failed", cause=done.output, command=argv)
+        document = json.loads(report.read_bytes())
+        self._peaks["push"] = document["peak_rss_bytes"]
+        print(f"rekindle: push {document['seconds']:.2f} s", file=sys.stderr, flush=True)
+
+    def _registry_start(self, registry: str) -> Start:
+        """On a node that has nothing: neither a store nor what was found out about its CRIU."""
+        home = self._work / "empty"
+        try:
+            return self._restore_start(registry, {"REKINDLE_HOME": str(home)}, peak="restore-registry")
+        finally:
+            remove_tree(home)
+
+    def _restore_start(
+        self, image: str = _IMAGE, environment: Mapping[str, str] | None = None, *, peak: str = "restore"
+    ) -> Start:
         """`rekindle restore` as a user runs it; its report tells the phases."""
         report = self._work / "restore.json"
         report.unlink(missing_ok=True)
         log = self._work / "restore.log"
-        argv = [*_rekindle(), "restore", _IMAGE, "--report", str(report)]
+        argv = [*_rekindle(), "restore", image, "--report", str(report)]
         with open(log, "wb") as output:
-            process = spawn(argv, env=self._environment, stdout=output.fileno(), stderr=output.fileno())
+            process = spawn(
+                argv,
+                env={**self._environment, **(environment or {})},
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+            )
             try:
                 document = _await_report(report, process.poll, log)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
                 process.wait()
-        self._peaks["restore"] = max(self._peaks.get("restore", 0), document["peak_rss_bytes"])
+        self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
         first = float(document["first_token_seconds"])
         phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
         if "oracle" in phases:  # the first token comes before the answer's end

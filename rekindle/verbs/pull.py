@@ -4,27 +4,57 @@
 import argparse
 from collections.abc import Sequence
 
+from oci import image as images
 from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.errors import UsageError
-from rekindle.verbs import _transfer
+from rekindle.report import Outcome, Report
+from rekindle.verbs import _options, _transfer
+from rekindle.verbs._progress import shown
+from restore import dumps
 
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle pull",
         description="Fetch an image from a registry. What is here already is not fetched; a pull that was "
-        "interrupted goes on where it stopped.",
+        "interrupted goes on where it stopped. With --unpack, the dump is made ready for `restore` instead, "
+        "and no copy of the image is kept.",
     )
     parser.add_argument("source", metavar="IMAGE", help="HOST[:PORT]/repository[:tag][@digest]")
     parser.add_argument(
         "target", metavar="TARGET", nargs="?", help="name[:tag] or oci:DIR[:tag] (default: as it is called)"
     )
+    parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
     _transfer.add_arguments(parser)
     args = parser.parse_args(words)
     source = parse(args.source)
     if not isinstance(source, RegistryReference):
         raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
+    if args.unpack:
+        if args.target:
+            raise UsageError("--unpack stores no image", hint="leave out its name")
+        return _unpack(source, args)
     target = parse(args.target or f"{source.repository.rpartition('/')[2]}:{source.tag}")
     if not isinstance(target, LayoutReference):
         raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
     return _transfer.run("pull", source, target, args)
+
+
+def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:
+    """Layers are received, hashed, unpacked and written side by side, straight into the ready dump."""
+    report = Report(verb="pull", quiet=args.quiet)
+    with _options.reporting(report, args):
+        _options.require_root()
+        home = _options.open_home()
+        with home.work("pull") as work, _options.source(reference, home, args) as source:
+            with report.phase("resolve"):
+                image = images.load(source.blobs, source.root, source.limits)
+            report.image = {"reference": str(reference), "digest": image.index.digest}
+            assert source.tally is not None
+            source.tally.expect(sum(layer.size for layer in image.layers))
+            with shown(source.tally, quiet=report.quiet), dumps.ready(home, work, image, report):
+                report.bytes |= {"fetched": source.tally.fetched_bytes}
+    report.outcome = Outcome.SAVED
+    report.say(f"{reference} {image.index.digest} is ready to restore")
+    report.write(args.report, to_stdout=args.json)
+    return 0

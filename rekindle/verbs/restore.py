@@ -72,7 +72,10 @@ def _restore(
             published.close()  # the server takes the address itself; we only looked if it is free
     # Nothing of the dump is needed any more once it is restored: others may make room then.
     with contextlib.ExitStack() as using:
-        dump = using.enter_context(dumps.ready(home, work, image, report))
+        if source.tally is not None:
+            source.tally.expect(sum(layer.size for layer in image.layers))
+        with _options.progress(source.tally, report):
+            dump = using.enter_context(dumps.ready(home, work, image, report))
         reading.close()
         process.restore(
             cell,

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times pushes and pulls of one dump by the oras CLI and by rekindle; see hack/bench-registry.
+
+A push by rekindle includes packing: from CRIU's files to blobs in the registry, as with oras. A pull
+includes unpacking: from an empty disk to files that CRIU can restore from.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from oci import layers, tree
+from oci import image as images
+from oci.layout import Layout
+from oci.reference import RegistryReference, parse
+from rekindle import criu_image
+from rekindle.home import Home
+from rekindle.run import run
+from tests.servers.registry.simulator import Registry
+
+RATE = 80e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("registry")
+    parser.add_argument("image")
+    parser.add_argument("dump", type=Path)
+    parser.add_argument("runs", type=int, nargs="?", default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        compare(args.registry, args.image, args.dump, args.runs, Path(name))
+        throttled(args.image, args.runs, Path(name))
+
+
+def compare(registry: str, name: str, dump: Path, runs: int, work: Path) -> None:
+    total = sum(path.stat().st_size for path in dump.rglob("*") if path.is_file())
+    print(f"{total / 1e9:.2f} GB of dump, n = {runs}, medians; peak memory of the program itself")
+    times: dict[str, list[float]] = {"oras push": [], "push": [], "oras pull": [], "pull": []}
+    peaks: dict[str, int] = dict.fromkeys(times, 0)
+
+    def timed(what: str, action: Callable[[], int]) -> None:
+        began = time.monotonic()
+        peak = action()
+        times[what].append(time.monotonic() - began)
+        peaks[what] = max(peaks[what], peak)
+        print(f"{what:<10} {times[what][-1]:6.2f} s", file=sys.stderr)
+
+    copy = work / "copy"
+    for number in range(runs):
+        shutil.copytree(dump, copy, symlinks=True)
+        target = f"{registry}/dump{number}"
+        timed("oras push", lambda: oras(["push", f"{target}/oras:1", "criu", "shm"], dump))
+        timed("push", lambda: packed_and_pushed(name, copy, f"{target}/ours:1", work))
+        shutil.rmtree(copy)
+        into = work / "oras"
+        into.mkdir()
+        timed("oras pull", lambda: oras(["pull", f"{target}/oras:1"], into))
+        shutil.rmtree(into)
+        timed("pull", lambda: rekindle(["pull", "--unpack", f"{target}/ours:1"], work / "home"))
+        shutil.rmtree(work / "home")
+    for what, seconds in times.items():
+        print(
+            f"{what:<10} {statistics.median(seconds):6.2f} s  ({min(seconds):.2f}-{max(seconds):.2f})"
+            f"  {peaks[what] / 1e6:.0f} MB"
+        )
+    for what in ("push", "pull"):
+        ratio = statistics.median(times[f"oras {what}"]) / statistics.median(times[what])
+        print(f"{what}: rekindle is {ratio:.1f} times as fast")
+
+
+def oras(words: list[str], directory: Path) -> int:
+    done = run([os.environ["ORAS"], *words, "--plain-http", "--no-tty"], timeout=600, cwd=directory)
+    assert done.status == 0, done.output
+    return done.peak_rss_bytes
+
+
+def rekindle(words: list[str], home: Path) -> int:
+    argv = [sys.executable, "-m", "rekindle", *words, "--quiet"]
+    done = run(argv, timeout=600, env={**os.environ, "REKINDLE_HOME": str(home)})
+    assert done.status == 0, done.output
+    return done.peak_rss_bytes
+
+
+def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
+    """What `rekindle snapshot` does after the dump: zero pages out, pack, publish, push."""
+    home = work / "packed"
+    sys.stdout.flush()
+    pid = os.fork()  # so that its memory can be told
+    if pid == 0:
+        began = time.monotonic()
+        pack(name, dump, Layout.create(home / "store"))
+        print(f"  of it, packing {time.monotonic() - began:.2f} s", file=sys.stderr)
+        os._exit(0)
+    _, status, usage = os.wait4(pid, 0)
+    assert status == 0
+    peak = max(usage.ru_maxrss * 1024, rekindle(["push", "x", target], home))
+    shutil.rmtree(home)
+    return peak
+
+
+def pack(name: str, dump: Path, layout: Layout) -> None:
+    store = Layout(Home.from_environment().store)
+    record = images.load(store, store.resolve(f"{name}:latest")).record
+    criu_image.drop_zero_pages(dump / "criu")
+    files = tree.scan(dump)
+    built = images.build(layout, record, layers.pack(dump, files, layout, workers=layers.workers()))
+    layout.publish(layout, built.index, "x:latest")
+
+
+def throttled(name: str, runs: int, work: Path) -> None:
+    """Pulls from a registry that gives each request 80 MB/s: over one connection, and over many."""
+    for jobs in (1, 8, 16):
+        seconds = []
+        for _ in range(runs):
+            with Registry(rate_bytes_per_second=RATE) as registry:
+                rekindle(["push", name, f"{registry.host}/x:1"], Home.from_environment().root)
+                report = work / "report.json"
+                words = ["pull", f"{registry.host}/x:1", f"oci:{work}/layout", "--jobs", str(jobs)]
+                rekindle([*words, "--report", str(report)], work / "home")
+                phases = {p["name"]: p["seconds"] for p in json.loads(report.read_bytes())["phases"]}
+                fetched = json.loads(report.read_bytes())["bytes"]["fetched"]
+                seconds.append(phases["transfer"])
+                shutil.rmtree(work / "layout")
+        middle = statistics.median(seconds)
+        print(f"80 MB/s a request, {jobs:2} connections: {middle:.2f} s, {fetched / middle / 1e6:.0f} MB/s")
+
+
+if __name__ == "__main__":
+    main()
