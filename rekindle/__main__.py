@@ -15,13 +15,15 @@ from rekindle.errors import Interrupted, RekindleError
 from rekindle.files import full_disk
 from rekindle.text import printable
 
-# Each verb is a module of rekindle.verbs, imported only when it is asked for.
+# Each verb is a module of rekindle.verbs, with _ for -, imported only when it is asked for.
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
     "restore": "bring a saved server back, and serve",
     "push": "send an image to a registry",
     "pull": "fetch an image from a registry",
     "copy": "copy an image from anywhere to anywhere",
+    "pack-cache": "make an image of a kernel cache",
+    "extract": "extract the kernel cache of an image",
     "inspect": "show what is in an image",
     "doctor": "show what this node can do, and what it lacks",
     "bench": "compare cold starts and restores, by phase",
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and a shell's & ask for
             signal.signal(signum, _interrupt)
     try:
-        verb = importlib.import_module(f"rekindle.verbs.{words[0]}")
+        verb = importlib.import_module(f"rekindle.verbs.{words[0].replace('-', '_')}")
         status = verb.main(words[1:])
         assert isinstance(status, int)
         return status
@@ -101,7 +103,7 @@ def _tell(error: RekindleError) -> None:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<10}{summary}" for name, summary in VERBS.items())
+    verbs = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
     return (
         "usage: rekindle COMMAND …      (rekindle COMMAND --help tells more)\n\n"
         f"{verbs}\n\n"

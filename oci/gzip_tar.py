@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a tar archive, gzip-compressed, to a blob: reproducible, streamed, on all cores.
+
+The archive is POSIX pax (IEEE 1003.1-2001). Pieces of 1 MiB are compressed side by side as independent
+DEFLATE blocks, each ended at a byte, and put one after the other into a single gzip member, as pigz does: any
+reader takes it, and the bytes do not depend on how many cores there were.
+"""
+
+import hashlib
+import struct
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import PurePosixPath
+
+from rekindle.digest import Digest
+
+PIECE_BYTES = 1 << 20
+# Measured on a cache of vLLM and Triton, 2 cores: level 1 153 MB/s and 0.30 of the size, level 6 50 MB/s
+# and 0.26.
+LEVEL = 1
+_BLOCK_BYTES = 512
+# No name, no time; made on Unix.
+_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\x03"
+_LAST_BLOCK = b"\x03\x00"
+
+
+class GzipTar:
+    """An archive that is being written. Holds a few pieces of 1 MiB, whatever its size."""
+
+    def __init__(self, write: Callable[[bytes], object], pool: Executor, *, workers: int) -> None:
+        self._write, self._pool, self._window = write, pool, workers + 1
+        self._raw, self._compressed = hashlib.sha256(), hashlib.sha256()
+        self._crc, self._raw_size, self.size = 0, 0, 0
+        self._pending = bytearray()
+        self._jobs: deque[Future[bytes]] = deque()
+        self._put(_HEADER)
+
+    def add_directory(self, path: PurePosixPath, *, mode: int, mtime_ns: int) -> None:
+        info = self._info(path, mode, mtime_ns)
+        info.type = tarfile.DIRTYPE
+        self._add(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+
+    def begin_file(self, path: PurePosixPath, *, size: int, mode: int, mtime_ns: int) -> None:
+        """A file whose `size` bytes `add_content` takes next; `end_file` after them."""
+        info = self._info(path, mode, mtime_ns)
+        info.size = size
+        self._add(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+
+    def add_content(self, content: bytes | memoryview) -> None:
+        self._add(content)
+
+    def end_file(self, size: int) -> None:
+        self._add(bytes(-size % _BLOCK_BYTES))
+
+    def finish(self) -> tuple[Digest, Digest]:
+        """Ends the archive; returns the digests of the blob, and of the archive before compression."""
+        self._add(bytes(2 * _BLOCK_BYTES))
+        self._compress(bytes(self._pending))
+        while self._jobs:
+            self._put(self._jobs.popleft().result())
+        self._put(_LAST_BLOCK + struct.pack("<II", self._crc, self._raw_size & 0xFFFFFFFF))
+        return (
+            Digest("sha256:" + self._compressed.hexdigest()),
+            Digest("sha256:" + self._raw.hexdigest()),
+        )
+
+    def _info(self, path: PurePosixPath, mode: int, mtime_ns: int) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(str(path))
+        info.mode = mode & 0o777
+        seconds, nanoseconds = divmod(max(mtime_ns, 0), 1_000_000_000)
+        info.mtime = seconds
+        if nanoseconds:
+            info.pax_headers = {"mtime": f"{seconds}.{nanoseconds:09}"}
+        return info
+
+    def _add(self, content: bytes | memoryview) -> None:
+        self._pending += content
+        while len(self._pending) >= PIECE_BYTES:
+            piece = bytes(memoryview(self._pending)[:PIECE_BYTES])
+            del self._pending[:PIECE_BYTES]
+            self._compress(piece)
+
+    def _compress(self, piece: bytes) -> None:
+        self._jobs.append(self._pool.submit(_deflate, piece))
+        self._raw.update(piece)
+        self._crc = zlib.crc32(piece, self._crc)
+        self._raw_size += len(piece)
+        while len(self._jobs) > self._window:
+            self._put(self._jobs.popleft().result())
+
+    def _put(self, content: bytes) -> None:
+        self._compressed.update(content)
+        self._write(content)
+        self.size += len(content)
+
+
+def _deflate(piece: bytes) -> bytes:
+    compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return compressor.compress(piece) + compressor.flush(zlib.Z_SYNC_FLUSH)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a gzip-compressed tar archive from foreign hands: strictly, streamed, and hashed as it comes.
+
+Taken is what a cache needs, regular files and directories with POSIX pax headers; anything else is refused:
+links, devices, sparse files, GNU's long names, global headers, a second gzip member, bytes after the end.
+"""
+
+import hashlib
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oci.descriptor import Blobs, Descriptor
+from rekindle.digest import Digest
+from rekindle.errors import FormatError, IntegrityError
+
+_READ_BYTES = 256 << 10
+_INFLATED_BYTES = 1 << 20
+_BLOCK_BYTES = 512
+_PAX_LIMIT_BYTES = 64 << 10
+_SIZE_LIMIT_BYTES = 1 << 43
+# What pax headers may say; owners are not taken over.
+_PAX_KEYS = {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
+_PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,5}) ")
+_PAX_TIME = re.compile(rb"([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?")
+_PAX_SIZE = re.compile(rb"[0-9]{1,14}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A file or directory of an archive. The name is as it stands there, but for a directory's slash."""
+
+    name: str
+    is_directory: bool
+    size: int
+    mode: int
+    mtime_ns: int
+
+
+class LayerReader:
+    """A layer's archive. The content of a file must be read before the next member."""
+
+    def __init__(self, blobs: Blobs, layer: Descriptor, *, limit_bytes: int) -> None:
+        self._layer = layer
+        self._stream = blobs.open_blob(layer)
+        self._compressed, self._raw = hashlib.sha256(), hashlib.sha256()
+        self._compressed_left = layer.size
+        self._raw_left = limit_bytes
+        self._inflater = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        self._input = b""
+        self._ready = memoryview(b"")
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def members(self) -> Iterator[Member]:
+        """Raises FormatError for an archive that is not as it should be."""
+        while any(block := self._exactly(_BLOCK_BYTES)):
+            pax: dict[bytes, bytes] = {}
+            info = _header(block)
+            if info.type == tarfile.XHDTYPE:
+                if not 0 < info.size <= _PAX_LIMIT_BYTES:
+                    raise FormatError("the layer has a pax header without a sane size")
+                pax = _pax(self._exactly(info.size))
+                self._skip_padding(info.size)
+                info = _header(self._exactly(_BLOCK_BYTES))
+            yield _member(info, pax)
+        if any(self._exactly(_BLOCK_BYTES)):
+            raise FormatError("the layer's archive has no proper end")
+        while len(rest := self._some(_INFLATED_BYTES)):
+            if any(rest):
+                raise FormatError("the layer has bytes after the end of its archive")
+
+    def content(self, size: int) -> Iterator[memoryview]:
+        """The content of the file that `members` gave last, in pieces. To be read to its end."""
+        left = size
+        while left:
+            piece = self._some(left)
+            if not piece:
+                raise FormatError("the layer ends in the middle of a file")
+            left -= len(piece)
+            yield piece
+        self._skip_padding(size)
+
+    def finish(self, diff_id: Digest) -> None:
+        """To be called after the last member. Raises IntegrityError unless all bytes match their digests."""
+        if not self._inflater.eof:
+            raise FormatError("the layer's gzip stream has no end")
+        if self._inflater.unused_data or self._input or self._compressed_left:
+            raise FormatError("the layer has bytes after its gzip stream")
+        if self._stream.read(1):
+            raise IntegrityError(f"layer {self._layer.digest} is longer than its descriptor says")
+        if "sha256:" + self._compressed.hexdigest() != self._layer.digest:
+            raise self._other_bytes()
+        if "sha256:" + self._raw.hexdigest() != diff_id:
+            raise IntegrityError(
+                f"the content of layer {self._layer.digest} is not that of the config's diff_id"
+            )
+
+    def verdict(self, error: FormatError) -> FormatError | IntegrityError:
+        """What is wrong with a layer that makes no sense. Most often its bytes are not those of its digest,
+        which only all of them can tell."""
+        while self._compressed_left and self._fill():
+            pass
+        if "sha256:" + self._compressed.hexdigest() == self._layer.digest:
+            return error
+        return self._other_bytes()
+
+    def _other_bytes(self) -> IntegrityError:
+        return IntegrityError(
+            f"the bytes of layer {self._layer.digest} are not those of its digest",
+            hint="make the image anew, or fetch it again",
+        )
+
+    def _skip_padding(self, size: int) -> None:
+        if any(self._exactly(-size % _BLOCK_BYTES)):
+            raise FormatError("the layer has bytes between its files")
+
+    def _exactly(self, size: int) -> bytes:
+        out = bytearray()
+        while len(out) < size:
+            piece = self._some(size - len(out))
+            if not piece:
+                raise FormatError("the layer's archive ends too early")
+            out += piece
+        return bytes(out)
+
+    def _some(self, at_most: int) -> memoryview:
+        """Some bytes of the archive; none at its end."""
+        if not self._ready:
+            self._inflate()
+        piece, self._ready = self._ready[:at_most], self._ready[at_most:]
+        return piece
+
+    def _inflate(self) -> None:
+        while not self._ready and not self._inflater.eof:
+            if not self._input:
+                count = self._fill()
+                if not count:
+                    raise FormatError("the layer's gzip stream ends too early")
+                self._input = bytes(self._buffer[:count])
+            try:
+                out = self._inflater.decompress(self._input, _INFLATED_BYTES)
+            except zlib.error as error:
+                raise FormatError("the layer is not gzip-compressed", cause=str(error)) from None
+            self._input = self._inflater.unconsumed_tail
+            self._raw_left -= len(out)
+            if self._raw_left < 0:
+                raise FormatError(
+                    f"layer {self._layer.digest} becomes larger than is sane",
+                    hint="if that is as it should be, raise limits.expansion_ratio in the configuration",
+                )
+            self._raw.update(out)
+            self._ready = memoryview(out)
+
+    def _fill(self) -> int:
+        count = self._stream.readinto(self._buffer[: min(len(self._buffer), self._compressed_left)]) or 0
+        self._compressed.update(self._buffer[:count])
+        self._compressed_left -= count
+        return count
+
+
+def _header(block: bytes) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise FormatError("the layer has a malformed tar header", cause=str(error)) from None
+
+
+def _pax(content: bytes) -> dict[bytes, bytes]:
+    """The records of a pax header, each of the form `LENGTH KEY=VALUE` and a line feed."""
+    out: dict[bytes, bytes] = {}
+    while content:
+        match = _PAX_LENGTH.match(content)
+        length = int(match[1]) if match else 0
+        record = content[:length]
+        if not match or len(record) != length or not record.endswith(b"\n") or length <= match.end():
+            raise FormatError("the layer has a malformed pax header")
+        key, equals, value = record[match.end() : -1].partition(b"=")
+        if not equals or key not in _PAX_KEYS or key in out:
+            raise FormatError("the layer has a pax header that a cache does not need", cause=f"{key!r:.80}")
+        out[key] = value
+        content = content[length:]
+    return out
+
+
+def _member(info: tarfile.TarInfo, pax: dict[bytes, bytes]) -> Member:
+    is_directory = info.type == tarfile.DIRTYPE
+    if not is_directory and info.type not in {tarfile.REGTYPE, tarfile.AREGTYPE}:
+        raise FormatError(
+            "the layer holds something that is neither a file nor a directory",
+            cause=f"{info.name!r:.120} is of type {info.type!r}",
+        )
+    name, size, mtime_ns = info.name, info.size, int(info.mtime) * 1_000_000_000
+    if b"path" in pax:
+        try:
+            name = pax[b"path"].decode()
+        except ValueError as error:
+            raise FormatError("the layer has a name that is not UTF-8", cause=str(error)) from None
+        if is_directory:
+            name = name.removesuffix("/")
+    if b"size" in pax:
+        if not _PAX_SIZE.fullmatch(pax[b"size"]):
+            raise FormatError("the layer has a malformed pax header")
+        size = int(pax[b"size"])
+    if b"mtime" in pax:
+        if not (time := _PAX_TIME.fullmatch(pax[b"mtime"])):
+            raise FormatError("the layer has a malformed pax header", cause=f"{pax[b'mtime']!r:.80}")
+        mtime_ns = int(time[1]) * 1_000_000_000 + int((time[2] or b"").ljust(9, b"0"))
+    if not 0 <= size <= _SIZE_LIMIT_BYTES or (is_directory and size) or info.linkname:
+        raise FormatError("the layer has a tar header that makes no sense", cause=f"{name!r:.120}")
+    return Member(
+        name=name,
+        is_directory=is_directory,
+        size=size,
+        mode=info.mode & 0o777,
+        mtime_ns=min(max(mtime_ns, 0), 1 << 62),
+    )

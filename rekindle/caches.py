@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel caches of LLM servers: which there are, where they lie, and what in them must not travel.
+
+Looked up in Triton 3.9 (`triton/knobs.py`), torch 2.13 (`_inductor/runtime/cache_dir_utils.py`,
+`utils/cpp_extension.py`), vLLM 0.32 (`envs.py`, `utils/deep_gemm.py`), FlashInfer (`jit/env.py`),
+DeepGEMM (`csrc/jit/compiler.hpp`) and the CUDA programming guide:
+
+    kind               variable                     without it
+    vllm               VLLM_CACHE_ROOT              $XDG_CACHE_HOME/vllm, ~/.cache/vllm
+    triton             TRITON_CACHE_DIR             $TRITON_HOME/.triton/cache, ~/.triton/cache
+    inductor           TORCHINDUCTOR_CACHE_DIR      $TMPDIR/torchinductor_USER, /tmp/torchinductor_USER
+    flashinfer         FLASHINFER_WORKSPACE_BASE    ~; the cache is .cache/flashinfer below it
+    deep-gemm          DG_JIT_CACHE_DIR             ~/.deep_gemm
+    torch-extensions   TORCH_EXTENSIONS_DIR         a directory per Python and CUDA below
+                                                    $XDG_CACHE_HOME/torch_extensions
+    cuda               CUDA_CACHE_PATH              ~/.nv/ComputeCache
+
+Model files are never part of one: what lies in HF_HOME is somebody else's to fetch.
+"""
+
+import os
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+
+class CacheKind(StrEnum):
+    """A kind of kernel cache, in the order in which they are named."""
+
+    VLLM = "vllm"
+    TRITON = "triton"
+    INDUCTOR = "inductor"
+    FLASHINFER = "flashinfer"
+    DEEP_GEMM = "deep-gemm"
+    TORCH_EXTENSIONS = "torch-extensions"
+    CUDA = "cuda"
+
+
+VARIABLES: Mapping[CacheKind, str] = {
+    CacheKind.VLLM: "VLLM_CACHE_ROOT",
+    CacheKind.TRITON: "TRITON_CACHE_DIR",
+    CacheKind.INDUCTOR: "TORCHINDUCTOR_CACHE_DIR",
+    CacheKind.FLASHINFER: "FLASHINFER_WORKSPACE_BASE",
+    CacheKind.DEEP_GEMM: "DG_JIT_CACHE_DIR",
+    CacheKind.TORCH_EXTENSIONS: "TORCH_EXTENSIONS_DIR",
+    CacheKind.CUDA: "CUDA_CACHE_PATH",
+}
+
+# FlashInfer's variable names the directory above the cache.
+_BELOW_FLASHINFER_BASE = ".cache/flashinfer"
+
+# What lies beside kernels below VLLM_CACHE_ROOT, or below a cache directory that was chosen too wide.
+_VLLM_LEFT_OUT = {
+    "assets",  # pictures and sound for tests
+    "media_cache",  # what users sent
+    "huggingface",
+    "hub",
+    "modelscope",
+    "startup_plan",  # how much memory this node had
+    "dummy_cache",  # a place to write to, never read
+}
+_P2P = re.compile(r"gpu_p2p_access_cache_for_.*\.json")  # which of this node's GPUs reach each other
+_MODEL_FILE = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin")
+_TRITON_TEMPORARY = re.compile(r"tmp\.pid_\d+_.*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRoot:
+    """A cache: where it can be read now, and the absolute path at which the server sees it."""
+
+    kind: CacheKind
+    path: Path
+    recorded: str
+
+
+def place(kind: CacheKind, environment: Mapping[str, str]) -> str:
+    """The absolute path at which a process with this environment keeps a cache; it need not be there.
+
+    For torch-extensions without its variable, that of the directory that holds one for each Python and
+    CUDA.
+    """
+    given = environment.get(VARIABLES[kind], "")
+    home = environment.get("HOME") or _home()
+    caches = environment.get("XDG_CACHE_HOME") or posixpath.join(home, ".cache")
+    match kind:
+        case CacheKind.VLLM:
+            path = given or posixpath.join(caches, "vllm")
+        case CacheKind.TRITON:
+            path = given or posixpath.join(environment.get("TRITON_HOME") or home, ".triton", "cache")
+        case CacheKind.INDUCTOR:
+            path = given or posixpath.join(_temporary(environment), f"torchinductor_{_user(environment)}")
+        case CacheKind.FLASHINFER:
+            path = posixpath.join(given or home, _BELOW_FLASHINFER_BASE)
+        case CacheKind.DEEP_GEMM:
+            path = given or posixpath.join(home, ".deep_gemm")
+        case CacheKind.TORCH_EXTENSIONS:
+            path = given or posixpath.join(caches, "torch_extensions")
+        case CacheKind.CUDA:
+            path = given or posixpath.join(home, ".nv", "ComputeCache")
+    if path == "~" or path.startswith("~/"):
+        path = home + path[1:]
+    return posixpath.normpath(posixpath.join(environment.get("PWD") or "/", path))
+
+
+def environment_for(kind: CacheKind, root: str) -> dict[str, str]:
+    """The variables that make a server use the cache at an absolute path; none if no variable can."""
+    if kind is CacheKind.FLASHINFER:
+        base = root.removesuffix("/" + _BELOW_FLASHINFER_BASE)
+        return {VARIABLES[kind]: base} if base and base != root else {}
+    return {VARIABLES[kind]: root}
+
+
+def place_below(kind: CacheKind, directory: Path) -> Path:
+    """Where in a directory of its own a cache must lie so that a variable can lead to it."""
+    return directory / _BELOW_FLASHINFER_BASE if kind is CacheKind.FLASHINFER else directory
+
+
+def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
+    """Whether a file or directory, by its path within the cache, must not travel.
+
+    It is of this node or user alone, half-written, a model, or of no use elsewhere.
+    """
+    name = path.name
+    if _MODEL_FILE.fullmatch(name) or _TRITON_TEMPORARY.fullmatch(name):
+        return True
+    match kind:
+        case CacheKind.VLLM:
+            return len(path.parts) == 1 and (name in _VLLM_LEFT_OUT or _P2P.fullmatch(name) is not None)
+        case CacheKind.INDUCTOR:
+            # 150 MB of precompiled C++ headers; the compiler takes the header beside them.
+            return name.endswith(".gch") or path.parts[0] == "locks"
+        case CacheKind.TORCH_EXTENSIONS:
+            # torch waits for as long as this file is there; its owner is not.
+            return name == "lock"
+        case _:
+            return False
+
+
+def _temporary(environment: Mapping[str, str]) -> str:
+    """As Python's tempfile looks for it."""
+    return next((environment[name] for name in ("TMPDIR", "TEMP", "TMP") if environment.get(name)), "/tmp")  # noqa: S108
+
+
+def _user(environment: Mapping[str, str]) -> str:
+    """As Python's getpass names the user, and torch makes a file name of it."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        if environment.get(name):
+            return re.sub(r'[\\/:*?"<>|]', "_", environment[name])
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid_{os.geteuid()}"
+
+
+def _home() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return "/"
