@@ -204,7 +204,8 @@ def _remove_if_empty(directory: Path) -> None:
 def _sweep(parent: Path, name: str) -> None:
     """Removes what killed extractions left beside a place."""
     prefix = f".{name}{_STAGED}"
-    with os.scandir(parent) as entries:
+    left: list[Path] = []
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
         left = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]
     for path in left:
         with contextlib.suppress(OSError):

