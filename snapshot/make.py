@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rekindle import __version__, criu, criu_image, processes
+from rekindle.caches import CacheRoot
 from rekindle.cell import Cell, Network
 from rekindle.criu import Criu
 from rekindle.engine import Endpoint, Engine, Request
@@ -24,6 +25,7 @@ from rekindle.record import (
 )
 from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
+from snapshot import caches
 from snapshot.check import check
 from snapshot.server import TEMPORARY, Server
 from snapshot.warm import ask_twice, wait_ready, warm
@@ -39,6 +41,14 @@ class Options:
     warm_requests: Sequence[Sequence[Request]] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What came of it: the record of the dump, and where the server's kernel caches can be read."""
+
+    record: Record
+    caches: Sequence[CacheRoot]
+
+
 def make(
     options: Options,
     engine: Engine,
@@ -47,8 +57,8 @@ def make(
     report: Report,
     scan: Callable[[Path], list[StoredFile]],
     keep_untouched: Callable[[Path], None] | None = None,
-) -> Record:
-    """Starts the server, dumps it into `work/dump/{criu,shm}` and returns the record of it.
+) -> Made:
+    """Starts the server, dumps it into `work/dump/{criu,shm}`, and says what came of it.
 
     `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of
     it. The server is gone afterwards, whatever happens.
@@ -76,7 +86,8 @@ def make(
             endpoint = _endpoint(cell, engine)
             tasks = processes.tree(cell, server.root_pid)
             threads = sum(processes.threads(cell, pid) for pid in tasks)
-            mapped = _mapped_files(cell, tasks, own)
+            opened = _opened(cell, tasks) - {str(path) for path in own}
+            mapped = _mapped_files(opened)
             server_pid = server.server_pid
             _drop_disposable(cell, tasks, engine.disposable())
         with report.phase("dump"), naming_full_disk(work):
@@ -91,7 +102,9 @@ def make(
             (tree / "criu" / leftover).unlink(missing_ok=True)
         criu_image.drop_zero_pages(tree / "criu")
         files = scan(tree)
-    return Record(
+    with report.phase("find caches"):
+        roots = caches.find(server.environment, opened, lambda path: _readable(path, tree))
+    record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
         engine=engine.name,
@@ -117,6 +130,7 @@ def make(
         stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
         files=files,
     )
+    return Made(record=record, caches=roots)
 
 
 def _refuse_what_cannot_be(options: Options) -> None:
@@ -142,14 +156,25 @@ def _endpoint(cell: Cell, engine: Engine) -> Endpoint:
     return Endpoint(host=host, port=engine.endpoint.port)
 
 
-def _mapped_files(cell: Cell, pids: Sequence[int], own: tuple[Path, Path]) -> list[MappedFile]:
-    """The files outside the cell's /dev/shm that must be there, with the same size, at a restore."""
+def _opened(cell: Cell, pids: Sequence[int]) -> set[str]:
+    """What the processes have mapped or open."""
     paths: set[str] = set()
     for pid in pids:
         paths |= set(processes.mapped_paths(cell, pid))
         paths |= {target for _, target in processes.descriptors(cell, pid)}
+    return paths
+
+
+def _readable(path: str, tree: Path) -> Path:
+    """Where a file can be read that the server saw at a path: its /dev/shm lies beside the dump now."""
+    inside = path.removeprefix("/dev/shm/")  # noqa: S108
+    return tree / "shm" / inside if inside != path else Path(path)
+
+
+def _mapped_files(opened: set[str]) -> list[MappedFile]:
+    """The files outside the cell's /dev/shm that must be there, with the same size, at a restore."""
     found = []
-    for path in sorted(paths - {str(path) for path in own}):
+    for path in sorted(opened):
         if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV")):
             continue
         try:

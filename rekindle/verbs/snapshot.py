@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from oci import cache, layers, transfer, tree
 from oci import image as images
-from oci import layers, transfer, tree
 from oci.layout import Layout
 from oci.reference import Reference, RegistryReference, parse
 from oci.registry.repository import Access
@@ -53,6 +53,7 @@ def main(words: Sequence[str]) -> int:
         "--warm-requests", type=Path, metavar="FILE", help="requests to warm it with, a JSON object a line"
     )
     parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
+    parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     _options.add_registry(parser)
     _options.add_report(parser)
@@ -86,7 +87,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         with report.phase("find criu"):
             tool = criu.find(home)
         keep = args.keep_dump
-        record = make.make(
+        made = make.make(
             options,
             engine,
             tool,
@@ -95,11 +96,23 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
             scan=tree.scan,
             keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
         )
+        record = made.record
         staging = Layout.create(work / "layout")
+        packed_cache = None
+        if made.caches and not args.no_cache:
+            with report.phase("pack cache"):
+                packed_cache = cache.pack(
+                    made.caches,
+                    staging,
+                    created=record.created,
+                    architecture=record.node.architecture,
+                    workers=layers.workers(),
+                    say=report.say,
+                )
         with report.phase("pack"):
             packed = layers.pack(work / "dump", record.files, staging, workers=layers.workers())
             remove_tree(work / "dump")
-            image = images.build(staging, record, packed)
+            image = images.build(staging, record, packed, packed_cache)
         report.image = {"reference": args.image, "digest": image.index.digest}
         report.bytes = {"dump": record.dump_bytes, "written": image.size_bytes}
         if not args.no_prove:
