@@ -3,6 +3,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -45,6 +46,9 @@ class Tally:
             self.sent_bytes += size
 
 
+_SLICE_SECONDS = 0.25  # after at most so long, whoever waits sees that all is over
+
+
 class Limiter:
     """Keeps all threads of a transfer together below a rate."""
 
@@ -57,12 +61,12 @@ class Limiter:
         """How much to move at once: no more than goes within a quarter of a second."""
         return most if self._rate is None else max(4096, min(most, int(self._rate / 4)))
 
-    def wait(self, size: int) -> None:
-        """Returns when so many bytes more may go."""
+    def wait(self, size: int, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Returns when so many bytes more may go, or when all is over."""
         if self._rate is None:
             return
         with self._lock:
-            now = time.monotonic()
-            begin = max(now, self._next)
+            begin = max(time.monotonic(), self._next)
             self._next = begin + size / self._rate
-        time.sleep(begin - now)
+        while (left := begin - time.monotonic()) > 0 and not is_over():
+            time.sleep(min(left, _SLICE_SECONDS))

@@ -19,6 +19,7 @@ from rekindle.fields import Fields
 
 _DEPTH_LIMIT = 4
 _NODES_LIMIT = 1000
+_NODES_BYTES = 64 << 20  # of all manifests together: they are held in memory
 
 
 class Target(Protocol):
@@ -63,21 +64,26 @@ def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
     """
     nodes: dict[Digest, Node] = {}
     blobs: dict[Digest, Descriptor] = {}
+    sizes: dict[Digest, int] = {}
+    if root.media_type not in media_types.DOCUMENTS:
+        raise FormatError(f"{root.digest} is no image", cause=f"its type is {root.media_type!r:.80}")
 
     def visit(descriptor: Descriptor, depth: int) -> None:
+        if sizes.setdefault(descriptor.digest, descriptor.size) != descriptor.size:
+            raise FormatError(f"{root.digest} gives {descriptor.digest} two sizes")
+        if descriptor.media_type not in media_types.DOCUMENTS:
+            blobs.setdefault(descriptor.digest, descriptor)
+            return
         if descriptor.digest in nodes:
             return
         if depth > _DEPTH_LIMIT or len(nodes) > _NODES_LIMIT:
             raise FormatError(f"{root.digest} has more indexes within indexes than is sane")
+        if sum(len(node.content) for node in nodes.values()) > _NODES_BYTES:
+            raise FormatError(f"{root.digest} has more than {_NODES_BYTES} bytes of manifests")
         content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
         fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
         for child in _children(fields, limits):
-            if child.media_type in media_types.DOCUMENTS:
-                visit(child, depth + 1)
-            else:
-                known = blobs.setdefault(child.digest, child)
-                if known.size != child.size:
-                    raise FormatError(f"{root.digest} gives {child.digest} two sizes")
+            visit(child, depth + 1)
         nodes[descriptor.digest] = Node(descriptor=descriptor, content=content)
 
     visit(root, 0)
@@ -113,6 +119,8 @@ def into_registry(
         raise UsageError(f"{target} asks for another digest than the image has", cause=str(digest))
     tag = None if target.digest else target.tag
     with Repository(target, access, mount_from=mount_from) as repository:
+        # Asks who we are to it once, and not over all connections at a time: that might lock an account.
+        repository.has(tree.nodes[-1].descriptor)
         copy(source, tree, repository, tag=tag, jobs=access.config.patience.jobs, tally=access.tally)
 
 
@@ -132,19 +140,17 @@ def copy(
     for blob in tree.blobs:
         tally.expect(blob.size)
 
+    done: set[Digest] = set()
+
     def bring(blob: Descriptor) -> None:
         if target.has(blob) or target.mount(blob):
             tally.reuse(blob.size)
         else:
             target.upload(blob, source)
+        done.add(blob.digest)
 
-    while True:
-        try:
-            _bring_all(tree.blobs, bring, source, target, jobs)
-            break
-        except IntegrityError:
-            if not source.distrust():
-                raise
+    while not _bring_all([b for b in tree.blobs if b.digest not in done], bring, source, target, jobs):
+        pass
     for node in tree.nodes[:-1]:
         if not target.has(node.descriptor):
             target.put_manifest(node.content, node.descriptor.media_type)
@@ -158,7 +164,8 @@ def _bring_all(
     source: Blobs,
     target: Target,
     jobs: int,
-) -> None:
+) -> bool:
+    """Brings blobs side by side. False if the source gave wrong bytes and has another place to try."""
     # The largest first: the small ones then fill the gaps.
     ordered = sorted(blobs, key=lambda blob: -blob.size)
     with ThreadPoolExecutor(max(1, min(jobs, len(ordered)))) as pool:
@@ -166,8 +173,12 @@ def _bring_all(
         try:
             for job in as_completed(running):  # the first to fail ends all
                 job.result()
-        except BaseException:
+            return True
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            # The target is not to be cancelled before another try: that needs it.
+            if isinstance(error, IntegrityError) and source.distrust():
+                return False
             source.cancel()
             target.cancel()
             raise

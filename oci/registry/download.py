@@ -29,14 +29,16 @@ _WINDOW = 24  # stretches in memory, of all open streams together
 _LEAST_WINDOW = 2
 _LOOK_SECONDS = 0.25
 _STRAGGLER_SECONDS = 2.0  # and three times as long as the others took
+_PROGRESS_BYTES = 16 << 10  # what a broken connection must have brought, not to count against patience
+_FIRST_PAUSE_SECONDS = 0.2
 
 
 class Fetch(Protocol):
     """How a stretch is asked for."""
 
-    def __call__(self, blob: Descriptor, begin: int, end: int, *, again: bool) -> Answer:
+    def __call__(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None) -> Answer:
         """The answer to a request for `blob[begin:end]`: 206 with just that, or 200 with all of it.
-        `again` says that it was tried before, and failed.
+        `broken` is the answer before, if it broke.
 
         Raises OSError for what another try may mend, RekindleError for the rest.
         """
@@ -45,7 +47,7 @@ class Fetch(Protocol):
 class _Read(Protocol):
     """One try to read something; False if it has to be read in another way."""
 
-    def __call__(self, *, again: bool) -> bool: ...
+    def __call__(self, broken: Answer | None) -> bool: ...
 
 
 class Downloads:
@@ -67,14 +69,16 @@ class Downloads:
         self.ranges_work = False  # until the first answer that is one
 
     def open(self, blob: Descriptor) -> "BlobStream":
-        """Begins to fetch a blob, and returns it as a stream."""
-        if not self._threads:
-            for number in range(self._patience.jobs):
-                thread = threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+        """Begins to fetch a blob, and returns it as a stream. Raises RegistryError after `close`."""
         stream = BlobStream(self, blob)
         with self.condition:
+            if self.closed:
+                raise ended()
+            if not self._threads:
+                for number in range(self._patience.jobs):
+                    thread = threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
             self._streams.add(stream)
             stream.ask_for_more()
         return stream
@@ -86,8 +90,14 @@ class Downloads:
             for attempt in self._running:
                 attempt.abort()
             self.condition.notify_all()
-        for _ in self._threads:
-            self._tasks.put(None)
+            for _ in self._threads:
+                self._tasks.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Waits for the threads to end, after `close`."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     # What streams ask of us. The caller holds the condition.
 
@@ -143,14 +153,14 @@ class Downloads:
     def _bring(self, stretch: "_Stretch") -> None:
         """Fetches a stretch, as often as patience allows, unless another thread is faster."""
         stream = stretch.stream
-        attempt = _Attempt(stretch)
         with self.condition:
             if self.closed or not stream.wants(stretch):
                 return
+            attempt = _Attempt(stretch, whole=stream.whole)
             buffer = self.give_buffer()
             self._running[attempt] = time.monotonic()
         try:
-            if stream.whole:
+            if attempt.whole:
                 self._read_whole(attempt, buffer)
             else:
                 self._read_stretch(attempt, buffer)
@@ -161,34 +171,41 @@ class Downloads:
         finally:
             with self.condition:
                 began = self._running.pop(attempt)
-                if stretch.content is not None and not stream.whole:
+                if stretch.content is not None and not attempt.whole:
                     self._took.append(time.monotonic() - began)
                 if stretch.content is not buffer:
                     self.take_buffer(buffer)
                 self.condition.notify_all()
 
     def _fail(self, attempt: "_Attempt", error: RekindleError) -> None:
-        """Gives a stream up, unless another thread still tries the same."""
+        """Gives a stream up, unless another thread still tries the same, or reads all of it instead."""
+        stream = attempt.stretch.stream
         with self.condition:
-            if not any(o.stretch is attempt.stretch for o in self._running if o is not attempt):
-                attempt.stretch.stream.fail(error)
+            attempt.failed = True
+            others = [o for o in self._running if o.stretch is attempt.stretch and o.whole == attempt.whole]
+            if all(other.failed for other in others) and stream.whole == attempt.whole:
+                stream.fail(error)
 
     def _read_stretch(self, attempt: "_Attempt", buffer: bytearray) -> None:
         stretch = attempt.stretch
         view, length = memoryview(buffer), stretch.end - stretch.begin
         count = 0
 
-        def read(*, again: bool) -> bool:
+        def read(broken: Answer | None) -> bool:
             nonlocal count
-            with self._fetch(stretch.stream.blob, stretch.begin + count, stretch.end, again=again) as answer:
-                attempt.answer = answer
+            begin = stretch.begin + count
+            with self._fetch(stretch.stream.blob, begin, stretch.end, broken=broken) as answer:
+                self._begin(attempt, answer)
                 if answer.status == 200 and stretch.stream.parts > 1:
                     return False
-                with self.condition:
-                    stretch.stream.begin_all()
+                if answer.status == 200:
+                    count = 0  # it begins at the beginning, also if it was asked for the rest
+                else:
+                    with self.condition:
+                        stretch.stream.begin_all()
                 while count < length and stretch.is_wanted():
                     count += self._receive(answer, view[count:length])
-                if count == length and answer.readinto(memoryview(bytearray(1))):
+                if count == length and _goes_on(answer):
                     raise too_long(stretch.stream.blob)
             return True
 
@@ -208,22 +225,30 @@ class Downloads:
         stream = attempt.stretch.stream
         total = 0
 
-        def read(*, again: bool) -> bool:
+        def read(broken: Answer | None) -> bool:
             nonlocal total
             position = 0
-            with self._fetch(stream.blob, 0, stream.blob.size, again=again) as answer:
-                attempt.answer = answer
+            with self._fetch(stream.blob, 0, stream.blob.size, broken=broken) as answer:
+                self._begin(attempt, answer)
                 for index in range(stream.parts):
-                    stretch = stream.stretch(index)
+                    with self.condition:
+                        stretch = stream.stretch(index)
                     position += self._fill(stretch, answer, buffer)
                     total = max(total, position)
                     if not self._hand_out(stretch, buffer):
                         return True
-                if answer.readinto(memoryview(bytearray(1))):
+                if _goes_on(answer):
                     raise too_long(stream.blob)
             return True
 
         self._patiently(attempt, read, lambda: total)
+
+    def _begin(self, attempt: "_Attempt", answer: Answer) -> None:
+        """Takes note of what an attempt waits for now, so that it can be aborted."""
+        with self.condition:
+            attempt.answer = answer
+            if attempt.aborted:
+                answer.abort()
 
     def _fill(self, stretch: "_Stretch", answer: Answer, buffer: bytearray) -> int:
         view, length = memoryview(buffer), stretch.end - stretch.begin
@@ -248,31 +273,47 @@ class Downloads:
             return True
 
     def _receive(self, answer: Answer, room: memoryview) -> int:
-        room = room[: self._limiter.piece_bytes(PIECE_BYTES)]
-        self._limiter.wait(len(room))
-        count = answer.readinto(room)
+        count = answer.readinto(room[: self._limiter.piece_bytes(PIECE_BYTES)])
         if not count:
             raise ConnectionError(f"{answer.url}: the body is shorter than it should be")
         self._tally.fetch(count)
+        self._limiter.wait(count, lambda: self.closed)
         return count
 
     def _patiently(self, attempt: "_Attempt", read: "_Read", progress: Callable[[], int]) -> bool:
         """What `read` returns. Broken connections do not count as long as each brings something."""
         tries, before = 0, 0
+        broken: Answer | None = None
         while True:
+            attempt.answer = None
             try:
-                return read(again=tries > 0)
+                return read(broken)
             except OSError as error:
-                if attempt.aborted or self.closed or attempt.stretch.stream.closed:
-                    return True
-                tries = 1 if progress() > before else tries + 1
+                broken = attempt.answer or broken
+                tries = 1 if progress() >= before + _PROGRESS_BYTES else tries + 1
                 before = progress()
-                if tries >= self._patience.attempts:
+                if tries >= self._patience.attempts and not self._is_over(attempt):
                     raise RegistryError(
                         f"blob {attempt.stretch.stream.blob.digest} cannot be fetched",
                         cause=f"{error}, {tries} times in a row",
                     ) from None
-                time.sleep(0.1 * 2**tries)
+            with self.condition:
+                self.condition.wait_for(
+                    lambda: self._is_over(attempt), _FIRST_PAUSE_SECONDS * 2 ** (tries - 1)
+                )
+                if self._is_over(attempt):
+                    return True
+
+    def _is_over(self, attempt: "_Attempt") -> bool:
+        return attempt.aborted or self.closed or attempt.stretch.stream.closed
+
+
+def _goes_on(answer: Answer) -> bool:
+    """Whether there is more after all that was asked for. What breaks after it does no harm."""
+    try:
+        return answer.readinto(memoryview(bytearray(1))) > 0
+    except OSError:
+        return False
 
 
 class _Stretch:
@@ -294,12 +335,14 @@ class _Stretch:
 class _Attempt:
     """A thread's try to bring a stretch."""
 
-    __slots__ = ("aborted", "answer", "stretch")
+    __slots__ = ("aborted", "answer", "failed", "stretch", "whole")
 
-    def __init__(self, stretch: _Stretch) -> None:
+    def __init__(self, stretch: _Stretch, *, whole: bool) -> None:
         self.stretch = stretch
+        self.whole = whole  # from the beginning of the blob to its end
         self.answer: Answer | None = None
         self.aborted = False
+        self.failed = False
 
     def abort(self) -> None:
         self.aborted = True
@@ -338,7 +381,7 @@ class BlobStream(io.RawIOBase):
                 if self._error is not None:
                     raise self._error
                 if self._downloads.closed or self.closed:
-                    raise RegistryError("the transfer was ended")
+                    raise ended()
                 self._condition.wait()
         length = stretch.end - stretch.begin
         count = min(len(target), length - self._offset)
@@ -347,7 +390,7 @@ class BlobStream(io.RawIOBase):
         if self._offset == length:
             with self._condition:
                 self._downloads.take_buffer(stretch.content)
-                del self._stretches[self.at]
+                self._stretches.pop(self.at, None)
                 self.at, self._offset = self.at + 1, 0
                 self.ask_for_more()
                 self._condition.notify_all()
@@ -364,6 +407,8 @@ class BlobStream(io.RawIOBase):
     # What the threads ask of us. The caller holds the condition.
 
     def stretch(self, index: int) -> _Stretch:
+        if index < self.at:  # read again on the way to what is wanted
+            return _Stretch(self, index)
         if index not in self._stretches:
             self._stretches[index] = _Stretch(self, index)
         return self._stretches[index]
@@ -398,6 +443,11 @@ class BlobStream(io.RawIOBase):
     def fail(self, error: RekindleError) -> None:
         self._error = self._error or error
         self._condition.notify_all()
+
+
+def ended() -> RegistryError:
+    """What whoever still reads is told."""
+    return RegistryError("the transfer was ended")
 
 
 def too_long(blob: Descriptor) -> RegistryError:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import email.utils
-import http.client
 import json
 import random
 import threading
@@ -13,15 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from oci.registry.tokens import Authorizer, Credentials
-from oci.registry.transport import Answer, Body, Connections, Url
+from oci.registry.transport import Answer, Body, Connections, Send, Url
 from rekindle.config import Patience
 from rekindle.errors import CredentialsError, IntegrityError, NotFoundError, RegistryError
 
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECTS_LIMIT = 5
 _ERROR_LIMIT_BYTES = 64 << 10
 _FIRST_PAUSE_SECONDS = 0.2
+_AUTHORIZATIONS_LIMIT = 4  # others may have used up the token that we waited for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class Bytes:
     def length(self) -> int:
         return len(self.content)
 
-    def send(self, connection: http.client.HTTPConnection) -> None:
-        connection.send(self.content)
+    def send(self, send: Send) -> None:
+        send(self.content)
 
 
 class Endpoint:
@@ -48,16 +48,20 @@ class Endpoint:
         find_credentials: Callable[[str], Credentials | None],
         *,
         name: str,
+        login: str,
         query: str = "",
+        attempts: int | None = None,
     ) -> None:
-        """`base` is where `/v2/` lies; `query` is added to every request, as mirrors want it."""
+        """`base` is where `/v2/` lies; `login` its name in docker's configuration; `query` is added to every
+        request, as mirrors want it; `attempts` are those of one request, in place of what patience says."""
         self.name = name
         self._base = base
         self._query = query
         self._connections = connections
         self._patience: Patience = connections.patience
+        self.attempts = attempts or self._patience.attempts
         self._closing = threading.Event()
-        self.authorizer = Authorizer(name, self._ask_realm, tls=base.scheme == "https", find=find_credentials)
+        self.authorizer = Authorizer(login, self._ask_realm, base=base, find=find_credentials)
 
     def url(self, path: str) -> Url:
         """Of a path below `/v2/`."""
@@ -73,24 +77,26 @@ class Endpoint:
     def ask(
         self,
         method: str,
-        where: str | Url,
+        where: str | Url | Callable[[], Url],
         *,
         scope: str,
         expected: frozenset[int],
         headers: Mapping[str, str] | None = None,
         body: Body | None = None,
         attempts: int | None = None,
+        again: frozenset[int] = AGAIN,
     ) -> Answer:
         """The answer to a request, if its status is one of those expected.
 
         What is worth another try is tried again: broken connections, 429 and 5xx, as long and as often as
-        patience says, and a token that has expired. Raises NotFoundError for 404, CredentialsError for 401
-        and 403, RegistryError for everything else.
+        patience says, and a token that has expired. `where` may be a function that gives another URL for
+        each try. Raises NotFoundError for 404, CredentialsError for 401 and 403, RegistryError for
+        everything else.
         """
-        url = self.url(where) if isinstance(where, str) else where
-        tries = attempts or self._patience.attempts
+        tries = attempts or self.attempts
         for attempt in range(1, tries + 1):
             last = attempt == tries
+            url = self.url(where) if isinstance(where, str) else where() if callable(where) else where
             try:
                 answer = self._ask_authorized(method, url, scope, headers or {}, body)
             except OSError as error:
@@ -101,11 +107,10 @@ class Endpoint:
             if answer.status in expected:
                 return answer
             with answer:
-                if answer.status in _AGAIN and not last:
-                    wait = answer.headers.get("Retry-After")
-                    self.pause(attempt, wait, url)
-                    continue
-                self._raise_for(answer, method)
+                if answer.status not in again or last:
+                    self._raise_for(answer, method)
+                wait = answer.headers.get("Retry-After")
+            self.pause(attempt, wait, url)
         raise AssertionError("not reached")
 
     def follow(
@@ -119,10 +124,8 @@ class Endpoint:
         for _ in range(_REDIRECTS_LIMIT):
             if answer.status not in _REDIRECTS:
                 break
-            url = target_of(answer)
-            answer.close()
-            if origin.scheme == "https" and url.scheme != "https":
-                raise RegistryError(f"{origin} leads away from TLS", cause=f"it redirects to {url}")
+            with answer:
+                url = target_of(answer)
             own = url.origin == self._base.origin and self.authorizer.header(scope)
             extra = {"Authorization": own} if own else {}
             answer = self._connections.request("GET", url, {**headers, **extra})
@@ -131,14 +134,17 @@ class Endpoint:
         with answer:
             if answer.status in _REDIRECTS:
                 raise RegistryError(f"{origin} redirects more than {_REDIRECTS_LIMIT} times")
-            raise ConnectionError(f"{answer.url} answers {answer.status}{_words(answer)}")
+            said = f"{answer.url} answers {answer.status}{_words(answer)}"
+        if answer.status in AGAIN:
+            self.pause(1, answer.headers.get("Retry-After"), answer.url)
+        raise ConnectionError(said)
 
     def _ask_authorized(
         self, method: str, url: Url, scope: str, headers: Mapping[str, str], body: Body | None
     ) -> Answer:
-        """One try, or two if the registry asks who we are, or a token has expired."""
+        """One try, or more if the registry asks who we are, or a token has expired."""
         own = url.origin == self._base.origin
-        for retry in (False, True):
+        for _ in range(_AUTHORIZATIONS_LIMIT):
             header = self.authorizer.header(scope) if own else None
             extra = {"Authorization": header} if header else {}
             answer = self._connections.request(method, url, {**headers, **extra}, body)
@@ -146,22 +152,20 @@ class Endpoint:
                 return answer
             with answer:
                 challenges = answer.headers.get_all("WWW-Authenticate") or []
-                if retry:
-                    raise CredentialsError(
-                        f"{self.name} refuses the token that it gave us",
-                        cause=f"{method} {url} with the scope {scope}",
-                        hint="does this account have the right to do so?",
-                    )
-                self.authorizer.answer(header, challenges, scope)
-        raise AssertionError("not reached")
+            self.authorizer.answer(header, challenges, scope)
+        raise CredentialsError(
+            f"{self.name} refuses the tokens that it gives us",
+            cause=f"{method} {url} with the scope {scope}",
+            hint="does this account have the right to do so?",
+        )
 
     def _ask_realm(self, method: str, url: Url, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        for attempt in range(1, self._patience.attempts + 1):
-            last = attempt == self._patience.attempts
+        for attempt in range(1, self.attempts + 1):
+            last = attempt == self.attempts
             wait = None
             try:
                 answer = self._connections.request(method, url, headers, Bytes(body) if body else None)
-                if answer.status not in _AGAIN or last:
+                if answer.status not in AGAIN or last:
                     return answer
                 with answer:
                     wait = answer.headers.get("Retry-After")
@@ -219,19 +223,23 @@ class Endpoint:
             raise RegistryError(f"the connections to {self.name} were closed")
 
 
-def target_of(answer: Answer) -> Url:
-    """Where a Location header leads. Raises RegistryError for what is no http or https URL."""
-    location = answer.headers.get("Location", "")
-    url = answer.url
-    base = f"{url.scheme}://{f'[{url.host}]' if ':' in url.host else url.host}:{url.port}{url.target}"
+def target_of(answer: Answer, location: str | None = None) -> Url:
+    """Where an answer's Location header leads, or another URL that it names.
+
+    Raises RegistryError for what is no http or https URL, and for one that leads away from TLS.
+    """
+    if location is None:
+        location = answer.headers.get("Location", "")
+    here = answer.url
     try:
-        return Url.parse(urllib.parse.urljoin(base, location)) if location else _no_location()
+        if not location:
+            raise ValueError("it has no Location header")
+        url = Url.parse(urllib.parse.urljoin(f"{here.scheme}://{here.authority}{here.target}", location))
     except ValueError as error:
-        raise RegistryError(f"{answer.url} leads nowhere", cause=str(error)) from None
-
-
-def _no_location() -> NoReturn:
-    raise ValueError("it has no Location header")
+        raise RegistryError(f"{here} leads nowhere", cause=str(error)) from None
+    if here.scheme == "https" and url.scheme != "https":
+        raise RegistryError(f"{here} leads away from TLS", cause=f"its Location is {url}")
+    return url
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One repository of a registry: what the distribution specification 1.1 lets one do with it."""
 
-import contextlib
 import hashlib
 import http.client
 import json
+import re
+import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference
 from oci.registry import tokens
 from oci.registry.download import BlobStream, Downloads
-from oci.registry.endpoint import Bytes, Endpoint, target_of
-from oci.registry.transport import PIECE_BYTES, Answer, Connections, Url, is_loopback
+from oci.registry.endpoint import AGAIN, Bytes, Endpoint, target_of
+from oci.registry.transport import PIECE_BYTES, Answer, Connections, Send, Url, is_loopback
 from rekindle.config import Config, RegistrySettings
 from rekindle.digest import Digest
 from rekindle.errors import (
@@ -39,10 +40,20 @@ _REDIRECTED = frozenset({200, 206, 301, 302, 303, 307, 308})
 _EXPIRED = frozenset({400, 401, 403, 404, 410})  # how storage says that a signed link is too old
 _ACCEPT = ", ".join(sorted(media_types.DOCUMENTS))
 _ANY = frozenset(range(100, 600))
+_ACCEPTED = frozenset({202})
+_CREATED = frozenset({200, 201, 204})
+_FORGOTTEN = frozenset({404, 416})  # an upload that a registry no longer knows, after a restart
+_SETTLED = _ANY - AGAIN  # what another try would not change
 _REMEDY = "make the snapshot anew, or fetch it again"
 _REFERRERS_LIMIT = 1000
 _REFERRERS_BYTES = 4 << 20
-_MANIFESTS_KEPT = 64
+_PAGES_LIMIT = 100
+_NEXT = re.compile(r'<([^<>]*)>\s*;[^,]*\brel="?next"?')
+_LINK_LIMIT = 4096
+_RANGE = re.compile(r"bytes +(\d+)-(\d+)/(\d+|\*)", re.ASCII | re.IGNORECASE)
+_KEPT_BYTES = 64 << 20  # of manifests and other small blobs: they are read more than once
+_STRIKES_LIMIT = 3
+_END_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,35 +92,52 @@ class Repository:
         self._name = reference.repository
         self._pull = f"repository:{self._name}:pull"
         self._push = f"repository:{self._name}:pull,push"
-        self._manifests: dict[Digest, bytes] = {}
+        self._lock = threading.Lock()
+        self._kept: dict[Digest, bytes] = {}
+        self._kept_bytes = 0
 
     def _open(self, mirrors: Sequence[str]) -> None:
         access, host = self._access, self.reference.host
         ca_files = {name: each.ca_file for name, each in access.config.registries.items() if each.ca_file}
         self._connections = Connections(access.config.patience, ca_files=ca_files)
         self._origin = Endpoint(
-            self._base, self._connections, access.find_credentials, name=self.reference.api_host
+            self._base,
+            self._connections,
+            access.find_credentials,
+            name=self.reference.api_host,
+            login=self.reference.api_host,
         )
         query = urllib.parse.urlencode({"ns": host})  # as containerd asks its mirrors
         self._mirrors = [
-            Endpoint(_mirror(url), self._connections, access.find_credentials, name=url, query=query)
+            Endpoint(
+                _mirror(url),
+                self._connections,
+                access.find_credentials,
+                name=url,
+                login=urllib.parse.urlsplit(url).netloc,
+                query=query,
+                attempts=1,  # the next try is that at the registry itself
+            )
             for url in mirrors
         ]
+        self._strikes: dict[str, int] = {}
         self._places: dict[tuple[str, Digest], Url] = {}  # where redirects led
-        self._downloads: Downloads | None = None
+        self._downloads = Downloads(
+            self._fetch_stretch, access.config.patience, tally=access.tally, limiter=access.limiter
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cancel()
+        self._downloads.join(_END_SECONDS)
 
     def cancel(self) -> None:
         """Ends all that is under way, in other threads too."""
         for endpoint in (*self._mirrors, self._origin):
             endpoint.close()
-        if self._downloads is not None:
-            self._downloads.close()
+        self._downloads.close()
         self._connections.close()
 
     def distrust(self) -> bool:
@@ -128,15 +156,16 @@ class Repository:
         A tag is asked of the registry itself: only for a digest it does not matter who answers.
         """
         if self.reference.digest is not None:
-            return self._first(lambda endpoint: self._fetch_manifest(endpoint, str(self.reference.digest)))
-        return self._fetch_manifest(self._origin, self.reference.tag)
+            name = str(self.reference.digest)
+            return self._first(lambda endpoint: self._fetch_manifest(endpoint, name))[0]
+        return self._fetch_manifest(self._origin, self.reference.tag)[0]
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
         """See `Blobs.read`. Raises NotFoundError, RegistryError, CredentialsError besides."""
         if descriptor.size > limit_bytes:
             raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than is sane")
-        if descriptor.digest in self._manifests:
-            content = self._manifests[descriptor.digest]
+        if descriptor.digest in self._kept:
+            content = self._kept[descriptor.digest]
             if len(content) != descriptor.size:
                 raise IntegrityError(f"{descriptor.digest} has not the size that its descriptor says")
             return content
@@ -144,32 +173,52 @@ class Repository:
 
     def open_blob(self, descriptor: Descriptor) -> BlobStream:
         """See `Blobs.open_blob`; the rest is being fetched while the stream is read."""
-        if self._downloads is None:
-            self._downloads = Downloads(
-                self._fetch_stretch,
-                self._access.config.patience,
-                tally=self._access.tally,
-                limiter=self._access.limiter,
-            )
         return self._downloads.open(descriptor)
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
         """The manifests that say that they refer to this one; each one's own subject is still to be checked.
 
         Anything but an index means that the registry has no such interface: then the fallback tag counts.
+        Raises RegistryError if it cannot be told, and FormatError if there are more than is sane.
         """
-        with contextlib.suppress(NotFoundError, RegistryError, FormatError, OSError):
-            path = f"{self._name}/referrers/{digest}"
-            with self._origin.ask("GET", path, scope=self._pull, expected=_OK, attempts=2) as answer:
-                if _media_type(answer.headers) == media_types.INDEX:
-                    return _listed(answer.read(_REFERRERS_BYTES))
+        failure: RegistryError | None = None
         try:
-            fallback = self._fetch_manifest(self._origin, _fallback_tag(digest))
+            found = self._ask_referrers(digest)
+            if found is not None:
+                return found
+        except CredentialsError:  # some refuse what they do not know: the tag will tell
+            pass
+        except RegistryError as error:
+            failure = error
+        try:
+            fallback, content = self._fetch_manifest(self._origin, _fallback_tag(digest))
         except NotFoundError:
+            if failure is not None:  # that nothing was found would be a lie
+                raise failure from None
             return []
         if fallback.media_type != media_types.INDEX or fallback.digest == digest:
             return []
-        return _listed(self._manifests[fallback.digest])
+        return _listed(content)
+
+    def _ask_referrers(self, digest: Digest) -> list[Descriptor] | None:
+        """What the interface for referrers says, page after page; None if there is none."""
+        where: str | Url = f"{self._name}/referrers/{digest}"
+        found: list[Descriptor] = []
+        for _ in range(_PAGES_LIMIT):
+            with self._origin.ask("GET", where, scope=self._pull, expected=_SETTLED, attempts=2) as answer:
+                if answer.status != 200 or _media_type(answer.headers) != media_types.INDEX:
+                    return None
+                try:
+                    found += _listed(answer.read(_REFERRERS_BYTES))
+                except OSError as error:
+                    raise RegistryError(f"{self._origin.name} fails", cause=str(error)) from None
+                if len(found) > _REFERRERS_LIMIT:
+                    break
+                more = _NEXT.search(answer.headers.get("Link", "")[:_LINK_LIMIT])
+                if more is None:
+                    return found
+                where = target_of(answer, more[1])
+        raise FormatError(f"{digest} has more than {_REFERRERS_LIMIT} referrers")
 
     def _first(self, read: Callable[[Endpoint], T]) -> T:
         """What the first endpoint gives that has it; the registry itself has the last word."""
@@ -182,10 +231,22 @@ class Repository:
 
     def _note(self, mirror: Endpoint, error: RekindleError) -> None:
         """A mirror need not have everything; but one that cannot be reached is not asked again."""
-        if not isinstance(error, NotFoundError) and mirror in self._mirrors:
+        if not isinstance(error, NotFoundError):
+            self._drop(mirror)
+
+    def _strike(self, mirror: object) -> None:
+        """Connections break now and then; those of a mirror that does no better are not waited for."""
+        if isinstance(mirror, Endpoint) and mirror is not self._origin:
+            with self._lock:
+                self._strikes[mirror.name] = self._strikes.get(mirror.name, 0) + 1
+            if self._strikes[mirror.name] >= _STRIKES_LIMIT:
+                self._drop(mirror)
+
+    def _drop(self, mirror: Endpoint) -> None:
+        with self._lock:
             self._mirrors = [each for each in self._mirrors if each is not mirror]
 
-    def _fetch_manifest(self, endpoint: Endpoint, name: str) -> Descriptor:
+    def _fetch_manifest(self, endpoint: Endpoint, name: str) -> tuple[Descriptor, bytes]:
         path = f"{self._name}/manifests/{name}"
         limit = self._limits.manifest_bytes
         content, headers = self._get(endpoint, path, {"Accept": _ACCEPT}, limit)
@@ -200,12 +261,13 @@ class Repository:
         if fields.text("mediaType", media_type) != media_type:
             raise FormatError(f"{endpoint.name} calls {digest} {media_type}, and it says something else")
         self._keep(digest, content)
-        return Descriptor(
+        descriptor = Descriptor(
             media_type=media_type,
             digest=digest,
             size=len(content),
             artifact_type=fields.text("artifactType", ""),
         )
+        return descriptor, content
 
     def _read_from(self, endpoint: Endpoint, descriptor: Descriptor) -> bytes:
         is_manifest = descriptor.media_type in media_types.DOCUMENTS
@@ -224,33 +286,37 @@ class Repository:
         return content
 
     def _keep(self, digest: Digest, content: bytes) -> None:
-        if len(self._manifests) < _MANIFESTS_KEPT:
-            self._manifests[digest] = content
+        with self._lock:
+            if digest not in self._kept and self._kept_bytes + len(content) <= _KEPT_BYTES:
+                self._kept[digest] = content
+                self._kept_bytes += len(content)
 
     def _get(
         self, endpoint: Endpoint, path: str, headers: dict[str, str], limit_bytes: int
     ) -> tuple[bytes, http.client.HTTPMessage]:
         """Something small, from the end of all redirects; what breaks midway is asked for anew."""
-        tries = self._access.config.patience.attempts
-        for attempt in range(1, tries + 1):
+        for attempt in range(1, endpoint.attempts + 1):
             first = endpoint.ask("GET", path, scope=self._pull, expected=_REDIRECTED, headers=headers)
             try:
                 with endpoint.follow(first, scope=self._pull, expected=_OK, headers=headers) as answer:
                     return answer.read(limit_bytes), answer.headers
             except OSError as error:
-                if attempt == tries:
+                if attempt == endpoint.attempts:
                     raise RegistryError(f"{endpoint.name} fails", cause=str(error)) from None
+                endpoint.pause(attempt)
         raise AssertionError("not reached")
 
-    def _fetch_stretch(self, blob: Descriptor, begin: int, end: int, *, again: bool) -> Answer:
+    def _fetch_stretch(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None) -> Answer:
         """See `download.Fetch`. What a mirror began and did not finish, the registry itself is asked for."""
-        for endpoint in [] if again else self._mirrors:
+        if broken is not None:
+            self._strike(broken.giver)
+        for endpoint in [] if broken is not None else self._mirrors:
             try:
                 return self._fetch_from(endpoint, blob, begin, end)
             except RekindleError as error:
                 self._note(endpoint, error)
             except OSError:
-                continue
+                self._strike(endpoint)
         return self._fetch_from(self._origin, blob, begin, end)
 
     def _fetch_from(self, endpoint: Endpoint, blob: Descriptor, begin: int, end: int) -> Answer:
@@ -259,7 +325,7 @@ class Repository:
         if place := self._places.get(key):
             answer = self._connections.request("GET", place, headers)
             if answer.status in _STREAMED:
-                return _checked(answer, blob, begin, end)
+                return _checked(answer, endpoint, blob, begin, end)
             answer.close()
             self._places.pop(key, None)
             if answer.status not in _EXPIRED:
@@ -267,9 +333,9 @@ class Repository:
         path = f"{self._name}/blobs/{blob.digest}"
         first = endpoint.ask("GET", path, scope=self._pull, expected=_REDIRECTED, headers=headers)
         answer = endpoint.follow(first, scope=self._pull, expected=_STREAMED, headers=headers)
-        if answer is not first:
+        if answer.url.origin != first.url.origin:  # there, nobody asks who we are
             self._places[key] = answer.url
-        return _checked(answer, blob, begin, end)
+        return _checked(answer, endpoint, blob, begin, end)
 
     # Writing. Only ever to the registry itself.
 
@@ -278,14 +344,12 @@ class Repository:
         kind = "manifests" if descriptor.media_type in media_types.DOCUMENTS else "blobs"
         headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
         path = f"{self._name}/{kind}/{descriptor.digest}"
-        try:
-            first = self._origin.ask("HEAD", path, scope=self._push, expected=_REDIRECTED, headers=headers)
-        except (NotFoundError, RegistryError):  # some do not take HEAD; sending it again does no harm
-            return False
-        with first:
-            length = first.headers.get("Content-Length", "")
+        # Some do not take HEAD, or refuse it: sending all of it again does no harm.
+        with self._origin.ask("HEAD", path, scope=self._push, expected=_SETTLED, headers=headers) as answer:
+            length = answer.headers.get("Content-Length", "")
             # A redirect says that there is something to lead to; a size that differs, that it is broken.
-            return first.status != 200 or not length or length == str(descriptor.size)
+            there = answer.status in _REDIRECTED
+            return there and (answer.status != 200 or not length or length == str(descriptor.size))
 
     def mount(self, descriptor: Descriptor) -> bool:
         """See `Target.mount`."""
@@ -296,7 +360,7 @@ class Repository:
         path = f"{self._name}/blobs/uploads/?{query}"
         scope = f"{self._push} repository:{repository}:pull"
         try:
-            with self._origin.ask("POST", path, scope=scope, expected=frozenset({201, 202})) as answer:
+            with self._origin.ask("POST", path, scope=scope, expected=_CREATED | _ACCEPTED) as answer:
                 if answer.status == 201:
                     return True
                 place = target_of(answer)  # it began an upload instead, which nobody needs
@@ -310,41 +374,41 @@ class Repository:
 
         Raises IntegrityError if the source gives other bytes than those of the digest.
         """
-        tries = self._access.config.patience.attempts
-        for attempt in range(1, tries + 1):
+
+        def begin() -> Url:
             path = f"{self._name}/blobs/uploads/"
-            with self._origin.ask("POST", path, scope=self._push, expected=frozenset({202})) as answer:
+            with self._origin.ask("POST", path, scope=self._push, expected=_ACCEPTED) as answer:
                 place = target_of(answer)
             joint = "&" if "?" in place.target else "?"
-            place = replace(place, target=f"{place.target}{joint}digest={descriptor.digest}")
-            try:
-                with self._origin.ask(
-                    "PUT",
-                    place,
-                    scope=self._push,
-                    expected=frozenset({201, 204}),
-                    headers={"Content-Type": "application/octet-stream"},
-                    body=_BlobBody(descriptor, source, self._access),
-                    attempts=1,  # an upload that broke is begun anew
-                ) as answer:
-                    said = answer.headers.get("Docker-Content-Digest", descriptor.digest)
-                if said != descriptor.digest:
-                    raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
-                return
-            except RegistryError as error:
-                if attempt == tries or not error.descends:
-                    raise
-                self._origin.pause(attempt)
+            return replace(place, target=f"{place.target}{joint}digest={descriptor.digest}")
+
+        with self._origin.ask(
+            "PUT",
+            begin,  # an upload that broke is begun anew
+            scope=self._push,
+            expected=_CREATED,
+            headers={"Content-Type": "application/octet-stream"},
+            body=_BlobBody(descriptor, source, self._access),
+            again=AGAIN | _FORGOTTEN,
+        ) as answer:
+            said = answer.headers.get("Docker-Content-Digest", descriptor.digest)
+        if said != descriptor.digest:
+            raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """Stores a manifest under its digest, or under a tag. What it names must be there."""
+        """Stores a manifest under its digest, or under a tag. What it names must be there.
+
+        Raises FormatError for what is no manifest.
+        """
         digest = Digest.of_bytes(content)
+        if media_type not in media_types.DOCUMENTS:
+            raise FormatError(f"{digest} is no manifest or index", cause=f"{media_type!r:.80}")
         fields = Fields.parse(content, "the manifest", limit_bytes=self._limits.manifest_bytes)
         with self._origin.ask(
             "PUT",
             f"{self._name}/manifests/{name or digest}",
             scope=self._push,
-            expected=frozenset({200, 201}),
+            expected=_CREATED,
             headers={"Content-Type": media_type},
             body=Bytes(content),
         ) as answer:
@@ -352,7 +416,7 @@ class Repository:
             knows_referrers = "OCI-Subject" in answer.headers
         if said != digest:
             raise IntegrityError(f"{self._origin.name} stored {said} for {digest}")
-        if fields.has("subject") and not knows_referrers:
+        if fields.has("subject") and fields.json("subject") is not None and not knows_referrers:
             self._list_referrer(content, media_type, digest)
         return digest
 
@@ -372,8 +436,8 @@ class Repository:
         )
         tag = _fallback_tag(subject.digest)
         try:
-            there = self._fetch_manifest(self._origin, tag)
-            others = _listed(self._manifests[there.digest]) if there.media_type == media_types.INDEX else []
+            there, listed = self._fetch_manifest(self._origin, tag)
+            others = _listed(listed) if there.media_type == media_types.INDEX else []
         except NotFoundError:
             others = []
         entries = [*(each for each in others if each.digest != digest), ours]
@@ -397,7 +461,7 @@ class _BlobBody:
     def length(self) -> int:
         return self._descriptor.size
 
-    def send(self, connection: http.client.HTTPConnection) -> None:
+    def send(self, send: Send) -> None:
         hasher = hashlib.sha256()
         piece_bytes = self._access.limiter.piece_bytes(PIECE_BYTES)
         buffer = memoryview(bytearray(piece_bytes))
@@ -416,26 +480,37 @@ class _BlobBody:
                         hint=_REMEDY,
                     )
                 self._access.limiter.wait(count)
-                connection.sock.sendall(buffer[:count])
+                send(buffer[:count])
                 self._access.tally.send(count)
 
 
-def _checked(answer: Answer, blob: Descriptor, begin: int, end: int) -> Answer:
+def _checked(answer: Answer, endpoint: Endpoint, blob: Descriptor, begin: int, end: int) -> Answer:
     """The answer, if it is the one to the question. Raises RegistryError for another."""
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        problem = f"the content is encoded as {answer.headers['Content-Encoding']}"
-    elif (
-        answer.status == 206 and answer.headers.get("Content-Range") != f"bytes {begin}-{end - 1}/{blob.size}"
+    answer.giver = endpoint
+    problem = _problem(answer.status, answer.headers, answer.length, begin, end, blob.size)
+    if problem:
+        answer.close()
+        raise RegistryError(f"blob {blob.digest} cannot be fetched", cause=f"{answer.url}: {problem}")
+    return answer
+
+
+def _problem(
+    status: int, headers: http.client.HTTPMessage, length: int | None, begin: int, end: int, size: int
+) -> str:
+    """What is wrong with an answer to the question for a part of so many bytes; "" if nothing is."""
+    encoding, content_range = headers.get("Content-Encoding", "identity"), headers.get("Content-Range", "")
+    whole = _RANGE.fullmatch(content_range.strip())
+    if encoding.lower() not in {"", "identity"}:
+        return f"the content is encoded as {encoding:.40}"
+    if status == 200:
+        return "" if length in {None, size} else f"it has {length} bytes and should have {size}"
+    if (
+        whole is None
+        or (whole[1], whole[2]) != (str(begin), str(end - 1))
+        or whole[3] not in {str(size), "*"}
     ):
-        problem = f"asked for bytes {begin} to {end - 1}, it sends {answer.headers.get('Content-Range')}"
-    elif answer.status == 200 and answer.length not in {None, blob.size}:
-        problem = f"it has {answer.length} bytes and should have {blob.size}"
-    elif answer.status == 206 and answer.length not in {None, end - begin}:
-        problem = f"asked for {end - begin} bytes, it sends {answer.length}"
-    else:
-        return answer
-    answer.close()
-    raise RegistryError(f"blob {blob.digest} cannot be fetched", cause=f"{answer.url}: {problem}")
+        return f"asked for bytes {begin} to {end - 1} of {size}, it sends {content_range[:80]!r}"
+    return "" if length in {None, end - begin} else f"asked for {end - begin} bytes, it sends {length}"
 
 
 def _listed(content: bytes) -> list[Descriptor]:
@@ -452,12 +527,18 @@ def _media_type(headers: http.client.HTTPMessage) -> str:
 
 
 def _base(host: str, plain_http: bool | None) -> Url:
-    plain = is_loopback(host.partition(":")[0] if not host.startswith("[") else "::1")
-    return Url.parse(f"{'http' if (plain if plain_http is None else plain_http) else 'https'}://{host}/")
+    try:
+        url = Url.parse(f"https://{host}/")
+        plain = is_loopback(url.host) if plain_http is None else plain_http
+        return Url.parse(f"{'http' if plain else 'https'}://{host}/")
+    except ValueError as error:
+        raise UsageError(f"{host} is no registry", cause=str(error)) from None
 
 
 def _mirror(url: str) -> Url:
     try:
+        if "?" in url or "#" in url:
+            raise ValueError("it has more than a path")
         return Url.parse(url)
     except ValueError as error:
         raise UsageError(

@@ -7,21 +7,22 @@ answers 401 and names a realm, which gives a token for a scope to whoever has th
 
 import base64
 import binascii
-import json
 import re
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from oci.registry.transport import Answer, Url
+from oci.registry.transport import Answer, Url, is_loopback
 from rekindle.errors import CredentialsError, FormatError, RegistryError
 from rekindle.fields import Fields
 
 _TOKEN_LIMIT_BYTES = 1 << 20
 _DEFAULT_SECONDS = 60  # what the token specification says of a token without `expires_in`
 _RENEW_SECONDS = 10.0
+_CHALLENGE_LIMIT = 4096  # the pattern takes time by the square of it
+_CHALLENGES_LIMIT = 16
 _PARAMETER = re.compile(r'([a-zA-Z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _TOKEN_FORM = re.compile(r"[!-~]+")
 
@@ -76,19 +77,20 @@ def from_docker(host: str) -> Credentials | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Challenge:
-    """What a 401 asks for. `realm`, `service` and `scope` are those of a bearer token."""
+    """What a 401 asks for. `realm`, `service`, `scope` and `error` are those of a bearer token."""
 
     scheme: str
     realm: str = ""
     service: str = ""
     scope: str = ""
+    error: str = ""
 
     @classmethod
     def parse(cls, headers: list[str]) -> "Challenge | None":
         """The challenge that we can answer: a bearer token before a password."""
         found: dict[str, Challenge] = {}
-        for header in headers:
-            scheme, _, rest = header.strip().partition(" ")
+        for header in headers[:_CHALLENGES_LIMIT]:
+            scheme, _, rest = header[:_CHALLENGE_LIMIT].strip().partition(" ")
             parameters = {
                 name.lower(): re.sub(r"\\(.)", r"\1", quoted) or plain
                 for name, quoted, plain in _PARAMETER.findall(rest)
@@ -98,6 +100,7 @@ class Challenge:
                 realm=parameters.get("realm", ""),
                 service=parameters.get("service", ""),
                 scope=parameters.get("scope", ""),
+                error=parameters.get("error", ""),
             )
         return found.get("bearer") or found.get("basic")
 
@@ -111,15 +114,19 @@ class _Token:
 class Authorizer:
     """Gives the Authorization header for requests to one registry. For many threads."""
 
-    def __init__(self, host: str, ask: Ask, *, tls: bool, find: Callable[[str], Credentials | None]) -> None:
-        """`ask` sends one request to a realm; `tls` says whether the registry itself is spoken to by it."""
-        self._host = host
+    def __init__(self, login: str, ask: Ask, *, base: Url, find: Callable[[str], Credentials | None]) -> None:
+        """`login` is the registry's name in docker's configuration, `base` where it is; `ask` sends one
+        request to a realm."""
+        self._login = login
         self._ask = ask
-        self._tls = tls
+        self._base = base
         self._find = find
         self._lock = threading.Lock()
-        self._challenge: Challenge | None = None
+        self._challenge: Challenge | None = None  # the last one, of any scope
+        self._wanted: dict[str, str] = {}  # scopes that challenges named, by the scope that we asked for
         self._tokens: dict[str, _Token] = {}
+        self._refusals: dict[str, CredentialsError] = {}
+        self._credentials_lock = threading.Lock()
         self._credentials: Credentials | None = None
         self._looked = False
 
@@ -131,10 +138,17 @@ class Authorizer:
         if challenge.scheme == "basic":
             credentials = self._known_credentials()
             return credentials.basic if credentials else None
-        with self._lock:
+        with self._lock:  # one thread asks for a token, the others wait for it
             token = self._tokens.get(scope)
             if token is None or token.until < time.monotonic():
-                token = self._tokens[scope] = self._fetch(challenge, scope)
+                if refusal := self._refusals.get(scope):  # to ask again might lock an account
+                    raise refusal
+                challenge = replace(challenge, scope=self._wanted.get(scope, ""))
+                try:
+                    token = self._tokens[scope] = self._fetch(challenge, scope)
+                except CredentialsError as error:
+                    self._refusals[scope] = error
+                    raise
             return f"Bearer {token.text}"
 
     def answer(self, refused: str | None, challenges: list[str], scope: str) -> None:
@@ -145,31 +159,39 @@ class Authorizer:
         challenge = Challenge.parse(challenges)
         if challenge is None:
             raise CredentialsError(
-                f"{self._host} asks for credentials in a way that rekindle does not know",
+                f"{self._login} asks for credentials in a way that rekindle does not know",
                 cause="; ".join(challenges)[:300] or "its 401 carries no challenge",
             )
-        if challenge.scheme == "basic" and (refused is not None or self._known_credentials() is None):
-            raise self._refused("it refuses the password" if refused else "it asks for a password")
+        if challenge.scheme == "basic":
+            if self._known_credentials() is None:
+                raise self._refused("it asks for a password")
+            if refused is not None:
+                raise self._refused("it refuses the password")
         with self._lock:
+            asked = f"{scope} {self._wanted.get(scope, '')}"
             self._challenge = challenge
+            self._wanted[scope] = challenge.scope
             token = self._tokens.get(scope)
             if token is not None and refused == f"Bearer {token.text}":
                 del self._tokens[scope]
+                if challenge.error == "insufficient_scope" and covers(asked, challenge.scope):
+                    self._refusals[scope] = self._refused(f"its token does not allow {challenge.scope}")
 
     def _known_credentials(self) -> Credentials | None:
-        if not self._looked:
-            self._credentials = self._find(self._host)
-            self._looked = True
-        return self._credentials
+        with self._credentials_lock:
+            if not self._looked:
+                self._credentials = self._find(self._login)
+                self._looked = True
+            return self._credentials
 
     def _fetch(self, challenge: Challenge, scope: str) -> _Token:
         try:
             realm = Url.parse(challenge.realm)
         except ValueError as error:
-            raise RegistryError(f"{self._host} names a realm that is none", cause=str(error)) from None
-        if self._tls and realm.scheme != "https":
+            raise RegistryError(f"{self._login} names a realm that is none", cause=str(error)) from None
+        if realm.scheme != "https" and not self._may_be_plain(realm):
             raise RegistryError(
-                f"{self._host} wants the password sent without TLS",
+                f"{self._login} wants the password sent without TLS",
                 cause=f"the realm of its tokens is {realm}",
                 hint="this is an attack, or a mistake of whoever runs it",
             )
@@ -200,12 +222,19 @@ class Authorizer:
             content = answer.read(_TOKEN_LIMIT_BYTES)
         return _parse_token(content, str(url))
 
+    def _may_be_plain(self, realm: Url) -> bool:
+        """Whether a password may go without TLS: to whom we speak without it anyway, or to ourselves."""
+        if self._base.scheme == "https":
+            return False
+        return realm.host == self._base.host or is_loopback(realm.host)
+
     def _refused(self, cause: str) -> CredentialsError:
         there = "has none for it" if self._known_credentials() is None else "has other ones"
         return CredentialsError(
-            f"{self._host} refuses us",
+            f"{self._login} refuses us",
             cause=cause,
-            hint=f"docker's configuration {there}: `docker login {self._host}`, or `oras login {self._host}`",
+            hint=f"docker's configuration {there}: "
+            f"`docker login {self._login}`, or `oras login {self._login}`",
         )
 
 
@@ -226,7 +255,7 @@ def _parse_token(content: bytes, where: str) -> _Token:
     except FormatError as error:
         raise RegistryError(f"{where} gives no token", cause=f"{error.message} {error.cause}") from None
     if not _TOKEN_FORM.fullmatch(text):
-        raise RegistryError(f"{where} gives no token", cause=json.dumps(text)[:40])
+        raise RegistryError(f"{where} gives no token", cause="it is empty, or has what no header may")
     # Renewed while it is still good, so that a long request does not outlive it.
     seconds = max(lasts - _RENEW_SECONDS, lasts / 2)
     return _Token(text=text, until=time.monotonic() + seconds)
