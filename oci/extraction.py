@@ -235,10 +235,14 @@ def _read_all(image: CacheImage, jobs: Sequence[_Job], limits: Limits, workers: 
 
 def _read_layer(image: CacheImage, job: _Job, limits: Limits, stop: threading.Event) -> None:
     """Writes the files of a layer into the staging directory; all of its bytes are checked then."""
+    from concurrent.futures import ThreadPoolExecutor
+
     layer = image.layers[job.root.layer]
-    with contextlib.closing(
-        LayerReader(image.blobs, layer, limit_bytes=limits.expanded_bytes(layer.size))
-    ) as reader:
+    limit_bytes = limits.expanded_bytes(layer.size)
+    with (
+        ThreadPoolExecutor(1) as ahead,
+        contextlib.closing(LayerReader(image.blobs, layer, limit_bytes=limit_bytes, pool=ahead)) as reader,
+    ):
         try:
             _write_members(reader, job, stop)
             if not stop.is_set():

@@ -11,8 +11,8 @@
           "versions": {"triton": "3.9.0"}, "files": 8, "bytes": 26200, "digest": "sha256:…"}]}]}
 
 The layer of the manifest with that number holds the root, below the prefix. An entry's digest is the sha256
-over its files in the order of their paths' bytes: path within the root, a zero byte, size in decimal, a zero
-byte, content. A key of `*` stands for the entries of a root that were too many to be listed.
+over its files in the order of the archive: path within the root, a zero byte, size in decimal, a zero byte,
+content. A key of `*` stands for the entries of a root that were too many to be listed.
 """
 
 import dataclasses

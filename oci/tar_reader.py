@@ -11,10 +11,14 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from oci.descriptor import Blobs, Descriptor
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 _READ_BYTES = 256 << 10
 _INFLATED_BYTES = 1 << 20
@@ -40,10 +44,17 @@ class Member:
 
 
 class LayerReader:
-    """A layer's archive. The content of a file must be read before the next member."""
+    """A layer's archive. The content of a file must be read before the next member.
 
-    def __init__(self, blobs: Blobs, layer: Descriptor, *, limit_bytes: int) -> None:
+    With a pool, a piece is received, hashed and inflated while the caller is busy with the one before.
+    """
+
+    def __init__(
+        self, blobs: Blobs, layer: Descriptor, *, limit_bytes: int, pool: "Executor | None" = None
+    ) -> None:
         self._layer = layer
+        self._pool = pool
+        self._ahead: Future[bytes] | None = None
         self._stream = blobs.open_blob(layer)
         self._compressed, self._raw = hashlib.sha256(), hashlib.sha256()
         self._compressed_left = layer.size
@@ -54,6 +65,7 @@ class LayerReader:
         self._buffer = memoryview(bytearray(_READ_BYTES))
 
     def close(self) -> None:
+        self._settle()
         self._stream.close()
 
     def members(self) -> Iterator[Member]:
@@ -87,6 +99,7 @@ class LayerReader:
 
     def finish(self, diff_id: Digest) -> None:
         """To be called after the last member. Raises IntegrityError unless all bytes match their digests."""
+        self._settle()
         if not self._inflater.eof:
             raise FormatError("the layer's gzip stream has no end")
         if self._inflater.unused_data or self._input or self._compressed_left:
@@ -103,6 +116,7 @@ class LayerReader:
     def verdict(self, error: FormatError) -> FormatError | IntegrityError:
         """What is wrong with a layer that makes no sense. Most often its bytes are not those of its digest,
         which only all of them can tell."""
+        self._settle()
         while self._compressed_left and self._fill():
             pass
         if "sha256:" + self._compressed.hexdigest() == self._layer.digest:
@@ -136,7 +150,23 @@ class LayerReader:
         return piece
 
     def _inflate(self) -> None:
-        while not self._ready and not self._inflater.eof:
+        ahead, self._ahead = self._ahead, None
+        piece = ahead.result() if ahead is not None else self._next_piece()
+        if piece and self._pool is not None:
+            self._ahead = self._pool.submit(self._next_piece)
+        self._ready = memoryview(piece)
+
+    def _settle(self) -> None:
+        """Waits until nothing but the caller touches the stream."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            if not self._ahead.cancelled():
+                self._ahead.exception()
+            self._ahead = None
+
+    def _next_piece(self) -> bytes:
+        """Up to 1 MiB of the archive; none at its end."""
+        while not self._inflater.eof:
             if not self._input:
                 count = self._fill()
                 if not count:
@@ -153,8 +183,10 @@ class LayerReader:
                     f"layer {self._layer.digest} becomes larger than is sane",
                     hint="if that is as it should be, raise limits.expansion_ratio in the configuration",
                 )
-            self._raw.update(out)
-            self._ready = memoryview(out)
+            if out:
+                self._raw.update(out)
+                return out
+        return b""
 
     def _fill(self) -> int:
         count = self._stream.readinto(self._buffer[: min(len(self._buffer), self._compressed_left)]) or 0

