@@ -162,8 +162,14 @@ def _refuse_what_is_too_much(root: StoredRoot, stored_bytes: int, limits: Limits
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A private directory beside a place, locked while it is in use; gone at the end."""
-    parent = Path(os.path.realpath(target)).parent
+    """A private directory beside a place, locked while it is in use; gone at the end.
+
+    Within the place if that is a volume of its own, as in containers, or what is beside it cannot be
+    written: files can be moved on one file system only.
+    """
+    real = Path(os.path.realpath(target))
+    within = os.path.ismount(real) or (real.is_dir() and not os.access(real.parent, os.W_OK))
+    parent = real if within else real.parent
     with contextlib.ExitStack() as stack:
         for directory in reversed([parent, *parent.parents]):
             try:

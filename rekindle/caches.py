@@ -64,7 +64,7 @@ _VLLM_LEFT_OUT = {
 }
 _P2P = re.compile(r"gpu_p2p_access_cache_for_.*\.json")  # which of this node's GPUs reach each other
 _MODEL_FILE = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin")
-_TRITON_TEMPORARY = re.compile(r"tmp\.pid_\d+_.*")
+_TEMPORARY = re.compile(r"tmp\.pid_\d+_.*|\..+\.rekindle-[0-9a-f]+")  # of Triton, and of `rekindle extract`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
     It is of this node or user alone, half-written, a model, or of no use elsewhere.
     """
     name = path.name
-    if _MODEL_FILE.fullmatch(name) or _TRITON_TEMPORARY.fullmatch(name):
+    if _MODEL_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name):
         return True
     match kind:
         case CacheKind.VLLM:

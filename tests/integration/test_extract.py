@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, Rekindle, wait_for
+from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, Rekindle, small_disk, wait_for
 from tests.unit.cache_samples import KEY, tree, triton, vllm, write
 
 KERNEL = """
@@ -179,6 +179,22 @@ def test_extract_needs_no_root(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"export TRITON_CACHE_DIR={place}/out/triton\n"
         assert os.stat(f"{place}/out/triton").st_uid == 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_cache_goes_into_a_volume_that_is_mounted_in_its_place(rekindle: Rekindle, tmp_path: Path) -> None:
+    triton(tmp_path / "t")
+    before = tree(tmp_path / "t")
+    assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t")).status == 0
+    shutil.rmtree(tmp_path / "t")
+    with small_disk(tmp_path / "t", "8m"):
+        done = rekindle("extract", "kernels")
+        assert done.status == 0, done.stderr
+        assert tree(tmp_path / "t") == before
+    with small_disk(tmp_path / "small", "20k"):
+        done = rekindle("extract", "kernels", "--to", str(tmp_path / "small"))
+        assert done.status == 14, done.stderr
+        assert os.listdir(tmp_path / "small") == []
 
 
 def test_an_interrupted_extraction_leaves_nothing(rekindle: Rekindle, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_no_variable_leads_to_a_flashinfer_cache_elsewhere() -> None:
         (CacheKind.VLLM, "torch_compile_cache/h/model.safetensors", True),
         (CacheKind.TRITON, f"{KEY}/tmp.pid_7_0f", True),
         (CacheKind.TRITON, f"{KEY}/add.cubin", False),
+        (CacheKind.TRITON, ".cache.rekindle-0f0f", True),
         (CacheKind.INDUCTOR, "precompiled_headers/x.h.gch", True),
         (CacheKind.TORCH_EXTENSIONS, "ext/lock", True),
         (CacheKind.FLASHINFER, "0.2.5/90/cached_ops/lock", False),

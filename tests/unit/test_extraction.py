@@ -224,6 +224,17 @@ def test_cudas_cache_is_one_thing(layout: Layout, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out/cuda") == ["index"]
 
 
+def test_a_cache_goes_into_a_volume_of_its_own(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
+    there = tmp_path / "volume"
+    there.mkdir()
+    stored = packed(layout, triton(tmp_path / "t", recorded=str(there)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == there)
+        assert extract(stored, None).roots[0].files == 6
+    assert tree(there) == tree(tmp_path / "t")
+    assert not [name for name in os.listdir(there) if name.startswith(".")]
+
+
 def test_a_place_that_cannot_be_is_said(layout: Layout, tmp_path: Path) -> None:
     stored = packed(layout, triton(tmp_path / "t"))
     write(tmp_path / "a-file")
