@@ -246,9 +246,17 @@ def _plan(roots: Sequence[CacheRoot], say: Callable[[str], None]) -> list[_Plann
     """What goes where: the cache that MCV reads last, since older MCVs read the last layer only."""
     found = [(root, members) for root in roots if (members := list(_members(root, say)))]
     found = [(root, members) for root, members in found if any(_is_file(member) for member in members)]
-    kinds = [root.kind for root, _ in found]
+    # A server that compiled nothing leaves only what it knows of models, which MCV makes nothing of.
+    kinds = [root.kind for root, members in found if root.kind is not CacheKind.VLLM or _compiled(members)]
     read = next((kind for kind in (CacheKind.VLLM, CacheKind.TRITON) if kind in kinds), None)
-    first = kinds.index(read) if read is not None else -1
+    first = next(
+        (
+            number
+            for number, (root, members) in enumerate(found)
+            if root.kind is read and (read is not CacheKind.VLLM or _compiled(members))
+        ),
+        -1,
+    )
     base = "io.vllm.cache" if read is CacheKind.VLLM else "io.rekindle.cache"
     # Below io.vllm.cache, what vLLM has at the top of its own cache has its name already.
     taken = {str(member.path) for member in found[first][1]} if read is CacheKind.VLLM else set()
@@ -264,6 +272,10 @@ def _plan(roots: Sequence[CacheRoot], say: Callable[[str], None]) -> list[_Plann
     if read is not None:
         planned.append(_Planned(root=found[first][0], prefix=f"io.{read}.cache", members=found[first][1]))
     return planned
+
+
+def _compiled(members: Sequence[_Member]) -> bool:
+    return any(member.path.parts[0] == "torch_compile_cache" for member in members)
 
 
 def _members(root: CacheRoot, say: Callable[[str], None]) -> Iterator[_Member]:

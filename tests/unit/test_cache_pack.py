@@ -181,6 +181,15 @@ def test_what_mcv_has_no_form_for_lies_where_it_does_not_look(layout: Layout, tm
     assert packed(layout, cuda).labels == {}
 
 
+def test_a_vllm_that_compiled_nothing_is_nothing_for_mcv(layout: Layout, tmp_path: Path) -> None:
+    write(tmp_path / "v/modelinfos/llama.json", "{}")
+    root = CacheRoot(kind=CacheKind.VLLM, path=tmp_path / "v", recorded="/v")
+    image = packed(layout, root, triton(tmp_path / "t"))
+    assert [each.prefix for each in image.inventory.roots] == ["io.rekindle.cache/vllm", "io.triton.cache"]
+    assert "cache.triton.image/summary" in image.labels
+    assert packed(layout, root).labels == {}
+
+
 def test_a_directory_of_vllms_own_is_not_taken_for_another_cache(layout: Layout, tmp_path: Path) -> None:
     root = vllm(tmp_path / "v")
     write(tmp_path / "v/triton/notes")
