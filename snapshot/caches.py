@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rekindle.caches import CacheKind, CacheRoot, place, place_below
+from rekindle.caches import VARIABLES, CacheKind, CacheRoot, place, place_below
 
 _DELETED = " (deleted)"
 _LOOKED_AT = 1000  # entries of a directory, to tell what it is
@@ -29,15 +29,22 @@ _FLASHINFER_VERSION = re.compile(r"\d+\.\d+.*|\d+[a-z]?(_\d+[a-z]?)*")
 
 
 def find(
-    environment: Mapping[str, str], opened: Iterable[str], readable: Callable[[str], Path]
+    environment: Mapping[str, str],
+    opened: Iterable[str],
+    readable: Callable[[str], Path],
+    *,
+    usual_places: bool = True,
 ) -> list[CacheRoot]:
     """The caches of a server that are there and hold something, each once and none within another.
 
     `opened` are the paths that its processes have open or mapped; `readable` says where a path that the
-    server sees can be read from here. Only the file system is looked at.
+    server sees can be read from here. Without `usual_places`, a cache that no variable names and of which
+    nothing is open is not this server's. Only the file system is looked at.
     """
     candidates: dict[str, CacheKind] = {}
     for kind in CacheKind:
+        if not usual_places and not environment.get(VARIABLES[kind]):
+            continue
         where = place(kind, environment)
         if kind is CacheKind.TORCH_EXTENSIONS and not environment.get("TORCH_EXTENSIONS_DIR"):
             for name in _names(readable(where)):

@@ -103,7 +103,12 @@ def make(
         criu_image.drop_zero_pages(tree / "criu")
         files = scan(tree)
     with report.phase("find caches"):
-        roots = caches.find(server.environment, opened, lambda path: _readable(path, tree))
+        roots = caches.find(
+            server.environment,
+            opened,
+            lambda path: _readable(path, tree),
+            usual_places=engine.compiles,
+        )
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",

@@ -89,6 +89,8 @@ class Engine(Protocol):
 
     name: str
     endpoint: Endpoint
+    compiles: bool
+    """Whether its servers keep kernel caches in the usual places, also where no variable names one."""
 
     def environment(self) -> Mapping[str, str]:
         """What a server needs in its environment so that it can be snapshotted."""

@@ -27,6 +27,7 @@ class HttpEngine(Engine):
     """A server that rekindle knows nothing of but what the user said."""
 
     name = "http"
+    compiles = False
 
     def __init__(self, *, endpoint: Endpoint, options: Mapping[str, JSON]) -> None:
         self.endpoint = endpoint

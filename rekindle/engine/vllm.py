@@ -23,6 +23,7 @@ class VllmEngine(Engine):
     """A server started by `vllm serve` or by vllm.entrypoints.openai.api_server."""
 
     name = "vllm"
+    compiles = True
 
     def __init__(self, *, endpoint: Endpoint, api_key: str | None = None) -> None:
         """Without `api_key`, the key is taken from VLLM_API_KEY, as the server does."""
