@@ -29,6 +29,7 @@ _FILES_LIMIT = 1_000_000  # of one cache, with its directories
 _MANIFEST_LIMIT_BYTES = 256 << 20  # MCV's, which is read but not kept
 _STAGED = ".rekindle-"
 _COMPARED_BYTES = 1 << 20
+_ALONE_SECONDS = 60.0
 _WITH_GROUPS = {CacheKind.TRITON, CacheKind.INDUCTOR, CacheKind.VLLM}
 _FULL_HINT = "free some, or extract to another disk"
 
@@ -181,17 +182,35 @@ def _staging(target: Path) -> Iterator[Path]:
                     continue
                 raise _cannot_be_written(target, error) from None
             stack.callback(_remove_if_empty, directory)
-        _sweep(parent, target.name)
         staging = parent / f".{target.name}{_STAGED}{os.urandom(6).hex()}"
-        try:
-            staging.mkdir(mode=0o700)
-        except OSError as error:
-            raise _cannot_be_written(target, error) from None
-        stack.callback(remove_tree, staging)
-        fd = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        try_lock(fd)
+        # Held until ours is locked, lest another extraction take it for one that was left behind.
+        with _alone_in(parent) as alone:
+            if alone:
+                _sweep(parent, target.name)
+            try:
+                staging.mkdir(mode=0o700)
+            except OSError as error:
+                raise _cannot_be_written(target, error) from None
+            stack.callback(remove_tree, staging)
+            fd = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            try_lock(fd)
         yield staging
+
+
+@contextlib.contextmanager
+def _alone_in(parent: Path) -> Iterator[bool]:
+    """Keeps other extractions from making or sweeping staging directories there; whether it could."""
+    fd = -1
+    alone = False
+    with contextlib.suppress(OSError):  # it is a file, or its file system has no such locks
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        alone = try_lock(fd, timeout=_ALONE_SECONDS)
+    try:
+        yield alone
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _cannot_be_written(target: Path, error: OSError) -> UsageError | OSError:
@@ -411,7 +430,7 @@ def _publish(job: _Job, *, overwrite: bool) -> ExtractedRoot:
     """Lets the cache be seen: in one step if nothing is there, or else entry by entry."""
     target = Path(os.path.realpath(job.target))
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        with contextlib.suppress(FileExistsError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # somebody has put one there meanwhile
             os.rename(job.staging, target)  # noqa: PTH104 - onto an empty directory, too
             return ExtractedRoot(
                 kind=job.root.kind, path=job.target, files=job.root.files, bytes=job.root.bytes, kept=()
