@@ -22,7 +22,7 @@ from oci.descriptor import Descriptor
 from oci.progress import Limiter, Tally
 from oci.registry.transport import PIECE_BYTES, Answer
 from rekindle.config import Patience
-from rekindle.errors import RegistryError, RekindleError
+from rekindle.errors import IntegrityError, RegistryError, RekindleError
 
 STRETCH_BYTES = 4 << 20
 _WINDOW = 24  # stretches in memory, of all open streams together
@@ -146,7 +146,8 @@ class Downloads:
             tries = collections.Counter(attempt.stretch for attempt in self._running)
             for attempt, began in self._running.items():
                 stretch = attempt.stretch
-                if now - began > patience and tries[stretch] == 1 and not stretch.stream.whole:
+                alone = tries[stretch] == 1 and not stretch.given_up
+                if now - began > patience and alone and not stretch.stream.whole:
                     return stretch
         return None
 
@@ -182,6 +183,7 @@ class Downloads:
         stream = attempt.stretch.stream
         with self.condition:
             attempt.failed = True
+            attempt.stretch.given_up = True  # who still tries is the last: nobody comes to help any more
             others = [o for o in self._running if o.stretch is attempt.stretch and o.whole == attempt.whole]
             if all(other.failed for other in others) and stream.whole == attempt.whole:
                 stream.fail(error)
@@ -319,7 +321,7 @@ def _goes_on(answer: Answer) -> bool:
 class _Stretch:
     """A part of a blob: bytes `begin` to `end`. `content` is there once all of it is."""
 
-    __slots__ = ("begin", "content", "end", "index", "stream")
+    __slots__ = ("begin", "content", "end", "given_up", "index", "stream")
 
     def __init__(self, stream: "BlobStream", index: int) -> None:
         self.stream = stream
@@ -327,6 +329,7 @@ class _Stretch:
         self.begin = index * STRETCH_BYTES
         self.end = min(self.begin + STRETCH_BYTES, stream.blob.size)
         self.content: bytearray | None = None
+        self.given_up = False
 
     def is_wanted(self) -> bool:
         return self.content is None and not self.stream.closed and self.index >= self.stream.at
@@ -450,6 +453,7 @@ def ended() -> RegistryError:
     return RegistryError("the transfer was ended")
 
 
-def too_long(blob: Descriptor) -> RegistryError:
+def too_long(blob: Descriptor) -> IntegrityError:
     """A registry that sends more than it should."""
-    return RegistryError(f"blob {blob.digest} is longer than its descriptor says", cause=f"{blob.size} bytes")
+    said = f"blob {blob.digest} is longer than its descriptor says"
+    return IntegrityError(said, cause=f"{blob.size} bytes")

@@ -11,7 +11,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from oci.registry.tokens import Authorizer, Credentials
+from oci.registry.credentials import Credentials
+from oci.registry.tokens import Authorizer
 from oci.registry.transport import Answer, Body, Connections, Send, Url
 from rekindle.config import Patience
 from rekindle.errors import CredentialsError, IntegrityError, NotFoundError, RegistryError
@@ -33,6 +34,10 @@ class Bytes:
     @property
     def length(self) -> int:
         return len(self.content)
+
+    @property
+    def is_repeatable(self) -> bool:
+        return True
 
     def send(self, send: Send) -> None:
         send(self.content)

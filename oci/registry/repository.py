@@ -15,7 +15,7 @@ from oci import media_types
 from oci.descriptor import Blobs, Descriptor
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference
-from oci.registry import tokens
+from oci.registry import credentials
 from oci.registry.download import BlobStream, Downloads
 from oci.registry.endpoint import AGAIN, Bytes, Endpoint, target_of
 from oci.registry.transport import PIECE_BYTES, Answer, Connections, Send, Url, is_loopback
@@ -65,7 +65,7 @@ class Access:
     limiter: Limiter
     mirrors: Sequence[str] = ()
     plain_http: bool | None = None
-    find_credentials: Callable[[str], tokens.Credentials | None] = tokens.from_docker
+    find_credentials: Callable[[str], credentials.Credentials | None] = credentials.find
 
     def settings(self, host: str) -> RegistrySettings:
         """Of one registry."""
@@ -460,6 +460,10 @@ class _BlobBody:
     @property
     def length(self) -> int:
         return self._descriptor.size
+
+    @property
+    def is_repeatable(self) -> bool:
+        return False
 
     def send(self, send: Send) -> None:
         hasher = hashlib.sha256()

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who we are to a registry: its challenge, a token for each scope, docker's credentials.
+"""Who we are to a registry: its challenges, and a token for each scope.
 
 The sources are RFC 9110 (challenges) and the distribution project's token authentication: a registry
 answers 401 and names a realm, which gives a token for a scope to whoever has the credentials for it.
 """
 
-import base64
-import binascii
 import re
 import threading
 import time
@@ -14,6 +12,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from oci.registry.credentials import Credentials
 from oci.registry.transport import Answer, Url, is_loopback
 from rekindle.errors import CredentialsError, FormatError, RegistryError
 from rekindle.fields import Fields
@@ -23,56 +22,10 @@ _DEFAULT_SECONDS = 60  # what the token specification says of a token without `e
 _RENEW_SECONDS = 10.0
 _CHALLENGE_LIMIT = 4096  # the pattern takes time by the square of it
 _CHALLENGES_LIMIT = 16
-_PARAMETER = re.compile(r'([a-zA-Z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+_PARAMETER = re.compile(r'(?<![\w-])([a-zA-Z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _TOKEN_FORM = re.compile(r"[!-~]+")
 
 Ask = Callable[[str, Url, Mapping[str, str], bytes | None], Answer]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
-    """A name and password; or, if `identity` is set, a refresh token in the password's place."""
-
-    name: str
-    password: str
-    identity: bool = False
-
-    @property
-    def basic(self) -> str:
-        return "Basic " + base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
-
-
-def from_docker(host: str) -> Credentials | None:
-    """What docker's configuration and its helpers hold for a registry.
-
-    Raises CredentialsError if they cannot be read.
-    """
-    # oras takes 0.2 s to import: only registries that ask who we are cost it.
-    import oras.auth.base
-    import oras.container
-
-    backend = oras.auth.base.AuthBackend()
-    # An older spelling of the registry that `docker login` without a name writes.
-    names = ["https://index.docker.io/v1/", host] if host == "registry-1.docker.io" else [host]
-    try:
-        for name in names:
-            container = oras.container.Container("rekindle/rekindle", registry=name)
-            backend.load_configs(container)
-            found = getattr(backend, "_basic_auth", None)
-            identity = backend._auth_config.get("auths", {}).get(name, {}).get("identitytoken")
-            if identity:
-                return Credentials(name="<token>", password=str(identity), identity=True)
-            if found:
-                name_and_password = base64.b64decode(found).decode()
-                user, _, password = name_and_password.partition(":")
-                return Credentials(name=user, password=password, identity=user == "<token>")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, binascii.Error) as error:
-        raise CredentialsError(
-            f"docker's credentials for {host} cannot be read",
-            cause=f"{type(error).__name__}: {error}",
-            hint="look at ~/.docker/config.json, or at $DOCKER_CONFIG",
-        ) from None
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,11 +193,13 @@ class Authorizer:
 
 def covers(scope: str, other: str) -> bool:
     """Whether one scope allows all that another does."""
-    wide = {each.rpartition(":")[0]: set(each.rpartition(":")[2].split(",")) for each in scope.split()}
-    return all(
-        set(each.rpartition(":")[2].split(",")) <= wide.get(each.rpartition(":")[0], set())
-        for each in other.split()
-    )
+    return _rights(other) <= _rights(scope)
+
+
+def _rights(scope: str) -> set[tuple[str, str]]:
+    """The single actions that a scope allows, each on what."""
+    parts = [each.rpartition(":") for each in scope.split()]
+    return {(name, action) for name, _, actions in parts for action in actions.split(",")}
 
 
 def _parse_token(content: bytes, where: str) -> _Token:

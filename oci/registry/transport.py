@@ -57,6 +57,7 @@ class Url:
             or "@" in parts.netloc
             or len(host) > _HOST_LIMIT
             or not _HOST.fullmatch(host)
+            or parts.port == 0
         ):
             raise ValueError(f"no http or https URL: {text[:200]!r}")
         target = urllib.parse.quote((parts.path or "/"), safe="/%:@!$&'()*+,;=~-._")
@@ -92,6 +93,11 @@ class Body(Protocol):
     @property
     def length(self) -> int:
         """Bytes."""
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it may be sent to the same place again, if it broke midway. docker-registry appends what
+        comes then to what it has of an upload already."""
 
     def send(self, send: Send) -> None:
         """Sends all of it."""
@@ -293,13 +299,15 @@ class Connections:
         Raises OSError if the host cannot be reached or does not answer in time. A kept connection that the
         other side had closed meanwhile is replaced without a word.
         """
+        fresh = body is not None and not body.is_repeatable
         while True:
-            connection, sock, kept = self._take(url)
+            connection, sock, kept = self._take(url, fresh=fresh)
             try:
                 return self._exchange(connection, sock, method, url, headers, body)
             except (ConnectionError, http.client.HTTPException) as error:
                 self.drop(connection)
                 if kept and not self._closed:
+                    fresh = True
                     continue
                 if isinstance(error, OSError):
                     raise
@@ -342,13 +350,13 @@ class Connections:
         self.met.add(url.origin)
         return Answer(self, connection, sock, response, url)
 
-    def _take(self, url: Url) -> tuple[http.client.HTTPConnection, socket.socket, bool]:
+    def _take(self, url: Url, *, fresh: bool) -> tuple[http.client.HTTPConnection, socket.socket, bool]:
         """A connection with its socket, and whether it is a kept one."""
         with self._lock:
             if self._closed:
                 raise ConnectionAbortedError("all connections were closed")
             idle = self._idle[url.origin]
-            while idle:
+            while idle and not fresh:
                 since, connection = idle.pop()
                 if time.monotonic() - since < _IDLE_SECONDS:
                     return connection, self._open[connection], True
@@ -423,8 +431,9 @@ class Connections:
 
     def give_back(self, url: Url, connection: http.client.HTTPConnection) -> None:
         with self._lock:
-            if not self._closed:
-                self._idle[url.origin].append((time.monotonic(), connection))
+            idle = self._idle[url.origin]
+            if not self._closed and len(idle) < self.patience.jobs:
+                idle.append((time.monotonic(), connection))
                 return
         self.drop(connection)
 
