@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images from one place to another: what is explored, what is brought, in which order, what counts."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oci import media_types, transfer
+from oci.descriptor import Blobs, Descriptor
+from oci.layout import Layout
+from oci.progress import Limiter, Tally
+from oci.reference import RegistryReference, parse
+from oci.registry.repository import Access
+from rekindle.config import Config, Limits
+from rekindle.digest import Digest
+from rekindle.errors import FormatError, IntegrityError, RegistryError, UsageError
+
+LAYER = "application/octet-stream"
+
+
+def put_manifest(layout: Layout, *blobs: Descriptor, **more: Any) -> Descriptor:
+    document = {"schemaVersion": 2, "mediaType": media_types.MANIFEST, "layers": [b.to_json() for b in blobs]}
+    return layout.put(json.dumps(document | more).encode(), media_types.MANIFEST)
+
+
+def put_index(layout: Layout, *manifests: Descriptor, **more: Any) -> Descriptor:
+    entries = [m.to_json() for m in manifests]
+    document = {"schemaVersion": 2, "mediaType": media_types.INDEX, "manifests": entries}
+    return layout.put(json.dumps(document | more).encode(), media_types.INDEX)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout.create(tmp_path / "source")
+
+
+@pytest.fixture
+def access() -> Access:
+    return Access(config=Config(), tally=Tally(), limiter=Limiter(None), find_credentials=lambda _: None)
+
+
+def explore(layout: Layout, root: Descriptor, **limits: int) -> transfer.Tree:
+    return transfer.explore(layout, root, Limits(**limits))
+
+
+# Exploring.
+
+
+def test_nodes_come_after_those_that_they_name(layout: Layout) -> None:
+    shared, own, config = (layout.put(text, LAYER) for text in (b"shared", b"own", b"config"))
+    first = put_manifest(layout, shared, config=config.to_json())
+    second = put_manifest(layout, shared, own)
+    inner = put_index(layout, second, first)
+    root = put_index(layout, first, inner)
+    tree = explore(layout, root)
+    assert [node.descriptor.digest for node in tree.nodes] == [
+        first.digest,
+        second.digest,
+        inner.digest,
+        root.digest,
+    ]
+    assert {blob.digest for blob in tree.blobs} == {shared.digest, own.digest, config.digest}
+    assert all(Digest.of_bytes(node.content) == node.descriptor.digest for node in tree.nodes)
+
+
+def test_indexes_within_indexes_end_somewhere(layout: Layout) -> None:
+    node = put_manifest(layout)
+    for _ in range(4):
+        node = put_index(layout, node)
+    assert len(explore(layout, node).nodes) == 5
+    with pytest.raises(FormatError, match="more indexes within indexes"):
+        explore(layout, put_index(layout, node))
+
+
+def test_a_digest_has_one_size(layout: Layout) -> None:
+    blob = layout.put(b"blob", LAYER)
+    other = Descriptor(media_type=LAYER, digest=blob.digest, size=5)
+    with pytest.raises(FormatError, match="two sizes"):
+        explore(layout, put_manifest(layout, blob, other))
+    manifest = put_manifest(layout, blob)
+    longer = Descriptor(media_type=media_types.MANIFEST, digest=manifest.digest, size=manifest.size + 1)
+    with pytest.raises(FormatError, match="two sizes"):
+        explore(layout, put_index(layout, manifest, longer))
+    as_blob = Descriptor(media_type=LAYER, digest=manifest.digest, size=1)
+    with pytest.raises(FormatError, match="two sizes"):
+        explore(layout, put_index(layout, manifest, put_manifest(layout, as_blob)))
+
+
+def test_there_are_no_more_layers_and_bytes_than_is_sane(layout: Layout) -> None:
+    blobs = [layout.put(bytes([number]), LAYER) for number in range(4)]
+    root = put_manifest(layout, *blobs)
+    assert len(explore(layout, root, layers=4).blobs) == 4
+    with pytest.raises(FormatError, match="at most 3"):
+        explore(layout, root, layers=3)
+    with pytest.raises(FormatError, match="more than is sane"):
+        explore(layout, root, manifest_bytes=root.size - 1)
+
+
+def test_manifests_together_are_bounded(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = [put_manifest(layout, annotations={"filler": "x" * 1000, "n": str(n)}) for n in range(5)]
+    root = put_index(layout, *manifests)
+    assert len(explore(layout, root).nodes) == 6
+    monkeypatch.setattr(transfer, "_NODES_BYTES", 3000)
+    with pytest.raises(FormatError, match="more than 3000 bytes"):
+        explore(layout, root)
+    monkeypatch.undo()
+    monkeypatch.setattr(transfer, "_NODES_LIMIT", 3)
+    with pytest.raises(FormatError, match="than is sane"):
+        explore(layout, root)
+
+
+@pytest.mark.parametrize("media_type", ["", LAYER, "application/json"])
+def test_what_is_no_manifest_is_no_image(media_type: str, layout: Layout) -> None:
+    with pytest.raises(FormatError, match="no image"):
+        explore(layout, layout.put(b"{}", media_type))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\0",
+        b'{"layers": {}}',
+        b'{"layers": [1]}',
+        b'{"layers": null}',
+        b'{"config": "x"}',
+        b'{"config": {"mediaType": "x", "digest": "sha256:x", "size": 1}}',
+        b'{"config": {"mediaType": "x", "digest": "sha256:%064d", "size": -1}}' % 0,
+        b'{"manifests": [{}]}',
+    ],
+)
+def test_manifests_that_are_none(content: bytes, layout: Layout) -> None:
+    with pytest.raises(FormatError):
+        explore(layout, layout.put(content, media_types.MANIFEST))
+
+
+# Bringing.
+
+
+class Target:
+    """Takes note of what it is told."""
+
+    def __init__(self, *there: Descriptor, mounts: tuple[Descriptor, ...] = ()) -> None:
+        self.there = {each.digest for each in there}
+        self.mounts = {each.digest for each in mounts}
+        self.told: list[tuple[str, str]] = []
+        self.cancelled = False
+        self.hold: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()
+
+    def _tell(self, *what: str) -> None:
+        with self._lock:
+            self.told.append((what[0], what[1]))
+
+    def has(self, descriptor: Descriptor) -> bool:
+        return descriptor.digest in self.there
+
+    def mount(self, descriptor: Descriptor) -> bool:
+        return descriptor.digest in self.mounts
+
+    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        with source.open_blob(descriptor) as stream:
+            content = stream.read()
+        self.hold()
+        if Digest.of_bytes(content) != descriptor.digest:
+            raise IntegrityError(f"{descriptor.digest} is wrong")
+        self._tell("blob", descriptor.digest)
+        self.there.add(descriptor.digest)
+
+    def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
+        digest = Digest.of_bytes(content)
+        self._tell(name or "manifest", digest)
+        self.there.add(digest)
+        return digest
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Source:
+    """A layout which gives wrong bytes of some blobs, until it is distrusted."""
+
+    def __init__(self, layout: Layout, *wrong: Descriptor, places: int = 2) -> None:
+        self._layout = layout
+        self._wrong = {each.digest for each in wrong}
+        self._places = places
+        self.opened: list[Digest] = []
+        self.cancelled = False
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        return self._layout.read(descriptor, limit_bytes=limit_bytes)
+
+    def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
+        self.opened.append(descriptor.digest)
+        if descriptor.digest in self._wrong and self._places > 1:
+            return io.BytesIO(b"wrong")  # type: ignore[return-value]
+        return self._layout.open_blob(descriptor)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def distrust(self) -> bool:
+        self._places -= 1
+        return self._places > 0
+
+
+@pytest.fixture
+def tree(layout: Layout) -> transfer.Tree:
+    blobs = [layout.put(bytes(size), LAYER) for size in (1, 100, 10)]
+    return explore(layout, put_index(layout, put_manifest(layout, *blobs)))
+
+
+def copy(source: Blobs, tree: transfer.Tree, target: Target, *, jobs: int = 1) -> Tally:
+    tally = Tally()
+    transfer.copy(source, tree, target, tag="1", jobs=jobs, tally=tally)
+    return tally
+
+
+def test_the_largest_first_and_the_tag_last(layout: Layout, tree: transfer.Tree) -> None:
+    target = Target()
+    copy(layout, tree, target)
+    small, large, middle = tree.blobs
+    manifest, root = (node.descriptor for node in tree.nodes)
+    assert target.told == [
+        ("blob", large.digest),
+        ("blob", middle.digest),
+        ("blob", small.digest),
+        ("manifest", manifest.digest),
+        ("1", root.digest),
+    ]
+    assert not target.cancelled
+
+
+def test_what_is_there_or_mounted_is_counted_and_not_brought(layout: Layout, tree: transfer.Tree) -> None:
+    _, large, middle = tree.blobs
+    target = Target(large, tree.nodes[0].descriptor, mounts=(middle,))
+    tally = copy(layout, tree, target)
+    assert [name for name, _ in target.told] == ["blob", "1"]
+    assert (tally.expected_bytes, tally.reused_bytes) == (111, 110)
+    assert (tally.blobs, tally.reused_blobs) == (3, 2)
+
+
+def test_an_image_without_blobs(layout: Layout) -> None:
+    target = Target()
+    copy(layout, explore(layout, put_manifest(layout)), target)
+    assert [name for name, _ in target.told] == ["1"]
+
+
+def test_wrong_bytes_are_asked_for_elsewhere(layout: Layout, tree: transfer.Tree) -> None:
+    small, large, middle = tree.blobs
+    source, target = Source(layout, small), Target(middle)
+    tally = copy(source, tree, target)
+    assert source.opened == [large.digest, small.digest, small.digest]  # what came is not asked for again
+    assert (tally.reused_blobs, tally.reused_bytes) == (1, 10)
+    assert target.told[-1][0] == "1"
+    assert not target.cancelled
+
+
+def test_wrong_bytes_everywhere_are_an_error(layout: Layout, tree: transfer.Tree) -> None:
+    source, target = Source(layout, *tree.blobs, places=1), Target()
+    source._places = 2
+    source.distrust = lambda: False  # type: ignore[method-assign]
+    with pytest.raises(IntegrityError):
+        copy(source, tree, target)
+    assert source.cancelled
+    assert target.cancelled
+    assert not [name for name, _ in target.told if name != "blob"]
+
+
+@pytest.mark.parametrize("error", [RegistryError("down"), KeyboardInterrupt()])
+def test_the_first_error_ends_all(error: BaseException, layout: Layout) -> None:
+    blobs = [layout.put(str(number).encode(), LAYER) for number in range(50)]
+    tree = explore(layout, put_manifest(layout, *blobs))
+    source, target = Source(layout), Target()
+    started = []
+
+    def hold() -> None:
+        started.append(1)
+        if len(started) == 2:
+            raise error
+        time.sleep(0.1)
+
+    target.hold = hold
+    with pytest.raises(type(error)):
+        copy(source, tree, target, jobs=4)
+    assert len(started) < 20
+    assert source.cancelled
+    assert target.cancelled
+    assert "1" not in [name for name, _ in target.told]
+
+
+def test_blobs_go_side_by_side(layout: Layout) -> None:
+    blobs = [layout.put(str(number).encode(), LAYER) for number in range(8)]
+    tree = explore(layout, put_manifest(layout, *blobs))
+    target = Target()
+    meeting = threading.Barrier(4, timeout=10)
+    target.hold = meeting.wait
+    copy(layout, tree, target, jobs=4)
+    assert len(target.told) == 9
+
+
+def test_into_a_layout_and_again(layout: Layout, tree: transfer.Tree, tmp_path: Path, access: Access) -> None:
+    target = Layout.create(tmp_path / "target")
+    transfer.into_layout(layout, tree, target, "name:1", access)
+    assert target.resolve("name:1").digest == tree.nodes[-1].descriptor.digest
+    assert access.tally.reused_blobs == 0
+    transfer.into_layout(layout, tree, target, "name:2", access)
+    assert access.tally.reused_blobs == 3
+    assert sorted(target.tags()) == ["name:1", "name:2"]
+    assert len(target.reachable(list(target.tags().values()))) == 5
+
+
+def test_a_target_of_another_digest_is_refused(layout: Layout, tree: transfer.Tree, access: Access) -> None:
+    target = parse(f"127.0.0.1:1/a/b@sha256:{0:064}")
+    assert isinstance(target, RegistryReference)
+    with pytest.raises(UsageError, match="another digest"):
+        transfer.into_registry(layout, tree, target, access)
+
+
+# Counting, and keeping to a rate.
+
+
+def test_a_tally_counts_for_many_threads() -> None:
+    tally = Tally()
+
+    def count() -> None:
+        for _ in range(1000):
+            tally.expect(1)
+            tally.reuse(2)
+            tally.fetch(3)
+            tally.send(4)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tally.expected_bytes, tally.blobs) == (8000, 8000)
+    assert (tally.reused_bytes, tally.reused_blobs) == (16000, 8000)
+    assert (tally.fetched_bytes, tally.sent_bytes) == (24000, 32000)
+
+
+def test_without_a_rate_nobody_waits() -> None:
+    limiter = Limiter(None)
+    began = time.monotonic()
+    limiter.wait(1 << 40)
+    assert time.monotonic() - began < 0.1
+    assert limiter.piece_bytes(1 << 20) == 1 << 20
+
+
+def test_all_threads_together_keep_to_the_rate() -> None:
+    limiter = Limiter(100_000)
+    began = time.monotonic()
+
+    def move() -> None:
+        for _ in range(5):
+            limiter.wait(2_000)
+
+    threads = [threading.Thread(target=move) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0.3 < time.monotonic() - began < 1  # 40,000 bytes, of which the last need not be waited for
+
+
+def test_a_pause_is_not_made_up_for() -> None:
+    limiter = Limiter(10_000)
+    limiter.wait(1_000)
+    time.sleep(0.3)
+    limiter.wait(1_000)
+    began = time.monotonic()
+    limiter.wait(1_000)
+    assert time.monotonic() - began > 0.05
+
+
+def test_nobody_waits_when_all_is_over() -> None:
+    limiter = Limiter(1_000)
+    limiter.wait(1_000_000)
+    over = threading.Event()
+    threading.Timer(0.1, over.set).start()
+    began = time.monotonic()
+    limiter.wait(1, over.is_set)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(("rate", "piece"), [(1_000, 4096), (1_000_000, 250_000), (1e12, 1 << 20)])
+def test_pieces_are_small_where_the_rate_is(rate: float, piece: int) -> None:
+    assert Limiter(rate).piece_bytes(1 << 20) == piece
