@@ -111,7 +111,7 @@ class Config:
             raise FormatError(f"it is longer than {_FILE_LIMIT_BYTES} bytes")
         try:
             document = tomllib.loads(content.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError("it is not TOML", cause=str(error)) from None
         _only(document, {"limits", "transfer", "registry"}, "it")
         registries = document.get("registry", {})

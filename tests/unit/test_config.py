@@ -152,3 +152,8 @@ def test_any_bytes_are_a_configuration_or_a_format_error(content: bytes) -> None
     except FormatError:
         return
     assert min(config.patience.jobs, config.patience.attempts, config.limits.layers) >= 1
+
+
+def test_a_file_that_is_nested_without_end_is_no_configuration() -> None:
+    with pytest.raises(FormatError):
+        Config.parse(b"a = " + b"[" * 50_000)
