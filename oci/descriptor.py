@@ -67,6 +67,10 @@ class Blobs(Protocol):
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """A blob's bytes, in order and *unchecked*: whoever reads them must hash them."""
 
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        """The manifests that say that they refer to this one: signatures and the like. Each one's own
+        `subject` is still to be checked."""
+
     def cancel(self) -> None:
         """Ends all reads that are under way in other threads, where they could take long."""
 

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -162,14 +162,16 @@ class Layout:
         finally:
             staged.unlink(missing_ok=True)
 
-    def publish(self, source: "Layout", descriptor: Descriptor, tag: str) -> None:
-        """Takes over an image from another layout on the same disk, tag last.
+    def publish(
+        self, source: "Layout", descriptor: Descriptor, tag: str, attached: Sequence[Descriptor] = ()
+    ) -> None:
+        """Takes over an image from another layout on the same disk, tag last, with what refers to it.
 
         Readers see what the tag named before, or all of the new image. A publisher that is killed midway
         leaves blobs at most, for `collect_garbage`. Other entries of the index stay as they are.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
-            for digest in source.reachable([descriptor]):
+            for digest in source.reachable([descriptor, *attached]):
                 # One that is there already may be damaged, and ours is whole: it takes its place.
                 if source is not self:
                     self._take(source, digest)
@@ -177,6 +179,8 @@ class Layout:
             document = self._document()
             entries = document.get("manifests")
             others = [e for e in entries if not _is_tagged(e, tag)] if isinstance(entries, list) else []
+            known = {e.get("digest") for e in others}
+            others += [each.to_json() for each in attached if each.digest not in known]
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
             ours = dataclasses.replace(descriptor, annotations=annotations)
             self._write_index({**document, "manifests": [*others, ours.to_json()]})
@@ -235,6 +239,34 @@ class Layout:
                 )
             finish(descriptor.digest)
 
+    def attach(self, source: "Layout", attached: Sequence[Descriptor]) -> None:
+        """Takes over manifests that refer to an image of this layout."""
+        with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
+            for digest in source.reachable(list(attached)):
+                self._take(source, digest)
+            sync_directory(self._blobs)
+            document = self._document()
+            entries = document.get("manifests")
+            others = entries if isinstance(entries, list) else []
+            known = {e.get("digest") for e in others}
+            new = [each.to_json() for each in attached if each.digest not in known]
+            self._write_index({**document, "manifests": [*others, *new]})
+
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        """See `Blobs.referrers`. They are the entries of the index without a tag."""
+        return [each for each in self._entries() if self._subject(each) == digest]
+
+    def _subject(self, entry: Descriptor) -> Digest | None:
+        """What an entry without a tag refers to."""
+        if TAG_ANNOTATION in entry.annotations or entry.media_type not in media_types.DOCUMENTS:
+            return None
+        with contextlib.suppress(FormatError, IntegrityError):
+            content = self.read(entry, limit_bytes=MANIFEST_LIMIT_BYTES)
+            fields = Fields.parse(content, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+            if fields.has("subject"):
+                return Descriptor.from_json(fields.json("subject"), "manifest.subject").digest
+        return None
+
     def reachable(self, roots: list[Descriptor]) -> set[Digest]:
         """The digests of all blobs below some manifests and indexes."""
         found: set[Digest] = set()
@@ -272,6 +304,7 @@ class Layout:
             try:
                 if not try_lock(fd):
                     return
+                self._drop_unattached()
                 keep = {digest.hex for digest in self.reachable(self._entries())}
                 for path in self._blobs.iterdir():
                     if path.name not in keep:
@@ -283,6 +316,17 @@ class Layout:
                 return
             finally:
                 os.close(fd)
+
+    def _drop_unattached(self) -> None:
+        """Takes out of the index what refers to images that are gone."""
+        entries = self._entries()
+        subjects = {entry.digest: self._subject(entry) for entry in entries}
+        there = self.reachable([entry for entry in entries if subjects[entry.digest] is None])
+        gone = {digest for digest, subject in subjects.items() if subject and subject not in there}
+        if gone:
+            document = self._document()
+            kept = [e for e in document["manifests"] if e.get("digest") not in gone]
+            self._write_index({**document, "manifests": kept})
 
     def _take(self, source: "Layout", digest: Digest) -> None:
         """Moves a blob here, unless the source has left it out because it is here already."""
@@ -343,9 +387,9 @@ class Arrival:
     def cancel(self) -> None:
         """See `Target.cancel`: files do not take long."""
 
-    def publish(self, root: Descriptor, tag: str) -> None:
-        """Takes what has come over into the layout, tag last."""
-        self._layout.publish(self._incoming, root, tag)
+    def publish(self, root: Descriptor, tag: str, attached: Sequence[Descriptor] = ()) -> None:
+        """Takes what has come over into the layout, tag last, with what refers to it."""
+        self._layout.publish(self._incoming, root, tag, attached)
         _remove_incoming(self._lock)
 
 

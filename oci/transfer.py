@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images from one place to another: only what is not there yet, many blobs at once, the tag last."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from oci.reference import RegistryReference
 from oci.registry.repository import Access, Repository
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, IntegrityError, UsageError
+from rekindle.errors import FormatError, IntegrityError, NotFoundError, UsageError
 from rekindle.fields import Fields
 
 _DEPTH_LIMIT = 4
@@ -51,10 +52,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """All that an image consists of. `nodes` come after those that they name; the last is the root."""
+    """All that an image consists of. `nodes` come after those that they name; the last is the root.
+
+    `attached` are those of them that nothing names, but that refer to the image: its signatures.
+    """
 
     nodes: Sequence[Node]
     blobs: Sequence[Descriptor]
+    attached: Sequence[Descriptor] = ()
 
 
 def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
@@ -87,7 +92,31 @@ def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
         nodes[descriptor.digest] = Node(descriptor=descriptor, content=content)
 
     visit(root, 0)
-    return Tree(nodes=tuple(nodes.values()), blobs=tuple(blobs.values()))
+    image = list(nodes.values())
+    attached = [each for node in image for each in _attached(source, node.descriptor.digest, limits)]
+    for each in attached:
+        visit(each, 1)
+    of_them = [node for digest, node in nodes.items() if node not in image]
+    return Tree(
+        nodes=(*image[:-1], *of_them, image[-1]), blobs=tuple(blobs.values()), attached=tuple(attached)
+    )
+
+
+def _attached(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Descriptor]:
+    """The small manifests that really refer to one. A list of them may say anything, and whoever can attach
+    something to an image must not be able to break it, or to make everybody fetch gigabytes."""
+    for each in source.referrers(digest):
+        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+            content = source.read(each, limit_bytes=limits.manifest_bytes)
+            fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
+            children = list(_children(fields, limits))
+            if (
+                fields.has("subject")
+                and fields.inner("subject").text("digest") == digest
+                and not any(child.media_type in media_types.DOCUMENTS for child in children)
+                and sum(child.size for child in children) <= limits.record_bytes
+            ):
+                yield each
 
 
 def _children(fields: Fields, limits: Limits) -> Iterator[Descriptor]:
@@ -104,7 +133,7 @@ def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Acc
     root = tree.nodes[-1].descriptor
     with layout.incoming(root.digest) as arrival:
         copy(source, tree, arrival, tag=None, jobs=access.config.patience.jobs, tally=access.tally)
-        arrival.publish(root, tag)
+        arrival.publish(root, tag, tree.attached)
 
 
 def into_registry(

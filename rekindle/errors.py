@@ -15,6 +15,7 @@ once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
     ├── BusyError           another rekindle holds what is needed
     ├── FormatError         a record, manifest or CRIU image file is not what it should be
     ├── IntegrityError      bytes are not those that their digest names
+    ├── TrustError          an image is not signed by anybody whom the policy accepts
     ├── WorkloadError       the server died
     ├── NotReadyError       the server did not get ready in time
     ├── NotDumpableError    the server holds something that CRIU cannot dump
@@ -122,6 +123,14 @@ class IntegrityError(RekindleError):
 
     exit_status = 21
     code = "integrity"
+
+
+class TrustError(RekindleError):
+    """An image has no signature by a key or an identity that the policy accepts, or it is older than one that
+    was seen. Nothing of it is used."""
+
+    exit_status = 22
+    code = "trust"
 
 
 class WorkloadError(RekindleError):

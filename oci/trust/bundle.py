@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sigstore bundles v0.3 with a key's signature, and cosign's simple signing of before.
+
+A bundle that was made keyless, with a certificate, is left to `oci.trust.keyless`; here it is told apart.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Self
+
+from oci.trust.keys import PrivateKey, PublicKey
+from oci.trust.statement import COSIGN_SIGN, Envelope, Statement, from_base64
+from rekindle.digest import Digest
+from rekindle.errors import FormatError
+from rekindle.fields import Fields
+
+MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+LIMIT_BYTES = 4 << 20
+SIMPLE_MEDIA_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
+_SIMPLE_TYPE = "cosign container image signature"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle, well-formed and not yet verified. `content` are its bytes as they came.
+
+    `hint` names the key; it is None if a certificate stands in its place.
+    """
+
+    content: bytes
+    envelope: Envelope
+    hint: str | None
+
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """Raises FormatError."""
+        fields = Fields.parse(content, "the bundle", limit_bytes=LIMIT_BYTES)
+        if fields.text("mediaType") != MEDIA_TYPE:
+            raise FormatError(
+                "the bundle is of a version that is not known here", cause=f"{fields.text('mediaType')!r:.80}"
+            )
+        material = fields.inner("verificationMaterial")
+        hint = material.inner("publicKey").text("hint", "") if material.has("publicKey") else None
+        if (hint is None) == (not material.has("certificate")):
+            raise FormatError("the bundle has neither a key nor a certificate, or both")
+        return cls(content=content, envelope=Envelope.from_json(fields.json("dsseEnvelope")), hint=hint)
+
+    @classmethod
+    def sign(cls, statement: Statement, key: PrivateKey) -> Self:
+        payload = statement.to_bytes()
+        envelope = Envelope(payload=payload, payload_type="application/vnd.in-toto+json", signatures=())
+        signed = Envelope(
+            payload=payload,
+            payload_type=envelope.payload_type,
+            signatures=(key.sign(envelope.signed),),
+        )
+        hint = key.public.hint
+        document = {
+            "mediaType": MEDIA_TYPE,
+            "verificationMaterial": {"publicKey": {"hint": hint}},
+            "dsseEnvelope": signed.to_json(),
+        }
+        return cls(content=json.dumps(document).encode(), envelope=signed, hint=hint)
+
+    def statement(self, key: PublicKey) -> Statement | None:
+        """What it says, if it was signed with this key; else None. Raises FormatError for a key's signature
+        on what is no statement."""
+        (signature,) = self.envelope.signatures
+        if self.hint is None or not key.verifies(signature, self.envelope.signed):
+            return None
+        return Statement.parse(self.envelope.payload)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimpleSignature:
+    """A signature as cosign wrote it before 2.6: over a JSON document that names the digest."""
+
+    payload: bytes
+    signature: bytes
+
+    @classmethod
+    def sign(cls, digest: Digest, repository: str, key: PrivateKey) -> Self:
+        document = {
+            "critical": {
+                "identity": {"docker-reference": repository},
+                "image": {"docker-manifest-digest": str(digest)},
+                "type": _SIMPLE_TYPE,
+            },
+            "optional": None,
+        }
+        payload = json.dumps(document, separators=(",", ":")).encode()
+        return cls(payload=payload, signature=key.sign(payload))
+
+    @classmethod
+    def of(cls, payload: bytes, signature: str) -> Self:
+        """Raises FormatError."""
+        return cls(payload=payload, signature=from_base64(signature, "the signature"))
+
+    def statement(self, key: PublicKey) -> Statement | None:
+        """See `Bundle.statement`."""
+        if not key.verifies(self.signature, self.payload):
+            return None
+        critical = Fields.parse(self.payload, "the payload", limit_bytes=LIMIT_BYTES).inner("critical")
+        if critical.text("type") != _SIMPLE_TYPE:
+            raise FormatError("the payload is no signature of an image")
+        try:
+            digest = Digest.parse(critical.inner("image").text("docker-manifest-digest"))
+        except ValueError as error:
+            raise FormatError("the payload names no digest", cause=str(error)) from None
+        return Statement(subject=digest, predicate_type=COSIGN_SIGN, predicate={})

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is signed: an in-toto Statement v1 about an image's digest, within a DSSE envelope.
+
+The signature is over the pre-authentication encoding of the payload and its type (DSSE 1.0.2), so that
+nothing else with the same bytes can be taken for it.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from rekindle.digest import Digest
+from rekindle.engine import JSON
+from rekindle.errors import FormatError
+from rekindle.fields import Fields
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+COSIGN_SIGN = "https://sigstore.dev/cosign/sign/v1"
+SNAPSHOT = "https://rekindle.dev/attestations/snapshot/v1"
+_STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+_LIMIT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """That something holds of an image: of which, of what kind, and what."""
+
+    subject: Digest
+    predicate_type: str
+    predicate: Mapping[str, JSON]
+
+    def to_bytes(self) -> bytes:
+        document = {
+            "_type": _STATEMENT_TYPE,
+            "subject": [{"digest": {"sha256": self.subject.hex}}],
+            "predicateType": self.predicate_type,
+            "predicate": dict(self.predicate),
+        }
+        return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+
+    @classmethod
+    def parse(cls, content: bytes) -> Self:
+        """Raises FormatError for what is no statement about exactly one image."""
+        fields = Fields.parse(content, "the statement", limit_bytes=_LIMIT_BYTES)
+        if fields.text("_type") not in {_STATEMENT_TYPE, "https://in-toto.io/Statement/v0.1"}:
+            raise FormatError("this is no statement", cause=f"_type is {fields.text('_type')!r:.80}")
+        subjects = fields.list_of("subject", _subject, at_most=1)
+        if len(subjects) != 1:
+            raise FormatError("the statement is about nothing")
+        return cls(
+            subject=subjects[0],
+            predicate_type=fields.text("predicateType"),
+            predicate=fields.inner("predicate").as_json() if fields.has("predicate") else {},
+        )
+
+
+def _subject(value: object, where: str) -> Digest:
+    digest = Fields(value, where).inner("digest").text("sha256")
+    try:
+        return Digest.parse(f"sha256:{digest}")
+    except ValueError as error:
+        raise FormatError(f"{where} has no digest that can be used", cause=str(error)) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """A signed payload, not yet checked: only `signed` is what a signature is over."""
+
+    payload: bytes
+    payload_type: str
+    signatures: Sequence[bytes]
+
+    @property
+    def signed(self) -> bytes:
+        return encode(self.payload_type, self.payload)
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "payload": base64.b64encode(self.payload).decode(),
+            "payloadType": self.payload_type,
+            "signatures": [{"sig": base64.b64encode(each).decode()} for each in self.signatures],
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Raises FormatError; also for any number of signatures but one, which nobody here makes."""
+        fields = Fields(value, "the envelope")
+        signatures = fields.list_of("signatures", _signature, at_most=1)
+        if len(signatures) != 1:
+            raise FormatError("the envelope has no signature")
+        if fields.text("payloadType") != PAYLOAD_TYPE:
+            raise FormatError("the envelope holds no statement", cause=f"{fields.text('payloadType')!r:.80}")
+        return cls(
+            payload=from_base64(fields.text("payload"), "the payload"),
+            payload_type=PAYLOAD_TYPE,
+            signatures=tuple(signatures),
+        )
+
+
+def _signature(value: object, where: str) -> bytes:
+    return from_base64(Fields(value, where).text("sig"), where)
+
+
+def encode(payload_type: str, payload: bytes) -> bytes:
+    """DSSE's pre-authentication encoding."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def from_base64(text: str, where: str) -> bytes:
+    """Raises FormatError."""
+    if len(text) > _LIMIT_BYTES * 2:
+        raise FormatError(f"{where} is too long")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FormatError(f"{where} is not in base64", cause=str(error)) from None
