@@ -15,12 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from oci import layers, tree
 from oci import image as images
+from oci import layers, tree
 from oci.layout import Layout
-from oci.reference import RegistryReference, parse
 from rekindle import criu_image
 from rekindle.home import Home
 from rekindle.run import run
@@ -56,18 +56,17 @@ def compare(registry: str, name: str, dump: Path, runs: int, work: Path) -> None
         peaks[what] = max(peaks[what], peak)
         print(f"{what:<10} {times[what][-1]:6.2f} s", file=sys.stderr)
 
-    copy = work / "copy"
+    copy, into = work / "copy", work / "oras"
     for number in range(runs):
+        theirs, ours = f"{registry}/dump{number}/oras:1", f"{registry}/dump{number}/ours:1"
         shutil.copytree(dump, copy, symlinks=True)
-        target = f"{registry}/dump{number}"
-        timed("oras push", lambda: oras(["push", f"{target}/oras:1", "criu", "shm"], dump))
-        timed("push", lambda: packed_and_pushed(name, copy, f"{target}/ours:1", work))
-        shutil.rmtree(copy)
-        into = work / "oras"
         into.mkdir()
-        timed("oras pull", lambda: oras(["pull", f"{target}/oras:1"], into))
+        timed("oras push", partial(oras, ["push", theirs, "criu", "shm"], dump))
+        timed("push", partial(packed_and_pushed, name, copy, ours, work))
+        shutil.rmtree(copy)
+        timed("oras pull", partial(oras, ["pull", theirs], into))
         shutil.rmtree(into)
-        timed("pull", lambda: rekindle(["pull", "--unpack", f"{target}/ours:1"], work / "home"))
+        timed("pull", partial(rekindle, ["pull", "--unpack", ours], work / "home"))
         shutil.rmtree(work / "home")
     for what, seconds in times.items():
         print(
