@@ -24,6 +24,9 @@ VERBS = {
     "copy": "copy an image from anywhere to anywhere",
     "pack-cache": "make an image of a kernel cache",
     "extract": "extract the kernel cache of an image",
+    "sign": "say by whom an image is",
+    "verify": "see by whom an image is",
+    "generate-key-pair": "make a key to sign with",
     "inspect": "show what is in an image",
     "doctor": "show what this node can do, and what it lacks",
     "bench": "compare cold starts and restores, by phase",
@@ -103,7 +106,7 @@ def _tell(error: RekindleError) -> None:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
+    verbs = "\n".join(f"  {name:<19}{summary}" for name, summary in VERBS.items())
     return (
         "usage: rekindle COMMAND …      (rekindle COMMAND --help tells more)\n\n"
         f"{verbs}\n\n"

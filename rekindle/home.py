@@ -7,6 +7,9 @@
         run/VERB-PID-XXXXXX/        what one running command works with; locked itself while that lives
         logs/                       logs of commands that failed, the newest twenty
         tools/                      what was compiled here, and what was found out about this node
+        machine.key machine.pub     made at the first snapshot: signs what is made here, for the local store
+        policy.toml                 whom we trust, if the user wrote one
+        seen.json                   the newest that was restored of each tag
         lock                        held for a moment, while a work directory is made or looked at
 
 A command that is killed leaves its work directory behind, unlocked; the next command removes it.
@@ -39,6 +42,10 @@ class Home:
         with naming_full_disk(root):
             for directory in (root, self.store, self.dumps, self.run, self.tools, self.logs):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "policy.toml"
 
     @classmethod
     def from_environment(cls) -> "Home":

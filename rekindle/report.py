@@ -88,6 +88,7 @@ class Report:
     endpoint: str | None = None
     pid: int | None = None
     error: dict[str, Any] | None = None
+    trusted_by: str | None = None
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
 
     def __post_init__(self) -> None:
@@ -119,8 +120,7 @@ class Report:
             "outcome": self.outcome,
             "asked": self.asked,
             "image": self.image,
-            # Signatures are not checked yet; the report says so rather than nothing.
-            "trust": {"verified": False, "by": None},
+            "trust": {"verified": self.trusted_by is not None, "by": self.trusted_by},
             "reasons": [reason.to_json() for reason in self.reasons],
             "phases": [{"name": p.name, "seconds": round(p.seconds, 6)} for p in self.phases],
             "seconds": round(seconds, 6),

@@ -175,6 +175,13 @@ class Repository:
         """See `Blobs.open_blob`; the rest is being fetched while the stream is read."""
         return self._downloads.open(descriptor)
 
+    def tagged(self, tag: str) -> Descriptor | None:
+        """The manifest under a tag of this repository; None if there is none."""
+        try:
+            return self._fetch_manifest(self._origin, tag)[0]
+        except NotFoundError:
+            return None
+
     def referrers(self, digest: Digest) -> list[Descriptor]:
         """The manifests that say that they refer to this one; each one's own subject is still to be checked.
 

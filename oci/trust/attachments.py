@@ -33,8 +33,7 @@ def find(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Bundle]:
     What is malformed, or attached to another image, is passed over: anybody may attach anything.
     """
     for descriptor in source.referrers(digest)[:_LIMIT]:
-        if descriptor.artifact_type not in {"", bundles.MEDIA_TYPE}:
-            continue
+        # Not by the descriptor's artifactType: in cosign 3's fallback index it is that of the empty config.
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
             manifest = _manifest(source, descriptor, limits)
             if manifest.inner("subject").text("digest") != digest:

@@ -111,6 +111,14 @@ class PrivateKey:
         """The signature, in DER."""
         return self.key.sign(content, _ALGORITHM)
 
+    def to_pem(self) -> bytes:
+        """In PKCS #8, open to whoever reads it."""
+        return self.key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+
     def write(self, path: Path, password: bytes) -> None:
         """Writes it as cosign does, readable by its owner alone."""
         der = self.key.private_bytes(

@@ -5,7 +5,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,6 +144,7 @@ class Source:
     root: Descriptor
     limits: Limits
     tally: "Tally | None" = None
+    tagged: "Callable[[str], Descriptor | None] | None" = None
 
 
 @contextlib.contextmanager
@@ -160,7 +161,13 @@ def source(reference: Reference, home: Home, args: argparse.Namespace) -> Iterat
 
     how = access(args, home)
     with Repository(reference, how) as repository:
-        yield Source(blobs=repository, root=repository.resolve(), limits=how.config.limits, tally=how.tally)
+        yield Source(
+            blobs=repository,
+            root=repository.resolve(),
+            limits=how.config.limits,
+            tally=how.tally,
+            tagged=repository.tagged,
+        )
 
 
 def progress(tally: "Tally | None", report: Report) -> contextlib.AbstractContextManager[None]:

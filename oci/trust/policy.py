@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom we trust: a file of rules, by the name of an image.
+
+    [[image]]
+    name = "registry.example.com/models/*"      a pattern over host and repository, or a name in the store
+    keys = ["prod.pub"]                         files, beside this one unless their path is absolute
+    identities = [{ identity = "…", issuer = "…" }]
+    max_age_days = 30
+    trusted_root = "trusted_root.json"          for keyless signatures; the public good instance's otherwise
+
+The first rule whose pattern fits is the one that counts.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from oci.trust.keys import PublicKey
+from rekindle.errors import FormatError, UsageError
+from rekindle.fields import Fields, text_item
+
+_FILE_LIMIT_BYTES = 1 << 20
+_RULES_LIMIT = 1000
+_SIGNERS_LIMIT = 100
+_FIELDS = {"name", "keys", "identities", "max_age_days", "trusted_root"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Whom a certificate of Fulcio's names, and who vouched for that. Both must be the same, in full."""
+
+    identity: str
+    issuer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Who may have signed an image, any one of them, and how long ago it may have been made."""
+
+    name: str
+    keys: tuple[PublicKey, ...] = ()
+    identities: tuple[Identity, ...] = ()
+    max_age_days: int | None = None
+    trusted_root: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Rules, in order."""
+
+    rules: Sequence[Rule] = ()
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The rule for an image, by its name without tag and digest."""
+        return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.name)), None)
+
+    @classmethod
+    def read(cls, path: Path) -> "Policy":
+        """Raises UsageError for a file that cannot be used."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"the policy {path} cannot be read", cause=str(error)) from None
+        try:
+            return cls.parse(content, path.parent)
+        except FormatError as error:
+            raise UsageError(
+                f"the policy {path} is not as it should be",
+                cause=": ".join(part for part in (error.message, error.cause) if part),
+                hint="docs/trust.md shows what it may say",
+            ) from None
+
+    @classmethod
+    def parse(cls, content: bytes, directory: Path) -> "Policy":
+        """`directory` is where relative paths begin. Raises FormatError, UsageError."""
+        import tomllib
+
+        if len(content) > _FILE_LIMIT_BYTES:
+            raise FormatError(f"it is longer than {_FILE_LIMIT_BYTES} bytes")
+        try:
+            document = tomllib.loads(content.decode())
+        except (ValueError, RecursionError) as error:
+            raise FormatError("it is not TOML", cause=str(error)) from None
+        _only(document, {"image"}, "it")
+        fields = Fields({"image": [], **document}, "policy")
+
+        def rule(value: object, where: str) -> Rule:
+            return _rule(value, where, directory)
+
+        return cls(rules=tuple(fields.list_of("image", rule, at_most=_RULES_LIMIT)))
+
+
+def _rule(value: object, where: str, directory: Path) -> Rule:
+    given = Fields(value, where)
+    _only(given.as_json(), _FIELDS, where)
+    paths = given.list_of("keys", text_item, at_most=_SIGNERS_LIMIT) if given.has("keys") else []
+    identities = (
+        given.list_of("identities", _identity, at_most=_SIGNERS_LIMIT) if given.has("identities") else []
+    )
+    if not paths and not identities:
+        raise FormatError(f"{where} accepts nobody", cause="it has neither keys nor identities")
+    return Rule(
+        name=given.text("name"),
+        keys=tuple(PublicKey.read(directory / path) for path in paths),
+        identities=tuple(identities),
+        max_age_days=given.integer("max_age_days", at_least=1) if given.has("max_age_days") else None,
+        trusted_root=directory / given.text("trusted_root") if given.has("trusted_root") else None,
+    )
+
+
+def _identity(value: object, where: str) -> Identity:
+    given = Fields(value, where)
+    _only(given.as_json(), {"identity", "issuer"}, where)
+    return identity(given.text("identity"), given.text("issuer"))
+
+
+def identity(name: str, issuer: str) -> Identity:
+    """An identity of a certificate: never one part alone, and never a pattern. Raises FormatError."""
+    if not name or not issuer or "*" in name + issuer:
+        raise FormatError("an identity is a name and its issuer, both in full")
+    return Identity(identity=name, issuer=issuer)
+
+
+def _only(given: Mapping[str, object], known: set[str], where: str) -> None:
+    if unknown := sorted(set(given) - known):
+        raise FormatError(f"{where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signs images: their digest, and what is attested of a snapshot beside it."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from oci.descriptor import Descriptor
+from oci.layout import Layout
+from oci.trust import attachments
+from oci.trust.bundle import Bundle
+from oci.trust.keys import PrivateKey
+from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
+from rekindle.engine import JSON
+from rekindle.record import Record
+
+Sign = Callable[[Statement], Bundle]
+
+
+def by_key(key: PrivateKey) -> Sign:
+    """Signs with a key pair."""
+    return lambda statement: Bundle.sign(statement, key)
+
+
+def sign(
+    layout: Layout,
+    images: Sequence[Descriptor],
+    by: Sign,
+    *,
+    attested: Mapping[str, JSON] | None = None,
+) -> list[Descriptor]:
+    """Writes a signature of each image into a layout, and an attestation of the first; returns the manifests
+    that refer to them, which nothing names yet."""
+    made = []
+    for image in images:
+        statement = Statement(subject=image.digest, predicate_type=COSIGN_SIGN, predicate={})
+        made.append(attachments.store(layout, image, by(statement), COSIGN_SIGN))
+    if attested is not None:
+        statement = Statement(subject=images[0].digest, predicate_type=SNAPSHOT, predicate=attested)
+        made.append(attachments.store(layout, images[0], by(statement), SNAPSHOT))
+    return made
+
+
+def predicate(record: Record) -> dict[str, JSON]:
+    """What is attested of a snapshot: docs/trust.md describes it."""
+    return {
+        "created": record.created,
+        "made_by": record.made_by,
+        "engine": record.engine,
+        "node": {
+            "architecture": record.node.architecture,
+            "cpu_model": record.node.cpu_model,
+            "kernel": record.node.kernel,
+        },
+        "criu": record.criu_version,
+        "command": list(record.command),
+    }

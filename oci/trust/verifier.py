@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where an image becomes a verified one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Generic, TypeVar
+
+from oci.descriptor import Blobs, Descriptor
+from oci.trust import attachments
+from oci.trust.bundle import Bundle, SimpleSignature
+from oci.trust.policy import Rule
+from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
+from rekindle.config import Limits
+from rekindle.errors import FormatError, TrustError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_SEAL = object()
+_SHOWN = 6
+_CLOCKS_APART = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """By whom an image was signed, and when it was made by their word; nobody if it was not verified."""
+
+    by: str | None
+    created: datetime | None = None
+
+
+class Verified(Generic[T]):
+    """Something that belongs to an image whose signature was verified; only this module makes it."""
+
+    __slots__ = ("trust", "value")
+
+    def __init__(self, value: T, trust: Trust, seal: object) -> None:
+        if seal is not _SEAL:
+            raise TypeError("only the verifier makes what is verified")
+        self.value = value
+        self.trust = trust
+
+    def map(self, read: Callable[[T], U]) -> "Verified[U]":
+        """What is read, digest by digest, from something that was verified."""
+        return Verified(read(self.value), self.trust, _SEAL)
+
+
+def verify(
+    value: T,
+    blobs: Blobs,
+    root: Descriptor,
+    rule: Rule,
+    limits: Limits,
+    *,
+    tagged: Callable[[str], Descriptor | None] | None = None,
+) -> Verified[T]:
+    """Gives `value` the seal if its root is signed by one of those that the rule accepts.
+
+    `tagged` finds what lies under a tag of the same repository, for signatures as older cosigns leave them.
+    Nothing is read but manifests and signatures. Raises TrustError.
+    """
+    refused: list[str] = []
+    statements: list[tuple[str, Statement]] = []
+    for by, statement in _accepted(blobs, root, rule, limits, tagged, refused):
+        if statement.subject != root.digest:
+            refused.append(f"{by} signed {statement.subject}, which is another image")
+        elif statement.predicate_type in {COSIGN_SIGN, SNAPSHOT}:
+            statements.append((by, statement))
+    signers = [by for by, statement in statements if statement.predicate_type == COSIGN_SIGN]
+    if not signers:
+        cause = "\n".join(list(dict.fromkeys(refused))[:_SHOWN])
+        raise TrustError(
+            f"{root.digest} is not signed by anybody whom the policy accepts",
+            cause=cause or "it has no signature",
+            hint="`rekindle verify` shows more; docs/trust.md says how to accept somebody",
+        )
+    made = [_created(statement) for _, statement in statements if statement.predicate_type == SNAPSHOT]
+    trust = Trust(by=signers[0], created=max((each for each in made if each), default=None))
+    _require_age(root, rule, trust)
+    return Verified(value, trust, _SEAL)
+
+
+def dangerously_skip(value: T) -> Verified[T]:
+    """Gives `value` the seal without a look. The report says so."""
+    return Verified(value, Trust(by=None), _SEAL)
+
+
+def _accepted(
+    blobs: Blobs,
+    root: Descriptor,
+    rule: Rule,
+    limits: Limits,
+    tagged: Callable[[str], Descriptor | None] | None,
+    refused: list[str],
+) -> Iterator[tuple[str, Statement]]:
+    """The statements by accepted signers; why others are not accepted is added to `refused`."""
+    for bundle in attachments.find(blobs, root.digest, limits):
+        if bundle.hint is None:
+            yield from _keyless(bundle, rule, refused)
+        else:
+            yield from _by_key(bundle, rule, refused, bundle.hint)
+    if tagged is not None and (image := tagged(attachments.simple_tag(root.digest))):
+        for signature in attachments.find_simple(blobs, image, limits):
+            yield from _by_key(signature, rule, refused, "of an older signature")
+
+
+def _by_key(
+    signed: Bundle | SimpleSignature, rule: Rule, refused: list[str], hint: str
+) -> Iterator[tuple[str, Statement]]:
+    for key in rule.keys:
+        try:
+            statement = signed.statement(key)
+        except FormatError as error:
+            refused.append(f"the key {key.hint} signed what is no statement: {error.message}")
+            continue
+        if statement is not None:
+            yield f"key {key.hint}", statement
+            return
+    refused.append(f"the key {hint} is not accepted, or its signature is wrong")
+
+
+def _keyless(bundle: Bundle, rule: Rule, refused: list[str]) -> Iterator[tuple[str, Statement]]:
+    if not rule.identities:
+        refused.append("a certificate signed it, and the policy accepts keys only")
+        return
+    from oci.trust import keyless
+
+    found = keyless.verify(bundle, rule.identities, trusted_root=rule.trusted_root)
+    if isinstance(found, str):
+        refused.append(found)
+    else:
+        yield f"{found.identity.identity} ({found.identity.issuer})", found.statement
+
+
+def _created(statement: Statement) -> datetime | None:
+    text = statement.predicate.get("created")
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+def _require_age(root: Descriptor, rule: Rule, trust: Trust) -> None:
+    now = datetime.now(UTC)
+    if trust.created is not None and trust.created > now + _CLOCKS_APART:
+        raise TrustError(f"{root.digest} was made in the future", cause=f"{trust.created:%Y-%m-%d %H:%M} UTC")
+    if rule.max_age_days is None:
+        return
+    if trust.created is None:
+        raise TrustError(f"{root.digest} does not say when it was made", cause="the policy limits its age")
+    if now - trust.created > timedelta(days=rule.max_age_days):
+        raise TrustError(
+            f"{root.digest} is older than the policy allows",
+            cause=f"made {trust.created:%Y-%m-%d}, at most {rule.max_age_days} days ago",
+            hint="make a new snapshot",
+        )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom a command trusts, and with which key it signs."""
+
+import argparse
+import getpass
+import json
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from oci.reference import LayoutReference, Reference, RegistryReference
+from oci.trust import signer, verifier
+from oci.trust.keys import PrivateKey, PublicKey
+from oci.trust.policy import Policy, Rule, identity
+from oci.trust.verifier import Trust, Verified
+from rekindle.errors import FormatError, TrustError, UsageError
+from rekindle.files import locked, write_atomically
+from rekindle.home import Home
+from rekindle.report import Report
+from rekindle.verbs._options import Source
+
+_SEEN_LIMIT = 10_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that uses what is in an image."""
+    group = parser.add_argument_group("trust")
+    group.add_argument(
+        "--policy", type=Path, metavar="FILE", help="whom to trust ($REKINDLE_HOME/policy.toml)"
+    )
+    group.add_argument(
+        "--verify-key",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PUB",
+        help="trust this key; instead of the policy",
+    )
+    group.add_argument("--certificate-identity", metavar="NAME", help="trust this identity, with its issuer")
+    group.add_argument("--certificate-oidc-issuer", metavar="URL", help="who vouches for it")
+    group.add_argument("--trusted-root", type=Path, metavar="FILE", help="of a Sigstore of your own")
+    group.add_argument(
+        "--allow-rollback", action="store_true", help="take an image that is older than one seen before"
+    )
+    group.add_argument(
+        "--dangerously-skip-verification", action="store_true", help="take an image whoever made it"
+    )
+
+
+def verified(
+    source: Source, reference: Reference, home: Home, args: argparse.Namespace, report: Report
+) -> Verified[Source]:
+    """The image that was found, once its signature has been verified. Raises TrustError."""
+    if args.dangerously_skip_verification:
+        report.say("WARNING: the image is used without a look at who made it")
+        return verifier.dangerously_skip(source)
+    found = verifier.verify(
+        source,
+        source.blobs,
+        source.root,
+        _rule(reference, home, args),
+        source.limits,
+        tagged=source.tagged,
+    )
+    report.trusted_by = found.trust.by
+    if not args.allow_rollback:
+        _refuse_older(reference, home, found.trust)
+    return found
+
+
+def name_of(reference: Reference) -> str:
+    """What a policy's patterns are compared with."""
+    if isinstance(reference, RegistryReference):
+        return f"{reference.host}/{reference.repository}"
+    if reference.directory is not None:
+        return f"oci:{reference.directory}"
+    return reference.tag.partition(":")[0]
+
+
+def _rule(reference: Reference, home: Home, args: argparse.Namespace) -> Rule:
+    name = name_of(reference)
+    given = _from_flags(args, name)
+    if given is None:
+        path = args.policy or (home.policy if home.policy.exists() else None)
+        given = Policy.read(path).rule_for(name) if path else None
+        if given is None and path and not _in_store(reference):
+            raise TrustError(f"the policy {path} has no rule for {name}", hint="docs/trust.md shows how")
+    # What this machine made itself needs no rule. What it fetched does.
+    machine = machine_public(home) if _in_store(reference) else None
+    if given is None and machine is None:
+        raise TrustError(
+            f"nothing says whom to trust for {name}",
+            hint=f"--verify-key cosign.pub, or a rule in {home.policy}: docs/trust.md shows how",
+        )
+    rule = given or Rule(name=name)
+    if machine is not None:
+        return Rule(
+            name=rule.name,
+            keys=(*rule.keys, machine),
+            identities=rule.identities,
+            max_age_days=rule.max_age_days,
+            trusted_root=rule.trusted_root,
+        )
+    return rule
+
+
+def _in_store(reference: Reference) -> bool:
+    return isinstance(reference, LayoutReference) and reference.directory is None
+
+
+def _from_flags(args: argparse.Namespace, name: str) -> Rule | None:
+    who, issuer = args.certificate_identity, args.certificate_oidc_issuer
+    if (who is None) != (issuer is None):
+        raise UsageError(
+            "an identity counts together with its issuer only",
+            hint="give both --certificate-identity and --certificate-oidc-issuer",
+        )
+    if not args.verify_key and who is None:
+        return None
+    if args.policy:
+        raise UsageError("--policy does not go with keys and identities on the command line")
+    try:
+        identities = (identity(who, issuer),) if who is not None else ()
+    except FormatError as error:
+        raise UsageError(error.message) from None
+    keys = tuple(PublicKey.read(path) for path in args.verify_key)
+    return Rule(name=name, keys=keys, identities=identities, trusted_root=args.trusted_root)
+
+
+def _refuse_older(reference: Reference, home: Home, trust: Trust) -> None:
+    """Remembers the newest creation time that was signed for a tag, and takes none before it."""
+    if isinstance(reference, RegistryReference) and reference.digest is not None:
+        return
+    tag = f"{name_of(reference)}:{reference.tag.rpartition(':')[2]}"
+    path = home.root / "seen.json"
+    with locked(home.root / "lock"):
+        seen = _seen(path)
+        newest = seen.get(tag)
+        if newest is not None and (trust.created is None or trust.created.isoformat() < newest):
+            made = f"{trust.created:%Y-%m-%d %H:%M}" if trust.created else "at an unknown time"
+            raise TrustError(
+                f"{reference} is older than what was here before",
+                cause=f"made {made}, and {newest} was seen already",
+                hint="--allow-rollback, if it is meant to be",
+            )
+        if trust.created is not None and trust.created.isoformat() != newest:
+            seen[tag] = trust.created.isoformat()
+            kept = dict(list(seen.items())[-_SEEN_LIMIT:])
+            write_atomically(path, json.dumps(kept, indent=1).encode(), mode=0o600)
+
+
+def _seen(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {
+            str(tag): datetime.fromisoformat(text).astimezone(UTC).isoformat()
+            for tag, text in content.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not as it should be", cause=str(error), hint="remove it") from None
+
+
+# Keys to sign with.
+
+
+def add_signing(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that makes an image."""
+    group = parser.add_argument_group("signing")
+    group.add_argument(
+        "--sign-key", type=Path, metavar="KEY", help="sign with this key ($COSIGN_PASSWORD opens it)"
+    )
+    group.add_argument("--sign-keyless", action="store_true", help="sign by who you are, with Sigstore")
+    group.add_argument("--identity-token", metavar="TOKEN", help="who you are ($SIGSTORE_ID_TOKEN)")
+    group.add_argument("--trust-config", type=Path, metavar="FILE", help="of a Sigstore of your own")
+
+
+def chosen(args: argparse.Namespace) -> signer.Sign | None:
+    """How to sign, if the command line says so; asks for a password before work begins."""
+    if args.sign_key and args.sign_keyless:
+        raise UsageError("--sign-key and --sign-keyless do not go together")
+    if args.sign_key:
+        return signer.by_key(PrivateKey.read(args.sign_key, password()))
+    if args.sign_keyless:
+        from oci.trust import keyless
+
+        token = args.identity_token or os.environ.get("SIGSTORE_ID_TOKEN")
+        return keyless.signer(token=token, trust_config=args.trust_config)
+    return None
+
+
+def password(*, twice: bool = False) -> bytes:
+    """That of a key: $COSIGN_PASSWORD, or what the user types."""
+    given = os.environ.get("COSIGN_PASSWORD")
+    if given is not None:
+        return given.encode()
+    if not sys.stdin.isatty():
+        raise UsageError("the key has a password", hint="set $COSIGN_PASSWORD; it may be empty")
+    typed = getpass.getpass("password of the key: ")
+    if twice and getpass.getpass("once more: ") != typed:
+        raise UsageError("that was something else")
+    return typed.encode()
+
+
+def machine_public(home: Home) -> PublicKey | None:
+    """The key of this machine, if there is one."""
+    path = home.root / "machine.pub"
+    return PublicKey.read(path) if path.exists() else None
+
+
+def machine_key(home: Home) -> PrivateKey:
+    """The key of this machine, made if there is none yet. It never leaves $REKINDLE_HOME."""
+    path = home.root / "machine.key"
+    with locked(home.root / "lock"):
+        if not path.exists():
+            key = PrivateKey.generate()
+            write_atomically(path, key.to_pem(), mode=0o600)
+            write_atomically(home.root / "machine.pub", key.public.to_pem())
+        return PrivateKey.read(path, b"")
