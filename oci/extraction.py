@@ -20,6 +20,7 @@ from oci.cache import CacheImage
 from oci.inventory import METADATA_LIMIT_BYTES, StoredRoot, entry_key
 from oci.names import Names
 from oci.tar_reader import LayerReader, Member
+from oci.trust.verifier import Verified
 from rekindle.caches import CacheKind, environment_for, place_below
 from rekindle.config import Limits
 from rekindle.errors import FormatError, IntegrityError, NotFoundError, UsageError
@@ -76,7 +77,7 @@ class _Job:
 
 
 def extract(
-    image: CacheImage,
+    verified: Verified[CacheImage],
     to: Path | None,
     *,
     limits: Limits,
@@ -92,6 +93,7 @@ def extract(
     Raises IntegrityError for bytes that are not those of their digests, FormatError for a layer that lies,
     NotFoundError if there is nothing of the kinds, UsageError for a place that cannot be, SpaceError.
     """
+    image = verified.value
     roots = [root for root in image.inventory.roots if kinds is None or root.kind in kinds]
     if not roots:
         raise NotFoundError(f"{image.manifest.digest} holds no kernel cache of that kind")

@@ -24,3 +24,7 @@ IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
+
+# On an entry of the local store's index: a signature by this machine's own key, which stays here.
+SIGNER = "vnd.rekindle.signer"
+MACHINE = "machine"

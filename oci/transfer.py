@@ -106,6 +106,8 @@ def _attached(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Descrip
     """The small manifests that really refer to one. A list of them may say anything, and whoever can attach
     something to an image must not be able to break it, or to make everybody fetch gigabytes."""
     for each in source.referrers(digest):
+        if each.annotations.get(media_types.SIGNER) == media_types.MACHINE:
+            continue
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
             content = source.read(each, limit_bytes=limits.manifest_bytes)
             fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)

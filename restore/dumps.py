@@ -11,13 +11,16 @@ trusted to be whole.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from oci.image import Image
+from oci.trust.verifier import Verified
 from rekindle.errors import FormatError, IntegrityError, UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 from rekindle.fingerprint import boot_id
@@ -29,17 +32,22 @@ _WAIT_SECONDS = 3600.0
 
 
 @contextlib.contextmanager
-def ready(home: Home, work: Path, image: Image, report: Report) -> Iterator[Path]:
+def ready(
+    home: Home, work: Path, verified: Verified[Image], report: Report, *, paranoid: bool = False
+) -> Iterator[Path]:
     """The directory of an image's dump, unpacked if it is not there yet, and kept while in use.
 
-    Readers never see half a dump: it is unpacked in `work` and renamed.
+    Readers never see half a dump: it is unpacked in `work` and renamed. One that was kept is taken only if
+    nothing about its files has changed since; with `paranoid`, it is never taken.
     """
+    image = verified.value
+    fresh = False
     limit = limit_bytes()
     target = home.dumps / image.process.digest.hex
     lock = home.dumps / f"{image.process.digest.hex}.lock"
     while True:
         with locked(lock, shared=True, timeout=_WAIT_SECONDS):
-            if _is_ready(target):
+            if (fresh or not paranoid) and _is_ready(target, image):
                 with contextlib.suppress(OSError):
                     os.utime(target / "ready.json")
                 _evict(home.dumps, keep=target.name, limit=limit, room=0)
@@ -47,12 +55,13 @@ def ready(home: Home, work: Path, image: Image, report: Report) -> Iterator[Path
                 return
         # Between the two locks, another may unpack it for us, or make room by removing it again.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
-            if not _is_ready(target):
+            if (paranoid and not fresh) or not _is_ready(target, image):
                 remove_tree(target)
                 room = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
                 _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
+                fresh = True
 
 
 def limit_bytes() -> int:
@@ -88,19 +97,42 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
             if not image.blobs.distrust():
                 raise
     report.bytes["written"] = written
-    (staged / "ready.json").write_text(json.dumps({"boot": boot_id(), "bytes": written}))
+    (staged / "ready.json").write_text(
+        json.dumps({"boot": boot_id(), "bytes": written, "seal": _seal(staged, image)})
+    )
     staged.replace(target)
 
 
-def _is_ready(target: Path) -> bool:
+def _is_ready(target: Path, image: Image) -> bool:
+    """Whether a kept dump is whole, ours alone, and as it was when its digests matched."""
     marker = _marker(target)
-    return marker is not None and marker[0] == boot_id()
+    if marker is None or marker[0] != boot_id():
+        return False
+    status = target.lstat()
+    private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
+    if not private or status.st_uid != os.geteuid():
+        return False
+    with contextlib.suppress(OSError):
+        return marker[2] == _seal(target, image)
+    return False
 
 
-def _marker(target: Path) -> tuple[str, int] | None:
+def _seal(tree: Path, image: Image) -> str:
+    """A digest over what the file system says of every file of a dump. Nobody who is not root can write to
+    one and leave its time of change as it was."""
+    hasher = hashlib.sha256()
+    for file in image.record.files:
+        status = (tree / file.path).lstat()
+        facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino)
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        hasher.update(f"{file.path}\0{facts}{times}\n".encode(errors="surrogateescape"))
+    return hasher.hexdigest()
+
+
+def _marker(target: Path) -> tuple[str, int, str] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads((target / "ready.json").read_bytes())
-        return str(content["boot"]), int(content["bytes"])
+        return str(content["boot"]), int(content["bytes"]), str(content["seal"])
     return None
 
 

@@ -2,6 +2,7 @@
 """Signs images: their digest, and what is attested of a snapshot beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from oci.descriptor import Descriptor
 from oci.layout import Layout
@@ -26,9 +27,10 @@ def sign(
     by: Sign,
     *,
     attested: Mapping[str, JSON] | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> list[Descriptor]:
     """Writes a signature of each image into a layout, and an attestation of the first; returns the manifests
-    that refer to them, which nothing names yet."""
+    that refer to them, which nothing names yet. `annotations` are for their descriptors."""
     made = []
     for image in images:
         statement = Statement(subject=image.digest, predicate_type=COSIGN_SIGN, predicate={})
@@ -36,7 +38,7 @@ def sign(
     if attested is not None:
         statement = Statement(subject=images[0].digest, predicate_type=SNAPSHOT, predicate=attested)
         made.append(attachments.store(layout, images[0], by(statement), SNAPSHOT))
-    return made
+    return [replace(each, annotations={**each.annotations, **(annotations or {})}) for each in made]
 
 
 def predicate(record: Record) -> dict[str, JSON]:

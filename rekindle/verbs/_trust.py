@@ -6,14 +6,20 @@ import getpass
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from oci import media_types
+from oci.descriptor import Descriptor
+from oci.image import Image
+from oci.layout import Layout
 from oci.reference import LayoutReference, Reference, RegistryReference
 from oci.trust import signer, verifier
 from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.policy import Policy, Rule, identity
 from oci.trust.verifier import Trust, Verified
+from rekindle.engine import JSON
 from rekindle.errors import FormatError, TrustError, UsageError
 from rekindle.files import locked, write_atomically
 from rekindle.home import Home
@@ -219,3 +225,36 @@ def machine_key(home: Home) -> PrivateKey:
             write_atomically(path, key.to_pem(), mode=0o600)
             write_atomically(home.root / "machine.pub", key.public.to_pem())
         return PrivateKey.read(path, b"")
+
+
+def sign(
+    staging: Layout,
+    subjects: Sequence[Descriptor],
+    attested: Mapping[str, JSON],
+    reference: Reference,
+    by: signer.Sign | None,
+    home: Home,
+    report: Report,
+) -> list[Descriptor]:
+    """Signs images that were made here, in the layout that they are in, and attaches the signatures to them.
+    Returns those that are to be published with them: this machine's own for the local store alone."""
+    own = signer.sign(
+        staging,
+        subjects,
+        signer.by_key(machine_key(home)),
+        attested=attested,
+        annotations={media_types.SIGNER: media_types.MACHINE},
+    )
+    attached = own if _in_store(reference) else []
+    if by is not None:
+        attached = attached + signer.sign(staging, subjects, by, attested=attested)
+    elif not _in_store(reference):
+        report.say(f"nobody will trust it before `rekindle sign {reference}`")
+    staging.attach(staging, [*own, *attached])
+    return attached
+
+
+def made_here(image: Image, staging: Layout, home: Home) -> Verified[Image]:
+    """An image that was just made, verified as every other is."""
+    rule = Rule(name="", keys=(machine_key(home).public,))
+    return verifier.verify(image, staging, image.index, rule, image.limits)

@@ -11,7 +11,7 @@ from oci.reference import parse
 from rekindle.caches import CacheKind
 from rekindle.home import Home
 from rekindle.report import Outcome, Report, Rung
-from rekindle.verbs import _options
+from rekindle.verbs import _options, _trust
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace entries that are there with other content"
     )
+    _trust.add_arguments(parser)
     _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
@@ -54,10 +55,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _extract(args: argparse.Namespace, report: Report) -> extraction.Extraction:
-    with _options.source(parse(args.image), Home.from_environment(), args) as source:
+    reference, home = parse(args.image), Home.from_environment()
+    with _options.source(reference, home, args) as source:
         with report.phase("resolve"):
-            descriptor = cache.find(source.blobs, source.root, source.limits)
-            image = cache.load(source.blobs, descriptor, source.limits)
+            verified = _trust.verified(source, reference, home, args, report)
+            image = verified.map(
+                lambda s: cache.load(s.blobs, cache.find(s.blobs, s.root, s.limits), s.limits)
+            )
         report.image = {"reference": args.image, "digest": source.root.digest}
         with report.phase("extract"), _options.progress(source.tally, report):
             done = extraction.extract(

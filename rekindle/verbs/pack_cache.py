@@ -13,7 +13,7 @@ from rekindle.caches import CacheKind
 from rekindle.config import Config
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report, Rung
-from rekindle.verbs import _options
+from rekindle.verbs import _options, _trust
 from snapshot import caches
 
 
@@ -28,6 +28,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--kind", type=CacheKind, choices=list(CacheKind), help="what it is, where that is not to be seen"
     )
+    _trust.add_signing(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
     reference = parse(args.image)
@@ -57,6 +58,7 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
     for root in roots:
         report.say(f"{root.kind} in {root.path}")
     home = _options.open_home()
+    by = _trust.chosen(args)
     with home.work("pack-cache") as work:
         staging = Layout.create(work / "layout")
         with report.phase("pack"):
@@ -68,7 +70,10 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
             "packed": sum(root.bytes for root in image.inventory.roots),
             "written": image.size_bytes,
         }
+        with report.phase("sign"):
+            attested = {"created": created, "made_by": image.inventory.made_by}
+            attached = _trust.sign(staging, [descriptor], attested, reference, by, home, report)
         with report.phase("publish"):
             layout = _options.layout_of(reference, home, create=True)
             with _options.collecting(layout, reference):
-                layout.publish(staging, descriptor, reference.tag)
+                layout.publish(staging, descriptor, reference.tag, attached)

@@ -8,7 +8,7 @@ from oci import image as images
 from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options, _transfer
+from rekindle.verbs import _options, _transfer, _trust
 from rekindle.verbs._progress import shown
 from restore import dumps
 
@@ -25,6 +25,7 @@ def main(words: Sequence[str]) -> int:
         "target", metavar="TARGET", nargs="?", help="name[:tag] or oci:DIR[:tag] (default: as it is called)"
     )
     parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
+    _trust.add_arguments(parser)
     _transfer.add_arguments(parser)
     args = parser.parse_args(words)
     source = parse(args.source)
@@ -48,11 +49,13 @@ def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:
         home = _options.open_home()
         with home.work("pull") as work, _options.source(reference, home, args) as source:
             with report.phase("resolve"):
-                image = images.load(source.blobs, source.root, source.limits)
+                verified = _trust.verified(source, reference, home, args, report)
+                found = verified.map(lambda s: images.load(s.blobs, s.root, s.limits))
+                image = found.value
             report.image = {"reference": str(reference), "digest": image.index.digest}
             assert source.tally is not None
             source.tally.expect(sum(layer.size for layer in image.layers))
-            with shown(source.tally, quiet=report.quiet), dumps.ready(home, work, image, report):
+            with shown(source.tally, quiet=report.quiet), dumps.ready(home, work, found, report):
                 report.bytes |= {"fetched": source.tally.fetched_bytes}
     report.outcome = Outcome.SAVED
     report.say(f"{reference} {image.index.digest} is ready to restore")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from oci import image as images
 from oci.reference import parse
+from oci.trust.verifier import Verified
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint
@@ -17,7 +18,7 @@ from rekindle.errors import UsageError
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options
+from rekindle.verbs import _options, _trust
 from restore import dumps, forward, match, process, serve
 
 
@@ -35,6 +36,10 @@ def main(words: Sequence[str]) -> int:
         metavar="[HOST:]PORT",
         help="the host's address that leads to the server (default: where it listened)",
     )
+    parser.add_argument(
+        "--paranoid", action="store_true", help="unpack the dump anew, and so check every byte of it again"
+    )
+    _trust.add_arguments(parser)
     _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
@@ -63,7 +68,9 @@ def _restore(
     with report.phase("decide"):
         home = Home.from_environment()
         source = reading.enter_context(_options.source(reference, home, args))
-        image, tool = _decide(source, home, report, args.image)
+        verified = _trust.verified(source, reference, home, args, report)
+        found, tool = _decide(verified, home, report, args.image)
+        image = found.value
         record = image.record
         work = stack.enter_context(home.work("restore"))
         endpoint = _published(args.publish, record.endpoint, record.process.network)
@@ -75,7 +82,7 @@ def _restore(
         if source.tally is not None:
             source.tally.expect(sum(layer.size for layer in image.layers))
         with _options.progress(source.tally, report):
-            dump = using.enter_context(dumps.ready(home, work, image, report))
+            dump = using.enter_context(dumps.ready(home, work, found, report, paranoid=args.paranoid))
         reading.close()
         process.restore(
             cell,
@@ -100,13 +107,16 @@ def _restore(
     return cell, image, None if record.process.network is Network.HOST else published
 
 
-def _decide(source: _options.Source, home: Home, report: Report, text: str) -> tuple[images.Image, criu.Criu]:
+def _decide(
+    verified: Verified[_options.Source], home: Home, report: Report, text: str
+) -> tuple[Verified[images.Image], criu.Criu]:
     """Reads the record, and says whether this node can. No layer is touched."""
-    image = images.load(source.blobs, source.root, source.limits)
+    found = verified.map(lambda source: images.load(source.blobs, source.root, source.limits))
+    image = found.value
     report.image = {"reference": text, "digest": image.index.digest}
     report.reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     match.require(image.record, report.reasons)
-    return image, criu.find(home)
+    return found, criu.find(home)
 
 
 def _published(text: str | None, recorded: Endpoint, network: Network) -> Endpoint:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from oci import cache, layers, transfer, tree
 from oci import image as images
+from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.reference import Reference, RegistryReference, parse
 from oci.registry.repository import Access
+from oci.trust import signer
+from oci.trust.verifier import Verified
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
@@ -19,7 +22,7 @@ from rekindle.files import remove_tree
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options
+from rekindle.verbs import _options, _trust
 from restore import dumps, match, process
 from snapshot import make
 from snapshot.warm import read_requests
@@ -55,6 +58,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    _trust.add_signing(parser)
     _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
@@ -83,6 +87,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
     _options.require_root()
     home = _options.open_home()
     access = _options.access(args, home)
+    by = _trust.chosen(args)
     with home.work("snapshot") as work:
         with report.phase("find criu"):
             tool = criu.find(home)
@@ -113,38 +118,56 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
             packed = layers.pack(work / "dump", record.files, staging, workers=layers.workers())
             remove_tree(work / "dump")
             image = images.build(staging, record, packed, packed_cache)
+        with report.phase("sign"):
+            subjects = [image.index, *([image.cache] if image.cache else [])]
+            attested = signer.predicate(record)
+            attached = _trust.sign(staging, subjects, attested, reference, by, home, report)
+            proved = _trust.made_here(image, staging, home)
         report.image = {"reference": args.image, "digest": image.index.digest}
         report.bytes = {"dump": record.dump_bytes, "written": image.size_bytes}
         if not args.no_prove:
-            _prove(home, work, image, tool, engine, report)
+            _prove(home, work, proved, tool, engine, report)
         with report.phase("publish"):
-            _publish(staging, image, reference, access, home)
+            _publish(staging, image, attached, reference, access, home)
 
 
-def _publish(staging: Layout, image: images.Image, reference: Reference, access: Access, home: Home) -> None:
+def _publish(
+    staging: Layout,
+    image: images.Image,
+    attached: Sequence[Descriptor],
+    reference: Reference,
+    access: Access,
+    home: Home,
+) -> None:
     if isinstance(reference, RegistryReference):
         tree = transfer.explore(staging, image.index, access.config.limits)
         transfer.into_registry(staging, tree, reference, access)
         return
     layout = _options.layout_of(reference, home, create=True)
     with _options.collecting(layout, reference):
-        layout.publish(staging, image.index, reference.tag)
+        layout.publish(staging, image.index, reference.tag, attached)
 
 
 def _prove(
-    home: Home, work: Path, image: images.Image, tool: criu.Criu, engine: Engine, report: Report
+    home: Home,
+    work: Path,
+    proved: Verified[images.Image],
+    tool: criu.Criu,
+    engine: Engine,
+    report: Report,
 ) -> None:
     """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`.
 
     As on another day: the files that the server logged to are gone.
     """
+    image = proved.value
     for name in ("stdout.log", "stderr.log"):
         (work / name).rename(work / f"before-{name}")
     match.require(image.record, match.match(image.record, Fingerprint.probe(), match.size_here))
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         proof = Report(verb="restore", quiet=True)
-        with report.phase("prove"), Cell() as cell, dumps.ready(home, work, image, proof) as dump:
+        with report.phase("prove"), Cell() as cell, dumps.ready(home, work, proved, proof) as dump:
             process.restore(
                 cell,
                 image.record,
