@@ -35,7 +35,8 @@ class Statement:
     def to_bytes(self) -> bytes:
         document = {
             "_type": _STATEMENT_TYPE,
-            "subject": [{"digest": {"sha256": self.subject.hex}}],
+            # sigstore-python signs no statement whose subject lacks a name.
+            "subject": [{"name": "", "digest": {"sha256": self.subject.hex}}],
             "predicateType": self.predicate_type,
             "predicate": dict(self.predicate),
         }
