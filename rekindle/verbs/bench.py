@@ -28,6 +28,7 @@ from typing import Any
 from oci import image as images
 from oci.layout import Layout
 from oci.reference import RegistryReference, parse
+from oci.trust.keys import PrivateKey
 from rekindle import criu, picture
 from rekindle.cell import Cell, Command, Network
 from rekindle.engine import JSON, Engine, Request, for_command
@@ -125,6 +126,7 @@ class _Bench:
         self._registry: str | None = args.registry
         self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
         self._environment["REKINDLE_CRIU"] = str(self._tool.path)
+        self._environment["COSIGN_PASSWORD"] = ""
         self._peaks: dict[str, int] = {}
         self._answer: JSON = None
 
@@ -201,6 +203,7 @@ class _Bench:
         environment = {**self._environment, **self._engine.cache_environment(caches)}
         report = self._work / "snapshot.json"
         options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
+        options += ["--sign-key", str(self._key())]
         if self._args.ready_url:
             options += ["--ready-url", self._args.ready_url]
         if self._args.oracle_request:
@@ -213,6 +216,13 @@ class _Bench:
         layout = Layout(self._home.store)
         image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
         return image.record, image.size_bytes
+
+    def _key(self) -> Path:
+        """A key to sign with, so that the image can be restored from a registry as well."""
+        key = PrivateKey.generate()
+        write_atomically(self._work / "bench.key", key.to_pem(), mode=0o600)
+        write_atomically(self._work / "bench.pub", key.public.to_pem())
+        return self._work / "bench.key"
 
     def _push(self, registry: str) -> None:
         report = self._work / "push.json"
@@ -228,18 +238,28 @@ class _Bench:
         """On a node that has nothing: neither a store nor what was found out about its CRIU."""
         home = self._work / "empty"
         try:
-            return self._restore_start(registry, {"REKINDLE_HOME": str(home)}, peak="restore-registry")
+            return self._restore_start(
+                registry,
+                {"REKINDLE_HOME": str(home)},
+                ["--verify-key", str(self._work / "bench.pub")],
+                peak="restore-registry",
+            )
         finally:
             remove_tree(home)
 
     def _restore_start(
-        self, image: str = _IMAGE, environment: Mapping[str, str] | None = None, *, peak: str = "restore"
+        self,
+        image: str = _IMAGE,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        *,
+        peak: str = "restore",
     ) -> Start:
         """`rekindle restore` as a user runs it; its report tells the phases."""
         report = self._work / "restore.json"
         report.unlink(missing_ok=True)
         log = self._work / "restore.log"
-        argv = [*_rekindle(), "restore", image, "--report", str(report)]
+        argv = [*_rekindle(), "restore", image, "--report", str(report), *options]
         with open(log, "wb") as output:
             process = spawn(
                 argv,
