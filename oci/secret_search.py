@@ -6,7 +6,6 @@ key out, versions before it did not. Whatever else compiles may write down what 
 searched for tokens by their form, too.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -14,24 +13,12 @@ from oci.inventory import json_object
 from rekindle.engine import JSON
 from rekindle.errors import SecretError
 from rekindle.redact import redact_environment, sounds_secret
+from rekindle.secrets import find_token, is_secret_value
 
 SEARCHED_BYTES = 8 << 20  # of a file; texts are smaller
 _SNIFFED_BYTES = 8192
 _FACTORS = "cache_key_factors.json"
 _HINT = "compile once more in an environment without it, or give that to the server by a file"
-_NOTHING = {"", "none", "null", "false", "true", "0", "1"}
-
-# Each begins and ends where the word does, so that no hash or base32 key of Triton's is taken for one.
-_WORDS = (
-    ("a Hugging Face token", rb"hf_[A-Za-z0-9]{30,100}"),
-    ("a GitHub token", rb"gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255}"),
-    ("an AWS access key", rb"(?:AKIA|ASIA)[0-9A-Z]{16}"),
-    ("an API key", rb"sk-(?:[a-z]+-)*(?=[A-Za-z0-9_\-]*[0-9])[A-Za-z0-9_\-]{20,255}"),
-)
-_TOKENS = (
-    *((name, re.compile(rb"(?<![A-Za-z0-9_\-])(?:" + form + rb")(?![A-Za-z0-9])")) for name, form in _WORDS),
-    ("a private key", re.compile(rb"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY-----")),
-)
 
 
 def refuse_secrets(path: PurePosixPath, content: bytes) -> None:
@@ -42,16 +29,14 @@ def refuse_secrets(path: PurePosixPath, content: bytes) -> None:
                 raise SecretError(f"{path} of the kernel cache holds the value of {key:.80}", hint=_HINT)
     if b"\0" in content[:_SNIFFED_BYTES]:
         return
-    for name, pattern in _TOKENS:
-        if found := pattern.search(content):
-            line = content.count(b"\n", 0, found.start()) + 1
-            raise SecretError(f"{path} of the kernel cache holds {name}, in line {line}", hint=_HINT)
+    if found := find_token(content):
+        form, position = found
+        line = content.count(b"\n", 0, position) + 1
+        raise SecretError(f"{path} of the kernel cache holds {form.title}, in line {line}", hint=_HINT)
 
 
 def _is_secret(key: str, value: str) -> bool:
-    if value.strip().lower() in _NOTHING:
-        return False
-    if re.fullmatch(r"-?\d+(\.\d+)?", value):
+    if not is_secret_value(key, value):
         return False
     if any(sounds_secret(part) for part in key.split(".")):
         return True
