@@ -25,7 +25,7 @@ from rekindle.record import (
 )
 from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
-from snapshot import caches
+from snapshot import caches, secrets
 from snapshot.check import check
 from snapshot.server import TEMPORARY, Server
 from snapshot.warm import ask_twice, wait_ready, warm
@@ -39,6 +39,7 @@ class Options:
     network: Network
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
+    credentials: secrets.Credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,8 @@ def make(
     keep_untouched: Callable[[Path], None] | None = None,
 ) -> Made:
     """Starts the server, dumps it into `work/dump/{criu,shm}`, and says what came of it.
+
+    Raises SecretError for a dump that holds a credential which was not allowed.
 
     `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of
     it. The server is gone afterwards, whatever happens.
@@ -102,6 +105,8 @@ def make(
             (tree / "criu" / leftover).unlink(missing_ok=True)
         criu_image.drop_zero_pages(tree / "criu")
         files = scan(tree)
+    with report.phase("search for secrets"):
+        secrets.refuse(tree, options.credentials)
     with report.phase("find caches"):
         roots = caches.find(
             server.environment,
@@ -114,9 +119,9 @@ def make(
         made_by=f"rekindle {__version__}",
         engine=engine.name,
         engine_options=engine.options(),
-        command=redact_command(options.argv),
+        command=redact_command(options.argv, options.credentials.values),
         directory=str(Path.cwd()),
-        environment=redact_environment(server.environment),
+        environment=redact_environment(server.environment, options.credentials.values),
         endpoint=endpoint,
         oracle=oracle,
         node=Fingerprint.probe(),
@@ -145,6 +150,7 @@ def _refuse_what_cannot_be(options: Options) -> None:
             f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
             hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
         )
+    secrets.require_grep()
     for word in (str(Path.cwd()), *options.argv):
         if word.startswith("/dev/shm/"):  # noqa: S108
             raise UsageError(

@@ -4,7 +4,9 @@
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oci import cache, layers, transfer, tree
 from oci import image as images
@@ -24,8 +26,19 @@ from rekindle.home import Home
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options, _trust
 from restore import dumps, match, process
-from snapshot import make
+from snapshot import make, secrets
 from snapshot.warm import read_requests
+
+
+@dataclass(slots=True, kw_only=True)
+class _SnapshotReport(Report):
+    """A report that says what the user allowed the image to hold."""
+
+    allowed_secrets: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        # super() without arguments does not know a class with slots, which is made twice.
+        return {**Report.to_json(self), "allowed_secrets": sorted(set(self.allowed_secrets))}
 
 
 def main(words: Sequence[str]) -> int:
@@ -57,6 +70,13 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
+    parser.add_argument(
+        "--allow-secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variable, option or kind of token that the image may hold; whoever reads it can read that",
+    )
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     _trust.add_signing(parser)
     _options.add_registry(parser)
@@ -66,7 +86,7 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("there is no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")
     if args.oracle_request and not args.ready_url:
         raise UsageError("--oracle-request goes with --ready-url")
-    report = Report(verb="snapshot", quiet=args.quiet)
+    report = _SnapshotReport(verb="snapshot", quiet=args.quiet, allowed_secrets=args.allow_secret)
     with _options.reporting(report, args):
         _snapshot(args, command, report)
     report.outcome = Outcome.SAVED
@@ -78,17 +98,20 @@ def main(words: Sequence[str]) -> int:
 def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> None:
     reference = parse(args.image)
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
+    environment = {**engine.environment(), **os.environ}
+    credentials = secrets.Credentials.of(environment, command, args.allow_secret)
     options = make.Options(
         argv=command,
         network=args.network,
         ready_timeout=args.ready_timeout,
         warm_requests=read_requests(args.warm_requests) if args.warm_requests else None,
+        credentials=credentials,
     )
     _options.require_root()
     home = _options.open_home()
     access = _options.access(args, home)
     by = _trust.chosen(args)
-    with home.work("snapshot") as work:
+    with home.work("snapshot") as work, credentials.kept_out_of_errors():
         with report.phase("find criu"):
             tool = criu.find(home)
         keep = args.keep_dump
