@@ -126,6 +126,28 @@ def workhorse_flags(port: int) -> list[str]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A key to sign with, sealed with an empty password, and the words that make commands use it."""
+
+    prefix: Path
+
+    @property
+    def sign(self) -> list[str]:
+        return ["--sign-key", f"{self.prefix}.key"]
+
+    @property
+    def verify(self) -> list[str]:
+        return ["--verify-key", f"{self.prefix}.pub"]
+
+
+@pytest.fixture
+def key_pair(rekindle: Rekindle, tmp_path: Path) -> KeyPair:
+    rekindle.env["COSIGN_PASSWORD"] = ""
+    assert rekindle("generate-key-pair", "--output-key-prefix", str(tmp_path / "test")).status == 0
+    return KeyPair(tmp_path / "test")
+
+
 @pytest.fixture
 def rekindle(tmp_path: Path) -> Rekindle:
     return Rekindle(tmp_path / "home", {"TMPDIR": str(tmp_path)})

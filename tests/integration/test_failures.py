@@ -495,4 +495,8 @@ def assert_store_is_whole(rekindle: Rekindle) -> None:
         with layout.open_blob(layer) as blob:
             assert Digest.of_bytes(blob.read()) == layer.digest
     names = {path.name for path in (layout.root / "blobs" / "sha256").iterdir()}
-    assert names == {digest.hex for digest in layout.reachable(list(layout.tags().values()))}
+    signed = [image.index.digest, *([image.cache.digest] if image.cache else [])]
+    signatures = [each for digest in signed for each in layout.referrers(digest)]
+    assert len(signatures) == len(signed) + 1, "and the attestation"
+    roots = [*layout.tags().values(), *signatures]
+    assert names == {digest.hex for digest in layout.reachable(roots)}

@@ -17,7 +17,7 @@ import pytest
 from oci import media_types
 from oci.layout import Layout
 from rekindle.digest import Digest
-from tests.conftest import CRANE, ORAS, SKOPEO, Rekindle, Replica, wait_for
+from tests.conftest import CRANE, ORAS, SKOPEO, KeyPair, Rekindle, Replica, wait_for
 from tests.servers.registry.access import PASSWORD, USERNAME, Auth
 from tests.servers.registry.docker_registry import DockerRegistry
 from tests.servers.registry.simulator import Registry
@@ -317,30 +317,31 @@ def test_a_server_is_restored_from_a_registry(
     rekindle: Rekindle,
     docker_registry: DockerRegistry,
     restore: Callable[..., Replica],
+    key_pair: KeyPair,
     port: int,
     tmp_path: Path,
     nothing_left: Callable[[], None],
 ) -> None:
     image = f"{docker_registry.host}/horses/horse:1"
-    done = rekindle.snapshot_workhorse(image, port)
+    done = rekindle.snapshot_workhorse(image, port, flags=key_pair.sign)
     assert done.status == 0, done.stderr
     assert not list((rekindle.home / "store").rglob("index.json"))
     assert "fits here" in rekindle("inspect", image).stdout
 
     elsewhere = Rekindle(tmp_path / "elsewhere", rekindle.env)
-    replica = restore(image, port, of=elsewhere)
+    replica = restore(image, port, *key_pair.verify, of=elsewhere)
     assert replica.report["outcome"] == "restored"
     assert replica.report["bytes"]["fetched"] > 1_000_000
     assert replica.ask("/health")
     replica.kill()
-    again = restore(image, port, of=elsewhere)
+    again = restore(image, port, *key_pair.verify, of=elsewhere)
     assert again.report["bytes"]["fetched"] < 1_000_000, "only what the decision needs"
     again.kill()
 
     ready = Rekindle(tmp_path / "ready", rekindle.env)
-    unpacked = ready("pull", "--unpack", image, "--json").json
+    unpacked = ready("pull", "--unpack", image, *key_pair.verify, "--json").json
     assert unpacked["bytes"]["fetched"] > 1_000_000
-    third = restore(image, port, of=ready)
+    third = restore(image, port, *key_pair.verify, of=ready)
     assert third.report["bytes"]["fetched"] < 1_000_000
     third.kill()
     nothing_left()
@@ -348,18 +349,18 @@ def test_a_server_is_restored_from_a_registry(
 
 @pytest.mark.criu
 def test_a_layer_with_other_bytes_is_never_restored(
-    rekindle: Rekindle, port: int, tmp_path: Path, nothing_left: Callable[[], None]
+    rekindle: Rekindle, port: int, key_pair: KeyPair, tmp_path: Path, nothing_left: Callable[[], None]
 ) -> None:
     from tests.servers.registry import misbehaviour as wrong
 
     with Registry() as registry:
         image = f"{registry.host}/a/b:1"
-        assert rekindle.snapshot_workhorse(image, port).status == 0
+        assert rekindle.snapshot_workhorse(image, port, flags=key_pair.sign).status == 0
         elsewhere = Rekindle(tmp_path / "elsewhere", rekindle.env)
         layers = elsewhere("inspect", image, "--json").json["process_image"]["layers"]
         pages = next(x["digest"] for x in layers if x["annotations"]["vnd.rekindle.role"] == "pages")
         registry.misbehave(wrong.wrong_bytes(pages))
-        done = elsewhere("restore", image)
+        done = elsewhere("restore", image, *key_pair.verify)
         assert done.status in {20, 21}, done.stderr
         assert not list((elsewhere.home / "dumps").glob("*/ready.json"))
         assert not list((elsewhere.home / "run").iterdir())
@@ -368,7 +369,8 @@ def test_a_layer_with_other_bytes_is_never_restored(
         registry.behave()
         with Registry(misbehave=[wrong.wrong_bytes(pages)]) as mirror:
             mirror.repositories = registry.repositories
-            done = elsewhere("pull", "--unpack", image, "--mirror", f"http://{mirror.host}", "--json")
+            words = ["pull", "--unpack", image, *key_pair.verify, "--mirror", f"http://{mirror.host}"]
+            done = elsewhere(*words, "--json")
             assert done.status == 0, done.stderr
             assert mirror.downloads(pages)
     nothing_left()
