@@ -15,7 +15,8 @@ from oci import image as images
 from oci import media_types
 from oci.layout import Layout
 from rekindle.digest import Digest
-from tests.conftest import ROOT, Rekindle, small_disk, wait_for, workhorse, workhorse_flags
+from restore import dumps
+from tests.conftest import ROOT, KeyPair, Rekindle, small_disk, wait_for, workhorse, workhorse_flags
 
 pytestmark = pytest.mark.criu
 NothingLeft = Callable[[], None]
@@ -100,12 +101,12 @@ def test_a_full_disk(
     nothing_left()
 
 
-def test_a_full_disk_at_restore(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+def test_a_full_disk_at_restore(rekindle: Rekindle, port: int, key_pair: KeyPair, tmp_path: Path) -> None:
     image = f"oci:{tmp_path / 'layout'}"
-    assert rekindle.snapshot_workhorse(image, port).status == 0
+    assert rekindle.snapshot_workhorse(image, port, flags=key_pair.sign).status == 0
     with small_disk(tmp_path / "disk", "8m"):
         rekindle.home = tmp_path / "disk"
-        done = rekindle("restore", image)
+        done = rekindle("restore", image, *key_pair.verify)
         assert done.status == 14, done.stderr
         assert not list((rekindle.home / "run").iterdir())
         assert not [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
@@ -160,14 +161,16 @@ def rewrite_record(rekindle: Rekindle, change: Callable[[dict[str, object]], Non
 def test_a_record_of_a_newer_format(rekindle: Rekindle, port: int) -> None:
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     rewrite_record(rekindle, lambda record: record.update(schema="rekindle.record/2"))
-    for verb in ("restore", "inspect"):
-        done = rekindle(verb, "horse")
+    for words in (["restore", "horse", "--dangerously-skip-verification"], ["inspect", "horse"]):
+        done = rekindle(*words)
         assert done.status == 20, done.stderr
         assert "rekindle.record/2" in done.stderr
         assert "newer rekindle" in done.stderr
 
 
-def test_a_node_of_another_kind(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
+def test_a_node_of_another_kind(
+    rekindle: Rekindle, port: int, key_pair: KeyPair, nothing_left: NothingLeft
+) -> None:
     assert rekindle.snapshot_workhorse("horse", port).status == 0
 
     def other_node(record: dict[str, object]) -> None:
@@ -179,7 +182,9 @@ def test_a_node_of_another_kind(rekindle: Rekindle, port: int, nothing_left: Not
         record["node"]["kernel"] = "1.0"  # type: ignore[index]
 
     rewrite_record(rekindle, other_node)
-    done = rekindle("restore", "horse", "--json")
+    assert rekindle("restore", "horse").status == 22, "it is signed no more"
+    assert rekindle("sign", "horse", *key_pair.sign).status == 0
+    done = rekindle("restore", "horse", *key_pair.verify, "--json")
     assert done.status == 11, done.stderr
     assert "amx_flux" in done.stderr
     reasons = {(r["code"], r["hard"]) for r in done.json["reasons"]}
@@ -304,10 +309,14 @@ exec {real} "$@"
 
 
 def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
-    """A dump that was tampered with after it was unpacked: CRIU's own words reach the user."""
+    """A dump that somebody changed who can also make it look unchanged: CRIU's own words reach the user."""
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     (dump,) = [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
     (dump / "criu" / "pstree.img").write_bytes(b"nonsense")
+    layout = Layout(rekindle.home / "store")
+    marker = json.loads((dump / "ready.json").read_bytes())
+    marker["seal"] = dumps._seal(dump, images.load(layout, layout.resolve("horse:latest")))
+    (dump / "ready.json").write_text(json.dumps(marker))
     done = rekindle("restore", "horse")
     assert done.status == 34, done.stderr
     assert "Error (criu/" in done.stderr
@@ -320,7 +329,7 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
     ("words", "message"),
     [
         (["restore", "Name"], "no image name"),
-        (["restore", "registry.example/x"], "names a registry"),
+        (["restore", "registry.example/X"], "no image of a registry"),
         (["restore", "oci:/no/such/dir"], "no OCI image layout"),
         (["restore", "x", "--publish", "99999"], ""),
         (["restore", "x", "--", "vllm"], "takes no command"),
