@@ -15,9 +15,10 @@ HIDDEN = secrets.HIDDEN.decode()
 
 _WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|COOKIE)[\w.-]*"
 _NAME = re.compile(_WORD, re.IGNORECASE)
-# Not --max-num-batched-tokens and its like.
-_COUNT = re.compile(r"max|min|num|long", re.IGNORECASE)
-_OPTION_WORD = rf"--(?!max|min|num|long){_WORD}"
+# Not --max-num-batched-tokens and its like; but MINIO_SECRET_KEY.
+_COUNTS = r"(?:max|min|num|long)[-_]"
+_COUNT = re.compile(_COUNTS, re.IGNORECASE)
+_OPTION_WORD = rf"--(?!{_COUNTS}){_WORD}"
 _OPTION = re.compile(_OPTION_WORD, re.IGNORECASE)
 # Takes no value: what follows --return-tokens-as-token-ids is the model.
 _FLAG = re.compile(r"--(?:enable|disable|return|allow|skip|include|no)[-_]", re.IGNORECASE)

@@ -5,10 +5,10 @@ GNU grep searches for many strings at once several times faster than anything in
 values and the beginnings of tokens; what it finds is looked at here. Nothing secret is written to a disk
 or an argument: strings and bytes go to grep by memory and pipes.
 
-What grep reads is cut into pieces with a zero byte after each, for two reasons. Bytes that are neighbours
-in a pages file but not in memory must not be read as one; and grep keeps a "line" (here: up to a zero byte)
-in memory, of which there may be gigabytes. Pieces of one stretch of memory overlap by more than a string's
-length.
+What grep reads is cut into pieces with a line feed after each, for two reasons. Bytes that are neighbours
+in a pages file but not in memory must not be read as one; and grep keeps a line in memory, which may have
+gigabytes. Pieces of one stretch of memory overlap by more than a string's length. Lines must not end with
+zero bytes (`--null-data`): grep 3.8 passes over buffers full of them and does not count them in its offsets.
 """
 
 import contextlib
@@ -43,6 +43,8 @@ _READ_BYTES = 64 << 10
 _TIMEOUT_SECONDS = 600.0
 _WORKERS_LIMIT = 8
 _CORE_MAGIC = 0x55053847
+_TRIAL = bytes(100) + b"a\0a\n\xff"
+_LINE_FEED = 10
 _END_OF_WORD = b"\0 \t\r\n\"',;&"
 
 
@@ -56,7 +58,7 @@ class Text:
 
     @property
     def needle(self) -> bytes:
-        """What grep looks for: it can do so for one line without zero bytes."""
+        """What grep looks for: it can do so within a line, and its file of strings has no zero bytes."""
         return max(re.split(rb"[\r\n\0]", self.content), key=len)[:_STRING_LIMIT_BYTES]
 
     def is_at(self, content: bytes, position: int) -> bool:
@@ -180,7 +182,11 @@ def require_grep() -> str:
     """Where GNU grep is. Raises CapabilityError if there is none, or another that lacks what it must do."""
     path = shutil.which("grep")
     if path is not None:
-        with _memory(b"needle\n") as strings, _memory(b"a\0a needle\0") as content, _memory(b"") as out:
+        with (
+            _memory(b"needle\n") as strings,
+            _memory(_TRIAL + b"needle\0a\n") as content,
+            _memory(b"") as out,
+        ):
             argv = _grep(path, strings, content)
             process = run.spawn(argv, env=_ENVIRONMENT, stdout=out, pass_fds=(strings, content))
             try:
@@ -188,7 +194,7 @@ def require_grep() -> str:
             finally:
                 if process.poll() is None:
                     run.end_group(process)
-            if status == 0 and os.pread(out, 100, 0) == b"4:needle\0":
+            if status == 0 and os.pread(out, 100, 0) == b"%d:needle\n" % len(_TRIAL):
                 return path
     raise CapabilityError(
         "the dump cannot be searched for secrets",
@@ -346,8 +352,7 @@ _ENVIRONMENT = {"LC_ALL": "C"}
 def _grep(path: str, strings: int, content: int) -> list[str]:
     return [
         path,
-        *("--text", "--null-data"),  # lines end with a zero byte
-        *("--only-matching", "--byte-offset", "--no-filename"),
+        *("--text", "--only-matching", "--byte-offset", "--no-filename"),
         *("--fixed-strings", "--file", f"/proc/self/fd/{strings}"),
         *("--", f"/proc/self/fd/{content}"),
     ]
@@ -373,7 +378,7 @@ class _Stream:
     error: OSError | None = None
 
     def feed(self, pieces: _Shared, fd: int, stop: threading.Event) -> None:
-        """Writes pieces, each with a zero byte after it, and closes `fd`."""
+        """Writes pieces, each with a line feed after it, and closes `fd`."""
         buffer = memoryview(bytearray(_PIECE_BYTES + _OVERLAP_BYTES + 1))
         position = 0
         try:
@@ -382,7 +387,7 @@ class _Stream:
                     return
                 with open(piece.extent.path, "rb", buffering=0) as file:
                     length = os.preadv(file.fileno(), [buffer[: piece.length]], piece.offset)
-                buffer[length] = 0
+                buffer[length] = _LINE_FEED
                 self.pieces.append(piece)
                 self.starts.append(position)
                 position += length + 1
@@ -429,6 +434,8 @@ def _search(grep: str, pieces: _Shared, needles: _Needles, stop: threading.Event
         try:
             for position, needle in _hits(results):
                 piece, content, at = stream.around(position)
+                if not content.startswith(needle, at):
+                    raise DumpError("the dump could not be searched for secrets", cause="grep counts wrongly")
                 for name, title in needles.look(needle, content, at):
                     found.setdefault(name, Found(name=name, title=title, place=piece.extent.place))
                 if stop.is_set():
@@ -447,10 +454,10 @@ def _search(grep: str, pieces: _Shared, needles: _Needles, stop: threading.Event
 
 
 def _hits(results: RawIOBase) -> Iterator[tuple[int, bytes]]:
-    """What grep prints: the position, a colon, the string, a zero byte."""
+    """What grep prints: the position, a colon, the string, a line feed."""
     rest = b""
     while content := results.read(_READ_BYTES):
-        *lines, rest = (rest + content).split(b"\0")
+        *lines, rest = (rest + content).split(b"\n")
         for line in lines:
             position, _, needle = line.partition(b":")
             yield int(position), needle
