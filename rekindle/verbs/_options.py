@@ -200,8 +200,10 @@ def collecting(layout: Layout, target: LayoutReference) -> Iterator[None]:
     layout.expect_garbage()
     try:
         yield
-    finally:
         layout.collect_garbage()
+    except BaseException:  # also one that came in the middle of the collection
+        layout.collect_garbage()
+        raise
 
 
 def parse_endpoint(text: str, default_host: str) -> Endpoint:
