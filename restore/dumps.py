@@ -17,7 +17,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from oci.image import Image
 from oci.trust.verifier import Verified
@@ -56,7 +56,7 @@ def ready(
         # Between the two locks, another may unpack it for us, or make room by removing it again.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
             if (paranoid and not fresh) or not _is_ready(target, image):
-                remove_tree(target)
+                _clear(target)
                 room = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
                 _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
@@ -118,19 +118,22 @@ def _is_ready(target: Path, image: Image) -> bool:
 
 
 def _seal(tree: Path, image: Image) -> str:
-    """A digest over what the file system says of every file of a dump. Nobody who is not root can write to
-    one and leave its time of change as it was."""
+    """A digest over what the file system says of every file of a dump, and of the directories that they lie
+    in: CRIU also reads what merely lies there. Nobody who is not root can write to one and leave its time of
+    change as it was."""
+    files = [file.path for file in image.record.files]
+    directories = {parent for path in files for parent in path.parents} - {PurePosixPath()}
     hasher = hashlib.sha256()
-    for file in image.record.files:
-        status = (tree / file.path).lstat()
+    for path in (*files, *sorted(directories)):
+        status = (tree / path).lstat()
         facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino)
         times = (status.st_mtime_ns, status.st_ctime_ns)
-        hasher.update(f"{file.path}\0{facts}{times}\n".encode(errors="surrogateescape"))
+        hasher.update(f"{path}\0{facts}{times}\n".encode(errors="surrogateescape"))
     return hasher.hexdigest()
 
 
 def _marker(target: Path) -> tuple[str, int, str] | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         content = json.loads((target / "ready.json").read_bytes())
         return str(content["boot"]), int(content["bytes"]), str(content["seal"])
     return None
@@ -161,7 +164,15 @@ def _remove(path: Path) -> bool:
     try:
         if not try_lock(fd):
             return False
-        remove_tree(path)
+        _clear(path)
         return True
     finally:
         os.close(fd)
+
+
+def _clear(path: Path) -> None:
+    """Removes a dump, or whatever else lies in its place. Where a link leads, nothing is removed."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        remove_tree(path)

@@ -44,9 +44,12 @@ def find(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Bundle]:
 
 
 def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterator[SimpleSignature]:
-    """The signatures in the image under cosign's tag, none of them verified."""
-    manifest = _manifest(source, descriptor, limits)
-    for layer in manifest.list_of("layers", Descriptor.from_json, at_most=_LIMIT):
+    """The signatures in the image under cosign's tag, none of them verified; see `find`."""
+    layers: list[Descriptor] = []
+    with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+        manifest = _manifest(source, descriptor, limits)
+        layers = manifest.list_of("layers", Descriptor.from_json, at_most=_LIMIT)
+    for layer in layers:
         signature = layer.annotations.get(_SIGNATURE)
         if layer.media_type == bundles.SIMPLE_MEDIA_TYPE and signature:
             with contextlib.suppress(FormatError, IntegrityError, NotFoundError):

@@ -23,6 +23,7 @@ from rekindle.fields import Fields, text_item
 _FILE_LIMIT_BYTES = 1 << 20
 _RULES_LIMIT = 1000
 _SIGNERS_LIMIT = 100
+_DAYS_LIMIT = 100_000
 _FIELDS = {"name", "keys", "identities", "max_age_days", "trusted_root"}
 
 
@@ -94,7 +95,7 @@ class Policy:
 def _rule(value: object, where: str, directory: Path) -> Rule:
     given = Fields(value, where)
     _only(given.as_json(), _FIELDS, where)
-    paths = given.list_of("keys", text_item, at_most=_SIGNERS_LIMIT) if given.has("keys") else []
+    paths = given.list_of("keys", _path, at_most=_SIGNERS_LIMIT) if given.has("keys") else []
     identities = (
         given.list_of("identities", _identity, at_most=_SIGNERS_LIMIT) if given.has("identities") else []
     )
@@ -104,9 +105,20 @@ def _rule(value: object, where: str, directory: Path) -> Rule:
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),
         identities=tuple(identities),
-        max_age_days=given.integer("max_age_days", at_least=1) if given.has("max_age_days") else None,
-        trusted_root=directory / given.text("trusted_root") if given.has("trusted_root") else None,
+        max_age_days=given.integer("max_age_days", at_least=1, at_most=_DAYS_LIMIT)
+        if given.has("max_age_days")
+        else None,
+        trusted_root=directory / _path(given.text("trusted_root"), where)
+        if given.has("trusted_root")
+        else None,
     )
+
+
+def _path(value: object, where: str) -> str:
+    path = text_item(value, where)
+    if not path or "\0" in path:
+        raise FormatError(f"{where} names no file", cause=f"{path!r:.80}")
+    return path
 
 
 def _identity(value: object, where: str) -> Identity:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one place where an image becomes a verified one."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,13 +13,15 @@ from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.policy import Rule
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from rekindle.config import Limits
-from rekindle.errors import FormatError, TrustError
+from rekindle.errors import FormatError, IntegrityError, TrustError
+from rekindle.text import printable
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 _SEAL = object()
 _SHOWN = 6
+_SHOWN_LETTERS = 80
 _CLOCKS_APART = timedelta(minutes=10)
 
 
@@ -33,17 +36,25 @@ class Trust:
 class Verified(Generic[T]):
     """Something that belongs to an image whose signature was verified; only this module makes it."""
 
-    __slots__ = ("trust", "value")
+    __slots__ = ("_trust", "_value")
 
     def __init__(self, value: T, trust: Trust, seal: object) -> None:
         if seal is not _SEAL:
             raise TypeError("only the verifier makes what is verified")
-        self.value = value
-        self.trust = trust
+        self._value = value
+        self._trust = trust
+
+    @property
+    def value(self) -> T:
+        return self._value
+
+    @property
+    def trust(self) -> Trust:
+        return self._trust
 
     def map(self, read: Callable[[T], U]) -> "Verified[U]":
         """What is read, digest by digest, from something that was verified."""
-        return Verified(read(self.value), self.trust, _SEAL)
+        return Verified(read(self._value), self._trust, _SEAL)
 
 
 def verify(
@@ -67,6 +78,10 @@ def verify(
             refused.append(f"{by} signed {statement.subject}, which is another image")
         elif statement.predicate_type in {COSIGN_SIGN, SNAPSHOT}:
             statements.append((by, statement))
+            if statement.predicate_type == SNAPSHOT:
+                refused.append(f"{by} attested something of it, which is no signature")
+        else:
+            refused.append(f"{by} signed another statement of it: {_shown(statement.predicate_type)}")
     signers = [by for by, statement in statements if statement.predicate_type == COSIGN_SIGN]
     if not signers:
         cause = "\n".join(list(dict.fromkeys(refused))[:_SHOWN])
@@ -100,7 +115,11 @@ def _accepted(
             yield from _keyless(bundle, rule, refused)
         else:
             yield from _by_key(bundle, rule, refused, bundle.hint)
-    if tagged is not None and (image := tagged(attachments.simple_tag(root.digest))):
+    image = None
+    if tagged is not None:
+        with contextlib.suppress(FormatError, IntegrityError):  # anybody may put anything there
+            image = tagged(attachments.simple_tag(root.digest))
+    if image is not None:
         for signature in attachments.find_simple(blobs, image, limits):
             yield from _by_key(signature, rule, refused, "of an older signature")
 
@@ -117,7 +136,7 @@ def _by_key(
         if statement is not None:
             yield f"key {key.hint}", statement
             return
-    refused.append(f"the key {hint} is not accepted, or its signature is wrong")
+    refused.append(f"the key {_shown(hint)} is not accepted, or its signature is wrong")
 
 
 def _keyless(bundle: Bundle, rule: Rule, refused: list[str]) -> Iterator[tuple[str, Statement]]:
@@ -137,8 +156,13 @@ def _created(statement: Statement) -> datetime | None:
     text = statement.predicate.get("created")
     try:
         return datetime.fromisoformat(text).astimezone(UTC) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, OverflowError):  # the first and the last day of the calendar have no time in UTC
         return None
+
+
+def _shown(text: str) -> str:
+    """What anybody may have written, for people: on one line, and not for long."""
+    return printable(text[:_SHOWN_LETTERS])
 
 
 def _require_age(root: Descriptor, rule: Rule, trust: Trust) -> None:

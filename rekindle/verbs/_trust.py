@@ -2,6 +2,7 @@
 """Whom a command trusts, and with which key it signs."""
 
 import argparse
+import contextlib
 import getpass
 import json
 import os
@@ -59,7 +60,9 @@ def verified(
 ) -> Verified[Source]:
     """The image that was found, once its signature has been verified. Raises TrustError."""
     if args.dangerously_skip_verification:
-        report.say("WARNING: the image is used without a look at who made it")
+        # Also with --quiet: nobody is to leave this in a script and forget it.
+        with contextlib.suppress(OSError):
+            print("rekindle: WARNING: the image is used without a look at who made it", file=sys.stderr)
         return verifier.dangerously_skip(source)
     found = verifier.verify(
         source,
@@ -78,7 +81,7 @@ def verified(
 def name_of(reference: Reference) -> str:
     """What a policy's patterns are compared with."""
     if isinstance(reference, RegistryReference):
-        return f"{reference.host}/{reference.repository}"
+        return f"{reference.host.lower()}/{reference.repository}"  # as DNS compares
     if reference.directory is not None:
         return f"oci:{reference.directory}"
     return reference.tag.partition(":")[0]
@@ -221,10 +224,12 @@ def machine_key(home: Home) -> PrivateKey:
     path = home.root / "machine.key"
     with locked(home.root / "lock"):
         if not path.exists():
-            key = PrivateKey.generate()
-            write_atomically(path, key.to_pem(), mode=0o600)
-            write_atomically(home.root / "machine.pub", key.public.to_pem())
-        return PrivateKey.read(path, b"")
+            write_atomically(path, PrivateKey.generate().to_pem(), mode=0o600)
+        key = PrivateKey.read(path, b"")
+        public = home.root / "machine.pub"
+        if not public.exists():  # it is written second: whoever made the key may have been killed before
+            write_atomically(public, key.public.to_pem())
+        return key
 
 
 def sign(
