@@ -229,9 +229,9 @@ def start_docker_registry(tmp_path: Path) -> Iterator[Callable[..., DockerRegist
     with contextlib.ExitStack() as running:
         numbers = itertools.count()
 
-        def start(auth: Auth = Auth.NONE) -> DockerRegistry:
+        def start(auth: Auth = Auth.NONE, **options: Any) -> DockerRegistry:
             place = tmp_path / f"docker-registry-{next(numbers)}"
-            return running.enter_context(DockerRegistry(DOCKER_REGISTRY, place, auth))
+            return running.enter_context(DockerRegistry(DOCKER_REGISTRY, place, auth, **options))
 
         yield start
 

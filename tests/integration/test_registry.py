@@ -129,6 +129,35 @@ def test_what_others_pushed_is_pulled(
 
 
 @pytest.mark.registry
+def test_a_registry_with_a_certificate_of_one_s_own(
+    rekindle: Rekindle, start_docker_registry: Start, tmp_path: Path
+) -> None:
+    certificate, key = tmp_path / "tls.pem", tmp_path / "tls.key"
+    run(
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=registry"),
+        *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
+    )
+    registry = start_docker_registry(tls=(certificate, key))
+    digest = make_image(tmp_path / "from", layers=3)
+    image = f"{registry.host}/team/image:1"
+    words = ["push", f"oci:{tmp_path}/from:1", image]
+
+    rekindle.home.mkdir()
+    configuration = rekindle.home / "config.toml"
+    plain = rekindle(*words)
+    assert plain.status == 40, plain.stderr
+    assert "HTTP request to an HTTPS server" in plain.stderr
+    configuration.write_text(f'[registry."{registry.host}"]\nplain_http = false\n')
+    unknown = rekindle(*words)
+    assert unknown.status == 40, unknown.stderr
+    assert "certificate verify failed" in unknown.stderr
+    assert "ca_file" in unknown.stderr
+    configuration.write_text(f'[registry."{registry.host}"]\nplain_http = false\nca_file = "{certificate}"\n')
+    assert rekindle(*words).status == 0
+    assert digest_of(rekindle("pull", image, "--json").json) == digest
+
+
+@pytest.mark.registry
 @pytest.mark.parametrize("auth", [Auth.BASIC, Auth.TOKEN])
 def test_docker_s_credentials_are_used(
     rekindle: Rekindle, start_docker_registry: Start, tmp_path: Path, auth: Auth

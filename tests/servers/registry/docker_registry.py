@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -124,7 +125,10 @@ def _base64url(data: bytes) -> str:
 class DockerRegistry:
     """A running registry at `host`; its files are below `storage`, what it says is in `log`."""
 
-    def __init__(self, program: Path, place: Path, auth: Auth = Auth.NONE) -> None:
+    def __init__(
+        self, program: Path, place: Path, auth: Auth = Auth.NONE, *, tls: tuple[Path, Path] | None = None
+    ) -> None:
+        """`tls` are a certificate and its key."""
         place.mkdir(parents=True)
         self.auth = auth
         self.log = place / "registry.log"
@@ -140,8 +144,13 @@ class DockerRegistry:
                 "filesystem": {"rootdirectory": str(self.storage)},
                 "delete": {"enabled": True},
             },
-            "http": {"addr": self.host, "secret": "of tests"},
+            "http": {
+                "addr": self.host,
+                "secret": "of tests",
+                **({"tls": {"certificate": str(tls[0]), "key": str(tls[1])}} if tls else {}),
+            },
         }
+        self._tls = tls is not None
         match auth:
             case Auth.NONE:
                 pass
@@ -178,7 +187,11 @@ class DockerRegistry:
         deadline = time.monotonic() + 20
         while True:
             assert self._process.poll() is None, self.log.read_text()
-            connection = http.client.HTTPConnection(self.host, timeout=5)
+            connection = (
+                http.client.HTTPSConnection(self.host, timeout=5, context=ssl._create_unverified_context())
+                if self._tls
+                else http.client.HTTPConnection(self.host, timeout=5)
+            )
             with contextlib.closing(connection), contextlib.suppress(OSError):
                 connection.request("GET", "/v2/")
                 with connection.getresponse() as response:
