@@ -66,7 +66,7 @@ def verify(bundle: Bundle, accepted: Sequence[Identity], *, trusted_root: Path |
     except Exception as error:
         # Whatever the parsers below sigstore-python raise for a hostile bundle is a reason to refuse it, and
         # must not keep us from looking at the other signatures.
-        return f"a certificate signed it, but {_reason(error)}"
+        return f"a certificate signed it, but {_objection(error)}"
     if pinned.signer is None:
         return "a certificate signed it, but nobody looked at whose it is"
     try:
@@ -139,6 +139,14 @@ def _verify(bundle: Bundle, root: "TrustedRoot", policy: "VerificationPolicy") -
     if payload_type != PAYLOAD_TYPE or payload != bundle.envelope.payload:
         raise VerificationError("its payload is not what it seems")
     return found, payload
+
+
+def _objection(error: Exception) -> str:
+    from sigstore.errors import CertValidationError
+
+    if isinstance(error, CertValidationError):
+        return f"the trusted root does not bear the certificate out, at that time: {_reason(error)}"
+    return _reason(error)
 
 
 def _integrated(found: "Found") -> datetime | None:
