@@ -122,7 +122,8 @@ def _seal(tree: Path, image: Image) -> str:
     in: CRIU also reads what merely lies there. Nobody who is not root can write to one and leave its time of
     change as it was."""
     files = [file.path for file in image.record.files]
-    directories = {parent for path in files for parent in path.parents} - {PurePosixPath()}
+    directories = {PurePosixPath("criu"), PurePosixPath("shm")}
+    directories |= {parent for path in files for parent in path.parents if parent.parts}
     hasher = hashlib.sha256()
     for path in (*files, *sorted(directories)):
         status = (tree / path).lstat()
