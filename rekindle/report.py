@@ -89,6 +89,7 @@ class Report:
     pid: int | None = None
     error: dict[str, Any] | None = None
     trusted_by: str | None = None
+    allowed_secrets: list[str] = field(default_factory=list)
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
 
     def __post_init__(self) -> None:
@@ -131,6 +132,7 @@ class Report:
             "endpoint": self.endpoint,
             "pid": self.pid,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "allowed_secrets": self.allowed_secrets,
             "error": self.error,
         }
 

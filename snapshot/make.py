@@ -3,7 +3,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ class Options:
     """What a user may choose."""
 
     argv: Sequence[str]
+    environment: Mapping[str, str]
     network: Network
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
@@ -73,8 +74,7 @@ def make(
     with Cell() as cell:
         with report.phase("cell"):
             cell.enter(options.network)
-        environment = {**engine.environment(), **os.environ}
-        server = Server(cell, options.argv, environment, Path.cwd(), work)
+        server = Server(cell, options.argv, options.environment, Path.cwd(), work)
         client = Client(engine.endpoint, cell.connect)
         with report.phase("ready"):
             wait_ready(server, engine, client, options.ready_timeout)

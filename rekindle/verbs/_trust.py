@@ -27,6 +27,9 @@ from rekindle.home import Home
 from rekindle.report import Report
 from rekindle.verbs._options import Source
 
+VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
+"""The environment variables that open keys."""
+
 _SEEN_LIMIT = 10_000
 
 

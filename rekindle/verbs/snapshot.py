@@ -4,9 +4,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from oci import cache, layers, transfer, tree
 from oci import image as images
@@ -28,17 +26,6 @@ from rekindle.verbs import _options, _trust
 from restore import dumps, match, process
 from snapshot import make, secrets
 from snapshot.warm import read_requests
-
-
-@dataclass(slots=True, kw_only=True)
-class _SnapshotReport(Report):
-    """A report that says what the user allowed the image to hold."""
-
-    allowed_secrets: Sequence[str]
-
-    def to_json(self) -> dict[str, Any]:
-        # super() without arguments does not know a class with slots, which is made twice.
-        return {**Report.to_json(self), "allowed_secrets": sorted(set(self.allowed_secrets))}
 
 
 def main(words: Sequence[str]) -> int:
@@ -86,7 +73,7 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("there is no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")
     if args.oracle_request and not args.ready_url:
         raise UsageError("--oracle-request goes with --ready-url")
-    report = _SnapshotReport(verb="snapshot", quiet=args.quiet, allowed_secrets=args.allow_secret)
+    report = Report(verb="snapshot", quiet=args.quiet, allowed_secrets=sorted(set(args.allow_secret)))
     with _options.reporting(report, args):
         _snapshot(args, command, report)
     report.outcome = Outcome.SAVED
@@ -98,10 +85,13 @@ def main(words: Sequence[str]) -> int:
 def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> None:
     reference = parse(args.image)
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
-    environment = {**engine.environment(), **os.environ}
+    # With what opens our keys, the server has nothing to do.
+    ours = {name: value for name, value in os.environ.items() if name not in _trust.VARIABLES}
+    environment = {**engine.environment(), **ours}
     credentials = secrets.Credentials.of(environment, command, args.allow_secret)
     options = make.Options(
         argv=command,
+        environment=environment,
         network=args.network,
         ready_timeout=args.ready_timeout,
         warm_requests=read_requests(args.warm_requests) if args.warm_requests else None,
