@@ -61,6 +61,8 @@ class Layout:
         """Makes an empty layout, or opens the one that is there. Idempotent."""
         layout = cls(root)
         with naming_full_disk(root):
+            # What a process held in memory is nobody else's to read.
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
             layout._blobs.mkdir(parents=True, exist_ok=True)
             if not (root / "oci-layout").exists():
                 write_atomically(root / "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
@@ -195,9 +197,13 @@ class Layout:
         directory = self.root / ".incoming"
         with contextlib.ExitStack() as stack:
             with naming_full_disk(self.root):
-                directory.mkdir(exist_ok=True)
                 lock = directory / f"{digest.hex}.lock"
-                stack.enter_context(locked(lock, timeout=_WAIT_SECONDS))
+                while True:
+                    directory.mkdir(exist_ok=True)
+                    # Who ends last removes the directory, maybe while we wait for the lock in it.
+                    with contextlib.suppress(FileNotFoundError):
+                        stack.enter_context(locked(lock, timeout=_WAIT_SECONDS))
+                        break
                 stack.enter_context(self.reading())
                 layout = Layout.create(directory / digest.hex)
             for staged in layout._blobs.glob(".staged-*"):  # of one that was killed: we hold the lock

@@ -98,8 +98,9 @@ def _rule(reference: Reference, home: Home, args: argparse.Namespace) -> Rule:
         given = Policy.read(path).rule_for(name) if path else None
         if given is None and path and not _in_store(reference):
             raise TrustError(f"the policy {path} has no rule for {name}", hint="docs/trust.md shows how")
-    # What this machine made itself needs no rule. What it fetched does.
-    machine = machine_public(home) if _in_store(reference) else None
+    # What this machine made itself needs no rule, unless the user named whom to trust. What it fetched does.
+    flags = bool(args.verify_key or args.certificate_identity)
+    machine = machine_public(home) if _in_store(reference) and not flags else None
     if given is None and machine is None:
         raise TrustError(
             f"nothing says whom to trust for {name}",
@@ -243,9 +244,9 @@ def sign(
     by: signer.Sign | None,
     home: Home,
     report: Report,
-) -> list[Descriptor]:
+) -> tuple[list[Descriptor], list[Descriptor]]:
     """Signs images that were made here, in the layout that they are in, and attaches the signatures to them.
-    Returns those that are to be published with them: this machine's own for the local store alone."""
+    Returns those by this machine's key, which are for the local store alone, and those by the user's."""
     own = signer.sign(
         staging,
         subjects,
@@ -253,13 +254,11 @@ def sign(
         attested=attested,
         annotations={media_types.SIGNER: media_types.MACHINE},
     )
-    attached = own if _in_store(reference) else []
-    if by is not None:
-        attached = attached + signer.sign(staging, subjects, by, attested=attested)
-    elif not _in_store(reference):
+    given = signer.sign(staging, subjects, by, attested=attested) if by is not None else []
+    if not given and not _in_store(reference):
         report.say(f"nobody will trust it before `rekindle sign {reference}`")
-    staging.attach(staging, [*own, *attached])
-    return attached
+    staging.attach(staging, [*own, *given])
+    return own, given
 
 
 def made_here(image: Image, staging: Layout, home: Home) -> Verified[Image]:

@@ -72,8 +72,13 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
         }
         with report.phase("sign"):
             attested = {"created": created, "made_by": image.inventory.made_by}
-            attached = _trust.sign(staging, [descriptor], attested, reference, by, home, report)
+            own, given = _trust.sign(staging, [descriptor], attested, reference, by, home, report)
         with report.phase("publish"):
             layout = _options.layout_of(reference, home, create=True)
             with _options.collecting(layout, reference):
-                layout.publish(staging, descriptor, reference.tag, attached)
+                layout.publish(
+                    staging,
+                    descriptor,
+                    reference.tag,
+                    [*given, *(own if reference.directory is None else [])],
+                )

@@ -4,8 +4,8 @@
 import argparse
 from collections.abc import Sequence
 
+from oci import cache, media_types, transfer
 from oci import image as images
-from oci import media_types, transfer
 from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.progress import Tally
@@ -52,11 +52,14 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Non
     with home.work("sign") as work, _options.source(reference, home, args) as source:
         report.image = {"reference": args.image, "digest": source.root.digest}
         staging = Layout.create(work / "layout")
-        signed, attested = [source.root], None
+        signed: list[Descriptor] = [source.root]
         if source.root.media_type == media_types.INDEX:
             image = images.load(source.blobs, source.root, source.limits)
             signed += [image.cache] if image.cache else []
             attested = signer.predicate(image.record)
+        else:
+            found = cache.load(source.blobs, source.root, source.limits)
+            attested = {"created": found.created, "made_by": found.inventory.made_by}
         with report.phase("sign"):
             made = signer.sign(staging, signed, by, attested=attested)
         with report.phase("attach"):

@@ -11,13 +11,13 @@ from oci import image as images
 from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.reference import Reference, RegistryReference, parse
-from oci.registry.repository import Access
+from oci.registry.repository import Access, Repository
 from oci.trust import signer
 from oci.trust.verifier import Verified
 from rekindle import criu
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
-from rekindle.errors import UsageError
+from rekindle.errors import RekindleError, UsageError
 from rekindle.files import remove_tree
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
@@ -101,6 +101,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
     home = _options.open_home()
     access = _options.access(args, home)
     by = _trust.chosen(args)
+    _require_target(reference, access)
     with home.work("snapshot") as work, credentials.kept_out_of_errors():
         with report.phase("find criu"):
             tool = criu.find(home)
@@ -134,30 +135,52 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         with report.phase("sign"):
             subjects = [image.index, *([image.cache] if image.cache else [])]
             attested = signer.predicate(record)
-            attached = _trust.sign(staging, subjects, attested, reference, by, home, report)
+            signatures = _trust.sign(staging, subjects, attested, reference, by, home, report)
             proved = _trust.made_here(image, staging, home)
         report.image = {"reference": args.image, "digest": image.index.digest}
         report.bytes = {"dump": record.dump_bytes, "written": image.size_bytes}
         if not args.no_prove:
             _prove(home, work, proved, tool, engine, report)
         with report.phase("publish"):
-            _publish(staging, image, attached, reference, access, home)
+            _publish(staging, image, signatures, reference, access, home, report)
+
+
+def _require_target(reference: Reference, access: Access) -> None:
+    """Raises what a registry that cannot be pushed to would raise at the end, after all the work."""
+    if isinstance(reference, RegistryReference):
+        if reference.digest is not None:
+            raise UsageError(f"{reference} names a digest, which nobody knows before", hint="give it a tag")
+        with Repository(reference, access) as repository:
+            repository.tagged(reference.tag)
 
 
 def _publish(
     staging: Layout,
     image: images.Image,
-    attached: Sequence[Descriptor],
+    signatures: tuple[list[Descriptor], list[Descriptor]],
     reference: Reference,
     access: Access,
     home: Home,
+    report: Report,
 ) -> None:
+    own, given = signatures
     if isinstance(reference, RegistryReference):
-        tree = transfer.explore(staging, image.index, access.config.limits)
-        transfer.into_registry(staging, tree, reference, access)
+        try:
+            tree = transfer.explore(staging, image.index, access.config.limits)
+            with _options.progress(access.tally, report):
+                transfer.into_registry(staging, tree, reference, access)
+            report.bytes["sent"] = access.tally.sent_bytes
+        except RekindleError as error:
+            # It took minutes to make.
+            name = f"{reference.repository}:{reference.tag}"
+            store = Layout.create(home.store)
+            store.publish(staging, image.index, name, [*own, *given])
+            error.hint = f"it is kept here: rekindle push {name} {reference}"
+            raise
         return
     layout = _options.layout_of(reference, home, create=True)
     with _options.collecting(layout, reference):
+        attached = [*given, *(own if reference.directory is None else [])]
         layout.publish(staging, image.index, reference.tag, attached)
 
 
