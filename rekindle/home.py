@@ -40,6 +40,7 @@ class Home:
         self.tools = root / "tools"
         self.logs = root / "logs"
         with naming_full_disk(root):
+            _make_private(root)
             for directory in (root, self.store, self.dumps, self.run, self.tools, self.logs):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -126,6 +127,20 @@ class Home:
         by_age = sorted(self.logs.iterdir(), key=lambda path: path.stat().st_mtime)
         for path in by_age[:-_LOGS_KEPT]:
             path.unlink(missing_ok=True)
+
+
+def _make_private(root: Path) -> None:
+    """Sees to it that nobody else can change what we will run. Raises UsageError for somebody else's."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = root.stat()
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"{root} belongs to another user",
+            cause=f"its owner is {status.st_uid}, and we are {os.geteuid()}",
+            hint="set REKINDLE_HOME to a directory of yours",
+        )
+    if status.st_mode & 0o077:
+        root.chmod(0o700)
 
 
 def _remove_if_possible(directory: Path) -> None:

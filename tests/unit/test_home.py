@@ -222,3 +222,15 @@ def test_a_full_disk_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(SpaceError, match=str(home.root)), home.work("restore"):
         pytest.fail("there is no directory")
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(UsageError, match="another user"):
+        Home(tmp_path)
+
+
+def test_a_directory_that_others_may_write_to_is_made_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    Home(tmp_path)
+    assert tmp_path.stat().st_mode & 0o7777 == 0o700
