@@ -2,9 +2,9 @@
 """The console script: finds the verb, runs it, and turns errors into text and an exit status."""
 
 import contextlib
-import errno
 import importlib
 import os
+import select
 import signal
 import sys
 import traceback
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rekindle.errors import Interrupted, RekindleError
-from rekindle.files import full_disk
 from rekindle.text import printable
 
 # Each verb is a module of rekindle.verbs, with _ for -, imported only when it is asked for.
@@ -34,6 +33,7 @@ VERBS = {
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BUG_STATUS = 1
 _USAGE_STATUS = 2
+_PIPE_STATUS = 128 + signal.SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return error.exit_status
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            failure = full_disk(error.filename or "here", cause=str(error))
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return _PIPE_STATUS
+        from rekindle.verbs._options import from_outside
+
+        if failure := from_outside(error):
             _tell(failure)
             return failure.exit_status
         traceback.print_exc()
@@ -89,6 +92,13 @@ def _interrupt(signum: int, _: object) -> NoReturn:
     for each in _ENDING:  # once is enough: what follows is the clean-up
         signal.signal(each, signal.SIG_IGN)
     raise Interrupted(signum)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our standard output any more: `| head` has had enough before the end."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _tell(error: RekindleError) -> None:
@@ -118,9 +128,15 @@ def _usage() -> str:
 def run() -> NoReturn:
     """The entry point of the console script."""
     _open_standard_files()
-    status = main()
-    with contextlib.suppress(OSError):
+    status = 0
+    try:
+        status = main()
         sys.stdout.flush()
+    except BrokenPipeError:
+        status = status or _PIPE_STATUS
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(status)  # nothing is left to do, and taking the interpreter down costs 30 ms
 

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rekindle import criu
 from rekindle.config import Config, Limits
 from rekindle.engine import Endpoint
 from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
+from rekindle.files import full_disk
 from rekindle.home import Home
 from rekindle.report import Report
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 _JOBS_LIMIT = 256
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_ELSEWHERE = _FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -45,20 +50,50 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def reporting(report: Report, args: argparse.Namespace) -> Iterator[None]:
-    """Writes the report when the command fails, too."""
+    """Writes the report when the command fails, too. Raises UsageError, before any work, for a file that it
+    cannot be written to."""
+    path: Path | None = None
     try:
+        _refuse_unwritable(args.report)
+        path = args.report
         yield
     except BaseException as error:
-        if isinstance(error, RekindleError):
-            report.error = {"code": error.code, "message": error.message}
-            report.error |= {"cause": error.cause, "hint": error.hint}
+        told = from_outside(error) if isinstance(error, OSError) else error
+        if isinstance(told, RekindleError):
+            report.error = {"code": told.code, "message": told.message}
+            report.error |= {"cause": told.cause, "hint": told.hint}
         elif isinstance(error, Interrupted):
             report.error = {"code": "interrupted", "message": f"ended by signal {error.signum}"}
         else:
             report.error = {"code": "bug", "message": repr(error)}
         with contextlib.suppress(OSError):
-            report.write(args.report, to_stdout=args.json)
+            report.write(path, to_stdout=False)  # not to one that was refused
+        with contextlib.suppress(OSError):
+            report.write(None, to_stdout=args.json)
         raise
+
+
+def _refuse_unwritable(path: Path | None) -> None:
+    """Also refuses /dev/null and the like, which the report would replace."""
+    if path is None:
+        return
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"--report {path} is no regular file")
+        path.parent.stat()
+    except OSError as error:
+        raise UsageError(f"--report {path} cannot be written", cause=str(error)) from None
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--report {path} cannot be written", cause=f"nor can anything in {path.parent}")
+
+
+def from_outside(error: OSError) -> RekindleError | None:
+    """What the system refuses, as an error of ours; None for what is a bug until somebody shows otherwise."""
+    if error.errno in _FULL:
+        return full_disk(error.filename or "here", cause=str(error))
+    if error.errno in _ELSEWHERE and error.filename:
+        return UsageError(f"{error.filename} cannot be used", cause=str(error))
+    return None
 
 
 def require_root() -> None:
@@ -86,8 +121,10 @@ def sweep(home: Home) -> list[Path]:
         store.drop_forgotten()
         if store.has_garbage():
             store.collect_garbage()
-    except PermissionError:  # somebody else's home: its owner's commands will do it
-        return []
+    except OSError as error:
+        if error.errno not in _FORBIDDEN:
+            raise
+        return []  # somebody else's home, or a read-only one: its owner's commands will do it
     return removed
 
 
@@ -180,11 +217,23 @@ def progress(tally: "Tally | None", report: Report) -> contextlib.AbstractContex
 
 
 def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> Layout:
-    """The layout that an image is in. Raises UsageError for a directory that is no layout."""
+    """The layout that an image is in. Raises UsageError for a directory that is none, or cannot be one."""
     if image.directory is None:
         return Layout.create(home.store)
     if create:
-        return Layout.create(image.directory)
+        try:
+            layout = Layout.create(image.directory)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise UsageError(
+                f"{image.directory} cannot be used as an OCI image layout", cause=str(error)
+            ) from None
+        if not os.access(image.directory, os.W_OK | os.X_OK):
+            raise UsageError(
+                f"{image.directory} cannot be used as an OCI image layout", cause="it may not be written to"
+            )
+        return layout
     if not (image.directory / "oci-layout").exists():
         raise UsageError(f"{image.directory} is no OCI image layout")
     return Layout(image.directory)

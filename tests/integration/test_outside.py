@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the system refuses is told as an error of the user's surroundings, and never as a bug of ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Rekindle, small_disk
+from tests.integration.test_registry import make_image
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, or become somebody else")
+
+
+@pytest.mark.parametrize("target", ["file", "file/below", "/proc/rekindle"])
+def test_what_can_be_no_layout_is_a_usage_error(rekindle: Rekindle, tmp_path: Path, target: str) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    (tmp_path / "file").touch()
+    done = rekindle("copy", f"oci:{tmp_path}/from:1", f"oci:{tmp_path / target}:1")
+    assert done.status == 2, done.stderr
+    assert "cannot be used as an OCI image layout" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_root
+def test_a_layout_of_somebody_else_is_not_written_to(rekindle: Rekindle, tmp_path: Path) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    make_image(tmp_path / "theirs", layers=1, size=100)
+    (tmp_path / "theirs").chmod(0o755)
+    # Without the capabilities, root is anybody to files that do not let their owner write.
+    (tmp_path / "theirs").chmod(0o555)
+    rekindle.prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    done = rekindle("copy", f"oci:{tmp_path}/from:1", f"oci:{tmp_path}/theirs:2")
+    assert done.status == 2, done.stderr
+    assert "it may not be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_root
+def test_a_home_that_is_read_only_can_be_read_from(rekindle: Rekindle, tmp_path: Path) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    with small_disk(rekindle.home, "4m"):
+        assert rekindle("copy", f"oci:{tmp_path}/from:1", "mine").status == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(rekindle.home)], check=True)
+        done = rekindle("copy", "mine", f"oci:{tmp_path}/to:1")
+        assert done.status == 0, done.stderr
+        refused = rekindle("copy", f"oci:{tmp_path}/from:1", "other", "--json")
+        assert (refused.status, refused.json["error"]["code"]) == (2, "usage"), refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("report", ["nowhere/r.json", ".", "file/r.json", "fifo"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    rekindle: Rekindle, tmp_path: Path, report: str
+) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")  # as /dev/null: not to be replaced
+    words = ("copy", f"oci:{tmp_path}/from:1", f"oci:{tmp_path}/to:1", "--report", str(tmp_path / report))
+    done = rekindle(*words, "--json")
+    assert (done.status, done.json["error"]["code"]) == (2, "usage"), done.stderr
+    assert not (tmp_path / "to").exists()
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_a_report_lies_in_the_directory_one_is_in(rekindle: Rekindle, tmp_path: Path) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    rekindle.prefix = ["env", "-C", str(tmp_path)]
+    done = rekindle("copy", "oci:from:1", "oci:to:1", "--report", "r.json")
+    assert done.status == 0, done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["outcome"] == "saved"
+
+
+@pytest.mark.parametrize("words", [["doctor", "--json"], ["--help"]])
+def test_a_reader_that_has_had_enough_is_no_bug(rekindle: Rekindle, words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "rekindle", *words],
+        env=rekindle.environment(),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode in {141, 10}
