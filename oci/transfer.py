@@ -2,7 +2,8 @@
 """Images from one place to another: only what is not there yet, many blobs at once, the tag last."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from rekindle.fields import Fields
 _DEPTH_LIMIT = 4
 _NODES_LIMIT = 1000
 _NODES_BYTES = 64 << 20  # of all manifests together: they are held in memory
+_ATTACHMENTS_LIMIT = 64
+_LISTED_LIMIT = 1000  # of those that a list of attachments names; the rest is not looked at
 
 
 class Target(Protocol):
@@ -51,21 +54,30 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """A small manifest that refers to an image, as signatures do, and its blobs. Nothing names it."""
+
+    node: Node
+    blobs: Sequence[Descriptor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
     """All that an image consists of. `nodes` come after those that they name; the last is the root.
 
-    `attached` are those of them that nothing names, but that refer to the image: its signatures.
+    `attached` is no part of the image: it comes along if it can.
     """
 
     nodes: Sequence[Node]
     blobs: Sequence[Descriptor]
-    attached: Sequence[Descriptor] = ()
+    attached: Sequence[Attachment] = ()
 
 
 def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
     """Reads the manifests of an image, each checked against its digest.
 
-    Raises FormatError for what is no image, or exceeds the limits.
+    Raises FormatError for what is no image, or exceeds the limits. Of what is attached to it, that which
+    does so is left out.
     """
     nodes: dict[Digest, Node] = {}
     blobs: dict[Digest, Descriptor] = {}
@@ -92,33 +104,58 @@ def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
         nodes[descriptor.digest] = Node(descriptor=descriptor, content=content)
 
     visit(root, 0)
-    image = list(nodes.values())
-    attached = [each for node in image for each in _attached(source, node.descriptor.digest, limits)]
-    for each in attached:
-        visit(each, 1)
-    of_them = [node for digest, node in nodes.items() if node not in image]
     return Tree(
-        nodes=(*image[:-1], *of_them, image[-1]), blobs=tuple(blobs.values()), attached=tuple(attached)
+        nodes=tuple(nodes.values()),
+        blobs=tuple(blobs.values()),
+        attached=tuple(itertools.islice(_attached(source, list(nodes), sizes, limits), _ATTACHMENTS_LIMIT)),
     )
 
 
-def _attached(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Descriptor]:
-    """The small manifests that really refer to one. A list of them may say anything, and whoever can attach
-    something to an image must not be able to break it, or to make everybody fetch gigabytes."""
-    for each in source.referrers(digest):
-        if each.annotations.get(media_types.SIGNER) == media_types.MACHINE:
-            continue
-        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-            content = source.read(each, limit_bytes=limits.manifest_bytes)
-            fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
-            children = list(_children(fields, limits))
-            if (
-                fields.has("subject")
-                and fields.inner("subject").text("digest") == digest
-                and not any(child.media_type in media_types.DOCUMENTS for child in children)
-                and sum(child.size for child in children) <= limits.record_bytes
-            ):
-                yield each
+def _attached(
+    source: Blobs, image: Sequence[Digest], sizes: Mapping[Digest, int], limits: Limits
+) -> Iterator[Attachment]:
+    """What is attached to the manifests of an image, and fits it. Whoever can attach something must not be
+    able to break the image."""
+    seen = set(image)
+    listed_left, bytes_left = _LISTED_LIMIT, _NODES_BYTES
+    for digest in image:
+        listed: Sequence[Descriptor] = ()
+        with contextlib.suppress(FormatError):
+            listed = source.referrers(digest)
+        for each in listed:
+            if each.digest in seen or each.annotations.get(media_types.SIGNER) == media_types.MACHINE:
+                continue
+            listed_left -= 1
+            if listed_left < 0:
+                return
+            with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+                attachment = _attachment(source, each, digest, sizes, limits)
+                bytes_left -= len(attachment.node.content)
+                if bytes_left < 0:
+                    return
+                seen.add(each.digest)
+                yield attachment
+
+
+def _attachment(
+    source: Blobs, descriptor: Descriptor, subject: Digest, sizes: Mapping[Digest, int], limits: Limits
+) -> Attachment:
+    """A small manifest that really refers to one: a list of them may say anything, and nobody is to fetch
+    gigabytes for it. Raises FormatError, IntegrityError, NotFoundError."""
+    content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
+    fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
+    if not fields.has("subject") or fields.inner("subject").text("digest") != subject:
+        raise FormatError(f"{descriptor.digest} does not refer to {subject}")
+    blobs: dict[Digest, Descriptor] = {}
+    for child in _children(fields, limits):
+        if child.media_type in media_types.DOCUMENTS:
+            raise FormatError(f"{descriptor.digest} is attached, and names manifests")
+        expected = blobs.setdefault(child.digest, child).size
+        if {expected, sizes.get(child.digest, expected)} != {child.size}:
+            raise FormatError(f"{descriptor.digest} gives {child.digest} another size")
+    if sum(blob.size for blob in blobs.values()) > limits.record_bytes:
+        raise FormatError(f"{descriptor.digest} is larger than what is attached may be")
+    return Attachment(node=Node(descriptor=descriptor, content=content), blobs=tuple(blobs.values()))
 
 
 def _children(fields: Fields, limits: Limits) -> Iterator[Descriptor]:
@@ -134,8 +171,9 @@ def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Acc
     """Brings an image to a layout. What came before an interruption stays for the next try."""
     root = tree.nodes[-1].descriptor
     with layout.incoming(root.digest) as arrival:
-        copy(source, tree, arrival, tag=None, jobs=access.config.patience.jobs, tally=access.tally)
-        arrival.publish(root, tag, tree.attached)
+        jobs = access.config.patience.jobs
+        attached = copy(source, tree, arrival, tag=None, jobs=jobs, tally=access.tally)
+        arrival.publish(root, tag, attached)
 
 
 def into_registry(
@@ -163,12 +201,14 @@ def copy(
     tag: str | None,
     jobs: int,
     tally: Tally,
-) -> None:
+) -> list[Descriptor]:
     """Brings an image to a target; its root under `tag`, if there is one, and last of all.
 
-    Raises what the source and the target raise. What has come until then stays, for the next try.
+    Returns what came of that which is attached: where something is wrong with it, it is left out. Otherwise
+    raises what the source and the target raise. What has come until then stays, for the next try.
     """
-    for blob in tree.blobs:
+    of_attached = [blob for each in tree.attached for blob in each.blobs]
+    for blob in {blob.digest: blob for blob in (*tree.blobs, *of_attached)}.values():
         tally.expect(blob.size)
 
     done: set[Digest] = set()
@@ -185,8 +225,29 @@ def copy(
     for node in tree.nodes[:-1]:
         if not target.has(node.descriptor):
             target.put_manifest(node.content, node.descriptor.media_type)
+    attached = []
+    for each in tree.attached:
+        blobs = [blob for blob in each.blobs if blob.digest not in done]
+        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+            _bring_attached(blobs, bring, source)
+            if not target.has(each.node.descriptor):
+                target.put_manifest(each.node.content, each.node.descriptor.media_type)
+            attached.append(each.node.descriptor)
     root = tree.nodes[-1]
     target.put_manifest(root.content, root.descriptor.media_type, tag)
+    return attached
+
+
+def _bring_attached(blobs: Sequence[Descriptor], bring: Callable[[Descriptor], None], source: Blobs) -> None:
+    """Brings a few small blobs, one by one: nothing is cancelled if one cannot be had."""
+    for blob in blobs:
+        while True:
+            try:
+                bring(blob)
+                break
+            except IntegrityError:
+                if not source.distrust():
+                    raise
 
 
 def _bring_all(

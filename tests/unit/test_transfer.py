@@ -141,6 +141,100 @@ def test_manifests_that_are_none(content: bytes, layout: Layout) -> None:
         explore(layout, layout.put(content, media_types.MANIFEST))
 
 
+# What is attached: it can break nothing.
+
+
+class Attached:
+    """A layout, and what a registry lists as attached to an image in it."""
+
+    def __init__(self, layout: Layout, *listed: Descriptor, error: Exception | None = None) -> None:
+        self._layout, self._listed, self._error = layout, listed, error
+        self.read, self.open_blob = layout.read, layout.open_blob
+        self.cancel, self.distrust = layout.cancel, layout.distrust
+
+    def referrers(self, _: Digest) -> list[Descriptor]:
+        if self._error:
+            raise self._error
+        return list(self._listed)
+
+
+def attach(layout: Layout, root: Descriptor, *blobs: Descriptor, **more: Any) -> Descriptor:
+    return put_manifest(layout, *blobs, subject=root.to_json(), **more)
+
+
+def test_what_is_attached_comes_along(layout: Layout, tmp_path: Path, access: Access) -> None:
+    shared, signature = layout.put(b"shared", LAYER), layout.put(b"signature", LAYER)
+    root = put_manifest(layout, shared)
+    attached = attach(layout, root, signature, shared)
+    source = Attached(layout, attached, attached, root)
+    tree = transfer.explore(source, root, Limits())
+    assert [each.node.descriptor for each in tree.attached] == [attached]
+    assert [blob.digest for blob in tree.blobs] == [shared.digest]
+    target = Layout.create(tmp_path / "target")
+    transfer.into_layout(source, tree, target, "name:1", access)
+    assert [each.digest for each in target.referrers(root.digest)] == [attached.digest]
+    assert target.has(signature)
+    assert (access.tally.expected_bytes, access.tally.reused_bytes) == (15, 0)
+
+
+def test_what_cannot_be_fetched_of_it_is_left_out(layout: Layout, tmp_path: Path, access: Access) -> None:
+    blob, missing = (Descriptor(media_type=LAYER, digest=Digest.of_bytes(b), size=3) for b in (b"a", b"b"))
+    kept = layout.put(b"kept", LAYER)
+    root = put_manifest(layout, kept)
+    bad = [attach(layout, root, blob), attach(layout, root, kept, config=missing.to_json())]
+    good = attach(layout, root, kept)
+    source = Attached(layout, *bad, good)
+    tree = transfer.explore(source, root, Limits())
+    assert len(tree.attached) == 3
+    target = Layout.create(tmp_path / "target")
+    transfer.into_layout(source, tree, target, "name:1", access)
+    assert target.resolve("name:1").digest == root.digest
+    assert [each.digest for each in target.referrers(root.digest)] == [good.digest]
+    assert target.reachable(list(target.tags().values())) == {root.digest, kept.digest}
+
+
+def test_what_does_not_fit_the_image_is_left_out(layout: Layout) -> None:
+    blob = layout.put(b"blob", LAYER)
+    root = put_manifest(layout, blob)
+    other = Descriptor(media_type=LAYER, digest=blob.digest, size=5)
+    unknown = Descriptor(media_type=LAYER, digest=Digest.of_bytes(b"x"), size=1)
+    larger = Descriptor(media_type=LAYER, digest=unknown.digest, size=17 << 20)
+    source = Attached(
+        layout,
+        attach(layout, root, other),
+        attach(layout, root, config=other.to_json()),
+        attach(layout, root, unknown, larger),
+        attach(layout, root, larger),
+        attach(layout, root, put_manifest(layout)),
+        attach(layout, blob),
+        put_manifest(layout, annotations={"refers": "to nothing"}),
+        layout.put(b"{", media_types.MANIFEST),
+        Descriptor(media_type=media_types.MANIFEST, digest=unknown.digest, size=1),
+        good := attach(layout, root, blob),
+    )
+    tree = transfer.explore(source, root, Limits())
+    assert [each.node.descriptor for each in tree.attached] == [good]
+
+
+def test_a_list_of_attachments_that_makes_no_sense_is_none(layout: Layout) -> None:
+    root = put_manifest(layout)
+    assert transfer.explore(Attached(layout, error=FormatError("no list")), root, Limits()).attached == ()
+    with pytest.raises(RegistryError):
+        transfer.explore(Attached(layout, error=RegistryError("down")), root, Limits())
+
+
+def test_many_attachments_are_not_all_looked_at(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = put_manifest(layout)
+    many = [attach(layout, root, annotations={"n": str(number)}) for number in range(70)]
+    source = Attached(layout, *many)
+    assert len(transfer.explore(source, root, Limits()).attached) == 64
+    monkeypatch.setattr(transfer, "_NODES_LIMIT", 3)
+    monkeypatch.setattr(transfer, "_LISTED_LIMIT", 5)
+    assert len(transfer.explore(source, root, Limits()).attached) == 5
+    monkeypatch.setattr(transfer, "_NODES_BYTES", 2 * many[0].size)
+    assert len(transfer.explore(source, root, Limits()).attached) == 2
+
+
 # Bringing.
 
 
@@ -202,6 +296,9 @@ class Source:
         if descriptor.digest in self._wrong and self._places > 1:
             return io.BytesIO(b"wrong")  # type: ignore[return-value]
         return self._layout.open_blob(descriptor)
+
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        return self._layout.referrers(digest)
 
     def cancel(self) -> None:
         self.cancelled = True
