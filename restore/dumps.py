@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from oci.image import Image
 from oci.trust.verifier import Verified
-from rekindle.errors import FormatError, IntegrityError, UsageError
+from rekindle.errors import BusyError, FormatError, IntegrityError, SpaceError, UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 from rekindle.fingerprint import boot_id
 from rekindle.home import Home
@@ -39,9 +39,12 @@ def ready(
 
     Readers never see half a dump: it is unpacked in `work` and renamed. One that was kept is taken only if
     nothing about its files has changed since; with `paranoid`, it is never taken.
+
+    Raises SpaceError, and removes none, if there would not be enough room even without the others.
     """
     image = verified.value
     fresh = False
+    tries_left = 2
     limit = limit_bytes()
     target = home.dumps / image.process.digest.hex
     lock = home.dumps / f"{image.process.digest.hex}.lock"
@@ -56,8 +59,15 @@ def ready(
         # Between the two locks, another may unpack it for us, or make room by removing it again.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
             if (paranoid and not fresh) or not _is_ready(target, image):
+                if not tries_left:
+                    raise BusyError(
+                        f"{target} does not stay as it was unpacked",
+                        hint="another restore removes it to make room, or something changes it: try again",
+                    )
+                tries_left -= 1
                 _clear(target)
-                room = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
+                room = _room_bytes(image)
+                _refuse_what_never_fits(home.dumps, room, limit)
                 _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
@@ -71,6 +81,28 @@ def limit_bytes() -> int:
         return int(float(text) * (1 << 30)) if text else _DEFAULT_LIMIT_BYTES
     except (ValueError, OverflowError):
         raise UsageError(f"REKINDLE_DUMPS_LIMIT={text} is no number of GiB") from None
+
+
+def _room_bytes(image: Image) -> int:
+    """How much a dump takes at most. What the record says of files, its layers must be able to hold: a lie
+    would cost all the other dumps."""
+    said = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
+    possible = sum(image.limits.expanded_bytes(layer.size) for layer in image.layers)
+    return min(said, possible, image.record.stored_bytes or said)
+
+
+def _refuse_what_never_fits(dumps: Path, room: int, limit: int) -> None:
+    total = shutil.disk_usage(dumps).total
+    if room > total:
+        raise SpaceError(
+            f"the dump takes {room:,} bytes unpacked", cause=f"the disk of {dumps} has {total:,} in all"
+        )
+    if room > limit:
+        raise SpaceError(
+            f"the dump takes {room:,} bytes unpacked",
+            cause=f"all dumps together may take {limit:,}",
+            hint="raise REKINDLE_DUMPS_LIMIT (in GiB)",
+        )
 
 
 def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:

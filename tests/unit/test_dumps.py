@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,8 @@ from oci import layers, tree
 from oci.layout import Layout
 from oci.trust import verifier
 from oci.trust.verifier import Verified
-from rekindle.errors import IntegrityError, UsageError
+from rekindle.digest import Digest
+from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
 from rekindle.home import Home
 from rekindle.report import Report
 from restore import dumps
@@ -261,3 +263,66 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", text)
     with pytest.raises(UsageError):
         dumps.limit_bytes()
+
+
+def lying(image: images.Image, size: int, *, stored_bytes: int) -> images.Image:
+    """An image whose record gives its pages a size."""
+    files = [
+        dataclasses.replace(file, size=size) if file.path.name == "pages-1.img" else file
+        for file in image.record.files
+    ]
+    record = dataclasses.replace(image.record, files=files, stored_bytes=stored_bytes)
+    process = dataclasses.replace(image.process, digest=Digest.of_bytes(b"another"))
+    return dataclasses.replace(image, record=record, process=process)
+
+
+@pytest.mark.parametrize("stored_bytes", [0, 1 << 20, 1 << 61])
+def test_a_lie_about_its_size_costs_no_other_dump(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, stored_bytes: int
+) -> None:
+    assert use(home, image)
+    monkeypatch.setattr(dumps, "_unpack", lambda *_: pytest.fail("there is no need to come this far"))
+    with pytest.raises((SpaceError, pytest.fail.Exception)):
+        use(home, lying(image, 1 << 61, stored_bytes=stored_bytes))
+    monkeypatch.undo()
+    assert not use(home, image)
+
+
+@pytest.mark.parametrize("limit", ["0", "0.00001"])
+def test_what_never_fits_is_refused_before_others_go(
+    home: Home, image: images.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = make(tmp_path / "other", os.urandom(4096))
+    assert use(home, image)
+    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", limit)
+    with pytest.raises(SpaceError, match="unpacked"):
+        use(home, lying(other, 1 << 20, stored_bytes=1 << 20))
+    assert place_of(home, image).exists()
+
+
+def test_what_the_disk_could_never_hold_is_refused(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(home.dumps)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=4096))
+    with pytest.raises(SpaceError, match="unpacked"):
+        use(home, image)
+
+
+def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = []
+    real = dumps._unpack
+
+    def unpack(*args: Any) -> None:
+        unpacked.append(args)
+        real(*args)
+
+    monkeypatch.setattr(dumps, "_unpack", unpack)
+    monkeypatch.setattr(dumps, "_is_ready", lambda *_: False)
+    with pytest.raises(BusyError, match="does not stay"):
+        use(home, image)
+    assert len(unpacked) == 2
+    assert not list(home.run.iterdir())
