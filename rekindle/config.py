@@ -13,7 +13,7 @@ docs/operations.md explains it.
     jobs = 16                               connections at once
     connect_seconds = 10
     stall_seconds = 30                      without news, a connection counts as broken
-    attempts = 5                            of one request, in all
+    attempts = 5                            in a row without a byte, until a request has failed
     longest_wait_seconds = 60               a registry that asks for more (Retry-After) has failed
 
     [registry."registry.example.com"]
@@ -33,6 +33,7 @@ from rekindle.fields import Fields, text_item
 
 _FILE_LIMIT_BYTES = 1 << 20
 _MIRRORS_LIMIT = 16
+JOBS_LIMIT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,12 @@ def _integers(table: type[Limits] | type[Patience], value: object, where: str) -
     known = {each.name for each in fields(table)}
     given = Fields(value, where)
     _only(given.as_json(), known, where)
-    return {name: given.integer(name, at_least=1) for name in known if given.has(name)}
+    bounds = {"jobs": JOBS_LIMIT}
+    return {
+        name: given.integer(name, at_least=1, at_most=bounds.get(name, 1 << 62))
+        for name in known
+        if given.has(name)
+    }
 
 
 def _registry(value: object, where: str) -> RegistrySettings:

@@ -18,7 +18,7 @@ from oci.reference import RegistryReference
 from oci.registry import credentials
 from oci.registry.download import BlobStream, Downloads
 from oci.registry.endpoint import AGAIN, Bytes, Endpoint, target_of
-from oci.registry.transport import PIECE_BYTES, Answer, Connections, Send, Url, is_loopback
+from oci.registry.transport import PIECE_BYTES, Answer, Connections, Send, Url, is_loopback, without_login
 from rekindle.config import Config, RegistrySettings
 from rekindle.digest import Digest
 from rekindle.errors import (
@@ -153,12 +153,16 @@ class Repository:
     def resolve(self) -> Descriptor:
         """The manifest or index that the reference names, checked against the digest if it has one.
 
-        A tag is asked of the registry itself: only for a digest it does not matter who answers.
+        A tag is asked of the registry itself: only for a digest it does not matter who answers. Raises
+        NotFoundError.
         """
-        if self.reference.digest is not None:
-            name = str(self.reference.digest)
-            return self._first(lambda endpoint: self._fetch_manifest(endpoint, name))[0]
-        return self._fetch_manifest(self._origin, self.reference.tag)[0]
+        try:
+            if self.reference.digest is not None:
+                name = str(self.reference.digest)
+                return self._first(lambda endpoint: self._fetch_manifest(endpoint, name))[0]
+            return self._fetch_manifest(self._origin, self.reference.tag)[0]
+        except NotFoundError as error:
+            raise NotFoundError(f"there is no image {self.reference}", cause=error.cause) from None
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
         """See `Blobs.read`. Raises NotFoundError, RegistryError, CredentialsError besides."""
@@ -237,7 +241,10 @@ class Repository:
         return read(self._origin)
 
     def _note(self, mirror: Endpoint, error: RekindleError) -> None:
-        """A mirror need not have everything; but one that cannot be reached is not asked again."""
+        """A mirror need not have everything; but one that cannot be reached is not asked again. Raises the
+        error again if the user is to mend it."""
+        if isinstance(error, UsageError):
+            raise error
         if not isinstance(error, NotFoundError):
             self._drop(mirror)
 
@@ -552,6 +559,8 @@ def _mirror(url: str) -> Url:
             raise ValueError("it has more than a path")
         return Url.parse(url)
     except ValueError as error:
+        # What the parser says of a URL may be a part of the password.
+        cause = "it must not hold a user or a password" if "@" in url else str(error)
         raise UsageError(
-            f"{url} is no mirror", cause=str(error), hint="write http://HOST:PORT or https://HOST"
+            f"{without_login(url)} is no mirror", cause=cause, hint="write http://HOST:PORT or https://HOST"
         ) from None

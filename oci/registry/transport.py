@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from rekindle import __version__
 from rekindle.config import Patience
-from rekindle.errors import RegistryError
+from rekindle.errors import RegistryError, UsageError
 
 if TYPE_CHECKING:
     import ssl
@@ -34,6 +34,7 @@ _GRACE_BYTES = 256 << 20  # a registry hashes and moves what it got before it an
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?|[0-9a-f.]*:[0-9a-f:.]*")
 _HOST_LIMIT = 253
+_LOGIN = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@", re.DOTALL)
 _LOOPBACK = re.compile(r"(?:.*\.)?localhost|::1|127(?:\.[0-9]{1,3}){3}")
 
 
@@ -59,7 +60,7 @@ class Url:
             or not _HOST.fullmatch(host)
             or parts.port == 0
         ):
-            raise ValueError(f"no http or https URL: {text[:200]!r}")
+            raise ValueError(f"no http or https URL: {without_login(text)[:200]!r}")
         target = urllib.parse.quote((parts.path or "/"), safe="/%:@!$&'()*+,;=~-._")
         if parts.query:
             target += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=?~-._")
@@ -426,7 +427,14 @@ class Connections:
         ca_file = self._ca_files.get(url.authority) or self._ca_files.get(url.host)
         with self._lock:  # to read all authorities takes longer than to connect
             if ca_file not in self._contexts:
-                self._contexts[ca_file] = ssl.create_default_context(cafile=ca_file)
+                try:
+                    self._contexts[ca_file] = ssl.create_default_context(cafile=ca_file)
+                except OSError as error:  # SSLError is one
+                    raise UsageError(
+                        f"the ca_file {ca_file} cannot be used",
+                        cause=str(error),
+                        hint=f'the configuration names it for [registry."{url.authority}"]',
+                    ) from None
             return self._contexts[ca_file]
 
     def give_back(self, url: Url, connection: http.client.HTTPConnection) -> None:
@@ -507,6 +515,11 @@ def _proxy(url: Url) -> _Proxy | None:
         pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
     return _Proxy(host=parts.hostname or "", port=port, headers=headers)
+
+
+def without_login(text: str) -> str:
+    """A URL, or what should be one, without user and password."""
+    return _LOGIN.sub(r"\1…@", text, count=1)
 
 
 def is_loopback(host: str) -> bool:

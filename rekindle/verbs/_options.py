@@ -15,7 +15,7 @@ from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
 from oci.reference import LayoutReference, Reference
 from rekindle import criu
-from rekindle.config import Config, Limits
+from rekindle.config import JOBS_LIMIT, Config, Limits
 from rekindle.engine import Endpoint
 from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
 from rekindle.files import full_disk
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from oci.registry.repository import Access
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
-_JOBS_LIMIT = 256
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _ELSEWHERE = _FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
@@ -160,8 +159,8 @@ def access(args: argparse.Namespace, home: Home) -> "Access":
 
     config = Config.read(home.root)
     if args.jobs is not None:
-        if not 1 <= args.jobs <= _JOBS_LIMIT:
-            raise UsageError(f"--jobs must be from 1 to {_JOBS_LIMIT}")
+        if not 1 <= args.jobs <= JOBS_LIMIT:
+            raise UsageError(f"--jobs must be from 1 to {JOBS_LIMIT}")
         patience = dataclasses.replace(config.patience, jobs=args.jobs)
         config = dataclasses.replace(config, patience=patience)
     return Access(
