@@ -58,8 +58,11 @@ def _copy(source: Reference, target: Reference, home: Home, access: Access, repo
                 transfer.into_registry(blobs, tree, target, access, mount_from=mount_from)
             else:
                 layout = _options.layout_of(target, home, create=True)
+                before = layout.tags().get(target.tag)
                 with _options.collecting(layout, target):
                     transfer.into_layout(blobs, tree, layout, target.tag, access)
+                if before is not None and before.digest != root.digest:
+                    report.say(f"{target} replaces {before.digest}")
 
 
 def _repositories(source: Reference, target: RegistryReference) -> list[str]:

@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
     _trust.add_arguments(parser)
     _transfer.add_arguments(parser)
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words)  # TARGET may come after options
     source = parse(args.source)
     if not isinstance(source, RegistryReference):
         raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
@@ -35,10 +35,19 @@ def main(words: Sequence[str]) -> int:
         if args.target:
             raise UsageError("--unpack stores no image", hint="leave out its name")
         return _unpack(source, args)
+    if not args.target and source.digest is not None and not _names_tag(args.source):
+        raise UsageError(
+            f"{source} has no tag, and so no name here", hint="say how to call it: rekindle pull IMAGE TARGET"
+        )
     target = parse(args.target or f"{source.repository.rpartition('/')[2]}:{source.tag}")
     if not isinstance(target, LayoutReference):
         raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
     return _transfer.run("pull", source, target, args)
+
+
+def _names_tag(text: str) -> bool:
+    """Whether a reference to a registry has a tag of its own, and not only the one that is meant without."""
+    return ":" in text.partition("/")[2].partition("@")[0]
 
 
 def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from oci.layout import Layout
 from tests.conftest import Rekindle, small_disk
 from tests.integration.test_registry import make_image
+from tests.servers.registry.simulator import Registry
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, or become somebody else")
 
@@ -90,3 +92,72 @@ def test_a_reader_that_has_had_enough_is_no_bug(rekindle: Rekindle, words: list[
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode in {141, 10}
+
+
+def test_options_may_stand_between_image_and_target(rekindle: Rekindle, tmp_path: Path) -> None:
+    digest = make_image(tmp_path / "from", layers=1, size=100)
+    with Registry() as registry:
+        image = f"{registry.host}/a/r"
+        assert rekindle("push", f"oci:{tmp_path}/from:1", f"{image}:1").status == 0
+        done = rekindle("pull", f"{image}:1", "--jobs", "4", "mine:3", "--json")
+    assert done.status == 0, done.stderr
+    assert Layout(rekindle.home / "store").resolve("mine:3").digest == digest
+
+
+def test_what_has_no_tag_takes_the_place_of_nothing(rekindle: Rekindle, tmp_path: Path) -> None:
+    first = make_image(tmp_path / "from", layers=1, size=100)
+    second = make_image(tmp_path / "other", layers=1, size=100)
+    with Registry() as registry:
+        image = f"{registry.host}/a/r"
+        assert rekindle("push", f"oci:{tmp_path}/from:1", image).status == 0
+        assert rekindle("push", f"oci:{tmp_path}/other:1", f"{image}:2").status == 0
+        pulled = rekindle("pull", image)
+        assert pulled.status == 0, pulled.stderr
+        assert "replaces" not in pulled.stderr
+        assert rekindle("pull", f"{image}@{second}").status == 2
+        store = Layout(rekindle.home / "store")
+        assert store.resolve("r:latest").digest == first
+        assert rekindle("pull", f"{image}:2@{second}").status == 0
+        assert store.resolve("r:2").digest == second
+        replaced = rekindle("pull", f"{image}@{second}", "r:latest")
+        assert f"replaces {first}" in replaced.stderr
+        again = rekindle("pull", f"{image}@{second}", "r:latest")
+        assert (again.status, "replaces" in again.stderr) == (0, False)
+
+
+def test_a_registry_without_the_image_is_told_by_the_image(rekindle: Rekindle) -> None:
+    with Registry() as registry:
+        image = f"{registry.host}/a/r:nothing"
+        done = rekindle("pull", image, "--json")
+    assert done.status == 12
+    assert done.json["error"]["message"] == f"there is no image {image}"
+
+
+def test_an_authority_that_is_not_there_is_a_mistake_in_the_configuration(
+    rekindle: Rekindle, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(
+        '[registry."127.0.0.1:1"]\nplain_http = false\nca_file = "/no.pem"\n'
+    )
+    done = rekindle("pull", "127.0.0.1:1/a/r:1", env={"REKINDLE_CONFIG": str(tmp_path / "config.toml")})
+    assert done.status == 2, done.stderr
+    assert "/no.pem" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@127.0.0.1:1", "http://user:hun/hunter2@host", "user:hunter2@h"]
+)
+def test_the_password_of_a_mirror_is_not_shown(rekindle: Rekindle, url: str) -> None:
+    done = rekindle("pull", "127.0.0.1:1/a/r:1", "--mirror", url, "--json")
+    assert done.status == 2, done.stderr
+    assert "no mirror" in done.stderr
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+def test_more_connections_than_make_sense_are_refused_in_the_configuration(
+    rekindle: Rekindle, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text("[transfer]\njobs = 257\n")
+    done = rekindle("pull", "127.0.0.1:1/a/r:1", env={"REKINDLE_CONFIG": str(tmp_path / "config.toml")})
+    assert done.status == 2, done.stderr
+    assert "256" in done.stderr
