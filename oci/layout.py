@@ -20,6 +20,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 MANIFEST_LIMIT_BYTES = 4 << 20
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
+_NO_FILE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _FORGOTTEN_SECONDS = 24 * 3600.0
 _WAIT_SECONDS = 3600.0  # who reads a large image holds the lock for minutes
 
@@ -114,13 +116,25 @@ class Layout:
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """A blob's bytes, unchecked. Raises IntegrityError if it is missing or has another size."""
+        # Whoever can write to a layout may have put anything there: a link that leads out, or a pipe that
+        # nobody writes to, for which a plain open would wait for ever.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            file = open(self._blobs / descriptor.digest.hex, "rb", buffering=0)  # noqa: SIM115
+            fd = os.open(self._blobs / descriptor.digest.hex, flags)
         except FileNotFoundError:
             raise IntegrityError(
                 f"blob {descriptor.digest} is missing from {self.root}", hint="make the snapshot anew"
             ) from None
-        size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise _is_no_file(descriptor, str(error)) from None
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise _is_no_file(descriptor, stat.filemode(status.st_mode))
+        file = open(fd, "rb", buffering=0)  # noqa: SIM115
+        size = status.st_size
         if size != descriptor.size:
             file.close()
             raise IntegrityError(
@@ -221,9 +235,12 @@ class Layout:
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether a blob is there, and whole: its name alone does not say so."""
-        path = self._blobs / descriptor.digest.hex
-        with contextlib.suppress(OSError):
-            return path.stat().st_size == descriptor.size and Digest.of_file(path) == descriptor.digest
+        with contextlib.suppress(OSError, IntegrityError), self.open_blob(descriptor) as file:
+            hasher = hashlib.sha256()
+            buffer = memoryview(bytearray(READ_BYTES))
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+            return "sha256:" + hasher.hexdigest() == descriptor.digest
         return False
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:
@@ -405,6 +422,14 @@ def _remove_incoming(lock: Path) -> None:
     lock.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # others may be coming in
         lock.parent.rmdir()
+
+
+def _is_no_file(descriptor: Descriptor, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"blob {descriptor.digest} is no plain file",
+        cause=what,
+        hint="make the snapshot anew, or fetch it again",
+    )
 
 
 def _is_tagged(entry: JSON, tag: str) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -545,3 +546,33 @@ def test_manifests_that_name_each_other_many_times_are_read_once(store: Layout) 
         document = {"manifests": [outer.to_json()] * 4}
         outer = store.put(json.dumps(document).encode(), media_types.INDEX)
     assert len(store.reachable([outer])) == 41
+
+
+def make_link(path: Path) -> None:
+    path.rename(path.parents[2] / "elsewhere")
+    path.symlink_to(path.parents[2] / "elsewhere")
+
+
+def make_socket(path: Path) -> None:
+    path.unlink()
+    os.mknod(path, stat.S_IFSOCK | 0o600)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.mkdir()),
+        make_link,
+        make_socket,
+    ],
+    ids=["pipe", "directory", "link", "socket"],
+)
+@pytest.mark.parametrize("content", [b"", b"content"])
+def test_a_blob_is_a_plain_file(store: Layout, plant: Callable[[Path], object], content: bytes) -> None:
+    blob = store.put(content, media_types.DUMP_LAYER)
+    assert store.has(blob)
+    plant(store.root / "blobs/sha256" / blob.digest.hex)
+    assert not store.has(blob)
+    with pytest.raises(IntegrityError, match="no plain file"):
+        store.open_blob(blob)
