@@ -9,13 +9,14 @@ from oci import media_types
 from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
 from rekindle.config import Limits
-from rekindle.errors import FormatError
+from rekindle.errors import FormatError, RekindleError
 from rekindle.fields import Fields
 from rekindle.record import Record
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
 _DEFAULTS = Limits()
+_CACHE_HINT = "it holds a kernel cache and no process: `rekindle extract`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,7 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         raise FormatError(
             f"{descriptor.digest} is no snapshot that this rekindle reads",
             cause=f"its artifactType is {kind!r:.80}, and not {media_types.SNAPSHOT!r}",
+            hint=_CACHE_HINT if _is_cache(blobs, descriptor, limits) else "",
         )
     manifests = index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
     processes = [d for d in manifests if d.artifact_type == media_types.PROCESS]
@@ -121,6 +123,12 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
     if manifest.text("artifactType", "") != media_types.PROCESS:
         raise FormatError(f"{process.digest} is not the process image that the index calls it")
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
+    given = manifest.json("layers")
+    if isinstance(given, list) and len(given) > limits.layers:
+        raise FormatError(
+            f"{process.digest} has {len(given)} layers, and {limits.layers} at most are taken",
+            hint="`layers` below [limits] in the configuration says how many: docs/operations.md",
+        )
     layers = manifest.list_of("layers", Descriptor.from_json, at_most=limits.layers)
     if config.media_type != media_types.RECORD or any(
         layer.media_type != media_types.DUMP_LAYER for layer in layers
@@ -140,6 +148,19 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
             blobs.read(config, limit_bytes=limits.record_bytes), limit_bytes=limits.record_bytes
         ),
     )
+
+
+def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
+    """Whether an image that is no snapshot is a kernel cache."""
+    if descriptor.media_type != media_types.MANIFEST:
+        return False
+    from oci import cache
+
+    try:
+        cache.load(blobs, descriptor, limits)
+    except RekindleError:
+        return False
+    return True
 
 
 def _serialize(document: object) -> bytes:

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle inspect`: what is in an image and for whom. Runs nothing."""
+"""`rekindle inspect`: what is in a snapshot or a kernel cache, and for whom. Runs nothing."""
 
 import argparse
 import json
 from collections.abc import Sequence
 
+from oci import cache, media_types
 from oci import image as images
+from oci.cache import CacheImage
+from oci.image import Image
 from oci.reference import parse
+from rekindle.engine import JSON
+from rekindle.errors import FormatError
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.run import replay
 from rekindle.text import printable
 from rekindle.verbs import _options
+from rekindle.verbs._options import Source
 from restore import match
 
 SCHEMA = "rekindle.inspect/1"
@@ -27,7 +33,28 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     reference = parse(args.image)
     with _options.source(reference, Home.from_environment(), args) as source:
-        image = images.load(source.blobs, source.root, source.limits)
+        kernels = _cache_itself(source)
+        if kernels is None:
+            image = images.load(source.blobs, source.root, source.limits)
+            if image.cache is not None:
+                kernels = cache.load(source.blobs, image.cache, source.limits)
+            _show_snapshot(image, kernels, args)
+        else:
+            _show_cache(kernels, args)
+    return 0
+
+
+def _cache_itself(source: Source) -> CacheImage | None:
+    """The image, if it is a kernel cache and not a snapshot, which may hold one."""
+    if source.root.media_type != media_types.MANIFEST:
+        return None
+    try:
+        return cache.load(source.blobs, source.root, source.limits)
+    except FormatError:
+        return None
+
+
+def _show_snapshot(image: Image, kernels: CacheImage | None, args: argparse.Namespace) -> None:
     reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
     if args.json:
         print(
@@ -40,13 +67,14 @@ def main(words: Sequence[str]) -> int:
                         "bytes": image.size_bytes,
                         "layers": [layer.to_json() for layer in image.layers],
                     },
+                    "cache": _cache_json(kernels) if kernels is not None else None,
                     "record": json.loads(image.record.to_bytes()),
                     "reasons": [reason.to_json() for reason in reasons],
                 },
                 indent=2,
             )
         )
-        return 0
+        return
     record = image.record
     fits = "yes" if not any(reason.hard for reason in reasons) else "no"
     rows = {
@@ -60,6 +88,7 @@ def main(words: Sequence[str]) -> int:
         "processes": f"{record.process.tasks} threads, network {record.process.network}",
         "memory": f"{record.dump_bytes:,} bytes dumped, {record.stored_bytes:,} without zero pages",
         "stored": f"{image.size_bytes:,} bytes in {len(image.layers)} layers",
+        "cache": _told(kernels) if kernels is not None else "none",
         "needs": f"{len(record.mapped_files)} files of the node's file system",
         "fits here": fits,
     }
@@ -67,4 +96,45 @@ def main(words: Sequence[str]) -> int:
         print(printable(f"{name:<12}{value}"))
     for reason in reasons:
         print(printable(f"{'':<12}{'' if reason.hard else '(harmless) '}{reason}"))
-    return 0
+
+
+def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
+    if args.json:
+        image = {"reference": args.image, "digest": kernels.manifest.digest}
+        print(json.dumps({"schema": SCHEMA, "image": image, "cache": _cache_json(kernels)}, indent=2))
+        return
+    inventory = kernels.inventory
+    targets = ", ".join(f"{target.backend} {target.arch}" for target in inventory.targets)
+    rows = {
+        "image": f"{args.image} {kernels.manifest.digest}",
+        "made": f"{kernels.created} by {inventory.made_by}",
+        "holds": _told(kernels),
+        "made for": f"{targets or 'no kernel says what'}, {kernels.architecture}",
+        "stored": f"{kernels.size_bytes:,} bytes in {len(kernels.layers)} layers",
+    }
+    for name, value in rows.items():
+        print(printable(f"{name:<12}{value}"))
+    for root in inventory.roots:
+        print(printable(f"{root.kind:<12}{root.files:,} files, {root.bytes:,} bytes of {root.recorded}"))
+
+
+def _told(kernels: CacheImage) -> str:
+    roots = kernels.inventory.roots
+    kinds = ", ".join(sorted({root.kind for root in roots})) or "nothing"
+    return f"kernels: {kinds}; {sum(root.bytes for root in roots):,} bytes"
+
+
+def _cache_json(kernels: CacheImage) -> JSON:
+    inventory = kernels.inventory
+    return {
+        "digest": kernels.manifest.digest,
+        "bytes": kernels.size_bytes,
+        "created": kernels.created,
+        "made_by": inventory.made_by,
+        "architecture": kernels.architecture,
+        "targets": [target.to_json() for target in inventory.targets],
+        "roots": [
+            {"kind": root.kind, "recorded": root.recorded, "files": root.files, "bytes": root.bytes}
+            for root in inventory.roots
+        ],
+    }

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from oci import cache, media_types
+from oci import image as images
 from oci.layout import Layout
+from rekindle.config import Limits
+from rekindle.errors import FormatError
 from tests.conftest import Rekindle, small_disk
 from tests.integration.test_registry import make_image
 from tests.servers.registry.simulator import Registry
+from tests.unit.cache_samples import triton
+from tests.unit.samples import FULL_RECORD
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, or become somebody else")
 
@@ -161,3 +167,47 @@ def test_more_connections_than_make_sense_are_refused_in_the_configuration(
     done = rekindle("pull", "127.0.0.1:1/a/r:1", env={"REKINDLE_CONFIG": str(tmp_path / "config.toml")})
     assert done.status == 2, done.stderr
     assert "256" in done.stderr
+
+
+def test_a_kernel_cache_is_shown(rekindle: Rekindle, tmp_path: Path) -> None:
+    root = triton(tmp_path / "t")
+    assert rekindle("pack-cache", "kernels", "--dir", str(root.path)).status == 0
+    done = rekindle("inspect", "kernels")
+    assert done.status == 0, done.stderr
+    assert "triton" in done.stdout
+    assert str(root.path) in done.stdout
+    document = rekindle("inspect", "kernels", "--json").json
+    assert document["schema"] == "rekindle.inspect/1"
+    (shown,) = document["cache"]["roots"]
+    assert (shown["kind"], shown["recorded"]) == ("triton", str(root.path))
+    assert shown["bytes"] > 0
+    assert document["cache"]["targets"]
+
+    store = Layout(rekindle.home / "store")
+    with pytest.raises(FormatError) as raised:
+        images.load(store, store.resolve("kernels:latest"))
+    assert "rekindle extract" in raised.value.hint
+
+
+def test_the_kernel_cache_of_a_snapshot_is_named(rekindle: Rekindle, tmp_path: Path) -> None:
+    layout = Layout.create(tmp_path / "layout")
+    layers = [layout.put(b"layer", media_types.DUMP_LAYER)] * 2
+    packed = cache.pack([triton(tmp_path / "t")], layout, created=FULL_RECORD.created)
+    for tag, kernels in (("with", packed), ("without", None)):
+        layout.publish(layout, images.build(layout, FULL_RECORD, layers, kernels).index, tag)
+    done = rekindle("inspect", f"oci:{layout.root}:with")
+    assert "kernels: triton; " in done.stdout, done.stderr
+    assert rekindle("inspect", f"oci:{layout.root}:with", "--json").json["cache"]["digest"] == packed.digest
+    assert rekindle("inspect", f"oci:{layout.root}:without", "--json").json["cache"] is None
+
+    with pytest.raises(FormatError, match="2 layers") as raised:
+        images.load(layout, layout.resolve("with"), Limits(layers=1))
+    assert "[limits]" in raised.value.hint
+
+
+def test_an_image_of_others_is_neither(rekindle: Rekindle, tmp_path: Path) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    done = rekindle("inspect", f"oci:{tmp_path}/from:1")
+    assert done.status == 20
+    assert "is no snapshot" in done.stderr
+    assert "extract" not in done.stderr
