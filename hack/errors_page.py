@@ -32,7 +32,7 @@ def page() -> str:
     rows = sorted((error.exit_status, error) for error in RekindleError.__subclasses__())
     lines = []
     for status, error in rows:
-        meaning, descends = (error.__doc__ or "").strip(), "yes" if error.descends else "no"
+        meaning, descends = " ".join((error.__doc__ or "").split()), "yes" if error.descends else "no"
         lines.append(f"| {status} | `{error.code}` | {meaning} | {descends} |")
     return HEAD + "\n".join(lines) + "\n" + TAIL
 

@@ -84,7 +84,7 @@ class MismatchError(RekindleError):
 
 
 class NotFoundError(RekindleError):
-    """There is no image of that name in the store."""
+    """There is no image of that name in the store, the layout or the registry."""
 
     exit_status = 12
     code = "not-found"
