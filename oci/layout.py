@@ -43,7 +43,9 @@ from rekindle.files import (
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
-MANIFEST_LIMIT_BYTES = 4 << 20
+# Of what is here already. What may come from elsewhere the configuration says, and that can be raised.
+_MANIFEST_LIMIT_BYTES = 64 << 20
+_CHILDREN_LIMIT = 100_000
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
 _NO_FILE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}
@@ -284,8 +286,8 @@ class Layout:
         if TAG_ANNOTATION in entry.annotations or entry.media_type not in media_types.DOCUMENTS:
             return None
         with contextlib.suppress(FormatError, IntegrityError):
-            content = self.read(entry, limit_bytes=MANIFEST_LIMIT_BYTES)
-            fields = Fields.parse(content, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+            content = self.read(entry, limit_bytes=_MANIFEST_LIMIT_BYTES)
+            fields = Fields.parse(content, "manifest", limit_bytes=_MANIFEST_LIMIT_BYTES)
             if fields.has("subject"):
                 return Descriptor.from_json(fields.json("subject"), "manifest.subject").digest
         return None
@@ -300,11 +302,11 @@ class Layout:
                 continue
             found.add(descriptor.digest)
             if descriptor.media_type in media_types.DOCUMENTS:
-                content = self.read(descriptor, limit_bytes=MANIFEST_LIMIT_BYTES)
-                document = Fields.parse(content, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+                content = self.read(descriptor, limit_bytes=_MANIFEST_LIMIT_BYTES)
+                document = Fields.parse(content, "manifest", limit_bytes=_MANIFEST_LIMIT_BYTES)
                 for name in ("manifests", "layers"):
                     if document.has(name):
-                        queue += document.list_of(name, Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+                        queue += document.list_of(name, Descriptor.from_json, at_most=_CHILDREN_LIMIT)
                 if document.has("config"):
                     queue.append(Descriptor.from_json(document.json("config"), "manifest.config"))
         return found

@@ -576,3 +576,17 @@ def test_a_blob_is_a_plain_file(store: Layout, plant: Callable[[Path], object], 
     assert not store.has(blob)
     with pytest.raises(IntegrityError, match="no plain file"):
         store.open_blob(blob)
+
+
+def test_what_raised_limits_let_in_is_published_and_found(store: Layout, work: Layout) -> None:
+    layer = put_layer(work, b"layer")
+    padded = {"annotations": {"filler": "x" * (5 << 20)}}
+    document = {"schemaVersion": 2, "mediaType": media_types.MANIFEST, "layers": [layer.to_json()] * 20_000}
+    root = work.put(json.dumps(document | padded).encode(), media_types.MANIFEST)
+    refers = json.dumps({"schemaVersion": 2, "subject": root.to_json()} | padded).encode()
+    attached = work.put(refers, media_types.MANIFEST)
+    store.publish(work, root, "x:latest", [attached])
+    assert store.reachable([store.resolve("x:latest")]) == {root.digest, layer.digest}
+    assert [each.digest for each in store.referrers(root.digest)] == [attached.digest]
+    store.collect_garbage()
+    assert blobs(store) == {root.digest.hex, layer.digest.hex, attached.digest.hex}
