@@ -57,7 +57,6 @@ class Extraction:
 
     roots: Sequence[ExtractedRoot]
     environment: Mapping[str, str]
-    fetched_bytes: int
 
     @property
     def written_bytes(self) -> int:
@@ -88,7 +87,8 @@ def extract(
     """Writes the caches of an image, to `to/KIND/…` or, if that is None, to where each was recorded.
 
     A cache that is there already is added to, entry by entry; one of its entries that is there with other
-    content stays as it is, unless `overwrite`. Modes and times are as they were packed. Idempotent.
+    content stays as it is, unless `overwrite`. Modes and times are as they were packed, but nobody else may
+    write; directories without files are not made. Idempotent.
 
     Raises IntegrityError for bytes that are not those of their digests, FormatError for a layer that lies,
     NotFoundError if there is nothing of the kinds, UsageError for a place that cannot be, SpaceError.
@@ -128,11 +128,7 @@ def extract(
     environment: dict[str, str] = {}
     for each in extracted:
         environment = environment_for(each.kind, str(each.path)) | environment
-    return Extraction(
-        roots=extracted,
-        environment=dict(sorted(environment.items())),
-        fetched_bytes=sum(image.layers[root.layer].size for root in roots),
-    )
+    return Extraction(roots=extracted, environment=dict(sorted(environment.items())))
 
 
 def _target(root: StoredRoot, to: Path | None) -> Path:
@@ -282,6 +278,7 @@ def _write_members(reader: LayerReader, job: _Job, stop: threading.Event) -> Non
     prefix = PurePosixPath(job.root.prefix)
     aside = PurePosixPath(prefix.parts[0].removesuffix(".cache") + ".manifest")
     names, known, seen_aside = Names(), {PurePosixPath()}, set[PurePosixPath]()
+    empty: dict[PurePosixPath, tuple[int, int]] = {}  # made when a file needs them: they cost next to nothing
     files = size = 0
     with _Tree(job.staging) as tree:
         for member in reader.members():
@@ -300,12 +297,15 @@ def _write_members(reader: LayerReader, job: _Job, stop: threading.Event) -> Non
                 raise FormatError("the layer has a file before its directory", cause=f"{member.name!r:.120}")
             if member.is_directory:
                 known.add(path)
-                tree.make_directory(path)
-                job.directories.append((path, member.mode, member.mtime_ns))
+                empty[path] = (member.mode, member.mtime_ns)
             else:
                 files, size = files + 1, size + member.size
                 if files > job.root.files or size > job.root.bytes:
                     raise FormatError("the layer holds more than the inventory says")
+                for directory in reversed(path.parents):
+                    if directory in empty:
+                        tree.make_directory(directory)
+                        job.directories.append((directory, *empty.pop(directory)))
                 tree.write_file(path, member, reader)
                 job.paths.append(path)
                 if path.name.startswith("__grp__") and member.size <= METADATA_LIMIT_BYTES:

@@ -248,6 +248,6 @@ def _member(info: tarfile.TarInfo, pax: dict[bytes, bytes]) -> Member:
         name=name,
         is_directory=is_directory,
         size=size,
-        mode=info.mode & 0o777,
+        mode=info.mode & 0o755,  # nobody else is to change what a server will run
         mtime_ns=min(max(mtime_ns, 0), 1 << 62),
     )

@@ -104,7 +104,7 @@ def test_only_the_kinds_that_are_asked_for(layout: Layout, tmp_path: Path) -> No
     mixed = packed(layout, vllm(tmp_path / "v"), triton(tmp_path / "t"))
     done = extract(mixed, tmp_path / "out", kinds=[CacheKind.TRITON])
     assert os.listdir(tmp_path / "out") == ["triton"]
-    assert done.fetched_bytes == mixed.layers[0].size
+    assert done.environment == {"TRITON_CACHE_DIR": str(tmp_path / "out/triton")}
     with pytest.raises(NotFoundError):
         extract(mixed, tmp_path / "out", kinds=[CacheKind.CUDA])
 
@@ -380,6 +380,41 @@ def test_the_frame_of_the_hostile_archives_is_sound(layout: Layout, tmp_path: Pa
     done = extract(image(layout, raw, files=1, size=7), tmp_path / "out")
     assert done.written_bytes == 7
     assert (tmp_path / "out/triton/d/x").stat().st_mode & 0o7777 == 0o755
+
+
+def test_nobody_else_may_change_what_was_extracted(layout: Layout, tmp_path: Path) -> None:
+    raw = archive(
+        header(f"{PREFIX}/d", kind=tarfile.DIRTYPE, mode=0o7777),
+        header(f"{PREFIX}/d/e", kind=tarfile.DIRTYPE, mode=0),
+        file("d/e/x", mode=0o7777),
+        file("d/y", mode=0o666),
+    )
+    (tmp_path / "into/triton/d").mkdir(parents=True)
+    write(tmp_path / "into/triton/other")
+    for to in (tmp_path / "out", tmp_path / "into"):
+        extract(image(layout, raw, files=2, size=14), to)
+        modes = [(to / "triton/d" / name).stat().st_mode & 0o7777 for name in ("e", "e/x", "y")]
+        assert modes == [0o700, 0o755, 0o644]
+    assert (tmp_path / "out/triton/d").stat().st_mode & 0o7777 == 0o755
+
+
+def test_directories_without_files_are_not_made(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    real = extraction._Tree.make_directory
+
+    def make(self: Any, path: Path) -> None:
+        made.append(str(path))
+        real(self, path)
+
+    monkeypatch.setattr(extraction._Tree, "make_directory", make)
+    many = [directory(f"{PREFIX}/{number}") for number in range(1000)]
+    deep = [directory(f"{PREFIX}/7/{name}") for name in ("a", "a/b", "c")]
+    raw = archive(*many, *deep, file("7/a/b/x"))
+    extract(image(layout, raw, files=1, size=7), tmp_path / "out")
+    assert made == ["7", "7/a", "7/a/b"]
+    assert os.listdir(tmp_path / "out/triton") == ["7"]
 
 
 def test_times_and_names_may_come_from_a_pax_header(layout: Layout, tmp_path: Path) -> None:
