@@ -40,7 +40,7 @@ def ready(
     Readers never see half a dump: it is unpacked in `work` and renamed. One that was kept is taken only if
     nothing about its files has changed since; with `paranoid`, it is never taken.
 
-    Raises SpaceError, and removes none, if there would not be enough room even without the others.
+    Raises SpaceError, and removes none, if the disk has not enough room even without the others.
     """
     image = verified.value
     fresh = False
@@ -67,7 +67,7 @@ def ready(
                 tries_left -= 1
                 _clear(target)
                 room = _room_bytes(image)
-                _refuse_what_never_fits(home.dumps, room, limit)
+                _refuse_what_never_fits(home.dumps, room)
                 _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
@@ -91,17 +91,11 @@ def _room_bytes(image: Image) -> int:
     return min(said, possible, image.record.stored_bytes or said)
 
 
-def _refuse_what_never_fits(dumps: Path, room: int, limit: int) -> None:
+def _refuse_what_never_fits(dumps: Path, room: int) -> None:
     total = shutil.disk_usage(dumps).total
     if room > total:
         raise SpaceError(
             f"the dump takes {room:,} bytes unpacked", cause=f"the disk of {dumps} has {total:,} in all"
-        )
-    if room > limit:
-        raise SpaceError(
-            f"the dump takes {room:,} bytes unpacked",
-            cause=f"all dumps together may take {limit:,}",
-            hint="raise REKINDLE_DUMPS_LIMIT (in GiB)",
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, Rekindle, small_disk, wait_for
+from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, small_disk, wait_for
 from tests.unit.cache_samples import KEY, tree, triton, vllm, write
 
 KERNEL = """
@@ -57,13 +57,15 @@ def test_a_cache_goes_in_and_comes_out(rekindle: Rekindle, tmp_path: Path) -> No
     assert json.loads((tmp_path / "report").read_text())["image"] == done.json["image"]
 
 
-def test_what_extract_makes_can_be_packed_again(rekindle: Rekindle, tmp_path: Path) -> None:
+def test_what_extract_makes_can_be_packed_again(
+    rekindle: Rekindle, key_pair: KeyPair, tmp_path: Path
+) -> None:
     vllm(tmp_path / "caches/vllm")
     triton(tmp_path / "caches/triton")
     image = f"oci:{tmp_path}/images:one"
-    assert rekindle("pack-cache", image, "--dir", str(tmp_path / "caches")).status == 0
+    assert rekindle("pack-cache", image, "--dir", str(tmp_path / "caches"), *key_pair.sign).status == 0
     spaced = tmp_path / "with a space"
-    done = rekindle("extract", image, "--to", str(spaced))
+    done = rekindle("extract", image, "--to", str(spaced), *key_pair.verify)
     variables = dict(shlex.split(line)[1].split("=", 1) for line in done.stdout.splitlines())
     assert variables == {
         "TRITON_CACHE_DIR": f"{spaced}/triton",
@@ -160,7 +162,11 @@ def test_extract_needs_no_root(tmp_path: Path) -> None:
         triton(Path(place) / "t")
         image = f"oci:{place}/images:one"
         rekindle = Rekindle(Path(place) / "home")
-        assert rekindle("pack-cache", image, "--dir", f"{place}/t").status == 0
+        rekindle.env["COSIGN_PASSWORD"] = ""
+        assert rekindle("generate-key-pair", "--output-key-prefix", f"{place}/k").status == 0
+        words = ["pack-cache", image, "--dir", f"{place}/t", "--sign-key", f"{place}/k.key"]
+        assert rekindle(*words).status == 0
+        os.chmod(f"{place}/images", 0o755)  # private until its owner says otherwise
         # Imported first, since nobody may not read the Python of root's home directory.
         program = (
             "import os, sys, concurrent.futures.thread, tomllib, pwd, rekindle.verbs.extract; "
@@ -169,7 +175,10 @@ def test_extract_needs_no_root(tmp_path: Path) -> None:
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "REKINDLE_HOME": f"{place}/other"}
         done = subprocess.run(
-            [sys.executable, "-c", program, "extract", image, "--to", f"{place}/out"],
+            [
+                *(sys.executable, "-c", program, "extract", image, "--to", f"{place}/out"),
+                *("--verify-key", f"{place}/k.pub"),
+            ],
             env=environment,
             capture_output=True,
             text=True,

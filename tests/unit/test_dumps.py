@@ -288,19 +288,6 @@ def test_a_lie_about_its_size_costs_no_other_dump(
     assert not use(home, image)
 
 
-@pytest.mark.parametrize("limit", ["0", "0.00001"])
-def test_what_never_fits_is_refused_before_others_go(
-    home: Home, image: images.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
-) -> None:
-    (tmp_path / "other").mkdir()
-    other = make(tmp_path / "other", os.urandom(4096))
-    assert use(home, image)
-    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", limit)
-    with pytest.raises(SpaceError, match="unpacked"):
-        use(home, lying(other, 1 << 20, stored_bytes=1 << 20))
-    assert place_of(home, image).exists()
-
-
 def test_what_the_disk_could_never_hold_is_refused(
     home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
