@@ -6,6 +6,7 @@
     keys = ["prod.pub"]                         files, beside this one unless their path is absolute
     identities = [{ identity = "…", issuer = "…" }]
     max_age_days = 30
+    transparency_log = true                     only what is in a log: keyless signatures
     trusted_root = "trusted_root.json"          for keyless signatures; the public good instance's otherwise
 
 The first rule whose pattern fits is the one that counts.
@@ -24,7 +25,7 @@ _FILE_LIMIT_BYTES = 1 << 20
 _RULES_LIMIT = 1000
 _SIGNERS_LIMIT = 100
 _DAYS_LIMIT = 100_000
-_FIELDS = {"name", "keys", "identities", "max_age_days", "trusted_root"}
+_FIELDS = {"name", "keys", "identities", "max_age_days", "transparency_log", "trusted_root"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Rule:
     keys: tuple[PublicKey, ...] = ()
     identities: tuple[Identity, ...] = ()
     max_age_days: int | None = None
+    transparency_log: bool = False
     trusted_root: Path | None = None
 
 
@@ -101,6 +103,9 @@ def _rule(value: object, where: str, directory: Path) -> Rule:
     )
     if not paths and not identities:
         raise FormatError(f"{where} accepts nobody", cause="it has neither keys nor identities")
+    logged = given.truth("transparency_log", default=False)
+    if logged and paths:
+        raise FormatError(f"{where} accepts keys, whose signatures are in no transparency log")
     return Rule(
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),
@@ -108,6 +113,7 @@ def _rule(value: object, where: str, directory: Path) -> Rule:
         max_age_days=given.integer("max_age_days", at_least=1, at_most=_DAYS_LIMIT)
         if given.has("max_age_days")
         else None,
+        transparency_log=logged,
         trusted_root=directory / _path(given.text("trusted_root"), where)
         if given.has("trusted_root")
         else None,

@@ -127,6 +127,9 @@ def _accepted(
 def _by_key(
     signed: Bundle | SimpleSignature, rule: Rule, refused: list[str], hint: str
 ) -> Iterator[tuple[str, Statement]]:
+    if rule.transparency_log:
+        refused.append("a key signed it, without an entry in a transparency log, which the policy wants")
+        return
     for key in rule.keys:
         try:
             statement = signed.statement(key)

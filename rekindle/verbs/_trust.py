@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import getpass
 import json
 import os
@@ -108,13 +109,7 @@ def _rule(reference: Reference, home: Home, args: argparse.Namespace) -> Rule:
         )
     rule = given or Rule(name=name)
     if machine is not None:
-        return Rule(
-            name=rule.name,
-            keys=(*rule.keys, machine),
-            identities=rule.identities,
-            max_age_days=rule.max_age_days,
-            trusted_root=rule.trusted_root,
-        )
+        return dataclasses.replace(rule, keys=(*rule.keys, machine))
     return rule
 
 

@@ -239,3 +239,15 @@ def test_no_values_break_the_reader_and_whom_it_accepts_was_said(
     for rule in policy.rules:
         assert rule.keys or rule.identities
         assert all(each.identity and each.issuer and "*" not in each.identity for each in rule.identities)
+
+
+def test_keys_are_in_no_log(tmp_path: Path) -> None:
+    (tmp_path / "a.pub").write_bytes(PrivateKey.generate().public.to_pem())
+    both = b'[[image]]\nname = "x"\nkeys = ["a.pub"]\ntransparency_log = true\n'
+    with pytest.raises(FormatError, match="log"):
+        Policy.parse(both, tmp_path)
+    by_log = (
+        b'[[image]]\nname = "x"\nidentities = [{identity = "a", issuer = "b"}]\ntransparency_log = true\n'
+    )
+    (rule,) = Policy.parse(by_log, tmp_path).rules
+    assert rule.transparency_log

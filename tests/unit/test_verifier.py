@@ -115,6 +115,13 @@ def test_any_one_of_those_who_are_accepted_will_do(layout: Layout, root: Descrip
     assert verify(layout, root, rule).trust.by == f"key {OTHER.public.hint}"
 
 
+def test_where_a_log_is_wanted_a_key_is_not_enough(layout: Layout, root: Descriptor) -> None:
+    attach(layout, root, bundle(root))
+    with pytest.raises(TrustError) as caught:
+        verifier.verify(None, layout, root, dataclasses.replace(RULE, transparency_log=True), LIMITS)
+    assert "transparency log" in caught.value.cause
+
+
 def test_a_rule_without_anybody_accepts_nobody(layout: Layout, root: Descriptor) -> None:
     attach(layout, root, bundle(root))
     assert "is not accepted" in refusal(layout, root, Rule(name="*"))
