@@ -4,7 +4,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePosixPath
 
@@ -95,6 +95,7 @@ class Record:
     dump_bytes: int
     stored_bytes: int
     files: Sequence[StoredFile]
+    weights: Mapping[str, JSON] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The document. Equal records give equal bytes."""
@@ -129,6 +130,7 @@ class Record:
                 "stdout": self.process.stdout,
                 "stderr": self.process.stderr,
             },
+            "weights": dict(self.weights),
             "mapped_files": [{"path": file.path, "size": file.size} for file in self.mapped_files],
             "dump": {
                 "dump_bytes": self.dump_bytes,
@@ -191,8 +193,14 @@ class Record:
             mapped_files=document.list_of("mapped_files", _mapped_file, at_most=_FILES_LIMIT),
             dump_bytes=dump.integer("dump_bytes"),
             stored_bytes=dump.integer("stored_bytes"),
+            weights=_weights(document.json("weights") if document.has("weights") else {}),
             files=_consistent(dump.list_of("files", _stored_file, at_most=_FILES_LIMIT)),
         )
+
+
+def _weights(value: JSON) -> Mapping[str, JSON]:
+    """Nothing of ours depends on it yet: an object, for people and policies. Records of before have none."""
+    return Fields(value, "record.weights").as_json()
 
 
 def _file_to_json(file: StoredFile) -> dict[str, JSON]:

@@ -12,7 +12,7 @@ from rekindle import __version__, criu, criu_image, processes
 from rekindle.caches import CacheRoot
 from rekindle.cell import Cell, Network
 from rekindle.criu import Criu
-from rekindle.engine import Endpoint, Engine, Request
+from rekindle.engine import JSON, Endpoint, Engine, Request
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.files import PAGE_BYTES, copy_sparse_tree, naming_full_disk
@@ -29,6 +29,7 @@ from snapshot import caches, secrets
 from snapshot.check import check
 from snapshot.server import TEMPORARY, Server
 from snapshot.warm import ask_twice, wait_ready, warm
+from snapshot.weights import identify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,10 @@ def make(
             lambda path: _readable(path, tree),
             usual_places=engine.compiles,
         )
+    weights: dict[str, JSON] = {}
+    if model := engine.model(options.argv):
+        with report.phase("identify weights"):
+            weights = identify(*model, options.environment)
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
@@ -139,6 +144,7 @@ def make(
         dump_bytes=dump_bytes,
         stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
         files=files,
+        weights=weights,
     )
     return Made(record=record, caches=roots)
 

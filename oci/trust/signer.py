@@ -54,4 +54,5 @@ def predicate(record: Record) -> dict[str, JSON]:
         },
         "criu": record.criu_version,
         "command": list(record.command),
+        "weights": dict(record.weights),
     }

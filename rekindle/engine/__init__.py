@@ -116,6 +116,9 @@ class Engine(Protocol):
     def agree(self, expected: JSON, got: JSON) -> bool:
         """Whether two answers are the same but for rounding."""
 
+    def model(self, argv: Sequence[str]) -> tuple[str, str] | None:
+        """The model that a command loads, and its revision on a hub; None if it cannot be told."""
+
     def milestones(self) -> Sequence[tuple[str, str]]:
         """How a start is divided: (phase, text in the server's log that ends it), in order."""
 

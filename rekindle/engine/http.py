@@ -87,6 +87,9 @@ class HttpEngine(Engine):
     def cache_environment(self, directory: Path) -> Mapping[str, str]:  # noqa: ARG002
         return {}
 
+    def model(self, argv: Sequence[str]) -> tuple[str, str] | None:  # noqa: ARG002
+        return None
+
     def milestones(self) -> Sequence[tuple[str, str]]:
         return ()
 

@@ -67,6 +67,13 @@ class VllmEngine(Engine):
             "TRITON_CACHE_DIR": str(directory / "triton"),
         }
 
+    def model(self, argv: Sequence[str]) -> tuple[str, str] | None:
+        named = _option(argv, "--model")
+        if named is None and "serve" in argv:
+            after = list(argv)[list(argv).index("serve") + 1 :]
+            named = after[0] if after and not after[0].startswith("-") else None
+        return (named, _option(argv, "--revision") or "main") if named else None
+
     def milestones(self) -> Sequence[tuple[str, str]]:
         return (
             ("imports", "non-default args"),

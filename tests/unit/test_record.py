@@ -107,6 +107,7 @@ FIELDS = [
 ]
 # fmt: on
 ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
+ADDED = {"weights"}  # records that were made before have none
 
 
 def steps(name: str) -> Steps:
@@ -117,6 +118,8 @@ def test_every_field_is_on_the_list() -> None:
     for path in leaves(document()):
         name = re.sub(r"\.files\.\d+", ".files.4", ".".join(map(str, path)))
         if name.startswith(tuple(f"{free}." for free in ANY_FORM)) or name.endswith(".target"):
+            continue
+        if name.partition(".")[0] in ADDED:
             continue
         # Items of lists, and names in the environment, are not fields.
         assert name in FIELDS or name.rpartition(".")[0] in FIELDS, name
