@@ -100,14 +100,16 @@ def test_caches_are_found_by_the_environment(tmp_path: Path) -> None:
 )
 def test_caches_are_found_by_what_is_mapped(tmp_path: Path, kind: CacheKind, root: str, path: str) -> None:
     file = write(tmp_path / root / path)
-    (only,) = caches.find({"HOME": str(tmp_path / "nobody")}, [f"{file} (deleted)", "socket:[1]"], Path)
+    (only,) = caches.find(
+        {"HOME": str(tmp_path / "nobody"), "TMPDIR": "/nowhere"}, [f"{file} (deleted)", "socket:[1]"], Path
+    )
     assert (only.kind, only.recorded) == (kind, str(tmp_path / root))
 
 
 def test_a_cache_within_another_is_no_second_one(tmp_path: Path) -> None:
     vllm(tmp_path / "v")
     inner = write(tmp_path / "v/torch_compile_cache/h/rank_0_0/triton_cache" / KEY / "x.so")
-    environment = {"HOME": "/nobody", "VLLM_CACHE_ROOT": str(tmp_path / "v")}
+    environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "VLLM_CACHE_ROOT": str(tmp_path / "v")}
     environment["TRITON_CACHE_DIR"] = str(inner.parent.parent)
     (only,) = caches.find(environment, [str(inner)], Path)
     assert only.kind is CacheKind.VLLM
@@ -116,18 +118,18 @@ def test_a_cache_within_another_is_no_second_one(tmp_path: Path) -> None:
 def test_models_are_no_cache_of_kernels(tmp_path: Path) -> None:
     write(tmp_path / "cache/huggingface/hub/model")
     write(tmp_path / "cache/torch_compile_cache/h/x")
-    environment = {"HOME": "/nobody", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     assert caches.find(environment | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}, [], Path) == []
     (tmp_path / "hub").mkdir()
     triton(tmp_path / "hub/t")
-    environment = {"HOME": "/nobody", "HF_HOME": str(tmp_path / "hub")}
+    environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "HF_HOME": str(tmp_path / "hub")}
     assert caches.find(environment | {"TRITON_CACHE_DIR": str(tmp_path / "hub/t")}, [], Path) == []
 
 
 def test_torch_extensions_are_one_cache_for_each_python(tmp_path: Path) -> None:
     for build in ("py311_cu129", "py312_cpu"):
         write(tmp_path / "torch_extensions" / build / "x/x.so")
-    environment = {"HOME": "/nobody", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": str(tmp_path)}
     assert [root.path.name for root in caches.find(environment, [], Path)] == ["py311_cu129", "py312_cpu"]
 
 
