@@ -8,7 +8,6 @@ machines (one JSON document). Phases and `unaccounted` add up to the wall time s
 import contextlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -131,7 +130,7 @@ class Report:
             "oracle": self.oracle,
             "endpoint": self.endpoint,
             "pid": self.pid,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
             "error": self.error,
         }
@@ -143,6 +142,13 @@ class Report:
             write_atomically(path, text.encode())
         if to_stdout:
             print(text, end="", flush=True)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had. Not by getrusage, which begins with that of the parent if it
+    started us by vfork."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def process_age() -> float:

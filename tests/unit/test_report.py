@@ -3,6 +3,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -126,3 +128,10 @@ def test_text_that_is_no_text_can_be_reported(tmp_path: Path) -> None:
     report = Report(verb="restore", quiet=True, error={"message": "\udcff \0 \u2028"})
     report.write(tmp_path / "report.json", to_stdout=False)
     assert json.loads((tmp_path / "report.json").read_bytes())["error"]["message"] == "\udcff \0 \u2028"
+
+
+def test_a_large_parent_does_not_count() -> None:
+    program = "from rekindle.report import peak_rss_bytes; print(peak_rss_bytes())"
+    large = b"x" * (300 << 20)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+    assert 1 << 20 < int(done.stdout) < len(large) // 2
