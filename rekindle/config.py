@@ -114,7 +114,7 @@ class Config:
             document = tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise FormatError("it is not TOML", cause=str(error)) from None
-        _only(document, {"limits", "transfer", "registry"}, "it")
+        Fields(document, "it").only({"limits", "transfer", "registry"})
         registries = document.get("registry", {})
         return cls(
             limits=Limits(**_integers(Limits, document.get("limits", {}), "limits")),
@@ -130,7 +130,7 @@ def _items(value: object) -> list[tuple[str, Any]]:
 def _integers(table: type[Limits] | type[Patience], value: object, where: str) -> dict[str, int]:
     known = {each.name for each in fields(table)}
     given = Fields(value, where)
-    _only(given.as_json(), known, where)
+    given.only(known)
     bounds = {"jobs": JOBS_LIMIT}
     return {
         name: given.integer(name, at_least=1, at_most=bounds.get(name, 1 << 62))
@@ -141,16 +141,10 @@ def _integers(table: type[Limits] | type[Patience], value: object, where: str) -
 
 def _registry(value: object, where: str) -> RegistrySettings:
     given = Fields(value, where)
-    _only(given.as_json(), {"mirrors", "plain_http", "ca_file"}, where)
+    given.only({"mirrors", "plain_http", "ca_file"})
     mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
     return RegistrySettings(
         mirrors=tuple(mirrors),
         plain_http=given.truth("plain_http", default=False) if given.has("plain_http") else None,
         ca_file=Path(given.text("ca_file")) if given.has("ca_file") else None,
     )
-
-
-def _only(given: Mapping[str, object], known: set[str], where: str) -> None:
-    """A word that is not known is a mistake in spelling, most often: it must not go unsaid."""
-    if unknown := sorted(set(given) - known):
-        raise FormatError(f"{where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}")

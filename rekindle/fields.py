@@ -2,7 +2,7 @@
 """The border at which JSON from outside becomes typed values."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from rekindle.errors import FormatError
@@ -54,6 +54,13 @@ class Fields:
     def as_json(self) -> dict[str, Any]:
         """The object as it is."""
         return self._value
+
+    def only(self, known: Collection[str]) -> None:
+        """Refuses names that are not known: a mistake in spelling must not go unsaid."""
+        if unknown := sorted(set(self._value) - set(known)):
+            raise FormatError(
+                f"{self._where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}"
+            )
 
     def json(self, name: str) -> Any:
         """A value of any form."""

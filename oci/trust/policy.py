@@ -13,7 +13,7 @@ The first rule whose pattern fits is the one that counts.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class Policy:
             document = tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise FormatError("it is not TOML", cause=str(error)) from None
-        _only(document, {"image"}, "it")
+        Fields(document, "it").only({"image"})
         fields = Fields({"image": [], **document}, "policy")
 
         def rule(value: object, where: str) -> Rule:
@@ -96,7 +96,7 @@ class Policy:
 
 def _rule(value: object, where: str, directory: Path) -> Rule:
     given = Fields(value, where)
-    _only(given.as_json(), _FIELDS, where)
+    given.only(_FIELDS)
     paths = given.list_of("keys", _path, at_most=_SIGNERS_LIMIT) if given.has("keys") else []
     identities = (
         given.list_of("identities", _identity, at_most=_SIGNERS_LIMIT) if given.has("identities") else []
@@ -129,7 +129,7 @@ def _path(value: object, where: str) -> str:
 
 def _identity(value: object, where: str) -> Identity:
     given = Fields(value, where)
-    _only(given.as_json(), {"identity", "issuer"}, where)
+    given.only({"identity", "issuer"})
     return identity(given.text("identity"), given.text("issuer"))
 
 
@@ -138,8 +138,3 @@ def identity(name: str, issuer: str) -> Identity:
     if not name or not issuer or "*" in name + issuer:
         raise FormatError("an identity is a name and its issuer, both in full")
     return Identity(identity=name, issuer=issuer)
-
-
-def _only(given: Mapping[str, object], known: set[str], where: str) -> None:
-    if unknown := sorted(set(given) - known):
-        raise FormatError(f"{where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}")
