@@ -189,19 +189,13 @@ class Layout:
         leaves blobs at most, for `collect_garbage`. Other entries of the index stay as they are.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
-            for digest in source.reachable([descriptor, *attached]):
-                # One that is there already may be damaged, and ours is whole: it takes its place.
-                if source is not self:
-                    self._take(source, digest)
-            sync_directory(self._blobs)
+            self._take_all(source, [descriptor, *attached])
             document = self._document()
-            entries = document.get("manifests")
-            others = [e for e in entries if not _is_tagged(e, tag)] if isinstance(entries, list) else []
-            known = {e.get("digest") for e in others}
-            others += [each.to_json() for each in attached if each.digest not in known]
+            others = [entry for entry in document["manifests"] if not _is_tagged(entry, tag)]
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
             ours = dataclasses.replace(descriptor, annotations=annotations)
-            self._write_index({**document, "manifests": [*others, ours.to_json()]})
+            entries = [*_with_attached(others, attached), ours.to_json()]
+            self._write_index({**document, "manifests": entries})
 
     @contextlib.contextmanager
     def incoming(self, digest: Digest) -> Iterator["Arrival"]:
@@ -267,15 +261,9 @@ class Layout:
     def attach(self, source: "Layout", attached: Sequence[Descriptor]) -> None:
         """Takes over manifests that refer to an image of this layout."""
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
-            for digest in source.reachable(list(attached)):
-                self._take(source, digest)
-            sync_directory(self._blobs)
+            self._take_all(source, attached)
             document = self._document()
-            entries = document.get("manifests")
-            others = entries if isinstance(entries, list) else []
-            known = {e.get("digest") for e in others}
-            new = [each.to_json() for each in attached if each.digest not in known]
-            self._write_index({**document, "manifests": [*others, *new]})
+            self._write_index({**document, "manifests": _with_attached(document["manifests"], attached)})
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
         """See `Blobs.referrers`. They are the entries of the index without a tag."""
@@ -292,7 +280,7 @@ class Layout:
                 return Descriptor.from_json(fields.json("subject"), "manifest.subject").digest
         return None
 
-    def reachable(self, roots: list[Descriptor]) -> set[Digest]:
+    def reachable(self, roots: Sequence[Descriptor]) -> set[Digest]:
         """The digests of all blobs below some manifests and indexes."""
         found: set[Digest] = set()
         queue = list(roots)
@@ -352,6 +340,14 @@ class Layout:
             document = self._document()
             kept = [e for e in document["manifests"] if e.get("digest") not in gone]
             self._write_index({**document, "manifests": kept})
+
+    def _take_all(self, source: "Layout", roots: Sequence[Descriptor]) -> None:
+        """Moves all that is below some manifests here."""
+        for digest in source.reachable(roots):
+            # One that is there already may be damaged, and ours is whole: it takes its place.
+            if source is not self:
+                self._take(source, digest)
+        sync_directory(self._blobs)
 
     def _take(self, source: "Layout", digest: Digest) -> None:
         """Moves a blob here, unless the source has left it out because it is here already."""
@@ -436,6 +432,12 @@ def _is_no_file(descriptor: Descriptor, what: str) -> IntegrityError:
 
 def _is_tagged(entry: JSON, tag: str) -> bool:
     return bool(entry.get("annotations", {}).get(TAG_ANNOTATION) == tag)
+
+
+def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> list[JSON]:
+    """The entries of an index with what refers to them, each once."""
+    known = {entry.get("digest") for entry in entries}
+    return [*entries, *(each.to_json() for each in attached if each.digest not in known)]
 
 
 def _move(source: Path, target: Path) -> None:
