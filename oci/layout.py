@@ -232,11 +232,7 @@ class Layout:
     def has(self, descriptor: Descriptor) -> bool:
         """Whether a blob is there, and whole: its name alone does not say so."""
         with contextlib.suppress(OSError, IntegrityError), self.open_blob(descriptor) as file:
-            hasher = hashlib.sha256()
-            buffer = memoryview(bytearray(READ_BYTES))
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-            return "sha256:" + hasher.hexdigest() == descriptor.digest
+            return Digest.of_stream(file) == descriptor.digest
         return False
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:

@@ -2,6 +2,7 @@
 """Content digests as the OCI image specification writes them: `sha256:<64 hex digits>`."""
 
 import hashlib
+import io
 import re
 from pathlib import Path
 from typing import Self
@@ -28,11 +29,16 @@ class Digest(str):
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
+        with open(path, "rb", buffering=0) as file:
+            return cls.of_stream(file)
+
+    @classmethod
+    def of_stream(cls, stream: io.RawIOBase) -> Self:
+        """Of what is left to read. Takes a buffer of READ_BYTES, whatever the size."""
         hasher = hashlib.sha256()
         buffer = memoryview(bytearray(READ_BYTES))
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
+        while count := stream.readinto(buffer):
+            hasher.update(buffer[:count])
         return cls("sha256:" + hasher.hexdigest())
 
     @property

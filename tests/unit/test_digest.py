@@ -71,3 +71,11 @@ def test_a_file_has_the_digest_of_its_bytes(tmp_path: Path, size: int) -> None:
     content = bytes(range(251)) * (size // 251 + 1)
     (tmp_path / "file").write_bytes(content[:size])
     assert Digest.of_file(tmp_path / "file") == Digest.of_bytes(content[:size])
+
+
+def test_a_stream_has_the_digest_of_what_is_left_to_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"read already, and not yet")
+    with open(tmp_path / "file", "rb", buffering=0) as file:
+        file.read(len(b"read already, "))
+        assert Digest.of_stream(file) == Digest.of_bytes(b"and not yet")
+        assert Digest.of_stream(file) == EMPTY
