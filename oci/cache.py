@@ -23,7 +23,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor
+from oci.descriptor import Blobs, Descriptor, platform_of
 from oci.inventory import (
     ENTRIES_LIMIT,
     FIELD,
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from oci.gzip_tar import GzipTar
     from oci.layout import Layout
 
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _CONFIG_LIMIT_BYTES = (4 << 20) - (256 << 10)  # containers/image reads 4 MiB
 _READ_BYTES = 1 << 20
 _MANIFESTS_LIMIT = 16
@@ -144,8 +143,7 @@ def pack(
             diff_ids.append(diff_id)
             stored.append(root)
     inventory = Inventory(made_by=f"rekindle {__version__}", roots=_shortened(stored))
-    machine = architecture or os.uname().machine
-    platform = {"architecture": _ARCHITECTURES.get(machine, machine), "os": "linux"}
+    platform = platform_of(architecture or os.uname().machine)
     labels: dict[str, str] = {}
     if survey is not None:
         extra = sum(root.bytes for root in stored if root.prefix.startswith(survey.top + "/"))

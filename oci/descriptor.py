@@ -11,6 +11,8 @@ from rekindle.engine import JSON
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
@@ -56,6 +58,11 @@ def _texts_of(platform: JSON) -> dict[str, str]:
     if not isinstance(platform, dict):
         raise FormatError("a descriptor's platform is not a JSON object", cause=f"{platform!r:.80}")
     return {name: value for name, value in platform.items() if isinstance(value, str)}
+
+
+def platform_of(machine: str) -> dict[str, str]:
+    """The platform of a machine, which is given as the kernel calls it."""
+    return {"architecture": _ARCHITECTURES.get(machine, machine), "os": "linux"}
 
 
 class Blobs(Protocol):

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor
+from oci.descriptor import Blobs, Descriptor, platform_of
 from oci.layout import Layout
 from rekindle.config import Limits
 from rekindle.errors import FormatError, RekindleError
 from rekindle.fields import Fields
 from rekindle.record import Record
 
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
 _DEFAULTS = Limits()
 _CACHE_HINT = "it holds a kernel cache and no process: `rekindle extract`"
@@ -65,8 +64,7 @@ def build(
         "annotations": annotations,
     }
     process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=media_types.PROCESS)
-    architecture = record.node.architecture
-    platform = {"architecture": _ARCHITECTURES.get(architecture, architecture), "os": "linux"}
+    platform = platform_of(record.node.architecture)
     manifests = [{**process.to_json(), "platform": platform}]
     if cache is not None:
         annotations = {**cache.annotations, media_types.ROLE: media_types.CACHE_ROLE}
