@@ -23,7 +23,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor, platform_of
+from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of, platform_of
 from oci.inventory import (
     ENTRIES_LIMIT,
     FIELD,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT_BYTES = (4 << 20) - (256 << 10)  # containers/image reads 4 MiB
 _READ_BYTES = 1 << 20
-_MANIFESTS_LIMIT = 16
 _LABELS_LIMIT = 1000
 
 
@@ -174,13 +173,10 @@ def find(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> Descriptor:
     index = Fields.parse(
         blobs.read(descriptor, limit_bytes=limits.manifest_bytes), "index", limit_bytes=limits.manifest_bytes
     )
-    manifests = index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
-    caches = [d for d in manifests if d.annotations.get(media_types.ROLE) == media_types.CACHE_ROLE]
-    if not caches:
+    cache = cache_among(manifests_of(index), descriptor.digest)
+    if cache is None:
         raise NotFoundError(f"{descriptor.digest} holds no kernel cache")
-    if len(caches) != 1 or caches[0].media_type != media_types.MANIFEST:
-        raise FormatError(f"{descriptor.digest} names {len(caches)} kernel caches and not one")
-    return caches[0]
+    return cache
 
 
 def load(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> CacheImage:

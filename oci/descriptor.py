@@ -2,16 +2,18 @@
 """Descriptors (OCI image specification 1.1), and what can give the blobs that they name."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from oci import media_types
 from rekindle.digest import Digest
 from rekindle.engine import JSON
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_MANIFESTS_LIMIT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,19 @@ def _texts_of(platform: JSON) -> dict[str, str]:
 def platform_of(machine: str) -> dict[str, str]:
     """The platform of a machine, which is given as the kernel calls it."""
     return {"architecture": _ARCHITECTURES.get(machine, machine), "os": "linux"}
+
+
+def manifests_of(index: Fields) -> list[Descriptor]:
+    """What the index of a snapshot names. Raises FormatError."""
+    return index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
+
+
+def cache_among(manifests: Sequence[Descriptor], index: Digest) -> Descriptor | None:
+    """The kernel cache among what an index names, if it names one. Raises FormatError for several."""
+    caches = [d for d in manifests if d.annotations.get(media_types.ROLE) == media_types.CACHE_ROLE]
+    if len(caches) > 1:
+        raise FormatError(f"{index} names {len(caches)} kernel caches and not one")
+    return caches[0] if caches else None
 
 
 class Blobs(Protocol):

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor, platform_of
+from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of, platform_of
 from oci.layout import Layout
 from rekindle.config import Limits
 from rekindle.errors import FormatError, RekindleError
 from rekindle.fields import Fields
 from rekindle.record import Record
 
-_MANIFESTS_LIMIT = 16
 _DEFAULTS = Limits()
 _CACHE_HINT = "it holds a kernel cache and no process: `rekindle extract`"
 
@@ -105,14 +104,12 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
             cause=f"its artifactType is {kind!r:.80}, and not {media_types.SNAPSHOT!r}",
             hint=_CACHE_HINT if _is_cache(blobs, descriptor, limits) else "",
         )
-    manifests = index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
+    manifests = manifests_of(index)
     processes = [d for d in manifests if d.artifact_type == media_types.PROCESS]
     if len(processes) != 1:
         raise FormatError(f"{descriptor.digest} names {len(processes)} process images and not one")
     (process,) = processes
-    caches = [d for d in manifests if d.annotations.get(media_types.ROLE) == media_types.CACHE_ROLE]
-    if len(caches) > 1:
-        raise FormatError(f"{descriptor.digest} names {len(caches)} kernel caches and not one")
+    cache = cache_among(manifests, descriptor.digest)
     manifest = Fields.parse(
         blobs.read(process, limit_bytes=limits.manifest_bytes),
         "manifest",
@@ -141,7 +138,7 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         process=process,
         config=config,
         layers=tuple(layers),
-        cache=caches[0] if caches else None,
+        cache=cache,
         record=Record.parse(
             blobs.read(config, limit_bytes=limits.record_bytes), limit_bytes=limits.record_bytes
         ),
