@@ -21,7 +21,7 @@ from oci.inventory import METADATA_LIMIT_BYTES, StoredRoot, entry_key
 from oci.names import Names
 from oci.tar_reader import LayerReader, Member
 from oci.trust.verifier import Verified
-from rekindle.caches import CacheKind, environment_for, place_below
+from rekindle.caches import CacheKind, environment_for, is_within, place_below
 from rekindle.config import Limits
 from rekindle.errors import FormatError, IntegrityError, NotFoundError, UsageError
 from rekindle.files import naming_full_disk, remove_tree, try_lock
@@ -99,9 +99,8 @@ def extract(
         raise NotFoundError(f"{image.manifest.digest} holds no kernel cache of that kind")
     targets = [_target(root, to) for root in roots]
     real = [os.path.realpath(target) for target in targets]
-    if any(one != other and _is_within(one, other) for one in real for other in real) or len(
-        set(real)
-    ) != len(real):
+    nested = any(one != other and is_within(one, other) for one in real for other in real)
+    if nested or len(set(real)) != len(real):
         raise UsageError(
             "two kernel caches of the image would be written into each other",
             cause=", ".join(sorted(map(str, targets))),
@@ -136,18 +135,14 @@ def _target(root: StoredRoot, to: Path | None) -> Path:
         return place_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
     real = os.path.realpath(root.recorded)
     if (
-        any(_is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)
-        and not any(_is_within(real, directory) for directory in _SYSTEM_ALLOWED)
+        any(is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)
+        and not any(is_within(real, directory) for directory in _SYSTEM_ALLOWED)
     ) or _PRIVATE & {*PurePosixPath(root.recorded).parts, *PurePosixPath(real).parts}:
         raise UsageError(
             f"the {root.kind} cache was recorded at {root.recorded}, where no cache belongs",
             hint="extract it to a directory: --to DIR",
         )
     return Path(root.recorded)
-
-
-def _is_within(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def _refuse_what_is_too_much(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:

@@ -118,6 +118,11 @@ def place_below(kind: CacheKind, directory: Path) -> Path:
     return directory / _BELOW_FLASHINFER_BASE if kind is CacheKind.FLASHINFER else directory
 
 
+def is_within(path: str, directory: str) -> bool:
+    """Whether a normal path is that of a directory, or below it. Links are not looked at."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
 def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
     """Whether a file or directory, by its path within the cache, must not travel.
 

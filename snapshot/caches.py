@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rekindle.caches import VARIABLES, CacheKind, CacheRoot, place, place_below
+from rekindle.caches import VARIABLES, CacheKind, CacheRoot, is_within, place, place_below
 
 _DELETED = " (deleted)"
 _LOOKED_AT = 1000  # entries of a directory, to tell what it is
@@ -61,7 +61,7 @@ def find(
     roots = [
         CacheRoot(kind=kind, path=readable(recorded), recorded=recorded)
         for recorded, kind in candidates.items()
-        if not any(_is_within(model, recorded) or _is_within(recorded, model) for model in taken)
+        if not any(is_within(model, recorded) or is_within(recorded, model) for model in taken)
     ]
     return _outermost(root for root in roots if _holds_a_file(root.path))
 
@@ -125,7 +125,7 @@ def _outermost(roots: Iterable[CacheRoot]) -> list[CacheRoot]:
     kept: list[CacheRoot] = []
     for root in sorted(roots, key=lambda root: len(root.recorded)):
         if not any(
-            _is_within(root.recorded, other.recorded) or root.path.resolve() == other.path.resolve()
+            is_within(root.recorded, other.recorded) or root.path.resolve() == other.path.resolve()
             for other in kept
         ):
             kept.append(root)
@@ -139,10 +139,6 @@ def _models(environment: Mapping[str, str]) -> list[str]:
     caches = environment.get("XDG_CACHE_HOME") or posixpath.join(home, ".cache")
     named = [environment[name] for name in ("HF_HOME", "HF_HUB_CACHE") if environment.get(name)]
     return [posixpath.normpath(path) for path in (*named, posixpath.join(caches, "huggingface"))]
-
-
-def _is_within(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def _names(directory: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from rekindle.caches import VARIABLES, CacheKind, environment_for, leaves_out, place, place_below
+from rekindle.caches import VARIABLES, CacheKind, environment_for, is_within, leaves_out, place, place_below
 from snapshot import caches
 from tests.unit.cache_samples import KEY, triton, vllm, write
 
@@ -67,6 +67,21 @@ def test_no_variable_leads_to_a_flashinfer_cache_elsewhere() -> None:
 )
 def test_what_is_of_one_node_only_does_not_travel(kind: CacheKind, path: str, left_out: bool) -> None:
     assert leaves_out(kind, PurePosixPath(path)) is left_out
+
+
+@pytest.mark.parametrize(
+    ("path", "directory", "within"),
+    [
+        ("/a", "/a", True),
+        ("/a/b/c", "/a", True),
+        ("/a/b", "/a/", True),
+        ("/a", "/", True),
+        ("/ab", "/a", False),
+        ("/a", "/a/b", False),
+    ],
+)
+def test_a_path_is_within_a_directory_by_whole_names(path: str, directory: str, within: bool) -> None:
+    assert is_within(path, directory) is within
 
 
 def test_caches_are_found_by_the_environment(tmp_path: Path) -> None:
