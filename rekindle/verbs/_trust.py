@@ -93,15 +93,15 @@ def name_of(reference: Reference) -> str:
 
 def _rule(reference: Reference, home: Home, args: argparse.Namespace) -> Rule:
     name = name_of(reference)
-    given = _from_flags(args, name)
-    if given is None:
-        path = args.policy or (home.policy if home.policy.exists() else None)
-        given = Policy.read(path).rule_for(name) if path else None
-        if given is None and path and not _in_store(reference):
-            raise TrustError(f"the policy {path} has no rule for {name}", hint="docs/trust.md shows how")
+    flags = _from_flags(args, name)
+    if flags is not None:
+        return flags
+    path = args.policy or (home.policy if home.policy.exists() else None)
+    given = Policy.read(path).rule_for(name) if path else None
+    if given is None and path and not _in_store(reference):
+        raise TrustError(f"the policy {path} has no rule for {name}", hint="docs/trust.md shows how")
     # What this machine made itself needs no rule, unless the user named whom to trust. What it fetched does.
-    flags = bool(args.verify_key or args.certificate_identity)
-    machine = machine_public(home) if _in_store(reference) and not flags else None
+    machine = machine_public(home) if _in_store(reference) else None
     if given is None and machine is None:
         raise TrustError(
             f"nothing says whom to trust for {name}",
