@@ -185,12 +185,19 @@ def add_signing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-config", type=Path, metavar="FILE", help="of a Sigstore of your own")
 
 
-def chosen(args: argparse.Namespace) -> signer.Sign | None:
-    """How to sign, if the command line says so; asks for a password before work begins."""
+def chosen_key(args: argparse.Namespace) -> PrivateKey | None:
+    """The key to sign with, if the command line names one; asks for its password."""
     if args.sign_key and args.sign_keyless:
         raise UsageError("--sign-key and --sign-keyless do not go together")
-    if args.sign_key:
-        return signer.by_key(PrivateKey.read(args.sign_key, password()))
+    return PrivateKey.read(args.sign_key, password()) if args.sign_key else None
+
+
+def chosen(args: argparse.Namespace, key: PrivateKey | None = None) -> signer.Sign | None:
+    """How to sign, if the command line says so; asks for a password before work begins, unless its `key` is
+    given, which was read already."""
+    key = key or chosen_key(args)
+    if key is not None:
+        return signer.by_key(key)
     if args.sign_keyless:
         from oci.trust import keyless
 

@@ -43,7 +43,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> None:
-    by = _trust.chosen(args)
+    key = _trust.chosen_key(args)
+    by = _trust.chosen(args, key)
     if by is None:
         raise UsageError("with which key?", hint="--sign-key cosign.key, or --sign-keyless")
     if args.legacy_tag and not (args.sign_key and isinstance(reference, RegistryReference)):
@@ -63,8 +64,7 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Non
         with report.phase("sign"):
             made = signer.sign(staging, signed, by, attested=attested)
         with report.phase("attach"):
-            legacy = PrivateKey.read(args.sign_key, _trust.password()) if args.legacy_tag else None
-            _attach(source, reference, staging, made, legacy)
+            _attach(source, reference, staging, made, key if args.legacy_tag else None)
 
 
 def _attach(
