@@ -26,7 +26,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import Fields, text_item
@@ -106,25 +105,17 @@ class Config:
     @classmethod
     def parse(cls, content: bytes) -> "Config":
         """Raises FormatError."""
-        import tomllib
-
-        if len(content) > _FILE_LIMIT_BYTES:
-            raise FormatError(f"it is longer than {_FILE_LIMIT_BYTES} bytes")
-        try:
-            document = tomllib.loads(content.decode())
-        except (ValueError, RecursionError) as error:
-            raise FormatError("it is not TOML", cause=str(error)) from None
-        Fields(document, "it").only({"limits", "transfer", "registry"})
-        registries = document.get("registry", {})
+        document = Fields.parse_toml(content, "it", limit_bytes=_FILE_LIMIT_BYTES)
+        document.only({"limits", "transfer", "registry"})
+        tables = {"limits": {}, "transfer": {}, "registry": {}, **document.as_json()}
         return cls(
-            limits=Limits(**_integers(Limits, document.get("limits", {}), "limits")),
-            patience=Patience(**_integers(Patience, document.get("transfer", {}), "transfer")),
-            registries={host: _registry(value, f"registry.{host}") for host, value in _items(registries)},
+            limits=Limits(**_integers(Limits, tables["limits"], "limits")),
+            patience=Patience(**_integers(Patience, tables["transfer"], "transfer")),
+            registries={
+                host: _registry(value, f"registry.{host}")
+                for host, value in Fields(tables["registry"], "registry").as_json().items()
+            },
         )
-
-
-def _items(value: object) -> list[tuple[str, Any]]:
-    return list(Fields(value, "registry").as_json().items())
 
 
 def _integers(table: type[Limits] | type[Patience], value: object, where: str) -> dict[str, int]:

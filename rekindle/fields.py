@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The border at which JSON from outside becomes typed values."""
+"""The border at which JSON and TOML from outside become typed values."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -22,12 +22,25 @@ class Fields:
     @classmethod
     def parse(cls, content: bytes, where: str, *, limit_bytes: int) -> "Fields":
         """Parses a document that is at most `limit_bytes` long."""
+        return cls._parse(json.loads, "JSON", content, where, limit_bytes)
+
+    @classmethod
+    def parse_toml(cls, content: bytes, where: str, *, limit_bytes: int) -> "Fields":
+        """As `parse`, of a document in TOML."""
+        import tomllib
+
+        return cls._parse(lambda text: tomllib.loads(text.decode()), "TOML", content, where, limit_bytes)
+
+    @classmethod
+    def _parse(
+        cls, load: Callable[[bytes], object], form: str, content: bytes, where: str, limit_bytes: int
+    ) -> "Fields":
         if len(content) > limit_bytes:
             raise FormatError(f"{where} is longer than {limit_bytes} bytes")
         try:
-            value = json.loads(content)
+            value = load(content)
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"{where} is not JSON", cause=str(error)) from None
+            raise FormatError(f"{where} is not {form}", cause=str(error)) from None
         return cls(value, where)
 
     def text(self, name: str, default: str | None = None) -> str:

@@ -77,16 +77,9 @@ class Policy:
     @classmethod
     def parse(cls, content: bytes, directory: Path) -> "Policy":
         """`directory` is where relative paths begin. Raises FormatError, UsageError."""
-        import tomllib
-
-        if len(content) > _FILE_LIMIT_BYTES:
-            raise FormatError(f"it is longer than {_FILE_LIMIT_BYTES} bytes")
-        try:
-            document = tomllib.loads(content.decode())
-        except (ValueError, RecursionError) as error:
-            raise FormatError("it is not TOML", cause=str(error)) from None
-        Fields(document, "it").only({"image"})
-        fields = Fields({"image": [], **document}, "policy")
+        document = Fields.parse_toml(content, "it", limit_bytes=_FILE_LIMIT_BYTES)
+        document.only({"image"})
+        fields = Fields({"image": [], **document.as_json()}, "policy")
 
         def rule(value: object, where: str) -> Rule:
             return _rule(value, where, directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON from outside becomes typed values, or an error that names the field."""
+"""JSON and TOML from outside become typed values, or an error that names the field."""
 
 from collections.abc import Callable
 
@@ -113,6 +113,22 @@ def test_a_document_may_be_as_long_as_the_limit() -> None:
     Fields.parse(b"{}", "top", limit_bytes=2)
     with pytest.raises(FormatError, match="longer than 1 bytes"):
         Fields.parse(b"{}", "top", limit_bytes=1)
+
+
+def test_toml_is_an_object_too() -> None:
+    fields = Fields.parse_toml(b"[a]\nb = 5", "top", limit_bytes=9)
+    with pytest.raises(FormatError, match=r"^top\.a\.b is not text$"):
+        fields.inner("a").text("b")
+    with pytest.raises(FormatError, match="top is longer than 8 bytes"):
+        Fields.parse_toml(b"[a]\nb = 5", "top", limit_bytes=8)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"a", b"a = ", b"a = 1\na = 2", b"\xff", b"\0", b"a = " + b"[" * 100_000]
+)
+def test_what_is_no_toml_is_refused(content: bytes) -> None:
+    with pytest.raises(FormatError, match="top is not TOML"):
+        Fields.parse_toml(content, "top", limit_bytes=1 << 20)
 
 
 def test_a_long_value_is_not_repeated_whole() -> None:
