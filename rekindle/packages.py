@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which versions of the engine, torch, Triton and others a command would run with, as metadata tells.
+
+Nothing is imported and nothing run: importing torch takes more than a second, and a restore asks before
+it has decided to start anything. What leads from a command to its packages, and where that is specified:
+
+- the first line of a script names its interpreter: execve(2), with one optional argument; env(1). For
+  a long or movable path it names a shell, which gives the file to Python in its second line: distlib's
+  `ScriptMaker._build_shebang`, used by pip, and `format_shebang` of uv's `uv-install-wheel`.
+- `pyvenv.cfg` beside the interpreter or above it makes a virtual environment: PEP 405.
+- which directories it searches, in order: Python's documentation of `site`; PEP 370 for the user's own;
+  Debian's Python policy for `dist-packages`.
+- `NAME-VERSION.dist-info` is an installed distribution: "Recording installed projects" in PyPA's
+  specifications (PEP 376); its name is escaped as in a wheel's (PEP 427) and compared as by PEP 503.
+- `torch/version.py` says what torch was built for: `tools/generate_torch_version.py` in torch's sources.
+
+Not looked at: what `.pth` files add, PYTHONHOME, the working directory, and what other shell scripts do.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import shlex
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a distribution is called here. One of several names stands for the same package.
+_DISTRIBUTIONS = {
+    "vllm": "vllm",
+    "torch": "torch",
+    "triton": "triton",
+    "pytorch-triton": "triton",
+    "pytorch-triton-rocm": "triton",
+    "triton-rocm": "triton",
+    "flashinfer-python": "flashinfer",
+    "deep-gemm": "deep-gemm",
+    "sglang": "sglang",
+    "transformers": "transformers",
+    "nvidia-nccl-cu12": "nccl",
+    "nvidia-nccl-cu13": "nccl",
+}
+
+_HEAD_BYTES = 8 << 10
+_ENTRIES_LIMIT = 50_000
+# Scripts and env(1) in a row. Of scripts alone, Linux follows four.
+_STEPS_LIMIT = 8
+# What pathlib raises: of the system; for a NUL in a name; for links in a loop, up to Python 3.12.
+_UNREADABLE = (OSError, ValueError, RuntimeError)
+
+_VERSION = r"[0-9][0-9A-Za-z.+!_]{0,63}"
+_PACKAGE = re.compile(rf"torch|([0-9A-Za-z][0-9A-Za-z._-]{{0,99}})-({_VERSION})\.dist-info")
+_LIBRARY = re.compile(r"python(3\.[0-9]{1,3}t?)")
+_BUILT_FOR = re.compile(
+    r"""^(cuda|hip)[ \t]*(?::[^=\n]{0,80})?=[ \t]*(["'])([0-9][0-9A-Za-z.+_-]{0,63})\2[ \t]*$""",
+    re.MULTILINE,
+)
+# `"$(dirname -- "$(realpath -- "$0")")"`: the directory of the script, in a movable environment.
+_OWN_DIRECTORY = re.compile(r'\$\(dirname(?: --)? "\$\(realpath(?: --)? "\$0"\)"\)')
+_OWN_DIRECTORY_WORD = "$OWN_DIRECTORY"
+
+
+def versions(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a command would run with, by name, as {"python": "3.11", "torch": "2.13.0+cpu"}.
+
+    The names are "python" (its version is major and minor only), vllm, torch, triton, flashinfer,
+    deep-gemm, sglang, transformers, nccl, and "cuda" or "hip", for which torch was built. Only what was
+    found is there: nothing for a command that is not Python's. Never raises for what it reads. Relative
+    paths are those of the working directory.
+    """
+    python = _python(argv, environment)
+    if python is None:
+        return {}
+    version, directories = _search_path(python)
+    found = {"python": version} if version else {}
+    distributions: dict[str, str] = {}
+    built_for: dict[str, str] | None = None
+    for directory in directories:
+        here, has_torch = _installed(directory)
+        distributions = here | distributions  # the first on the path wins
+        if has_torch and built_for is None:
+            text = _head(directory / "torch" / "version.py")
+            built_for = None if text is None else {m[1]: m[3] for m in _BUILT_FOR.finditer(_text(text))}
+    names = dict.fromkeys(_DISTRIBUTIONS.values())
+    return found | {name: distributions[name] for name in names if name in distributions} | (built_for or {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Python:
+    """An interpreter as it would be called: symbolic links in its path are not resolved."""
+
+    path: Path
+    options: frozenset[str]
+    environment: Mapping[str, str]
+
+    def variable(self, name: str) -> str:
+        """A PYTHON* variable, unless -E or -I tell it to ignore them."""
+        return "" if self.options & {"E", "I"} else self.environment.get(name, "")
+
+
+def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | None:
+    """The Python that a command comes to, through scripts and env(1)."""
+    words = list(argv)
+    for _ in range(_STEPS_LIMIT):
+        path = _find(words[0], environment) if words else None
+        head = _head(path) if path else None
+        if path is None or head is None:
+            return None
+        if head.startswith(b"#!"):
+            front = _interpreter(path, _text(head))
+            words = [*front, *words[1:]] if front else []
+        elif path.name == "env":
+            words, environment = _after_env(words[1:], environment)
+        elif path.name.startswith("python"):
+            return _Python(path=_absolute(path), options=_options(words[1:]), environment=environment)
+        else:
+            return None
+    return None
+
+
+def _find(command: str, environment: Mapping[str, str]) -> Path | None:
+    """The executable file that execvp(3) would take."""
+    if "/" in command:
+        return Path(command)
+    for directory in environment.get("PATH", os.defpath).split(os.pathsep):
+        path = Path(directory or ".", command)
+        try:
+            if os.access(path, os.X_OK) and path.is_file():
+                return path
+        except _UNREADABLE:
+            continue
+    return None
+
+
+def _interpreter(script: Path, head: str) -> list[str]:
+    """The words that a script's first lines put in front of its arguments; none if nothing runs it."""
+    first, _, rest = head.removeprefix("#!").partition("\n")
+    second = rest.partition("\n")[0]
+    interpreter, *argument = first.strip(" \t").split(None, 1)[:2] or [""]
+    if "/" not in interpreter:
+        return []
+    if not second.startswith("'''exec' "):
+        return [interpreter, *argument, str(script)]
+    try:
+        words = shlex.split(_OWN_DIRECTORY.sub(_OWN_DIRECTORY_WORD, second))
+        own = str(script.resolve().parent)
+    except _UNREADABLE:
+        return []
+    if "$0" not in words:
+        return []
+    return [word.replace(_OWN_DIRECTORY_WORD, own) for word in words[1 : words.index("$0")]] + [str(script)]
+
+
+def _after_env(words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command that env(1) would run, and its environment. Knows assignments, -i and -S."""
+    left, here = list(words), dict(environment)
+    while left:
+        word = left.pop(0)
+        if word in {"-i", "-", "--ignore-environment"}:
+            here = {}
+        elif word.startswith(("-S", "--split-string")):
+            text = word.removeprefix("-S").removeprefix("--split-string").removeprefix("=")
+            try:
+                left = shlex.split(text or left.pop(0)) + left
+            except (ValueError, IndexError):
+                return [], here
+        elif word.startswith("-"):
+            return [], here
+        elif "=" in word:
+            name, _, value = word.partition("=")
+            here[name] = value
+        else:
+            return [word, *left], here
+    return [], here
+
+
+def _options(words: Sequence[str]) -> frozenset[str]:
+    """The letters of Python's options, up to the program; a word may hold several, as -Es."""
+    letters: set[str] = set()
+    left = iter(words)
+    for word in left:
+        if not (word.startswith("-") and word[1:2].isalpha()):
+            break
+        flags = "".join(itertools.takewhile(lambda letter: letter not in "mcWX", word[1:]))
+        letters.update(flags)
+        rest = word[1 + len(flags) :]
+        if rest[:1] in {"m", "c"}:
+            break
+        if len(rest) == 1:  # -W or -X, with its value in a word of its own
+            next(left, None)
+    return frozenset(letters)
+
+
+def _search_path(python: _Python) -> tuple[str, list[Path]]:
+    """Python's version, if it shows, and the directories that it searches for packages, each once."""
+    prefix = python.path.parent.parent
+    venv = _venv(python.path.parent)
+    home = Path(venv["home"]) if venv and "home" in venv else _resolved(python.path).parent
+    base = _resolved(home).parent
+    version = _version(python.path, venv or {}, prefix)
+    added = python.variable("PYTHONPATH")
+    candidates = [Path(entry or ".") for entry in added.split(os.pathsep)] if added else []
+    if version and venv is not None:
+        candidates += _site_packages(prefix, version)
+    if version and (venv is None or venv.get("include-system-site-packages", "true").lower() == "true"):
+        candidates += [*_user_site(python, version), *_site_packages(base, version)]
+    return version, list(_distinct(candidates))
+
+
+def _venv(directory: Path) -> dict[str, str] | None:
+    """What pyvenv.cfg says of the environment that an interpreter's directory belongs to, if it does."""
+    for place in (directory, directory.parent):
+        text = _head(place / "pyvenv.cfg")
+        if text is not None:
+            lines = (line.partition("=") for line in _text(text).splitlines() if "=" in line)
+            return {key.strip().lower(): value.strip() for key, _, value in lines}
+    return None
+
+
+def _version(path: Path, venv: Mapping[str, str], prefix: Path) -> str:
+    """Major and minor: python3.11 in the end, as a rule; `python3` may be a copy, in an environment."""
+    told = _LIBRARY.match(_resolved(path).name) or re.match(
+        r"(3\.[0-9]{1,3})\b", venv.get("version") or venv.get("version_info", "")
+    )
+    if told:
+        return told[1]
+    there = [match[1] for match in _directories(prefix / "lib", _LIBRARY)]
+    return there[0] if len(there) == 1 else ""
+
+
+def _user_site(python: _Python, version: str) -> Iterator[Path]:
+    if python.options & {"I", "s"} or python.variable("PYTHONNOUSERSITE"):
+        return
+    home = python.environment.get("HOME")
+    base = python.environment.get("PYTHONUSERBASE") or (home and f"{home}/.local")  # also with -E
+    if base:
+        yield Path(base, "lib", f"python{version}", "site-packages")
+
+
+def _site_packages(prefix: Path, version: str) -> Iterator[Path]:
+    """Where packages lie below a prefix; which of these there are depends on the distribution."""
+    name = f"python{version}"
+    yield prefix / "local" / "lib" / name / "dist-packages"
+    yield prefix / "lib64" / name / "site-packages"
+    yield prefix / "lib" / name / "site-packages"
+    yield prefix / "lib" / "python3" / "dist-packages"
+    yield prefix / "lib" / name / "dist-packages"
+
+
+def _distinct(candidates: Sequence[Path]) -> Iterator[Path]:
+    """The directories among these, each once: lib64 is often a link to lib."""
+    seen = set()
+    for path in candidates:
+        try:
+            there = path.stat()
+        except _UNREADABLE:
+            continue
+        if stat.S_ISDIR(there.st_mode) and (there.st_dev, there.st_ino) not in seen:
+            seen.add((there.st_dev, there.st_ino))
+            yield path
+
+
+def _installed(directory: Path) -> tuple[dict[str, str], bool]:
+    """The versions of what is installed in a directory, and whether there is a package `torch`.
+
+    Of several versions of one, which a broken upgrade leaves, it is the highest on every node: the order
+    of a directory is not the same everywhere.
+    """
+    found: dict[str, str] = {}
+    has_torch = False
+    for match in _directories(directory, _PACKAGE):
+        if match[1] is None:
+            has_torch = True
+        elif known := _DISTRIBUTIONS.get(re.sub(r"[-_.]+", "-", match[1]).lower()):
+            found[known] = max(match[2], found.get(known, ""), key=_height)
+    return found, has_torch
+
+
+def _height(version: str) -> tuple[list[int], str]:
+    return [int(number) for number in re.findall(r"[0-9]+", version)], version
+
+
+def _directories(directory: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
+    """The directories within one whose names match, among as many entries as the limit allows."""
+    with contextlib.suppress(*_UNREADABLE), os.scandir(directory) as entries:
+        for entry in itertools.islice(entries, _ENTRIES_LIMIT):
+            if (match := pattern.fullmatch(entry.name)) and _is_directory(entry):
+                yield match
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except _UNREADABLE:  # the working directory is gone
+        return path
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except _UNREADABLE:
+        return path
+
+
+def _head(path: Path) -> bytes | None:
+    """The first bytes of a plain file; None if it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except _UNREADABLE:
+        return None
+    try:
+        return os.pread(fd, _HEAD_BYTES, 0) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="surrogateescape")
