@@ -53,6 +53,16 @@ def tree(cell: Cell, root: int) -> list[int]:
     return found
 
 
+def host_pids(cell: Cell) -> list[int]:
+    """The same processes, all of them, by the PIDs that they have outside the cell."""
+    found = [cell.init_pid]
+    for pid in found:
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+    return found[1:]
+
+
 def threads(cell: Cell, pid: int) -> int:
     return int(status(cell, pid).get("Threads", "0"))
 

@@ -13,11 +13,13 @@ from rekindle.engine import JSON, Endpoint, Request
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 from rekindle.fingerprint import Fingerprint
+from rekindle.mapped import MappedFile
 
 SCHEMA = "rekindle.record/1"
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
+_GPUS_LIMIT = 1024
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
 
 
@@ -47,16 +49,8 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MappedFile:
-    """A file outside the dump that the processes have mapped or open: it must be there at restore."""
-
-    path: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """How the processes lived in their cell. PIDs are those inside."""
+    """How the processes lived in their cell. PIDs are those inside; `gpus` the UUIDs of those they held."""
 
     root_pid: int
     server_pid: int
@@ -65,6 +59,7 @@ class Process:
     clocks: Clocks
     stdout: str
     stderr: str
+    gpus: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +72,11 @@ class Oracle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """All that `restore` must know before it fetches a byte of the dump."""
+    """All that `restore` must know before it fetches a byte of the dump.
+
+    `start_seconds` is how long the server took to get ready when it was started for the snapshot, 0 if that
+    is not known.
+    """
 
     created: str
     made_by: str
@@ -96,6 +95,7 @@ class Record:
     stored_bytes: int
     files: Sequence[StoredFile]
     weights: Mapping[str, JSON] = field(default_factory=dict)
+    start_seconds: float = 0.0
 
     def to_bytes(self) -> bytes:
         """The document. Equal records give equal bytes."""
@@ -112,13 +112,7 @@ class Record:
             "environment": dict(self.environment),
             "endpoint": {"host": self.endpoint.host, "port": self.endpoint.port},
             "oracle": {"request": self.oracle.request.to_json(), "answer": self.oracle.answer},
-            "node": {
-                "architecture": self.node.architecture,
-                "cpu_model": self.node.cpu_model,
-                "cpu_features": sorted(self.node.cpu_features),
-                "kernel": self.node.kernel,
-                "page_bytes": self.node.page_bytes,
-            },
+            "node": self.node.to_json(),
             "criu": {"version": self.criu_version},
             "process": {
                 "root_pid": self.process.root_pid,
@@ -129,9 +123,14 @@ class Record:
                 "boottime_ns": self.process.clocks.boottime_ns,
                 "stdout": self.process.stdout,
                 "stderr": self.process.stderr,
+                "gpus": list(self.process.gpus),
             },
+            "start_seconds": self.start_seconds,
             "weights": dict(self.weights),
-            "mapped_files": [{"path": file.path, "size": file.size} for file in self.mapped_files],
+            "mapped_files": [
+                {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "identity": file.identity}
+                for file in self.mapped_files
+            ],
             "dump": {
                 "dump_bytes": self.dump_bytes,
                 "stored_bytes": self.stored_bytes,
@@ -170,13 +169,7 @@ class Record:
                 request=_request(oracle.json("request")),
                 answer=oracle.json("answer"),
             ),
-            node=Fingerprint(
-                architecture=node.text("architecture"),
-                cpu_model=node.text("cpu_model"),
-                cpu_features=frozenset(node.texts("cpu_features")),
-                kernel=node.text("kernel"),
-                page_bytes=node.integer("page_bytes", at_least=1),
-            ),
+            node=Fingerprint.from_json(node),
             criu_version=document.inner("criu").text("version"),
             process=Process(
                 root_pid=process.integer("root_pid", at_least=2),
@@ -189,11 +182,13 @@ class Record:
                 ),
                 stdout=_absolute(process.text("stdout")),
                 stderr=_absolute(process.text("stderr")),
+                gpus=tuple(process.texts("gpus", at_most=_GPUS_LIMIT)) if process.has("gpus") else (),
             ),
             mapped_files=document.list_of("mapped_files", _mapped_file, at_most=_FILES_LIMIT),
             dump_bytes=dump.integer("dump_bytes"),
             stored_bytes=dump.integer("stored_bytes"),
             weights=_weights(document.json("weights") if document.has("weights") else {}),
+            start_seconds=document.number("start_seconds") if document.has("start_seconds") else 0.0,
             files=_consistent(dump.list_of("files", _stored_file, at_most=_FILES_LIMIT)),
         )
 
@@ -307,4 +302,9 @@ def _request(value: JSON) -> Request:
 
 def _mapped_file(value: object, where: str) -> MappedFile:
     fields = Fields(value, where)
-    return MappedFile(path=_absolute(fields.text("path")), size=fields.integer("size"))
+    return MappedFile(
+        path=_absolute(fields.text("path")),
+        size=fields.integer("size"),
+        mtime_ns=fields.integer("mtime_ns", at_least=-(1 << 62)) if fields.has("mtime_ns") else 0,
+        identity=fields.text("identity", ""),
+    )

@@ -2,7 +2,7 @@
 """The whole way from a command to a dump with its record. Nothing is published here."""
 
 import os
-import stat
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,12 +17,9 @@ from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.files import PAGE_BYTES, copy_sparse_tree, naming_full_disk
 from rekindle.fingerprint import Fingerprint
-from rekindle.record import (
-    MappedFile,
-    Process,
-    Record,
-    StoredFile,
-)
+from rekindle.gpu import held_by
+from rekindle.mapped import MappedFile, describe
+from rekindle.record import Process, Record, StoredFile
 from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
 from snapshot import caches, secrets
@@ -78,7 +75,9 @@ def make(
         server = Server(cell, options.argv, options.environment, Path.cwd(), work)
         client = Client(engine.endpoint, cell.connect)
         with report.phase("ready"):
+            began = time.monotonic()
             wait_ready(server, engine, client, options.ready_timeout)
+            start_seconds = time.monotonic() - began
         with report.phase("warm"):
             batches = options.warm_requests
             warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
@@ -91,7 +90,7 @@ def make(
             tasks = processes.tree(cell, server.root_pid)
             threads = sum(processes.threads(cell, pid) for pid in tasks)
             opened = _opened(cell, tasks) - {str(path) for path in own}
-            mapped = _mapped_files(opened)
+            gpus = held_by(processes.host_pids(cell))
             server_pid = server.server_pid
             _drop_disposable(cell, tasks, engine.disposable())
         with report.phase("dump"), naming_full_disk(work):
@@ -106,6 +105,7 @@ def make(
             (tree / "criu" / leftover).unlink(missing_ok=True)
         criu_image.drop_zero_pages(tree / "criu")
         files = scan(tree)
+        mapped = _mapped_files(opened)
     with report.phase("search for secrets"):
         secrets.refuse(tree, options.credentials)
     with report.phase("find caches"):
@@ -129,7 +129,7 @@ def make(
         environment=redact_environment(server.environment, options.credentials.values),
         endpoint=endpoint,
         oracle=oracle,
-        node=Fingerprint.probe(),
+        node=Fingerprint.probe(options.argv, server.environment),
         criu_version=tool.version,
         process=Process(
             root_pid=server.root_pid,
@@ -139,12 +139,14 @@ def make(
             clocks=clocks,
             stdout=str(server.stdout),
             stderr=str(server.stderr),
+            gpus=gpus,
         ),
         mapped_files=mapped,
         dump_bytes=dump_bytes,
         stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
         files=files,
         weights=weights,
+        start_seconds=round(start_seconds, 3),
     )
     return Made(record=record, caches=roots)
 
@@ -189,18 +191,14 @@ def _readable(path: str, tree: Path) -> Path:
 
 
 def _mapped_files(opened: set[str]) -> list[MappedFile]:
-    """The files outside the cell's /dev/shm that must be there, with the same size, at a restore."""
-    found = []
-    for path in sorted(opened):
-        if not path.startswith("/") or path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV")):
-            continue
-        try:
-            status = Path(path).lstat()
-        except OSError:  # deleted while open: CRIU stores its content
-            continue
-        if stat.S_ISREG(status.st_mode):
-            found.append(MappedFile(path=path, size=status.st_size))
-    return found
+    """The files outside the cell's /dev/shm that must be there, and the same, at a restore. What was deleted
+    while it was open is not among them: CRIU stores its content."""
+    paths = [
+        path
+        for path in sorted(opened)
+        if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV"))
+    ]
+    return [file for path in paths if (file := describe(path)) is not None]
 
 
 def _drop_disposable(cell: Cell, pids: Sequence[int], patterns: Sequence[str]) -> None:

@@ -51,6 +51,8 @@ def predicate(record: Record) -> dict[str, JSON]:
             "architecture": record.node.architecture,
             "cpu_model": record.node.cpu_model,
             "kernel": record.node.kernel,
+            "packages": dict(record.node.packages),
+            "gpus": [gpu.name for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus],
         },
         "criu": record.criu_version,
         "command": list(record.command),

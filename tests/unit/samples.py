@@ -15,7 +15,9 @@ from typing import Any
 from rekindle.cell import Clocks, Network
 from rekindle.engine import Endpoint, Request
 from rekindle.fingerprint import Fingerprint
-from rekindle.record import FileKind, MappedFile, Oracle, Process, Record, StoredFile
+from rekindle.mapped import MappedFile
+from rekindle.record import FileKind, Oracle, Process, Record, StoredFile
+from tests.fakes.nodes import L4
 
 NODE = Fingerprint(
     architecture="x86_64",
@@ -23,6 +25,12 @@ NODE = Fingerprint(
     cpu_features=frozenset({"avx2", "avx512f", "fpu"}),
     kernel="6.8.0",
     page_bytes=4096,
+    cpu_vendor="ExampleVendor",
+    xsave=0xE7,
+    libc="glibc 2.36",
+    container="docker",
+    packages={"python": "3.11", "torch": "2.13.0"},
+    devices=L4,
 )
 
 RECORD = Record(
@@ -49,7 +57,10 @@ RECORD = Record(
         stdout="/run/stdout",
         stderr="/run/stderr",
     ),
-    mapped_files=[MappedFile(path="/usr/lib/libc.so.6", size=2_000_000)],
+    mapped_files=[
+        MappedFile(path="/usr/lib/libc.so.6", size=2_000_000, mtime_ns=5, identity="build-id:0123abcd")
+    ],
+    start_seconds=60.5,
     dump_bytes=1 << 30,
     stored_bytes=1 << 20,
     files=(),

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from oci import tree
 from rekindle.cell import Network
 from rekindle.errors import FormatError
+from rekindle.fingerprint import Fingerprint
 from rekindle.record import RECORD_LIMIT_BYTES, FileKind, Record
-from tests.unit.samples import FULL_RECORD, RECORD, document, memory_peak
+from tests.unit.samples import FULL_RECORD, NODE, RECORD, document, memory_peak
 
 Steps = Sequence[str | int]
 
@@ -86,6 +87,24 @@ def test_a_record_is_ascii() -> None:
     assert Record.parse(record.to_bytes()).command == ["sérve", "\udcff"]
 
 
+def test_a_record_of_before_can_be_read() -> None:
+    value = document()
+    for name in ADDED:
+        *outer, last = steps(name)
+        del at(value, outer)[last]
+    for name in ADDED_TO_NODE:
+        del value["node"][name]
+    old = parse(value)
+    assert old.node == Fingerprint(
+        architecture=NODE.architecture,
+        cpu_model=NODE.cpu_model,
+        cpu_features=NODE.cpu_features,
+        kernel=NODE.kernel,
+        page_bytes=NODE.page_bytes,
+    )
+    assert (old.process.gpus, old.start_seconds, old.mapped_files[0].identity) == ((), 0.0, "")
+
+
 def test_unknown_fields_are_passed_over() -> None:
     value = document()
     for place in (value, value["process"], value["dump"]["files"][0]):
@@ -107,7 +126,12 @@ FIELDS = [
 ]
 # fmt: on
 ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
-ADDED = {"weights"}  # records that were made before have none
+# Records that were made before have none of these.
+ADDED = ("weights", "start_seconds", "process.gpus", "mapped_files.0.mtime_ns", "mapped_files.0.identity")
+ADDED_TO_NODE = (
+    *("cpu_vendor", "cpu_level", "xsave", "libc", "container", "packages"),
+    *("gpus", "gpu_driver", "cuda", "mps", "links"),
+)
 
 
 def steps(name: str) -> Steps:
@@ -119,7 +143,7 @@ def test_every_field_is_on_the_list() -> None:
         name = re.sub(r"\.files\.\d+", ".files.4", ".".join(map(str, path)))
         if name.startswith(tuple(f"{free}." for free in ANY_FORM)) or name.endswith(".target"):
             continue
-        if name.partition(".")[0] in ADDED:
+        if name.startswith((*ADDED, *(f"node.{added}" for added in ADDED_TO_NODE))):
             continue
         # Items of lists, and names in the environment, are not fields.
         assert name in FIELDS or name.rpartition(".")[0] in FIELDS, name
