@@ -35,6 +35,7 @@ from oci.inventory import (
     StoredRoot,
     Target,
     bounded,
+    depends_on,
     entry_key,
 )
 from oci.mcv import Survey
@@ -109,14 +110,16 @@ def pack(
     created: str,
     architecture: str = "",
     targets: Sequence[Target] = (),
+    versions: Mapping[str, str] | None = None,
     workers: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Descriptor:
     """Writes caches as an image into a layout; returns the descriptor of its manifest, which has no tag yet.
 
     Equal trees, with equal times and modes, give equal bytes. `targets` is what the caches are for where
-    they do not say it themselves; `architecture` that of the machine, as the kernel calls it, if it is not
-    this one. What is left out is told to `say`. Holds about 20 MiB, whatever the size.
+    they do not say it themselves; `versions` are those of the packages that made them, as far as they are
+    known; `architecture` that of the machine, as the kernel calls it, if it is not this one. What is left
+    out is told to `say`. Holds about 20 MiB, whatever the size.
 
     Raises UsageError if there is nothing to pack, SecretError for a cache that holds a credential,
     IntegrityError if a file changes meanwhile.
@@ -129,6 +132,7 @@ def pack(
     if len(planned) > ROOTS_LIMIT:
         raise UsageError(f"{len(planned)} kernel caches are more than an image holds")
     workers = workers or len(os.sched_getaffinity(0))
+    machine = architecture or os.uname().machine
     read_by_mcv = planned[-1].prefix.count("/") == 0
     survey = Survey(kind=planned[-1].root.kind) if read_by_mcv else None
     layers: list[Descriptor] = []
@@ -137,7 +141,10 @@ def pack(
     with ThreadPoolExecutor(workers) as pool:
         for number, each in enumerate(planned):
             last = survey if number == len(planned) - 1 else None
-            layer, diff_id, root = _write_layer(each, number, layout, pool, workers, last)
+            known = {
+                name: versions[name] for name in depends_on(each.root.kind) if versions and name in versions
+            }
+            layer, diff_id, root = _write_layer(each, number, layout, pool, workers, last, machine, known)
             layers.append(layer)
             diff_ids.append(diff_id)
             stored.append(root)
@@ -146,7 +153,8 @@ def pack(
     labels: dict[str, str] = {}
     if survey is not None:
         extra = sum(root.bytes for root in stored if root.prefix.startswith(survey.top + "/"))
-        labels = survey.labels(stored, inventory.targets or list(targets), extra)
+        kernels = [target for target in inventory.targets if target.backend != "cpu"]
+        labels = survey.labels(stored, kernels or list(targets), extra)
     config = layout.put(
         _config(created, platform, labels, diff_ids, stored, inventory), media_types.IMAGE_CONFIG
     )
@@ -302,7 +310,14 @@ def _is_file(member: _Member) -> bool:
 
 
 def _write_layer(
-    planned: _Planned, number: int, layout: "Layout", pool: "Executor", workers: int, survey: Survey | None
+    planned: _Planned,
+    number: int,
+    layout: "Layout",
+    pool: "Executor",
+    workers: int,
+    survey: Survey | None,
+    machine: str,
+    versions: Mapping[str, str],
 ) -> tuple[Descriptor, Digest, StoredRoot]:
     from oci.gzip_tar import GzipTar
 
@@ -317,6 +332,7 @@ def _write_layer(
             if _is_file(member):
                 entry = gathered.setdefault(entry_key(root.kind, member.path), _Gathering())
                 _add_file(tar, root, prefix, member, entry, survey)
+                entry.metadata.look_at_name(root.kind, member.path, root.recorded, machine)
             else:
                 status = member.status
                 tar.add_directory(prefix / member.path, mode=status.st_mode, mtime_ns=status.st_mtime_ns)
@@ -336,7 +352,7 @@ def _write_layer(
         layer=number,
         files=sum(entry.files for entry in gathered.values()),
         bytes=sum(entry.bytes for entry in gathered.values()),
-        entries=[_entry(key, entry) for key, entry in sorted(gathered.items())],
+        entries=[_entry(key, entry, versions) for key, entry in sorted(gathered.items())],
     )
     layer = Descriptor(
         media_type=media_types.TAR_GZIP_LAYER,
@@ -347,11 +363,11 @@ def _write_layer(
     return layer, diff_id, stored
 
 
-def _entry(key: str, gathered: _Gathering) -> Entry:
+def _entry(key: str, gathered: _Gathering, versions: Mapping[str, str]) -> Entry:
     return Entry(
         key=key,
         targets=sorted(gathered.metadata.targets)[:ROOTS_LIMIT],
-        versions=dict(sorted(gathered.metadata.versions.items())),
+        versions=dict(sorted({**versions, **gathered.metadata.versions}.items())),
         files=gathered.files,
         bytes=gathered.bytes,
         digest=Digest("sha256:" + gathered.hasher.hexdigest()),
@@ -378,7 +394,6 @@ def _add_file(
         is_json = path.suffix == ".json" and size <= METADATA_LIMIT_BYTES
         if is_json:
             entry.metadata.look_at_json(path, begin)
-        entry.metadata.look_at_name(root.kind, path, root.recorded)
         if survey is not None:
             survey.look_at(path, size, begin if is_json else None)
         tar.begin_file(prefix / path, size=size, mode=status.st_mode, mtime_ns=status.st_mtime_ns)

@@ -40,13 +40,15 @@ _TEXT_LIMIT = 255
 _PATH_LIMIT_BYTES = 2048  # below the directory that it goes to
 METADATA_LIMIT_BYTES = 1 << 20  # of an entry's own JSON
 
+_TRITON_KEY = re.compile(r"[A-Z2-7]{52}")
 PREFIXES = ("io.vllm.cache", "io.triton.cache", "io.rekindle.cache")
 _PREFIX = re.compile(r"io\.(vllm|triton|rekindle)\.cache(/[a-z0-9]+(-[a-z0-9]+)*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Target:
-    """What a kernel was compiled for: `cuda`, `90`, 32 or `hip`, `gfx942`, 64."""
+    """What a kernel was compiled for: `cuda`, `90`, 32 or `hip`, `gfx942`, 64; or, if C++ was compiled for
+    the machine's own processor, `cpu`, its architecture as the kernel names it, 0."""
 
     backend: str
     arch: str
@@ -137,6 +139,19 @@ class Inventory:
         return cls(made_by=fields.text("made_by"), roots=roots)
 
 
+def depends_on(kind: CacheKind) -> tuple[str, ...]:
+    """The packages whose versions are in the keys of a kind of cache."""
+    return {
+        CacheKind.VLLM: ("vllm", "torch"),
+        CacheKind.TRITON: ("triton",),
+        CacheKind.INDUCTOR: ("torch",),
+        CacheKind.FLASHINFER: ("flashinfer",),
+        CacheKind.DEEP_GEMM: ("deep-gemm",),
+        CacheKind.TORCH_EXTENSIONS: ("torch", "python"),
+        CacheKind.CUDA: (),
+    }[kind]
+
+
 def bounded(entries: Sequence[Entry], at_most: int) -> list[Entry]:
     """The entries, or if they are too many, one for each combination of targets and versions."""
     if len(entries) <= at_most:
@@ -188,8 +203,15 @@ class Metadata:
     targets: set[Target] = dataclasses.field(default_factory=set)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def look_at_name(self, root: CacheKind, path: PurePosixPath, recorded: str) -> None:
-        """Kinds that say in a directory's name what they are for."""
+    def look_at_name(self, root: CacheKind, path: PurePosixPath, recorded: str, machine: str) -> None:
+        """Kinds that say in a directory's name what they are for; and Inductor's C++ kernels, which are made
+        for the processor that they are compiled on. Triton's launchers are not: any of its kind runs them."""
+        if (
+            root in {CacheKind.VLLM, CacheKind.INDUCTOR}
+            and path.suffix == ".so"
+            and not any(_TRITON_KEY.fullmatch(part) for part in path.parts)
+        ):
+            self.targets.add(Target(backend="cpu", arch=machine, warp_size=0))
         if root is CacheKind.FLASHINFER:
             for part in path.parts[:2]:
                 if re.fullmatch(r"\d+\.\d+[\w.+]*", part):
