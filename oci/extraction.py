@@ -42,13 +42,15 @@ _PRIVATE = {".ssh", ".gnupg", ".config", ".aws", ".kube", ".docker", ".local"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractedRoot:
-    """Where a cache is now. `kept` are the entries that were there with other content, and stayed so."""
+    """Where a cache is now. `kept` are the entries that were there with other content, and stayed so;
+    `written` the paths below `path` of the files that were not there before."""
 
     kind: CacheKind
     path: Path
     files: int
     bytes: int
     kept: Sequence[str]
+    written: Sequence[PurePosixPath] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,19 @@ class Extraction:
     @property
     def written_bytes(self) -> int:
         return sum(root.bytes for root in self.roots)
+
+    def undo(self) -> None:
+        """Removes what was written, and the directories that are empty then. What others have put there since
+        stays."""
+        for root in self.roots:
+            real = Path(os.path.realpath(root.path))
+            directories: set[PurePosixPath] = set()
+            for path in root.written:
+                with contextlib.suppress(OSError):
+                    (real / path).unlink()
+                directories |= set(path.parents)
+            for directory in sorted(directories, key=lambda path: len(path.parts), reverse=True):
+                _remove_if_empty(real / directory)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,14 +92,15 @@ class _Job:
 
 def extract(
     verified: Verified[CacheImage],
-    to: Path | None,
+    to: Path | Mapping[str, Path] | None,
     *,
     limits: Limits,
     kinds: Collection[CacheKind] | None = None,
     overwrite: bool = False,
     workers: int = 0,
 ) -> Extraction:
-    """Writes the caches of an image, to `to/KIND/…` or, if that is None, to where each was recorded.
+    """Writes the caches of an image, to `to/KIND/…` or, if that is None, to where each was recorded. A
+    mapping names by their roots' names the caches to write, and the place of each.
 
     A cache that is there already is added to, entry by entry; one of its entries that is there with other
     content stays as it is, unless `overwrite`. Modes and times are as they were packed, but nobody else may
@@ -94,7 +110,11 @@ def extract(
     NotFoundError if there is nothing of the kinds, UsageError for a place that cannot be, SpaceError.
     """
     image = verified.value
-    roots = [root for root in image.inventory.roots if kinds is None or root.kind in kinds]
+    roots = [
+        root
+        for root in image.inventory.roots
+        if (kinds is None or root.kind in kinds) and (not isinstance(to, Mapping) or root.name in to)
+    ]
     if not roots:
         raise NotFoundError(f"{image.manifest.digest} holds no kernel cache of that kind")
     targets = [_target(root, to) for root in roots]
@@ -122,7 +142,13 @@ def extract(
                 continue
             for job in jobs:
                 _finish(job)
-            extracted = [_publish(job, overwrite=overwrite) for job in jobs]
+            extracted: list[ExtractedRoot] = []
+            try:
+                for job in jobs:
+                    extracted.append(_publish(job, overwrite=overwrite))
+            except BaseException:
+                Extraction(roots=extracted, environment={}).undo()
+                raise
             break
     environment: dict[str, str] = {}
     for each in extracted:
@@ -130,8 +156,10 @@ def extract(
     return Extraction(roots=extracted, environment=dict(sorted(environment.items())))
 
 
-def _target(root: StoredRoot, to: Path | None) -> Path:
-    if to is not None:
+def _target(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
+    if isinstance(to, Mapping) and str(to[root.name]) != root.recorded:
+        return to[root.name]
+    if isinstance(to, Path):
         return place_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
     real = os.path.realpath(root.recorded)
     if (
@@ -430,7 +458,12 @@ def _publish(job: _Job, *, overwrite: bool) -> ExtractedRoot:
         with contextlib.suppress(OSError):  # somebody has put one there meanwhile
             os.rename(job.staging, target)  # noqa: PTH104 - onto an empty directory, too
             return ExtractedRoot(
-                kind=job.root.kind, path=job.target, files=job.root.files, bytes=job.root.bytes, kept=()
+                kind=job.root.kind,
+                path=job.target,
+                files=job.root.files,
+                bytes=job.root.bytes,
+                kept=(),
+                written=tuple(job.paths),
             )
     try:
         there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -451,7 +484,8 @@ def _merge(job: _Job, there: int, *, overwrite: bool) -> ExtractedRoot:
         groups.setdefault(key if whole else str(path), []).append(path)
     modes = {path: (mode, mtime_ns) for path, mode, mtime_ns in job.directories}
     kept: list[str] = []
-    files = size = 0
+    written: list[PurePosixPath] = []
+    size = replaced = 0
     for key, paths in groups.items():
         states = {path: _compare(job.staging / path, there, path) for path in paths}
         if "blocked" in states.values() or ("different" in states.values() and not overwrite):
@@ -461,9 +495,17 @@ def _merge(job: _Job, there: int, *, overwrite: bool) -> ExtractedRoot:
             if state != "same":
                 size += (job.staging / path).stat().st_size
                 _move(job.staging, there, path, modes, replace=overwrite)
-                files += 1
+                if state == "absent":
+                    written.append(path)
+                else:
+                    replaced += 1
     return ExtractedRoot(
-        kind=job.root.kind, path=job.target, files=files, bytes=size, kept=tuple(sorted(kept))
+        kind=job.root.kind,
+        path=job.target,
+        files=len(written) + replaced,
+        bytes=size,
+        kept=tuple(sorted(kept)),
+        written=tuple(written),
     )
 
 
