@@ -27,6 +27,7 @@ VERBS = {
     "verify": "see by whom an image is",
     "generate-key-pair": "make a key to sign with",
     "inspect": "show what is in an image",
+    "match": "compare this node with an image, field by field",
     "doctor": "show what this node can do, and what it lacks",
     "bench": "compare cold starts and restores, by phase",
 }

@@ -156,6 +156,11 @@ class Cell:
         """The host's PID of the cell's PID 1."""
         return self._init
 
+    @property
+    def launcher_pid(self) -> int:
+        """The PID of our child, which the cell ends with."""
+        return self._launcher.pid
+
     def clocks(self) -> Clocks:
         """What the clocks inside the cell read now."""
         now = Clocks.now()

@@ -9,22 +9,22 @@ once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
     ├── UsageError          the command line asks for something that makes no sense
     ├── CapabilityError     this node cannot do what is needed (root, CRIU, namespaces)   ladder goes down
     ├── MismatchError       the snapshot was made for another kind of node                ladder goes down
-    ├── NotFoundError       there is no such image
+    ├── NotFoundError       there is no such image                                        ladder goes down
     ├── PortError           an address that is to be published is taken
-    ├── SpaceError          a disk is full
-    ├── BusyError           another rekindle holds what is needed
+    ├── SpaceError          a disk is full                                                ladder goes down
+    ├── BusyError           another rekindle holds what is needed                         ladder goes down
     ├── FormatError         a record, manifest or CRIU image file is not what it should be
     ├── IntegrityError      bytes are not those that their digest names
     ├── TrustError          an image is not signed by anybody whom the policy accepts
-    ├── WorkloadError       the server died
-    ├── NotReadyError       the server did not get ready in time
+    ├── WorkloadError       the server died                                               ladder goes down
+    ├── NotReadyError       the server did not get ready in time                          ladder goes down
     ├── NotDumpableError    the server holds something that CRIU cannot dump
     ├── DumpError           CRIU failed to dump
     ├── RestoreError        CRIU failed to restore                                        ladder goes down
     ├── OracleError         the server gave another answer than it should                 ladder goes down
     ├── SecretError         what is to be packed holds a secret
     ├── RegistryError       a registry cannot be reached, or fails                        ladder goes down
-    └── CredentialsError    a registry refuses who we are
+    └── CredentialsError    a registry refuses who we are                                 ladder goes down
 """
 
 from collections.abc import Sequence
@@ -88,6 +88,7 @@ class NotFoundError(RekindleError):
 
     exit_status = 12
     code = "not-found"
+    descends = True
 
 
 class PortError(RekindleError):
@@ -102,6 +103,7 @@ class SpaceError(RekindleError):
 
     exit_status = 14
     code = "space"
+    descends = True
 
 
 class BusyError(RekindleError):
@@ -109,6 +111,7 @@ class BusyError(RekindleError):
 
     exit_status = 15
     code = "busy"
+    descends = True
 
 
 class FormatError(RekindleError):
@@ -138,6 +141,7 @@ class WorkloadError(RekindleError):
 
     exit_status = 30
     code = "workload"
+    descends = True
 
 
 class NotReadyError(RekindleError):
@@ -145,6 +149,7 @@ class NotReadyError(RekindleError):
 
     exit_status = 31
     code = "not-ready"
+    descends = True
 
 
 class NotDumpableError(RekindleError):
@@ -197,6 +202,7 @@ class CredentialsError(RekindleError):
 
     exit_status = 41
     code = "credentials"
+    descends = True
 
 
 class Interrupted(BaseException):

@@ -40,7 +40,8 @@ class Rung(StrEnum):
 class Reason:
     """Why a rung is not taken: a stable code, the field, and what was recorded and is here.
 
-    A hard reason forbids the rung; a soft one is only told.
+    A hard reason forbids the rung; a soft one is only told. `recorded` is empty where there is nothing to
+    compare. `advice` is what a person can do about it. `by_policy`: a policy made it hard or soft.
     """
 
     rung: Rung
@@ -49,6 +50,8 @@ class Reason:
     recorded: str
     here: str
     hard: bool
+    advice: str = ""
+    by_policy: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,9 +61,13 @@ class Reason:
             "recorded": self.recorded,
             "here": self.here,
             "hard": self.hard,
+            "advice": self.advice,
+            "by_policy": self.by_policy,
         }
 
     def __str__(self) -> str:
+        if not self.recorded:
+            return f"{self.code}: {self.here}"
         return f"{self.code}: {self.field} was {self.recorded}, is {self.here}"
 
 
@@ -83,6 +90,7 @@ class Report:
     phases: list[Phase] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
     oracle: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
     pid: int | None = None
@@ -128,6 +136,7 @@ class Report:
             "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 6),
             "bytes": self.bytes,
             "oracle": self.oracle,
+            "cache": self.cache,
             "endpoint": self.endpoint,
             "pid": self.pid,
             "peak_rss_bytes": peak_rss_bytes(),

@@ -19,6 +19,7 @@ from pathlib import Path
 TimeoutExpired = subprocess.TimeoutExpired
 _GRACE_SECONDS = 5.0
 _OUTPUT_BYTES = 64 * 1024
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,36 @@ def spawn(
         cwd=cwd,
         pass_fds=tuple(pass_fds),
         start_new_session=True,
+    )
+
+
+def start_server(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    stdout: int,
+    stderr: int,
+) -> subprocess.Popen[bytes]:
+    """Starts a command that stands in for us: with our standard input, in a session of its own, and asked to
+    end (SIGTERM) when the thread that calls this ends. Raises OSError if it cannot be started."""
+    import ctypes
+
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return subprocess.Popen(
+        list(argv),
+        stdout=stdout,
+        stderr=stderr,
+        env=dict(env),
+        cwd=cwd,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
 
 

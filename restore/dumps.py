@@ -74,6 +74,11 @@ def ready(
                 fresh = True
 
 
+def is_ready(home: Home, image: Image) -> bool:
+    """Whether a dump is there already. It may be gone again when it is wanted."""
+    return _is_ready(home.dumps / image.process.digest.hex, image)
+
+
 def limit_bytes() -> int:
     """How much the kept dumps may take: $REKINDLE_DUMPS_LIMIT in GiB, 64 if it is not set."""
     text = os.environ.get("REKINDLE_DUMPS_LIMIT", "")

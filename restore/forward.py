@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published ports: connections to an address of the host are carried into the cell."""
+"""Published ports: connections to an address of the host are carried to the server."""
 
 import contextlib
 import errno
@@ -8,8 +8,8 @@ import selectors
 import socket
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from rekindle.cell import Cell
 from rekindle.engine import Endpoint
 from rekindle.errors import PortError
 
@@ -66,12 +66,19 @@ class _Side:
     write_closed: bool = False
 
 
+class Network(Protocol):
+    """Where a server can be reached: its cell, or the host."""
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        """A stream socket in that network."""
+
+
 class Forwarder:
     """Carries connections, as part of somebody's selector loop. Holds 512 KiB a direction at most."""
 
-    def __init__(self, selector: selectors.BaseSelector, cell: Cell, target: Endpoint) -> None:
+    def __init__(self, selector: selectors.BaseSelector, network: Network, target: Endpoint) -> None:
         self._selector = selector
-        self._cell = cell
+        self._network = network
         self._target = target
         self._listener: socket.socket | None = None
         self._sides: set[_Side] = set()
@@ -101,7 +108,7 @@ class Forwarder:
             return
         host = self._target.reachable_host
         try:
-            server = self._cell.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            server = self._network.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError:
             client.close()
             return

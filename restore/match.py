@@ -1,85 +1,320 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this node can run a snapshot's process: a pure comparison, field by field."""
+"""Whether a snapshot's process can run on this node, and its kernel cache be used: field by field.
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+Pure but for `look`. What each difference means, restore/rules.py says.
+"""
 
-from rekindle.errors import MismatchError
+import dataclasses
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rekindle.abilities import Abilities
+from rekindle.caches import is_within
+from rekindle.errors import CapabilityError, MismatchError
 from rekindle.fingerprint import Fingerprint
-from rekindle.record import MappedFile, Record
+from rekindle.gpu import Gpu
+from rekindle.mapped import MappedFile, difference, in_words
+from rekindle.record import Record
+from rekindle.redact import redact_command
 from rekindle.report import Reason, Rung
+from restore.rules import reason_for
+
+if TYPE_CHECKING:
+    from oci.inventory import Entry, Inventory
 
 _SHOWN = 12
+_ADDRESS = ("--host", "--port")
+_CAPABILITIES = {"privileges", "criu", "criu-version", "cuda"}
+_CANNOT = {
+    Rung.PROCESS: "this node cannot run the snapshot's process",
+    Rung.CACHE: "this node cannot use the snapshot's kernel cache",
+    Rung.COLD: "there is nothing to start",
+}
 
 
-def match(record: Record, node: Fingerprint, size_of: Callable[[str], int | None]) -> list[Reason]:
-    """The fields that differ; `size_of` gives the size of a file here, None if there is none."""
+def process(
+    record: Record,
+    node: Fingerprint,
+    abilities: Abilities,
+    different: Mapping[str, str],
+    command: Sequence[str] | None = None,
+) -> list[Reason]:
+    """What keeps the process from running here. `different` says of recorded files what is here instead;
+    `command` is the one that the process shall stand in for, if one was given."""
+    recorded = record.node
     return [
-        *_equal("architecture", record.node.architecture, node.architecture, hard=True),
-        *_equal("page-size", record.node.page_bytes, node.page_bytes, hard=True),
-        *_features(record.node, node),
-        *_equal("kernel", record.node.kernel, node.kernel, hard=False),
-        *(reason for file in record.mapped_files for reason in _file(file, size_of(file.path))),
+        *_command(record, command),
+        *_equal("architecture", "architecture", recorded.architecture, node.architecture),
+        *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
+        *_features("cpu-feature", recorded, node),
+        *_equal("cpu-vendor", "processor's vendor", recorded.cpu_vendor, node.cpu_vendor),
+        *_xsave(recorded.xsave, node.xsave),
+        *_kernel(recorded.kernel, node.kernel),
+        *_equal("libc", "C library", recorded.libc, node.libc),
+        *_lacks(abilities, record),
+        *_gpus(record, node),
+        *(
+            reason_for("rootfs-file", file.path, in_words(file), different[file.path])
+            for file in record.mapped_files
+            if file.path in different
+        ),
+        *(
+            reason_for("model-file", path, f"{size:,} bytes", different[path])
+            for path, size in model_files(record)
+            if path in different
+        ),
     ]
 
 
-def require(record: Record, reasons: Sequence[Reason]) -> None:
-    """Raises MismatchError if a hard field differs."""
+def model_files(record: Record) -> Iterator[tuple[str, int]]:
+    """The files of a model that lay in a directory: path, size in bytes."""
+    model, files = record.weights.get("model"), record.weights.get("files")
+    if isinstance(model, str) and model.startswith("/") and isinstance(files, list):
+        for file in files:
+            match file:
+                case {"name": str(name), "size": int(size)}:
+                    yield f"{model}/{name}", size
+
+
+def look(record: Record) -> dict[str, str]:
+    """What is here instead of the files that a snapshot depends on, by path; only of those that differ."""
+    found = {file.path: what for file in record.mapped_files if (what := difference(file))}
+    for path, size in model_files(record):
+        if what := difference(MappedFile(path=path, size=size)):
+            found[path] = what
+    return found
+
+
+def cached(files: Sequence[MappedFile], different: Mapping[str, str], inventory: "Inventory") -> list[str]:
+    """The names of the roots of a kernel cache that bring files which are missing here."""
+    missing = [file.path for file in files if different.get(file.path) == "missing"]
+    return [root.name for root in inventory.roots if any(is_within(path, root.recorded) for path in missing)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A kernel cache as this node can use it, entry by entry. `roots` names those with an entry of use."""
+
+    reasons: Sequence[Reason]
+    roots: Sequence[str] = ()
+    entries: int = 0
+    usable: int = 0
+
+
+def cache(inventory: "Inventory", architecture: str, record: Record | None, node: Fingerprint) -> Judged:
+    """Which entries of a kernel cache are of use here. `architecture` is the image's, as the kernel names it;
+    with a record, the processor that its C++ kernels were compiled for is known."""
+    if architecture != node.architecture:
+        reason = reason_for("cache-architecture", "architecture", architecture, node.architecture)
+        return Judged(reasons=[reason], entries=sum(len(root.entries) for root in inventory.roots))
+    lacks: dict[str, dict[tuple[str, str, str], int]] = {}
+    roots: list[str] = []
+    entries = usable = 0
+    for root in inventory.roots:
+        useful = 0
+        for entry in root.entries:
+            lack = _entry_lack(entry, record.node if record else None, node)
+            if lack is None:
+                useful += 1
+            else:
+                code, *rest = lack
+                name, was, here = rest
+                counted = lacks.setdefault(code, {})
+                counted[name, was, here] = counted.get((name, was, here), 0) + 1
+        entries += len(root.entries)
+        usable += useful
+        if useful or not root.entries:
+            roots.append(root.name)
+    reasons = []
+    for code, counted in lacks.items():
+        for (name, was, here), count in counted.items():
+            reason = reason_for(code, name, f"{was} ({count} of {entries} entries)", here)
+            reasons.append(dataclasses.replace(reason, hard=usable == 0))
+    return Judged(reasons=reasons, roots=roots, entries=entries, usable=usable)
+
+
+def require(reasons: Sequence[Reason]) -> None:
+    """Raises CapabilityError or MismatchError if there is a hard reason."""
     hard = [reason for reason in reasons if reason.hard]
     if not hard:
         return
     shown = "\n".join(str(reason) for reason in hard[:_SHOWN])
     more = f"\nand {len(hard) - _SHOWN} more" if len(hard) > _SHOWN else ""
-    raise MismatchError(
-        "this node cannot run the snapshot's process",
-        cause=shown + more,
-        hint=f"it was made on {record.node.cpu_model}; make a snapshot on a node like this one",
+    kind = CapabilityError if hard[0].code in _CAPABILITIES else MismatchError
+    raise kind(_CANNOT[hard[0].rung], cause=shown + more, hint=hard[0].advice)
+
+
+def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
+    """Which GPU here takes the place of which recorded one, by UUID; empty if they are the same.
+
+    Those that are on both sides keep their places, the rest follow by position.
+    """
+    recorded = list(record.process.gpus)
+    here = [gpu.uuid for gpu in node.devices.gpus]
+    if all(uuid in here for uuid in recorded):
+        return {}
+    free = [uuid for uuid in here if uuid not in recorded]
+    return {uuid: uuid if uuid in here else free.pop(0) for uuid in recorded if uuid in here or free}
+
+
+def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Reason]:
+    """A difference; what was not recorded, or cannot be told here, is none."""
+    if recorded != here and recorded != "" and here != "":
+        yield reason_for(code, name, recorded, here)
+
+
+def _command(record: Record, command: Sequence[str] | None) -> Iterator[Reason]:
+    if command is not None and not same_command(record.command, command):
+        yield reason_for("command", "command", " ".join(record.command), " ".join(redact_command(command)))
+
+
+def same_command(recorded: Sequence[str], given: Sequence[str]) -> bool:
+    """Whether two commands start the same server, be it at another address or by another path."""
+    return plain_command(recorded) == plain_command(redact_command(given))
+
+
+def plain_command(command: Sequence[str]) -> list[str]:
+    """A command without its address, and its program without the path."""
+    found = []
+    skip = False
+    for number, word in enumerate(command):
+        if skip:
+            skip = False
+        elif word in _ADDRESS:
+            skip = True
+        elif not word.startswith(tuple(f"{option}=" for option in _ADDRESS)):
+            found.append(posixpath.basename(word) if number == 0 else word)
+    return found
+
+
+def _features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Reason]:
+    if missing := recorded.cpu_features - here.cpu_features:
+        missing_here = f"missing on {here.cpu_model}"
+        yield reason_for(code, "processor features", " ".join(sorted(missing)), missing_here)
+
+
+def _xsave(recorded: int, here: int) -> Iterator[Reason]:
+    if recorded & ~here and here:
+        yield reason_for("xsave", "extended states", f"{recorded:#x}", f"{here:#x}")
+
+
+def _kernel(recorded: str, here: str) -> Iterator[Reason]:
+    if recorded != here:
+        older = _release(here) < _release(recorded)
+        yield reason_for("kernel-older" if older else "kernel", "kernel", recorded, here)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version: what a kernel can do changes with them."""
+    return tuple(int(number) for number in re.findall(r"\d+", text[:64])[:2])
+
+
+def _lacks(abilities: Abilities, record: Record) -> Iterator[Reason]:
+    for code, lack in abilities.lacks.items():
+        if code != "cuda" or record.process.gpus:
+            yield reason_for(code, code, "", lack)
+    if abilities.criu is not None and _release(abilities.criu.version) < _release(record.criu_version):
+        yield reason_for("criu-version", "CRIU", record.criu_version, abilities.criu.version)
+
+
+def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
+    """Only of the GPUs that the process held: what else is in a node is nothing to it."""
+    if not record.process.gpus:
+        return
+    held = [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
+    here = node.devices.gpus
+    if any(gpu.vendor != "nvidia" for gpu in held):
+        yield reason_for("gpu-unsupported", "GPU", held[0].name, _models(here))
+        return
+    if node.devices.lack:
+        yield reason_for("gpu-probe", "GPUs", _models(held), node.devices.lack)
+        return
+    if len(here) not in {len(record.process.gpus), len(record.node.devices.gpus)}:
+        yield reason_for("gpu-count", "GPUs", _models(held) or len(record.process.gpus), _models(here))
+    places = device_map(record, node) or {gpu.uuid: gpu.uuid for gpu in held}
+    by_uuid = {gpu.uuid: gpu for gpu in here}
+    pairs = [(gpu, by_uuid[places[gpu.uuid]]) for gpu in held if places.get(gpu.uuid) in by_uuid]
+    yield from _unequal("gpu-model", pairs, lambda gpu: f"{gpu.name} ({gpu.arch})", lambda a, b: a == b)
+    yield from _unequal(
+        "gpu-memory",
+        pairs,
+        lambda gpu: f"{gpu.memory_bytes / (1 << 30):.1f} GiB",
+        lambda a, b: _gib(b) >= _gib(a),
     )
+    yield from _unequal("gpu-ecc", pairs, lambda gpu: "on" if gpu.ecc else "off", lambda a, b: a == b)
+    yield from _unequal("gpu-uuid", pairs, lambda gpu: gpu.uuid, lambda a, b: a == b)
+    yield from _either("mig", any(gpu.mig for gpu in held), any(gpu.mig for gpu in here))
+    yield from _either("mps", record.node.devices.mps, node.devices.mps)
+    if len(held) > 1:
+        was, now = " ".join(record.node.devices.links), " ".join(node.devices.links)
+        yield from _equal("gpu-topology", "links between the GPUs", was, now)
+    was, now = record.node.devices.driver, node.devices.driver
+    if was != now:
+        same_branch = was.partition(".")[0] == now.partition(".")[0]
+        yield reason_for("driver-version" if same_branch else "driver", "driver", was, now or "none")
 
 
-def size_here(path: str) -> int | None:
-    """The size of a file of this node in bytes; None if there is no such file."""
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return None
+def _either(code: str, recorded: bool, here: bool) -> Iterator[Reason]:
+    """What must be off on both sides."""
+    if recorded or here:
+        yield reason_for(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
 
 
-def _equal(name: str, recorded: object, here: object, *, hard: bool) -> list[Reason]:
-    if recorded == here:
-        return []
-    return [
-        Reason(rung=Rung.PROCESS, code=name, field=name, recorded=str(recorded), here=str(here), hard=hard)
-    ]
+def _unequal(
+    code: str,
+    pairs: Sequence[tuple[Gpu, Gpu]],
+    shown: Callable[[Gpu], str],
+    fits: Callable[[str, str], bool],
+) -> Iterator[Reason]:
+    """The first pair of GPUs that differ in something."""
+    for recorded, here in pairs:
+        if not fits(shown(recorded), shown(here)):
+            yield reason_for(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))
+            return
 
 
-def _features(recorded: Fingerprint, here: Fingerprint) -> list[Reason]:
-    """More features than recorded do no harm: the process asked once, at its start."""
-    missing = recorded.cpu_features - here.cpu_features
-    if not missing:
-        return []
-    return [
-        Reason(
-            rung=Rung.PROCESS,
-            code="cpu-feature",
-            field="processor features",
-            recorded=" ".join(sorted(missing)),
-            here=f"missing on {here.cpu_model}",
-            hard=True,
-        )
-    ]
+def _gib(text: str) -> float:
+    return float(text.partition(" ")[0])
 
 
-def _file(file: MappedFile, size: int | None) -> list[Reason]:
-    if size == file.size:
-        return []
-    return [
-        Reason(
-            rung=Rung.PROCESS,
-            code="rootfs-file",
-            field=file.path,
-            recorded=f"{file.size} bytes",
-            here="missing" if size is None else f"{size} bytes",
-            hard=True,
-        )
-    ]
+def _models(gpus: Sequence[Gpu]) -> str:
+    counts: dict[str, int] = {}
+    for gpu in gpus:
+        counts[gpu.name] = counts.get(gpu.name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def _entry_lack(
+    entry: "Entry", recorded: Fingerprint | None, node: Fingerprint
+) -> tuple[str, str, str, str] | None:
+    """Why an entry is of no use here: code, field, recorded, here; None if it is of use."""
+    kernels = [target for target in entry.targets if target.backend != "cpu"]
+    backends = {"cuda": "nvidia", "hip": "amd"}
+    if kernels and not any(
+        backends.get(target.backend, target.backend) == gpu.vendor
+        and target.arch == gpu.arch
+        and target.warp_size in {0, gpu.warp_size}
+        for target in kernels
+        for gpu in node.devices.gpus
+    ):
+        was = ", ".join(sorted({f"{target.backend} {target.arch}" for target in kernels}))
+        archs = sorted({f"{gpu.vendor} {gpu.arch}" for gpu in node.devices.gpus})
+        return ("cache-target", "kernels' target", was, ", ".join(archs) or "no GPU")
+    if any(target.backend == "cpu" for target in entry.targets) and recorded is not None:
+        for reason in _features("cache-cpu-feature", recorded, node):
+            return (reason.code, reason.field, reason.recorded, reason.here)
+    for name, version in entry.versions.items():
+        here = node.packages.get(name)
+        if here is not None and not _same_version(version, here):
+            return ("cache-version", name, version, here)
+    return None
+
+
+def _same_version(recorded: str, here: str) -> bool:
+    """Equal; a local part (`+cu129`) counts only if both sides have one."""
+    if "+" in recorded and "+" in here:
+        return recorded == here
+    return recorded.partition("+")[0] == here.partition("+")[0]

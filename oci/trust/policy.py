@@ -9,7 +9,11 @@
     transparency_log = true                     only what is in a log: keyless signatures
     trusted_root = "trusted_root.json"          for keyless signatures; the public good instance's otherwise
 
-The first rule whose pattern fits is the one that counts.
+The first rule whose pattern fits is the one that counts. What is no question of trust, but of this node:
+
+    [match]
+    soft = ["driver"]                           of the rules in docs/matching.md: no longer forbids a rung
+    hard = ["kernel"]                           forbids one
 """
 
 import fnmatch
@@ -50,9 +54,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Rules, in order."""
+    """Rules, in order; and the codes of differences between nodes that are told only, or that forbid."""
 
     rules: Sequence[Rule] = ()
+    soft: frozenset[str] = frozenset()
+    hard: frozenset[str] = frozenset()
 
     def rule_for(self, name: str) -> Rule | None:
         """The rule for an image, by its name without tag and digest."""
@@ -78,13 +84,19 @@ class Policy:
     def parse(cls, content: bytes, directory: Path) -> "Policy":
         """`directory` is where relative paths begin. Raises FormatError, UsageError."""
         document = Fields.parse_toml(content, "it", limit_bytes=_FILE_LIMIT_BYTES)
-        document.only({"image"})
-        fields = Fields({"image": [], **document.as_json()}, "policy")
+        document.only({"image", "match"})
+        fields = Fields({"image": [], "match": {}, **document.as_json()}, "policy")
+        matching = fields.inner("match")
+        matching.only({"soft", "hard"})
 
         def rule(value: object, where: str) -> Rule:
             return _rule(value, where, directory)
 
-        return cls(rules=tuple(fields.list_of("image", rule, at_most=_RULES_LIMIT)))
+        return cls(
+            rules=tuple(fields.list_of("image", rule, at_most=_RULES_LIMIT)),
+            soft=frozenset(matching.texts("soft", at_most=_RULES_LIMIT) if matching.has("soft") else ()),
+            hard=frozenset(matching.texts("hard", at_most=_RULES_LIMIT) if matching.has("hard") else ()),
+        )
 
 
 def _rule(value: object, where: str, directory: Path) -> Rule:

@@ -84,6 +84,16 @@ class Request:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """Graphs that a server loaded from its cache, and those that it compiled, with the seconds for each."""
+
+    loaded: int = 0
+    loaded_seconds: float = 0.0
+    compiled: int = 0
+    compiled_seconds: float = 0.0
+
+
 class Engine(Protocol):
     """What the rest of rekindle asks of an engine."""
 
@@ -121,6 +131,9 @@ class Engine(Protocol):
 
     def milestones(self) -> Sequence[tuple[str, str]]:
         """How a start is divided: (phase, text in the server's log that ends it), in order."""
+
+    def compiled(self, log: str) -> "Compiled":
+        """What a server's log says of its kernel cache: how much was loaded from it, and what was not."""
 
     def disposable(self) -> Sequence[str]:
         """Patterns of files below TMPDIR that the server can do without once it runs."""

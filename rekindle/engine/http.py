@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rekindle.digest import Digest
-from rekindle.engine import JSON, Endpoint, Engine, Request
+from rekindle.engine import JSON, Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
 from rekindle.fields import Fields
@@ -92,6 +92,9 @@ class HttpEngine(Engine):
 
     def milestones(self) -> Sequence[tuple[str, str]]:
         return ()
+
+    def compiled(self, log: str) -> Compiled:  # noqa: ARG002
+        return Compiled()
 
     def disposable(self) -> Sequence[str]:
         return ()

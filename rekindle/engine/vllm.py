@@ -4,10 +4,11 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rekindle.engine import JSON, Endpoint, Engine, Request
+from rekindle.engine import JSON, Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import OracleError, UsageError
 
@@ -15,6 +16,11 @@ _ORACLE_PROMPT = "The capital of France is"
 _ORACLE_TOKENS = 16
 _WARM_LENGTHS = (1, 16, 128, 1024)  # tokens
 _WARM_AT_ONCE = (1, 4)
+# vllm/compilation/backends.py of 0.32; older versions leave the range out.
+_LOADED = re.compile(
+    r"Directly load the compiled graph\(s\) for [^\n]{0,80}from the cache, took ([0-9.]{1,12}) s"
+)
+_COMPILED = re.compile(r"Compiling a graph for [^\n]{0,80}takes ([0-9.]{1,12}) s")
 _LOGPROB_TOLERANCE = 1e-3
 _TIMEOUT_SECONDS = 60.0
 
@@ -81,6 +87,16 @@ class VllmEngine(Engine):
             ("weights", "Loading weights took"),
             ("compile", "init engine (profile"),
             ("http", "Application startup complete"),
+        )
+
+    def compiled(self, log: str) -> Compiled:
+        loaded = [float(seconds) for seconds in _LOADED.findall(log)]
+        made = [float(seconds) for seconds in _COMPILED.findall(log)]
+        return Compiled(
+            loaded=len(loaded),
+            loaded_seconds=sum(loaded),
+            compiled=len(made),
+            compiled_seconds=sum(made),
         )
 
     def disposable(self) -> Sequence[str]:

@@ -27,6 +27,7 @@ from rekindle.files import locked, write_atomically
 from rekindle.home import Home
 from rekindle.report import Report
 from rekindle.verbs._options import Source
+from restore.rules import Strictness
 
 VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
 """The environment variables that open keys."""
@@ -80,6 +81,17 @@ def verified(
     if not args.allow_rollback:
         _refuse_older(reference, home, found.trust)
     return found
+
+
+def strictness(args: argparse.Namespace) -> Strictness:
+    """What the policy says of differences between nodes. Raises UsageError for a rule that there is none."""
+    path = args.policy
+    if path is None:
+        with contextlib.suppress(UsageError):  # where nothing can be written, there is no policy either
+            home = Home.from_environment()
+            path = home.policy if home.policy.exists() else None
+    policy = Policy.read(path) if path else Policy()
+    return Strictness(soft=policy.soft, hard=policy.hard)
 
 
 def name_of(reference: Reference) -> str:

@@ -10,15 +10,18 @@ from oci import image as images
 from oci.cache import CacheImage
 from oci.image import Image
 from oci.reference import parse
+from rekindle.abilities import Abilities
 from rekindle.engine import JSON
 from rekindle.errors import FormatError
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
+from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
-from rekindle.verbs import _options
+from rekindle.verbs import _options, _plan
 from rekindle.verbs._options import Source
-from restore import match
+from restore import match, plan
+from restore.plan import Facts, Plan
 
 SCHEMA = "rekindle.inspect/1"
 
@@ -38,7 +41,7 @@ def main(words: Sequence[str]) -> int:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
                 kernels = cache.load(source.blobs, image.cache, source.limits)
-            _show_snapshot(image, kernels, args)
+            _show_snapshot(image, kernels, plan.make(_facts_of(image, kernels)), args)
         else:
             _show_cache(kernels, args)
     return 0
@@ -54,8 +57,19 @@ def _cache_itself(source: Source) -> CacheImage | None:
         return None
 
 
-def _show_snapshot(image: Image, kernels: CacheImage | None, args: argparse.Namespace) -> None:
-    reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
+def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
+    """What is known without trying what this node can do."""
+    return Facts(
+        node=Fingerprint.probe(image.record.command),
+        abilities=Abilities(),
+        image=image,
+        cache=kernels,
+        different=match.look(image.record),
+    )
+
+
+def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: argparse.Namespace) -> None:
+    first = made.first
     if args.json:
         print(
             json.dumps(
@@ -69,14 +83,14 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, args: argparse.Name
                     },
                     "cache": _cache_json(kernels) if kernels is not None else None,
                     "record": json.loads(image.record.to_bytes()),
-                    "reasons": [reason.to_json() for reason in reasons],
+                    "reasons": [reason.to_json() for reason in made.reasons],
+                    "plan": made.to_json(),
                 },
                 indent=2,
             )
         )
         return
     record = image.record
-    fits = "yes" if not any(reason.hard for reason in reasons) else "no"
     rows = {
         "image": f"{args.image} {image.index.digest}",
         "made": f"{record.created} by {record.made_by}, CRIU {record.criu_version}",
@@ -90,12 +104,12 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, args: argparse.Name
         "stored": f"{image.size_bytes:,} bytes in {len(image.layers)} layers",
         "cache": _told(kernels) if kernels is not None else "none",
         "needs": f"{len(record.mapped_files)} files of the node's file system",
-        "fits here": fits,
+        "fits here": f"by its {first.rung}" if first and first.rung is not Rung.COLD else "no",
     }
     for name, value in rows.items():
         print(printable(f"{name:<12}{value}"))
-    for reason in reasons:
-        print(printable(f"{'':<12}{'' if reason.hard else '(harmless) '}{reason}"))
+    for line in _plan.lines(made):
+        print(printable(line))
 
 
 def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:

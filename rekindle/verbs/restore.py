@@ -1,40 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle restore`: bring a saved server back, and serve."""
+"""`rekindle restore`: bring a saved server back by the best way that this node allows, and serve."""
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from oci import cache, extraction
 from oci import image as images
-from oci.reference import parse
+from oci.cache import CacheImage
+from oci.inventory import StoredRoot
+from oci.reference import Reference, parse
 from oci.trust.verifier import Verified
-from rekindle import criu
+from rekindle import notify
 from rekindle.cell import Cell, Network
-from rekindle.engine import Endpoint
-from rekindle.errors import UsageError
-from rekindle.fingerprint import Fingerprint
+from rekindle.engine import Endpoint, Engine, for_command, restored
+from rekindle.errors import (
+    CapabilityError,
+    MismatchError,
+    PortError,
+    RekindleError,
+    RestoreError,
+    UsageError,
+    WorkloadError,
+)
 from rekindle.home import Home
-from rekindle.report import Outcome, Report
-from rekindle.verbs import _options, _trust
-from restore import dumps, forward, match, process, serve
+from rekindle.report import Outcome, Reason, Report, Rung
+from rekindle.verbs import _facts, _options, _plan, _trust
+from restore import dumps, forward, ladder, lower, match, plan, process, surroundings
+from restore.plan import Facts, Step
+from restore.proof import Watched
+from restore.serve import Restored, Serving
+
+if TYPE_CHECKING:
+    from oci.progress import Tally
+
+_OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
+_LOWER_STATUS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """A rung that was taken. With a `status`, its server ended before it was ready."""
+
+    rung: Rung
+    serving: Serving
+    status: int | None = None
 
 
 def main(words: Sequence[str]) -> int:
     words, command = _options.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle restore",
-        usage="rekindle restore IMAGE [options]",
-        description="Bring a saved server back, prove it by its oracle, open its port, and serve until it "
-        "ends. Signals reach the server; its exit status is ours.",
+        usage="rekindle restore IMAGE [options] [-- COMMAND…]",
+        description="Bring a saved server back, and serve until it ends: the process itself where this node "
+        "is like the recorded one, else its command on the saved kernel cache, else its command alone. "
+        "Signals reach the server; its exit status is ours, but 3 instead of 0 on a rung below --rung.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
     parser.add_argument(
         "--publish",
         metavar="[HOST:]PORT",
-        help="the host's address that leads to the server (default: where it listened)",
+        help="the host's address that leads to the server (default: where it listens, or listened)",
+    )
+    parser.add_argument(
+        "--rung",
+        type=Rung,
+        choices=list(Rung),
+        default=Rung.PROCESS,
+        help="the rung to begin with (process)",
+    )
+    parser.add_argument(
+        "--require",
+        type=Rung,
+        choices=[Rung.PROCESS, Rung.CACHE],
+        help="fail rather than take a lower rung than this",
+    )
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--process-deadline", type=_seconds, metavar="S", help="seconds until the process must serve"
+    )
+    parser.add_argument(
+        "--cache-deadline", type=_seconds, metavar="S", help="seconds until the kernel cache must be in place"
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where to extract the kernel cache (default: where the server looks for it)",
+    )
+    parser.add_argument("--ready-file", type=Path, metavar="FILE", help="is there while the server is ready")
+    parser.add_argument(
+        "--ready-url", metavar="URL", help="of a COMMAND that is not vLLM: answers 2xx when it is ready"
     )
     parser.add_argument(
         "--paranoid", action="store_true", help="unpack the dump anew, and so check every byte of it again"
@@ -43,88 +106,385 @@ def main(words: Sequence[str]) -> int:
     _options.add_registry(parser)
     _options.add_report(parser)
     args = parser.parse_args(words)
-    if command:
-        raise UsageError(
-            "this version of rekindle restores the saved process only and takes no command",
-            hint="leave out what follows the `--`",
-        )
-    report = Report(verb="restore", quiet=args.quiet)
+    required = args.require or Rung.COLD
+    if list(Rung).index(args.rung) > list(Rung).index(required):
+        raise UsageError(f"--rung {args.rung} is below --require {required}")
+    report = Report(verb="restore", asked=args.rung, quiet=args.quiet)
+    if args.plan:
+        return _plan_only(args, command, report)
     with contextlib.ExitStack() as stack:
         with _options.reporting(report, args):
-            cell, image, published = _restore(args, report, stack)
-        report.outcome = Outcome.RESTORED
-        report.say(f"ready on {report.endpoint} after {report.first_token_seconds:.2f} s to the first token")
+            stack.enter_context(notify.ready_file(args.ready_file))
+            taken = _Restore(args, command, report, stack).climb(required)
         report.write(args.report, to_stdout=args.json)
-        return serve.serve(cell, image.record, published)
+        if taken.status is not None:
+            return taken.status
+        notify.ready(args.ready_file)
+        status = taken.serving.run()
+        notify.systemd("STOPPING=1")
+        return status or (0 if taken.rung == args.rung else _LOWER_STATUS)
 
 
-def _restore(
-    args: argparse.Namespace, report: Report, stack: contextlib.ExitStack
-) -> tuple[Cell, images.Image, socket.socket | None]:
-    reference = parse(args.image)
-    _options.require_root()
-    cell = stack.enter_context(Cell())  # it boots while we decide
-    reading = stack.enter_context(contextlib.ExitStack())
-    with report.phase("decide"):
-        home = Home.from_environment()
-        source = reading.enter_context(_options.source(reference, home, args))
-        verified = _trust.verified(source, reference, home, args, report)
-        found, tool = _decide(verified, home, report, args.image)
-        image = found.value
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return seconds
+
+
+def _plan_only(args: argparse.Namespace, command: Sequence[str], report: Report) -> int:
+    with contextlib.ExitStack() as stack:
+        restoring = _Restore(args, command, report, stack, boot=False)
+        facts = restoring.decide(with_cache=True)
+        made = restoring.plan(facts)
+    _plan.show(made, facts, args.image, report.image.get("digest", ""), as_json=args.json)
+    first = made.first
+    return 0 if first and first.rung == args.rung else _LOWER_STATUS
+
+
+class _Restore:
+    """One run of the command. What has to be undone at its end is on `stack`."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        given: Sequence[str],
+        report: Report,
+        stack: contextlib.ExitStack,
+        *,
+        boot: bool = True,
+    ) -> None:
+        self._args = args
+        self._given = given
+        self._report = report
+        self._stack = stack
+        self._reference: Reference = parse(args.image)
+        self._found: Verified[images.Image] | None = None
+        self._tally: Tally | None = None
+        self._cache: Verified[CacheImage] | None = None
+        self._cell: Cell | None = None
+        if boot and args.rung is Rung.PROCESS and os.geteuid() == 0:
+            self._cell = stack.enter_context(Cell())  # it boots while we decide
+
+    def climb(self, required: Rung) -> Taken:
+        """Takes the best rung that can be taken, and fills the report."""
+        report, args = self._report, self._args
+        with report.phase("decide"):
+            try:
+                self._facts = self.decide(with_cache=args.rung is not Rung.PROCESS)
+            except RekindleError as error:
+                if not self._given or not error.descends or required is not Rung.COLD:
+                    raise
+                self._facts = self._unreached(error)
+            self._endpoint = self._published()
+            self._bound: socket.socket | None = None
+            if self._endpoint is not None:
+                self._bound = self._stack.enter_context(forward.bind(self._endpoint))
+            made = self.plan(self._facts)
+        taken = ladder.climb(made, self._take, report, self._stack, require=required)
+        if taken.status is None:
+            report.outcome = _OUTCOMES[taken.rung]
+            self._say_ready(taken.rung)
+        report.bytes.setdefault("written", 0)
+        report.bytes["fetched"] = self._tally.fetched_bytes if self._tally else 0
+        report.endpoint = str(self._endpoint) if self._endpoint else None
+        report.pid = os.getpid()
+        # What killed commands left may be gigabytes: nobody who restores has to wait for its removal.
+        if self._found is not None:
+            threading.Thread(target=_options.sweep, args=[self._home], daemon=True).start()
+        return taken
+
+    def decide(self, *, with_cache: bool) -> Facts:
+        """Finds the image, verifies it, reads its record and looks at this node. No layer is touched."""
+        self._home = self._open_home()
+        source = self._stack.enter_context(_options.source(self._reference, self._home, self._args))
+        self._tally = source.tally
+        verified = _trust.verified(source, self._reference, self._home, self._args, self._report)
+        self._found = found = _facts.trusted(verified)
+        self._report.image = {"reference": self._args.image, "digest": found.value.index.digest}
+        facts = _facts.gather(found.value, self._reference, self._home, self._given, with_cache=with_cache)
+        if (kernels := facts.cache) is not None:
+            self._cache = found.map(lambda _: kernels)
+        return facts
+
+    def plan(self, facts: Facts) -> plan.Plan:
+        made = plan.make(facts, self._args.rung, _trust.strictness(self._args))
+        chosen = {Rung.PROCESS: self._args.process_deadline, Rung.CACHE: self._args.cache_deadline}
+        steps = [
+            dataclasses.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
+            for step in made.steps
+        ]
+        return dataclasses.replace(made, steps=steps)
+
+    @property
+    def _image(self) -> Verified[images.Image]:
+        """Of a step above the cold start: there is none without an image."""
+        assert self._found is not None
+        return self._found
+
+    @property
+    def _kernels(self) -> Verified[CacheImage]:
+        """Of a step that has roots."""
+        assert self._cache is not None
+        return self._cache
+
+    def _roots(self, step: Step) -> list[StoredRoot]:
+        return [root for root in self._kernels.value.inventory.roots if root.name in step.roots]
+
+    def _open_home(self) -> Home:
+        try:
+            return Home.from_environment()
+        except UsageError as error:  # as in a container that may write nowhere
+            raise CapabilityError(error.message, cause=error.cause, hint=error.hint) from None
+
+    def _unreached(self, error: RekindleError) -> Facts:
+        """The facts where the image cannot be had: its place is taken by the given command, cold."""
+        self._report.image.setdefault("reference", self._args.image)
+        self._report.say(
+            f"WARNING: cold start: {error.message}" + (f" ({error.cause})" if error.cause else "")
+        )
+        here = f"{error.message}: {error.cause}" if error.cause else error.message
+        reason = Reason(
+            rung=Rung.PROCESS,
+            code=error.code,
+            field="image",
+            recorded="",
+            here=here,
+            hard=True,
+            advice=error.hint,
+        )
+        return dataclasses.replace(_facts.of_nothing(self._given), unreached=reason)
+
+    def _published(self) -> Endpoint | None:
+        """The host's address that leads to the server; None if nobody says where it will listen."""
+        image = self._facts.image
+        engine = self._engine()
+        listens = engine.endpoint if engine and self._given else image.record.endpoint if image else None
+        if self._args.publish is None:
+            return listens
+        if image and image.record.process.network is Network.HOST:
+            raise UsageError(
+                "--publish does not go with a snapshot that has the host's network",
+                hint=f"it listens on {image.record.endpoint} itself",
+            )
+        if listens is None:
+            raise UsageError("--publish needs to know where the command listens", hint="say --ready-url URL")
+        return _options.parse_endpoint(self._args.publish, listens.host)
+
+    def _engine(self) -> Engine | None:
+        """Who talks to the command that a lower rung starts; None if nobody knows how."""
+        image = self._facts.image
+        if self._given and (self._args.ready_url or not image or image.record.engine == "vllm"):
+            try:
+                return for_command(self._given, ready_url=self._args.ready_url)
+            except UsageError:
+                if self._args.ready_url:
+                    raise
+                return None
+        if image is None:
+            return None
         record = image.record
+        if self._given and not match.same_command(record.command, self._given):
+            return None
+        return restored(record.engine, record.endpoint, record.engine_options)
+
+    # The rungs.
+
+    def _take(self, step: Step, stack: contextlib.ExitStack, deadline: ladder.Deadline) -> Taken:
+        if step.rung is Rung.PROCESS:
+            return self._process(step, stack)
+        environment = dict(os.environ)
+        watch = None
+        if step.rung is Rung.CACHE:
+            step = self._read_cache(step)
+            environment, watch = self._place_cache(step, stack)
+        elif self._facts.image is not None and not self._given:
+            environment = surroundings.environment(self._facts.image.record, environment)
+        deadline.off()
+        return self._start(step.rung, stack, environment, watch)
+
+    def _process(self, step: Step, stack: contextlib.ExitStack) -> Taken:
+        report, image, home = self._report, self._image.value, self._home
+        record, cell, endpoint, tool = image.record, self._cell, self._endpoint, self._facts.abilities.criu
+        assert tool is not None
+        assert cell is not None
+        assert endpoint is not None
+        stack.callback(cell.end)
         work = stack.enter_context(home.work("restore"))
-        endpoint = _published(args.publish, record.endpoint, record.process.network)
-        published = stack.enter_context(forward.bind(endpoint))
         if record.process.network is Network.HOST:
-            published.close()  # the server takes the address itself; we only looked if it is free
-    # Nothing of the dump is needed any more once it is restored: others may make room then.
-    with contextlib.ExitStack() as using:
-        if source.tally is not None:
-            source.tally.expect(sum(layer.size for layer in image.layers))
-        with _options.progress(source.tally, report):
-            dump = using.enter_context(dumps.ready(home, work, found, report, paranoid=args.paranoid))
-        reading.close()
-        process.restore(
-            cell,
-            record,
-            dump,
-            tool=tool,
-            home=home,
-            work=work,
-            # With --json, stdout carries the report alone.
-            output=process.Output(stdout=2 if args.json else 1, stderr=2),
-            report=report,
+            self._release()  # the server takes the address itself; we only looked if it is free
+        if step.roots:
+            with report.phase("extract"):
+                self._bring_files(step, stack)
+        # Nothing of the dump is needed any more once it is restored: others may make room then.
+        with contextlib.ExitStack() as using:
+            if self._tally is not None:
+                self._tally.expect(sum(layer.size for layer in image.layers))
+            with _options.progress(self._tally, report):
+                dump = using.enter_context(
+                    dumps.ready(home, work, self._image, report, paranoid=self._args.paranoid)
+                )
+            process.restore(
+                cell,
+                record,
+                dump,
+                tool=tool,
+                home=home,
+                work=work,
+                output=self._output(),
+                report=report,
+            )
+        report.bytes["reused"] = image.size_bytes if not report.bytes.get("written") else 0
+        serving = stack.enter_context(
+            Serving(Restored(cell, record.process), record.endpoint, lambda _: None)
         )
-    if record.process.network is not Network.HOST:
-        forward.listen(published, endpoint)
-    # What killed commands left may be gigabytes: nobody who restores has to wait for its removal.
-    threading.Thread(target=_options.sweep, args=[home], daemon=True).start()
-    report.bytes.setdefault("written", 0)
-    report.bytes["fetched"] = source.tally.fetched_bytes if source.tally else 0
-    report.bytes["reused"] = image.size_bytes if not report.bytes["written"] else 0
-    report.endpoint = str(endpoint)
-    report.pid = os.getpid()
-    return cell, image, None if record.process.network is Network.HOST else published
+        if self._bound is not None and record.process.network is Network.PRIVATE:
+            with report.phase("publish"):
+                try:
+                    forward.listen(self._bound, endpoint)
+                except PortError as error:
+                    raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
+                serving.publish(self._bound)
+        return Taken(rung=Rung.PROCESS, serving=serving)
 
+    def _bring_files(self, step: Step, stack: contextlib.ExitStack) -> None:
+        """Extracts of the kernel cache what the process has mapped: at the recorded places, or not at all."""
+        record = self._image.value.record
+        self._extract({root.name: Path(root.recorded) for root in self._roots(step)}, stack)
+        left = match.look(record)
+        lacking = [file.path for file in record.mapped_files if file.path in left]
+        if lacking:
+            raise MismatchError(
+                "the kernel cache does not bring what the process has mapped",
+                cause=", ".join(f"{path}: {left[path]}" for path in lacking[:5]),
+            )
 
-def _decide(
-    verified: Verified[_options.Source], home: Home, report: Report, text: str
-) -> tuple[Verified[images.Image], criu.Criu]:
-    """Reads the record, and says whether this node can. No layer is touched."""
-    found = verified.map(lambda source: images.load(source.blobs, source.root, source.limits))
-    image = found.value
-    report.image = {"reference": text, "digest": image.index.digest}
-    report.reasons = match.match(image.record, Fingerprint.probe(), match.size_here)
-    match.require(image.record, report.reasons)
-    return found, criu.find(home)
+    def _read_cache(self, step: Step) -> Step:
+        """The cache's step once its inventory has been read, if it was not before."""
+        if not self._facts.cache_unread:
+            return step
+        descriptor = self._image.value.cache
+        assert descriptor is not None
+        with self._report.phase("decide"):
+            self._cache = self._image.map(lambda image: cache.load(image.blobs, descriptor, image.limits))
+            facts = dataclasses.replace(self._facts, cache=self._cache.value, cache_unread=False)
+            step = next(each for each in self.plan(facts).steps if each.rung is Rung.CACHE)
+        self._report.reasons += step.reasons
+        match.require(step.reasons)
+        return step
 
+    def _place_cache(self, step: Step, stack: contextlib.ExitStack) -> tuple[dict[str, str], Watched]:
+        """Puts the kernel cache where the server will look; its environment, and who watches the cache."""
+        record, roots = self._image.value.record, self._roots(step)
+        environment = surroundings.environment(record, os.environ)
+        command = self._facts.command or ()
+        self._report.reasons += surroundings.differences(record, environment, command)
+        directory = self._args.cache_dir
+        where, variables = surroundings.places(roots, os.environ, directory)
+        if directory is None and not all(surroundings.writable(path) for path in where.values()):
+            directory = self._home.root / "caches" / self._kernels.value.manifest.digest.hex
+            where, variables = surroundings.places(roots, {}, directory)
+            self._report.say(f"the kernel cache goes to {directory}: where it was, nothing can be written")
+        with self._report.phase("extract"):
+            self._extract(where, stack)
+        watched = stack.enter_context(Watched(roots, where))
+        return {**environment, **variables}, watched
 
-def _published(text: str | None, recorded: Endpoint, network: Network) -> Endpoint:
-    if text is None:
-        return recorded
-    if network is Network.HOST:
-        raise UsageError(
-            "--publish does not go with a snapshot that has the host's network",
-            hint=f"it listens on {recorded} itself",
-        )
-    return _options.parse_endpoint(text, recorded.host)
+    def _extract(self, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
+        """Writes caches to their places; removed again if the rung fails."""
+        with _options.progress(self._tally, self._report):
+            try:
+                done = extraction.extract(self._kernels, where, limits=self._image.value.limits)
+            except UsageError as error:
+                raise CapabilityError(error.message, cause=error.cause, hint="--cache-dir DIR") from None
+
+        def undo(kind: object, *_: object) -> None:
+            if kind is not None:
+                done.undo()
+
+        stack.push(undo)
+        written = self._report.bytes.get("written", 0)
+        self._report.bytes["written"] = written + done.written_bytes
+
+    def _start(
+        self,
+        rung: Rung,
+        stack: contextlib.ExitStack,
+        environment: Mapping[str, str],
+        watched: Watched | None,
+    ) -> Taken:
+        """Starts the command, and waits until it answers."""
+        command, report, image = self._facts.command, self._report, self._facts.image
+        assert command
+        if self._cell is not None:
+            self._cell.end()
+        engine = self._engine()
+        forwarded = engine is not None and self._endpoint != engine.endpoint
+        if not forwarded:
+            self._release()  # the server takes it itself
+        oracle = image.record.oracle if image and engine and image.record.engine == engine.name else None
+        recorded = Path(image.record.directory) if image else Path.cwd()
+        here = Path.cwd() if self._given or not recorded.is_dir() else recorded
+        with report.phase("server"):
+            up = lower.bring_up(
+                stack,
+                command,
+                environment={name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"},
+                directory=here,
+                output=self._output(),
+                engine=engine,
+                oracle=oracle,
+                asked_to_end=self._write_interrupted,
+                listen=watched is not None,
+            )
+        if up.status is not None:
+            lost = WorkloadError(f"the server ended with status {up.status} before it was ready")
+            if rung is Rung.CACHE:
+                raise lost
+            report.error = {"code": lost.code, "message": lost.message, "cause": "", "hint": lost.hint}
+            return Taken(rung=rung, serving=up.serving, status=up.status)
+        if up.ready is not None:
+            report.first_token_seconds = up.ready.first_byte and up.ready.first_byte - report.began
+            if oracle is not None and engine is not None:
+                match_ = up.ready.answer is not None and engine.agree(oracle.answer, up.ready.answer)
+                report.oracle = {"expected": oracle.answer, "got": up.ready.answer, "match": match_}
+                if up.ready.lack:
+                    report.oracle["lack"] = up.ready.lack
+        else:
+            report.say("nobody can tell when this server is ready: say --ready-url URL")
+        if watched is not None and engine is not None:
+            report.cache = watched.proof(engine.compiled(up.started.log)).to_json()
+        if forwarded and self._bound is not None:
+            assert self._endpoint is not None
+            forward.listen(self._bound, self._endpoint)
+            up.serving.publish(self._bound)
+        return Taken(rung=rung, serving=up.serving)
+
+    def _release(self) -> None:
+        if self._bound is not None:
+            self._bound.close()
+
+    def _output(self) -> process.Output:
+        """With --json, stdout carries the report alone."""
+        return process.Output(stdout=2 if self._args.json else 1, stderr=2)
+
+    def _write_interrupted(self, signum: int) -> None:
+        """The platform ends us, and may not wait: what is known is written now."""
+        if self._report.outcome is not Outcome.FAILED:
+            return  # all was written when the server was ready
+        self._report.error = {"code": "interrupted", "message": f"ended by signal {signum}"}
+        with contextlib.suppress(OSError):
+            self._report.write(self._args.report, to_stdout=False)
+
+    def _say_ready(self, rung: Rung) -> None:
+        report = self._report
+        how = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}[rung]
+        first = report.first_token_seconds
+        after = f" after {first:.2f} s to the first token" if first else ""
+        report.say(f"ready ({how}) on {self._endpoint or 'its address'}{after}")
+        if report.cache is not None:
+            proof = report.cache
+            report.say(
+                f"kernel cache: {proof['verdict']}; {proof['used']} of {proof['entries']} entries used, "
+                f"{proof['made']} made anew"
+            )

@@ -15,11 +15,11 @@ from oci.registry.repository import Access, Repository
 from oci.trust import signer
 from oci.trust.verifier import Verified
 from rekindle import criu
+from rekindle.abilities import Abilities
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
 from rekindle.errors import RekindleError, UsageError
 from rekindle.files import remove_tree
-from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options, _trust
@@ -125,6 +125,7 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
                     staging,
                     created=record.created,
                     architecture=record.node.architecture,
+                    versions=record.node.packages,
                     workers=layers.workers(),
                     say=report.say,
                 )
@@ -199,7 +200,8 @@ def _prove(
     image = proved.value
     for name in ("stdout.log", "stderr.log"):
         (work / name).rename(work / f"before-{name}")
-    match.require(image.record, match.match(image.record, Fingerprint.probe(), match.size_here))
+    record = image.record
+    match.require(match.process(record, record.node, Abilities(criu=tool), match.look(record)))
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         proof = Report(verb="restore", quiet=True)

@@ -2,28 +2,37 @@
 """Which differences forbid the process rung, and which are only told."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rekindle.errors import MismatchError
-from rekindle.record import MappedFile
+from rekindle.abilities import Abilities
+from rekindle.criu import Criu
+from rekindle.errors import CapabilityError, MismatchError, UsageError
+from rekindle.mapped import MappedFile
 from rekindle.report import Reason, Rung
-from restore.match import match, require, size_here
+from restore.match import device_map, look, process, require, same_command
+from restore.rules import RULES, Strictness
+from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
 from tests.unit.samples import NODE, RECORD
+
+ABLE = Abilities(criu=Criu(path=Path("/criu"), version="4.2.1"))
 
 
 def differences(**changes: Any) -> list[Reason]:
     """The reasons on a node that is the recorded one but for some facts; every file is as recorded."""
-    sizes = {file.path: file.size for file in RECORD.mapped_files}
-    return match(RECORD, dataclasses.replace(NODE, **changes), sizes.get)
+    return process(RECORD, dataclasses.replace(NODE, **changes), ABLE, {})
 
 
 CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
     "the same node": ({}, []),
     "another name of the processor": ({"cpu_model": "Other CPU"}, []),
+    "another vendor": (
+        {"cpu_vendor": "Other"},
+        [("cpu-vendor", "ExampleVendor", "Other", False)],
+    ),
     "more features": ({"cpu_features": NODE.cpu_features | {"amx_tile", "new"}}, []),
     "one feature less": (
         {"cpu_features": NODE.cpu_features - {"avx512f"}},
@@ -42,7 +51,17 @@ CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
         [("architecture", "x86_64", "aarch64", True)],
     ),
     "larger pages": ({"page_bytes": 65536}, [("page-size", "4096", "65536", True)]),
-    "another kernel": ({"kernel": "6.9.0"}, [("kernel", "6.8.0", "6.9.0", False)]),
+    "one extended state more": ({"xsave": 0x600E7}, []),
+    "one extended state less": ({"xsave": 0x7}, [("xsave", "0xe7", "0x7", True)]),
+    "extended states unknown": ({"xsave": 0}, []),
+    "a newer kernel": ({"kernel": "6.9.0"}, [("kernel", "6.8.0", "6.9.0", False)]),
+    "a newer kernel, by numbers": ({"kernel": "6.10.0-1"}, [("kernel", "6.8.0", "6.10.0-1", False)]),
+    "another patch of the kernel": ({"kernel": "6.8.0-45"}, [("kernel", "6.8.0", "6.8.0-45", False)]),
+    "an older kernel": ({"kernel": "6.1.90"}, [("kernel-older", "6.8.0", "6.1.90", True)]),
+    "another libc": ({"libc": "glibc 2.39"}, [("libc", "glibc 2.36", "glibc 2.39", False)]),
+    "no libc that says so": ({"libc": ""}, []),
+    "a container of another kind": ({"container": "podman"}, []),
+    "other GPUs, which the process does not hold": ({"devices": H100}, []),
     "everything": (
         {"architecture": "aarch64", "page_bytes": 65536, "kernel": "6.9.0", "cpu_features": frozenset()},
         [
@@ -60,53 +79,226 @@ def test_a_node_differs_in(changes: dict[str, object], wanted: list[tuple[str, s
     reasons = differences(**changes)
     assert [(r.code, r.recorded, r.here, r.hard) for r in reasons] == wanted
     assert all(reason.rung is Rung.PROCESS for reason in reasons)
+    assert all(reason.advice for reason in reasons)
 
 
-FILE_CASES: dict[str, tuple[Callable[[str], int | None], list[tuple[str, str]]]] = {
-    "same size": (lambda path: 10, []),
-    "larger": (lambda path: 11, [("/lib/a", "11 bytes"), ("/lib/b", "11 bytes")]),
-    "empty": (lambda path: 0, [("/lib/a", "0 bytes"), ("/lib/b", "0 bytes")]),
-    "missing": (lambda path: None, [("/lib/a", "missing"), ("/lib/b", "missing")]),
-    "one of them": ({"/lib/a": 10}.get, [("/lib/b", "missing")]),
+def on_gpus(recorded: Any, here: Any, held: int = 1) -> list[tuple[str, bool]]:
+    gpus = tuple(gpu.uuid for gpu in recorded.gpus[:held])
+    record = dataclasses.replace(
+        RECORD,
+        node=dataclasses.replace(NODE, devices=recorded),
+        process=dataclasses.replace(RECORD.process, gpus=gpus),
+    )
+    node = dataclasses.replace(NODE, devices=here)
+    return [(reason.code, reason.hard) for reason in process(record, node, ABLE, {})]
+
+
+def other(devices: Any, **changes: Any) -> Any:
+    """The same GPUs, but for their UUIDs and what is said."""
+    gpus = tuple(dataclasses.replace(gpu, uuid=f"{gpu.uuid}-other", **changes) for gpu in devices.gpus)
+    return dataclasses.replace(devices, gpus=gpus)
+
+
+GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
+    "the same": (H100, H100, 1, []),
+    "of the same model": (H100, other(H100), 1, [("gpu-uuid", False)]),
+    "of another model": (
+        H100,
+        dataclasses.replace(L4, driver=H100.driver),
+        1,
+        [("gpu-model", True), ("gpu-memory", True), ("gpu-uuid", False)],
+    ),
+    "less memory": (
+        H100,
+        other(H100, memory_bytes=1 << 30),
+        1,
+        [("gpu-memory", True), ("gpu-uuid", False)],
+    ),
+    "no ECC": (H100, other(H100, ecc=False), 1, [("gpu-ecc", False), ("gpu-uuid", False)]),
+    "none": (H100, dataclasses.replace(H100, gpus=()), 1, [("gpu-count", True)]),
+    "all of a node": (H200, H200, 8, []),
+    "one of a node": (H200, H200, 1, []),
+    "fewer": (H200, dataclasses.replace(H200, gpus=H200.gpus[:4]), 8, [("gpu-count", True)]),
+    "other links": (
+        H200,
+        dataclasses.replace(H200, links=("0-1 sys",)),
+        8,
+        [("gpu-topology", True)],
+    ),
+    "other links, to one that is held": (H200, dataclasses.replace(H200, links=("0-1 sys",)), 1, []),
+    "another branch of the driver": (
+        H100,
+        dataclasses.replace(H100, driver="550.90.07"),
+        1,
+        [("driver", True)],
+    ),
+    "the same branch": (
+        H100,
+        dataclasses.replace(H100, driver="580.99.01"),
+        1,
+        [("driver-version", False)],
+    ),
+    "MIG here": (
+        A100_MIG,
+        A100_MIG,
+        1,
+        [("mig", True)],
+    ),
+    "MPS": (H100, dataclasses.replace(H100, mps=True), 1, [("mps", True)]),
+    "NVML does not start": (
+        H100,
+        dataclasses.replace(H100, gpus=(), lack="NVML does not start"),
+        1,
+        [("gpu-probe", True)],
+    ),
+    "of AMD": (MI300X, MI300X, 8, [("gpu-unsupported", True)]),
 }
 
 
-@pytest.mark.parametrize(("size_of", "wanted"), FILE_CASES.values(), ids=FILE_CASES)
-def test_a_file_differs_in(size_of: Callable[[str], int | None], wanted: list[tuple[str, str]]) -> None:
+@pytest.mark.parametrize(("recorded", "here", "held", "wanted"), GPU_CASES.values(), ids=GPU_CASES)
+def test_gpus_differ(recorded: Any, here: Any, held: int, wanted: list[tuple[str, bool]]) -> None:
+    assert on_gpus(recorded, here, held) == wanted
+
+
+def test_a_device_map_keeps_what_is_there() -> None:
+    recorded = [gpu.uuid for gpu in H200.gpus[:3]]
+    record = dataclasses.replace(RECORD, process=dataclasses.replace(RECORD.process, gpus=tuple(recorded)))
+
+    def places(*uuids: str) -> dict[str, str]:
+        gpus = tuple(dataclasses.replace(H200.gpus[0], uuid=uuid) for uuid in uuids)
+        node = dataclasses.replace(NODE, devices=dataclasses.replace(H200, gpus=gpus))
+        return device_map(record, node)
+
+    a, b, c = recorded
+    assert places(a, b, c) == places(c, b, a) == {}
+    assert places("x", "y", "z") == {a: "x", b: "y", c: "z"}
+    assert places("x", b, "z") == {a: "x", b: b, c: "z"}
+    assert places(c, "x", "y") == {a: "x", b: "y", c: c}
+    assert places("x") == {a: "x"}
+
+
+LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {
+    "nothing": (ABLE, [], None),
+    "root": (Abilities(lacks={"privileges": "no root"}), ["privileges"], CapabilityError),
+    "CRIU": (Abilities(lacks={"criu": "there is none"}), ["criu"], CapabilityError),
+    "CUDA, of which nothing is held": (dataclasses.replace(ABLE, lacks={"cuda": "none"}), [], None),
+    "a newer CRIU": (Abilities(criu=Criu(path=Path("/criu"), version="5.0")), [], None),
+    "an older CRIU": (
+        Abilities(criu=Criu(path=Path("/criu"), version="3.19")),
+        ["criu-version"],
+        CapabilityError,
+    ),
+}
+
+
+@pytest.mark.parametrize(("abilities", "codes", "error"), LACKS.values(), ids=LACKS)
+def test_a_node_lacks(abilities: Abilities, codes: list[str], error: type[Exception] | None) -> None:
+    reasons = process(RECORD, NODE, abilities, {})
+    assert [reason.code for reason in reasons] == codes
+    assert not any(reason.recorded == "" and "was ," in str(reason) for reason in reasons)
+    if error is not None:
+        with pytest.raises(error):
+            require(reasons)
+
+
+FILE_CASES: dict[str, tuple[Mapping[str, str], list[tuple[str, str]]]] = {
+    "the same": ({}, []),
+    "another size": ({"/lib/a": "11 bytes"}, [("/lib/a", "11 bytes")]),
+    "missing": ({"/lib/a": "missing", "/lib/b": "missing"}, [("/lib/a", "missing"), ("/lib/b", "missing")]),
+    "of nobody's interest": ({"/lib/c": "missing"}, []),
+}
+
+
+@pytest.mark.parametrize(("different", "wanted"), FILE_CASES.values(), ids=FILE_CASES)
+def test_a_file_differs_in(different: Mapping[str, str], wanted: list[tuple[str, str]]) -> None:
     files = [MappedFile(path="/lib/a", size=10), MappedFile(path="/lib/b", size=10)]
-    reasons = match(dataclasses.replace(RECORD, mapped_files=files), NODE, size_of)
+    reasons = process(dataclasses.replace(RECORD, mapped_files=files), NODE, ABLE, different)
     assert [(r.field, r.here) for r in reasons] == wanted
     assert all(r.code == "rootfs-file" and r.hard and r.recorded == "10 bytes" for r in reasons)
 
 
+def test_a_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"12345")
+    files = [{"name": "config.json", "size": 5}, {"name": "model.safetensors", "size": 9}]
+    weights = {"model": str(tmp_path), "revision": "", "files": files}
+    record = dataclasses.replace(RECORD, weights=weights, mapped_files=[])
+    different = look(record)
+    assert different == {str(tmp_path / "model.safetensors"): "missing"}
+    (reason,) = process(record, NODE, ABLE, different)
+    assert (reason.code, reason.hard) == ("model-file", False)
+    odd = dataclasses.replace(record, weights={"model": "org/name", "files": [7, {"name": 3}]})
+    assert look(odd) == {}
+
+
+COMMANDS: dict[str, tuple[list[str], bool]] = {
+    "the same": (["server", "--port", "8000"], True),
+    "another port": (["server", "--port", "9000"], True),
+    "another port, in one word": (["server", "--port=9000", "--host=0.0.0.0"], True),
+    "by its path": (["/usr/bin/server"], True),
+    "another option": (["server", "--port", "8000", "--fast"], False),
+    "another program": (["serve", "--port", "8000"], False),
+    "nothing": ([], False),
+}
+
+
+@pytest.mark.parametrize(("given", "same"), COMMANDS.values(), ids=COMMANDS)
+def test_a_command_is_the_recorded_one(given: list[str], same: bool) -> None:
+    assert same_command(RECORD.command, given) is same
+    reasons = process(RECORD, NODE, ABLE, {}, given)
+    assert [reason.code for reason in reasons] == ([] if same else ["command"])
+
+
+def test_a_secret_in_the_command_is_not_told() -> None:
+    (reason,) = process(RECORD, NODE, ABLE, {}, ["server", "--api-key", "hunter2hunter2"])
+    assert "hunter2" not in reason.here
+
+
 def test_soft_reasons_forbid_nothing() -> None:
-    require(RECORD, [])
-    require(RECORD, differences(kernel="6.9.0"))
+    require([])
+    require(differences(kernel="6.9.0"))
 
 
 def test_a_hard_reason_forbids_the_process() -> None:
     with pytest.raises(MismatchError) as caught:
-        require(RECORD, differences(kernel="6.9.0", architecture="aarch64"))
+        require(differences(kernel="6.9.0", architecture="aarch64"))
     assert caught.value.cause == "architecture: architecture was x86_64, is aarch64"
-    assert "Example CPU" in caught.value.hint
+    assert caught.value.hint == "make a snapshot on this architecture"
     assert caught.value.descends
 
 
 def test_a_long_list_of_reasons_is_cut() -> None:
     files = [MappedFile(path=f"/lib/{number}", size=1) for number in range(30)]
-    reasons = match(dataclasses.replace(RECORD, mapped_files=files), NODE, lambda _: None)
+    missing = {file.path: "missing" for file in files}
+    reasons = process(dataclasses.replace(RECORD, mapped_files=files), NODE, ABLE, missing)
     assert len(reasons) == 30
     with pytest.raises(MismatchError) as caught:
-        require(RECORD, reasons)
+        require(reasons)
     lines = caught.value.cause.splitlines()
     assert len(lines) == 13
     assert lines[-1] == "and 18 more"
 
 
-def test_the_size_of_a_file_here(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"12345")
-    (tmp_path / "link").symlink_to("file")
-    assert size_here(str(tmp_path / "file")) == 5
-    assert size_here(str(tmp_path / "link")) == 5
-    assert size_here(str(tmp_path / "none")) is None
-    assert size_here(str(tmp_path / "file/below")) is None
+def test_a_policy_softens_and_hardens() -> None:
+    strict = Strictness(soft=frozenset({"cpu-feature"}), hard=frozenset({"kernel"}))
+    changed = [strict.of(reason) for reason in differences(kernel="6.9.0", cpu_features=frozenset())]
+    assert [(r.code, r.hard, r.by_policy) for r in changed] == [
+        ("cpu-feature", False, True),
+        ("kernel", True, True),
+    ]
+    (unchanged,) = [strict.of(reason) for reason in differences(libc="glibc 2.40")]
+    assert not unchanged.by_policy
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard"), [({"colour"}, set()), ({"architecture"}, set()), ({"kernel"}, {"kernel"})]
+)
+def test_a_policy_that_makes_no_sense(soft: set[str], hard: set[str]) -> None:
+    with pytest.raises(UsageError):
+        Strictness(soft=frozenset(soft), hard=frozenset(hard))
+
+
+def test_every_rule_says_why_and_what_to_do() -> None:
+    for code, rule in RULES.items():
+        assert rule.why.endswith("."), code
+        assert rule.source, code
+        assert not rule.advice.endswith("."), code

@@ -14,7 +14,7 @@ from rekindle.report import SCHEMA, Outcome, Reason, Report, Rung, process_age
 
 KEYS = [
     *("schema", "verb", "outcome", "asked", "image", "trust", "reasons", "phases", "seconds"),
-    *("unaccounted_seconds", "first_token_seconds", "bytes", "oracle", "endpoint", "pid"),
+    *("unaccounted_seconds", "first_token_seconds", "bytes", "oracle", "cache", "endpoint", "pid"),
 ]
 REASON = Reason(rung=Rung.PROCESS, code="kernel", field="kernel", recorded="6.8", here="6.9", hard=False)
 
@@ -52,6 +52,8 @@ def test_a_report_is_json() -> None:
             "recorded": "6.8",
             "here": "6.9",
             "hard": False,
+            "advice": "",
+            "by_policy": False,
         }
     ]
     assert document["peak_rss_bytes"] > 1 << 20

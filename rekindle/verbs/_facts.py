@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan depends on, gathered: the image's record, this node, and what is here already."""
+
+import os
+from collections.abc import Sequence
+
+from oci import cache
+from oci import image as images
+from oci.reference import LayoutReference, Reference
+from oci.trust.verifier import Verified
+from rekindle import abilities
+from rekindle.abilities import Abilities
+from rekindle.fingerprint import Fingerprint
+from rekindle.home import Home
+from rekindle.verbs._options import Source
+from restore import dumps, match
+from restore.plan import Facts
+
+
+def gather(
+    found: images.Image,
+    reference: Reference,
+    home: Home,
+    given: Sequence[str],
+    *,
+    with_cache: bool,
+    with_abilities: bool = True,
+) -> Facts:
+    """The facts about an image whose record was read. The kernel cache's config is read only with
+    `with_cache`, or if the process needs files that it may bring."""
+    record = found.record
+    different = match.look(record)
+    lacking = any(different.get(file.path) == "missing" for file in record.mapped_files)
+    read = found.cache is not None and (with_cache or lacking)
+    return Facts(
+        node=Fingerprint.probe(given or record.command, os.environ),
+        abilities=abilities.probe(home) if with_abilities else Abilities(),
+        image=found,
+        cache=cache.load(found.blobs, found.cache, found.limits) if read and found.cache else None,
+        cache_unread=found.cache is not None and not read,
+        different=different,
+        local=isinstance(reference, LayoutReference),
+        unpacked=dumps.is_ready(home, found),
+        given=list(given) or None,
+    )
+
+
+def of_nothing(given: Sequence[str]) -> Facts:
+    """The facts where no image can be reached: this node, and the command."""
+    return Facts(node=Fingerprint.probe(), abilities=Abilities(), given=list(given) or None)
+
+
+def trusted(source: Verified[Source]) -> Verified[images.Image]:
+    """The image of a source that was verified: its manifests and its record. No layer is touched."""
+    return source.map(lambda each: images.load(each.blobs, each.root, each.limits))

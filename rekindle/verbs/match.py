@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle match`: this node against a snapshot, field by field. Runs nothing, and fetches no layer."""
+
+import argparse
+from collections.abc import Sequence
+
+from oci.reference import parse
+from rekindle.home import Home
+from rekindle.report import Report, Rung
+from rekindle.text import printable
+from rekindle.verbs import _facts, _options, _plan, _trust
+from restore import plan
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _options.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle match",
+        usage="rekindle match IMAGE [options] [-- COMMAND…]",
+        description="Compare this node with a snapshot, field by field, and say which rungs a restore could "
+        "take. Exit status 3 if that is not the process.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    _trust.add_arguments(parser)
+    _options.add_registry(parser)
+    args = parser.parse_args(words)
+    reference, home = parse(args.image), Home.from_environment()
+    with _options.source(reference, home, args) as source:
+        verified = _trust.verified(source, reference, home, args, Report(verb="match", quiet=True))
+        image = _facts.trusted(verified).value
+        facts = _facts.gather(image, reference, home, command, with_cache=True)
+    made = plan.make(facts, strictness=_trust.strictness(args))
+    if not args.json:
+        for line in _plan.fields(image.record.node, facts.node):
+            print(printable(line))
+    _plan.show(made, facts, args.image, image.index.digest, as_json=args.json)
+    return 0 if made.first is not None and made.first.rung is Rung.PROCESS else 3
