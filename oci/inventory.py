@@ -185,7 +185,8 @@ def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
             depth = 3 if parts[1] == "torch_aot_compile" and len(parts) > 3 else 2
             return "/".join(parts[:depth])
         case CacheKind.INDUCTOR:
-            return "/".join(parts[:3]) if parts[0] == "triton" and len(parts) > 3 else "."
+            depth = {"triton": 3, "fxgraph": 3, "aotautograd": 2}.get(parts[0], 0)
+            return "/".join(parts[:depth]) if 0 < depth < len(parts) else "."
         case CacheKind.DEEP_GEMM:
             return "/".join(parts[:2]) if len(parts) > 2 else "."
         case CacheKind.FLASHINFER:

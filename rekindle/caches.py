@@ -136,7 +136,7 @@ def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
             return len(path.parts) == 1 and (name in _VLLM_LEFT_OUT or _P2P.fullmatch(name) is not None)
         case CacheKind.INDUCTOR:
             # 150 MB of precompiled C++ headers; the compiler takes the header beside them.
-            return name.endswith(".gch") or path.parts[0] == "locks"
+            return name.endswith(".gch") or "locks" in path.parts
         case CacheKind.TORCH_EXTENSIONS:
             # torch waits for as long as this file is there; its owner is not.
             return name == "lock"
