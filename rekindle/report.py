@@ -114,6 +114,13 @@ class Report:
             phase.seconds = time.monotonic() - begin
         self.say(f"{name} {phase.seconds:.2f} s")
 
+    def split_phase(self, name: str, *, at: float) -> None:
+        """Divides the phase that has just ended: from `at`, by time.monotonic, it was one of that name."""
+        last = self.phases[-1]
+        rest = min(last.seconds, max(0.0, time.monotonic() - at))
+        last.seconds -= rest
+        self.phases.append(Phase(name=name, seconds=rest))
+
     def say(self, text: str) -> None:
         """Tells a person."""
         if not self.quiet:

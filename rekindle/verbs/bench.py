@@ -5,6 +5,7 @@ Every start is timed to the first token of the oracle's answer, and is ended wit
 
     cold                    the command, with empty kernel caches
     warm-cache              the command again, with the caches that the cold start left
+    cache                   `rekindle restore --rung cache`, the kernel cache from the image, none on the disk
     process                 `rekindle restore`, the dump in the page cache
     process-cold-page-cache `rekindle restore`, the dump's pages dropped from the page cache
     process-registry        `rekindle restore` with an empty $REKINDLE_HOME, from --registry
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,15 @@ from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import wait_ready
 
 SCHEMA = "rekindle.bench/1"
-_STARTS = ("cold", "warm-cache", "process", "process-cold-page-cache", "process-registry", "criu-plain")
+_STARTS = (
+    "cold",
+    "warm-cache",
+    "cache",
+    "process",
+    "process-cold-page-cache",
+    "process-registry",
+    "criu-plain",
+)
 _IMAGE = "bench"
 _START_SECONDS = 1800.0
 _RESTORE_SECONDS = 300.0
@@ -53,9 +62,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start. Its phases, `unaccounted` among them, add up to the time to the first token."""
+    """One start. Its phases, `unaccounted` among them, add up to the time to the first token. Of one by
+    rekindle, with its report."""
 
     phases: dict[str, float]
+    report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -129,6 +140,7 @@ class _Bench:
         self._environment["COSIGN_PASSWORD"] = ""
         self._peaks: dict[str, int] = {}
         self._answer: JSON = None
+        self._proof: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
         starts: dict[str, list[Start]] = {}
@@ -138,7 +150,9 @@ class _Bench:
             self._add(starts, "cold", self._command_start(caches))
         for _ in range(self._cold_runs):
             self._add(starts, "warm-cache", self._command_start(caches))
-        record, image_bytes = self._snapshot(caches)
+        record, image_bytes, has_cache = self._snapshot(caches)
+        for _ in range(self._cold_runs if has_cache else 0):
+            self._add(starts, "cache", self._cache_start(record, caches))
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
             _write_back(directory)
@@ -160,6 +174,7 @@ class _Bench:
             "dump_bytes": record.dump_bytes,
             "image_bytes": image_bytes,
             "peak_rss_bytes": self._peaks,
+            "cache": self._proof,
             "answer": record.oracle.answer,
         }
 
@@ -199,7 +214,7 @@ class _Bench:
         if status := cell.run(Command(argv=argv, env=os.environ, cwd=Path("/")), _RESTORE_SECONDS):
             raise CapabilityError(f"mount ended with status {status}", command=argv)
 
-    def _snapshot(self, caches: Path) -> tuple[Record, int]:
+    def _snapshot(self, caches: Path) -> tuple[Record, int, bool]:
         environment = {**self._environment, **self._engine.cache_environment(caches)}
         report = self._work / "snapshot.json"
         options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
@@ -217,7 +232,7 @@ class _Bench:
         self._peaks["snapshot"] = json.loads(report.read_bytes())["peak_rss_bytes"]
         layout = Layout(self._home.store)
         image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
-        return image.record, image.size_bytes
+        return image.record, image.size_bytes, image.cache is not None
 
     def _key(self) -> Path:
         """A key to sign with, so that the image can be restored from a registry as well."""
@@ -249,6 +264,19 @@ class _Bench:
         finally:
             remove_tree(home)
 
+    def _cache_start(self, record: Record, caches: Path) -> Start:
+        """On a node that has no kernel cache but that of the image, and cannot take the process."""
+        for name in self._engine.cache_environment(caches):
+            remove_tree(Path(record.environment[name]))
+        start = self._restore_start(
+            options=["--rung", "cache"], outcome="cache", peak="restore-cache", seconds=_START_SECONDS
+        )
+        proof = start.report["cache"] or {}
+        self._proof = {
+            name: proof.get(name) for name in ("verdict", "entries", "used", "made", "made_seconds")
+        }
+        return start
+
     def _restore_start(
         self,
         image: str = _IMAGE,
@@ -256,6 +284,8 @@ class _Bench:
         options: Sequence[str] = (),
         *,
         peak: str = "restore",
+        outcome: str = "restored",
+        seconds: float = _RESTORE_SECONDS,
     ) -> Start:
         """`rekindle restore` as a user runs it; its report tells the phases."""
         report = self._work / "restore.json"
@@ -270,10 +300,10 @@ class _Bench:
                 stderr=output.fileno(),
             )
             try:
-                document = _await_report(report, process.poll, log)
+                document = _await_report(report, process.poll, log, outcome, seconds)
             finally:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
                 process.wait()
         self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
         first = float(document["first_token_seconds"])
@@ -282,7 +312,7 @@ class _Bench:
             phases.pop("oracle")
             phases["first token"] = float(document["oracle"]["first_token_seconds"])
         phases["unaccounted"] = max(0.0, first - sum(phases.values()))
-        return Start(phases=phases)
+        return Start(phases=phases, report=document)
 
     def _plain_start(self, record: Record) -> Start:
         """CRIU alone, in a cell like that of a restore."""
@@ -335,16 +365,18 @@ class _Milestones:
         self._last = now
 
 
-def _await_report(report: Path, poll: Callable[[], int | None], log: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + _RESTORE_SECONDS
+def _await_report(
+    report: Path, poll: Callable[[], int | None], log: Path, outcome: str, seconds: float
+) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
     while not report.exists():
         ended = poll() is not None and not report.exists()
         if ended or time.monotonic() > deadline:
             raise WorkloadError("the restore failed", cause=log.read_text(errors="replace")[-4000:])
         time.sleep(0.005)
     document = json.loads(report.read_bytes())
-    if document["outcome"] != "restored":
-        raise WorkloadError("the restore failed", cause=str(document["error"]))
+    if document["outcome"] != outcome:
+        raise WorkloadError("the restore failed", cause=str(document["error"] or document["reasons"]))
     assert isinstance(document, dict)
     return document
 
@@ -409,6 +441,11 @@ def _print_table(document: dict[str, Any]) -> None:
     )
     peaks = ", ".join(f"{verb} {peak / 1e6:.0f} MB" for verb, peak in document["peak_rss_bytes"].items())
     print(f"rekindle's own memory     {peaks}")
+    if proof := document["cache"]:
+        print(
+            f"kernel cache              {proof['verdict']}: {proof['used']} of {proof['entries']} entries "
+            f"used, {proof['made']} made anew"
+        )
     answer = document["answer"]
     answer = answer.get("tokens", answer)
     print(f"every start answered      {json.dumps(answer)[:120]}")

@@ -31,11 +31,13 @@ from rekindle.errors import (
     WorkloadError,
 )
 from rekindle.home import Home
+from rekindle.record import Oracle
 from rekindle.report import Outcome, Reason, Report, Rung
 from rekindle.verbs import _facts, _options, _plan, _trust
 from restore import dumps, forward, ladder, lower, match, plan, process, surroundings
 from restore.plan import Facts, Step
 from restore.proof import Watched
+from restore.readiness import Ready
 from restore.serve import Restored, Serving
 
 if TYPE_CHECKING:
@@ -444,12 +446,8 @@ class _Restore:
             report.error = {"code": lost.code, "message": lost.message, "cause": "", "hint": lost.hint}
             return Taken(rung=rung, serving=up.serving, status=up.status)
         if up.ready is not None:
-            report.first_token_seconds = up.ready.first_byte and up.ready.first_byte - report.began
             if oracle is not None and engine is not None:
-                match_ = up.ready.answer is not None and engine.agree(oracle.answer, up.ready.answer)
-                report.oracle = {"expected": oracle.answer, "got": up.ready.answer, "match": match_}
-                if up.ready.lack:
-                    report.oracle["lack"] = up.ready.lack
+                self._tell_answer(up.ready, oracle, engine)
         else:
             report.say("nobody can tell when this server is ready: say --ready-url URL")
         if watched is not None and engine is not None:
@@ -459,6 +457,18 @@ class _Restore:
             forward.listen(self._bound, self._endpoint)
             up.serving.publish(self._bound)
         return Taken(rung=rung, serving=up.serving)
+
+    def _tell_answer(self, ready: Ready, oracle: Oracle, engine: Engine) -> None:
+        """What came of the oracle's question, which decides nothing on a lower rung: told, with its time."""
+        report = self._report
+        report.split_phase("oracle", at=ready.at)
+        agrees = ready.answer is not None and engine.agree(oracle.answer, ready.answer)
+        report.oracle = {"expected": oracle.answer, "got": ready.answer, "match": agrees}
+        if ready.first_byte is not None:
+            report.first_token_seconds = ready.first_byte - report.began
+            report.oracle["first_token_seconds"] = round(ready.first_byte - ready.at, 6)
+        if ready.lack:
+            report.oracle["lack"] = ready.lack
 
     def _release(self) -> None:
         if self._bound is not None:
