@@ -7,12 +7,13 @@ Pure but for `look`. What each difference means, restore/rules.py says.
 import dataclasses
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rekindle.abilities import Abilities
-from rekindle.caches import is_within
+from rekindle.caches import CacheKind, is_within
 from rekindle.errors import CapabilityError, MismatchError
 from rekindle.fingerprint import Fingerprint
 from rekindle.gpu import Gpu
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 _ADDRESS = ("--host", "--port")
+_BACKENDS = {"cuda": "nvidia", "hip": "amd"}
+# Compiled graphs, by the beginning of their keys. They hold kernels, and say nowhere what for.
+_GRAPHS = {
+    CacheKind.VLLM: ("torch_compile_cache/",),
+    CacheKind.INDUCTOR: ("aotautograd/", "fxgraph/"),
+}
+_NONE: tuple[str, ...] = ()
+_NOTES = {".", "modelinfos"}  # nobody fetches a cache for what is no kernel, if there are kernels in it
 _CAPABILITIES = {"privileges", "criu", "criu-version", "cuda"}
 _CANNOT = {
     Rung.PROCESS: "this node cannot run the snapshot's process",
@@ -96,7 +105,8 @@ def cached(files: Sequence[MappedFile], different: Mapping[str, str], inventory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A kernel cache as this node can use it, entry by entry. `roots` names those with an entry of use."""
+    """A kernel cache as this node can use it, entry by entry. `roots` names those with an entry of use; they
+    are fetched whole. `usable` counts these entries."""
 
     reasons: Sequence[Reason]
     roots: Sequence[str] = ()
@@ -104,36 +114,49 @@ class Judged:
     usable: int = 0
 
 
-def cache(inventory: "Inventory", architecture: str, record: Record | None, node: Fingerprint) -> Judged:
+def cache(
+    inventory: "Inventory",
+    architecture: str,
+    record: Record | None,
+    node: Fingerprint,
+    soft: Collection[str] = (),
+) -> Judged:
     """Which entries of a kernel cache are of use here. `architecture` is the image's, as the kernel names it;
-    with a record, the processor that its C++ kernels were compiled for is known."""
+    with a record, it is known which processor its C++ kernels, and which GPUs its graphs were compiled for.
+    An entry that differs in nothing but what a policy calls `soft` is of use, too."""
     if architecture != node.architecture:
         reason = reason_for("cache-architecture", "architecture", architecture, node.architecture)
         return Judged(reasons=[reason], entries=sum(len(root.entries) for root in inventory.roots))
-    lacks: dict[str, dict[tuple[str, str, str], int]] = {}
+    counts: Counter[_Lack] = Counter()
     roots: list[str] = []
-    entries = usable = 0
+    entries = fitting = usable = 0
     for root in inventory.roots:
-        useful = 0
-        for entry in root.entries:
-            lack = _entry_lack(entry, record.node if record else None, node)
-            if lack is None:
-                useful += 1
-            else:
-                code, *rest = lack
-                name, was, here = rest
-                counted = lacks.setdefault(code, {})
-                counted[name, was, here] = counted.get((name, was, here), 0) + 1
-        entries += len(root.entries)
-        usable += useful
+        looked_at = [(entry, list(_entry_lacks(root.kind, entry, record, node))) for entry in root.entries]
+        for _, lacks in looked_at:
+            counts.update([lack for lack in lacks if lack.code not in soft][:1] or lacks[:1])
+        useful = _useful(looked_at, soft)
         if useful or not root.entries:
             roots.append(root.name)
+        entries += len(root.entries)
+        fitting += _useful(looked_at)
+        usable += useful
     reasons = []
-    for code, counted in lacks.items():
-        for (name, was, here), count in counted.items():
-            reason = reason_for(code, name, f"{was} ({count} of {entries} entries)", here)
-            reasons.append(dataclasses.replace(reason, hard=usable == 0))
+    for lack, count in counts.items():
+        was = f"{lack.recorded} ({count} of {entries} entries)"
+        hard = (fitting if lack.code in soft else usable) == 0
+        reason = reason_for(lack.code, lack.field, was, lack.here)
+        reasons.append(dataclasses.replace(reason, hard=hard))
     return Judged(reasons=reasons, roots=roots, entries=entries, usable=usable)
+
+
+def _useful(looked_at: "Sequence[tuple[Entry, Sequence[_Lack]]]", soft: Collection[str] = ()) -> int:
+    """How many entries of a root are worth fetching it. None, if C++ for another processor is among them:
+    it comes with the others, and nothing keeps a server from loading it."""
+    left = [(entry, [lack.code for lack in lacks if lack.code not in soft]) for entry, lacks in looked_at]
+    if any("cache-cpu-feature" in codes for _, codes in left):
+        return 0
+    kernels = [each for each in left if each[0].key not in _NOTES]
+    return sum(not codes for _, codes in kernels or left)
 
 
 def require(reasons: Sequence[Reason]) -> None:
@@ -224,7 +247,7 @@ def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
     """Only of the GPUs that the process held: what else is in a node is nothing to it."""
     if not record.process.gpus:
         return
-    held = [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
+    held = _held(record)
     here = node.devices.gpus
     if any(gpu.vendor != "nvidia" for gpu in held):
         yield reason_for("gpu-unsupported", "GPU", held[0].name, _models(here))
@@ -257,6 +280,11 @@ def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
         yield reason_for("driver-version" if same_branch else "driver", "driver", was, now or "none")
 
 
+def _held(record: Record) -> list[Gpu]:
+    """The GPUs that the process held."""
+    return [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
+
+
 def _either(code: str, recorded: bool, here: bool) -> Iterator[Reason]:
     """What must be off on both sides."""
     if recorded or here:
@@ -287,30 +315,48 @@ def _models(gpus: Sequence[Gpu]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 
-def _entry_lack(
-    entry: "Entry", recorded: Fingerprint | None, node: Fingerprint
-) -> tuple[str, str, str, str] | None:
-    """Why an entry is of no use here: code, field, recorded, here; None if it is of use."""
-    kernels = [target for target in entry.targets if target.backend != "cpu"]
-    backends = {"cuda": "nvidia", "hip": "amd"}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lack:
+    """Why an entry of a kernel cache is of no use here."""
+
+    code: str
+    field: str
+    recorded: str
+    here: str
+
+
+def _entry_lacks(
+    kind: CacheKind, entry: "Entry", record: Record | None, node: Fingerprint
+) -> Iterator[_Lack]:
+    """What an entry lacks here, the gravest first."""
+    kernels = {
+        (_BACKENDS.get(target.backend, target.backend), target.arch, target.warp_size)
+        for target in entry.targets
+        if target.backend != "cpu"
+    }
+    if record and not entry.targets and entry.key.startswith(_GRAPHS.get(kind, _NONE)):
+        kernels = {(gpu.vendor, gpu.arch, gpu.warp_size) for gpu in _held(record)}
     if kernels and not any(
-        backends.get(target.backend, target.backend) == gpu.vendor
-        and target.arch == gpu.arch
-        and target.warp_size in {0, gpu.warp_size}
-        for target in kernels
+        (vendor, _chip(vendor, arch)) == (gpu.vendor, gpu.arch) and warp in {0, gpu.warp_size}
+        for vendor, arch, warp in kernels
         for gpu in node.devices.gpus
     ):
-        was = ", ".join(sorted({f"{target.backend} {target.arch}" for target in kernels}))
+        was = ", ".join(sorted({f"{vendor} {arch}" for vendor, arch, _ in kernels}))
         archs = sorted({f"{gpu.vendor} {gpu.arch}" for gpu in node.devices.gpus})
-        return ("cache-target", "kernels' target", was, ", ".join(archs) or "no GPU")
-    if any(target.backend == "cpu" for target in entry.targets) and recorded is not None:
-        for reason in _features("cache-cpu-feature", recorded, node):
-            return (reason.code, reason.field, reason.recorded, reason.here)
+        here = ", ".join(archs) or "no GPU"
+        yield _Lack(code="cache-target", field="kernels' target", recorded=was, here=here)
+    if record and any(target.backend == "cpu" for target in entry.targets):
+        for reason in _features("cache-cpu-feature", record.node, node):
+            yield _Lack(code=reason.code, field=reason.field, recorded=reason.recorded, here=reason.here)
     for name, version in entry.versions.items():
-        here = node.packages.get(name)
-        if here is not None and not _same_version(version, here):
-            return ("cache-version", name, version, here)
-    return None
+        installed = node.packages.get(name)
+        if installed is not None and not _same_version(version, installed):
+            yield _Lack(code="cache-version", field=name, recorded=version, here=installed)
+
+
+def _chip(vendor: str, arch: str) -> str:
+    """The compute capability of a target. FlashInfer compiles for `90a`, which runs on 9.0 alone."""
+    return arch.rstrip("af") if vendor == "nvidia" else arch
 
 
 def _same_version(recorded: str, here: str) -> bool:

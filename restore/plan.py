@@ -5,7 +5,8 @@ Pure and total: the same facts give the same plan, and every set of facts gives 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +128,12 @@ class Plan:
 def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None = None) -> Plan:
     """The plan for a restore that may begin at the rung `asked`."""
     rungs = list(Rung)
-    steps = {Rung.PROCESS: _process, Rung.CACHE: _cache, Rung.COLD: _cold}
     strictness = strictness or Strictness()
+    steps: Mapping[Rung, Callable[[Facts], Step]] = {
+        Rung.PROCESS: _process,
+        Rung.CACHE: functools.partial(_cache, soft=strictness.soft),
+        Rung.COLD: _cold,
+    }
     made = []
     for rung in rungs[rungs.index(asked) :]:
         step = steps[rung](facts)
@@ -172,7 +177,7 @@ def _process(facts: Facts) -> Step:
     )
 
 
-def _cache(facts: Facts) -> Step:
+def _cache(facts: Facts, soft: Collection[str]) -> Step:
     if facts.image is None:
         return Step(rung=Rung.CACHE, reasons=_unreached(facts, Rung.CACHE))
     record = facts.image.record
@@ -183,7 +188,7 @@ def _cache(facts: Facts) -> Step:
         reason = reason_for("no-cache", "kernel cache", "", "the image holds no kernel cache")
         return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
     inventory = facts.cache.inventory
-    judged = match.cache(inventory, record.node.architecture, record, facts.node)
+    judged = match.cache(inventory, record.node.architecture, record, facts.node, soft)
     chosen = [root for root in inventory.roots if root.name in judged.roots]
     fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)
     written = sum(root.bytes for root in chosen)
