@@ -381,14 +381,17 @@ class _Restore:
         environment = surroundings.environment(record, os.environ)
         command = self._facts.command or ()
         self._report.reasons += surroundings.differences(record, environment, command)
-        directory = self._args.cache_dir
-        where, variables = surroundings.places(roots, os.environ, directory)
-        if directory is None and not all(surroundings.writable(path) for path in where.values()):
-            directory = self._home.root / "caches" / self._kernels.value.manifest.digest.hex
-            where, variables = surroundings.places(roots, {}, directory)
-            self._report.say(f"the kernel cache goes to {directory}: where it was, nothing can be written")
+        where, variables = surroundings.places(roots, os.environ, self._args.cache_dir)
         with self._report.phase("extract"):
-            self._extract(where, stack)
+            try:
+                self._extract(where, stack)
+            except CapabilityError as error:
+                if self._args.cache_dir is not None:
+                    raise
+                directory = self._home.root / "caches" / self._kernels.value.manifest.digest.hex
+                self._report.say(f"{error.message}: the kernel cache goes to {directory}")
+                where, variables = surroundings.places(roots, {}, directory)
+                self._extract(where, stack)
         watched = stack.enter_context(Watched(roots, where))
         return {**environment, **variables}, watched
 
