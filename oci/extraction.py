@@ -38,6 +38,9 @@ _FULL_HINT = "free some, or extract to another disk"
 _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 _SYSTEM_ALLOWED = ("/dev/shm", "/usr/local/share", "/usr/share")  # noqa: S108
 _PRIVATE = {".ssh", ".gnupg", ".config", ".aws", ".kube", ".docker", ".local"}
+# Of what programs keep for a user, a cache may lie beside the rest, where nothing is started from by itself.
+_DATA = (".local", "share")
+_STARTED = {"applications", "systemd", "dbus-1", "autostart", "keyrings", "bash-completion", "fish", "zsh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +168,22 @@ def _target(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
     if (
         any(is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)
         and not any(is_within(real, directory) for directory in _SYSTEM_ALLOWED)
-    ) or _PRIVATE & {*PurePosixPath(root.recorded).parts, *PurePosixPath(real).parts}:
+    ) or any(_is_private(PurePosixPath(path)) for path in (root.recorded, real)):
         raise UsageError(
             f"the {root.kind} cache was recorded at {root.recorded}, where no cache belongs",
             hint="extract it to a directory: --to DIR",
         )
     return Path(root.recorded)
+
+
+def _is_private(path: PurePosixPath) -> bool:
+    parts = list(path.parts)
+    if ".local" in parts:
+        at = parts.index(".local")
+        below = parts[at + 2 :]
+        if tuple(parts[at : at + 2]) == _DATA and below and below[0] not in _STARTED:
+            del parts[at : at + 2]
+    return bool(_PRIVATE & set(parts))
 
 
 def _refuse_what_is_too_much(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
