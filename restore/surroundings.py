@@ -5,13 +5,12 @@ A variable that is set here wins over the recorded one, since this node's operat
 fill the gaps, but for those that are of one node, user or session.
 """
 
-import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.caches import VARIABLES, CacheKind, environment_for, place, place_below
+from rekindle.caches import VARIABLES, CacheKind, environment_for, is_within, place, place_below
 from rekindle.record import Record
 from rekindle.redact import HIDDEN, redact_command, sounds_secret
 from rekindle.report import Reason
@@ -72,29 +71,32 @@ def places(
     """Where each cache is to be extracted, by the name of its root, and the variables that lead there.
 
     That is where it was recorded, since some caches hold their own paths; but where a variable of this node
-    already says where a cache is to be, it is there. With `directory`, all of them go below it.
+    already says where a cache is to be, it is there, unless that is within another. Of several caches of one
+    kind, the variable is for that which is called by it. With `directory`, all of them go below it.
     """
     found: dict[str, Path] = {}
     variables: dict[str, str] = {}
-    for root in roots:
-        if directory is not None:
-            path = place_below(root.kind, directory / root.name)
-        elif own.get(VARIABLES[root.kind]) and root.kind is not CacheKind.TORCH_EXTENSIONS:
-            path = Path(place(root.kind, own))
-        else:
+    led: set[CacheKind] = set()
+    for root in sorted(roots, key=lambda root: root.name != root.kind):
+        path = Path(posixpath.normpath(_place(root, {} if root.kind in led else own, directory)))
+        if any(_nested(path, other) for other in found.values()):
             path = Path(root.recorded)
-        found[root.name] = Path(posixpath.normpath(path))
+        found[root.name] = path
+        led.add(root.kind)
         variables = environment_for(root.kind, str(path)) | variables
     return found, variables
 
 
-def writable(path: Path) -> bool:
-    """Whether something can be made at a path, be it that directories have to be made above it."""
-    while not path.exists():
-        if path == path.parent:
-            return False
-        path = path.parent
-    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+def _place(root: "StoredRoot", own: Mapping[str, str], directory: Path | None) -> Path:
+    if directory is not None:
+        return place_below(root.kind, directory / root.name)
+    if own.get(VARIABLES[root.kind]) and root.kind is not CacheKind.TORCH_EXTENSIONS:
+        return Path(place(root.kind, own))
+    return Path(root.recorded)
+
+
+def _nested(path: Path, other: Path) -> bool:
+    return is_within(str(path), str(other)) or is_within(str(other), str(path))
 
 
 def _shown(value: str | None) -> str:
