@@ -23,6 +23,7 @@ once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
     ├── RestoreError        CRIU failed to restore                                        ladder goes down
     ├── OracleError         the server gave another answer than it should                 ladder goes down
     ├── SecretError         what is to be packed holds a secret
+    ├── CudaError           the CUDA driver fails at a process's state on GPUs            ladder goes down
     ├── RegistryError       a registry cannot be reached, or fails                        ladder goes down
     └── CredentialsError    a registry refuses who we are                                 ladder goes down
 """
@@ -187,6 +188,15 @@ class SecretError(RekindleError):
 
     exit_status = 36
     code = "secret"
+
+
+class CudaError(RekindleError):
+    """The CUDA driver could not lock, checkpoint, restore or unlock what a process holds on GPUs."""
+
+    exit_status = 37
+    code = "cuda"
+    descends = True
+    number: int = 0  # the driver's own, a CUresult; 0 if it gave no answer
 
 
 class RegistryError(RekindleError):
