@@ -100,6 +100,12 @@ class _Python:
         return "" if self.options & {"E", "I"} else self.environment.get(name, "")
 
 
+def interpreter(argv: Sequence[str], environment: Mapping[str, str]) -> Path | None:
+    """The Python that a command comes to; None if that cannot be told."""
+    python = _python(argv, environment)
+    return python.path if python else None
+
+
 def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | None:
     """The Python that a command comes to, through scripts and env(1)."""
     words = list(argv)

@@ -63,6 +63,15 @@ def host_pids(cell: Cell) -> list[int]:
     return found[1:]
 
 
+def inner_pid(pid: int) -> int:
+    """The PID that a process, given by that outside, has in its own namespace; 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return 0
+
+
 def threads(cell: Cell, pid: int) -> int:
     return int(status(cell, pid).get("Threads", "0"))
 

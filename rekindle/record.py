@@ -50,7 +50,8 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """How the processes lived in their cell. PIDs are those inside; `gpus` the UUIDs of those they held."""
+    """How the processes lived in their cell. PIDs are those inside; `gpus` the UUIDs of those they held,
+    `cuda_pids` those with CUDA state."""
 
     root_pid: int
     server_pid: int
@@ -60,6 +61,7 @@ class Process:
     stdout: str
     stderr: str
     gpus: Sequence[str] = ()
+    cuda_pids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,11 @@ class Record:
     weights: Mapping[str, JSON] = field(default_factory=dict)
     start_seconds: float = 0.0
 
+    @property
+    def reloads(self) -> bool:
+        """Whether the restored server reads its model's files again."""
+        return self.engine_options.get("asleep") in {2, "boundary"}
+
     def to_bytes(self) -> bytes:
         """The document. Equal records give equal bytes."""
         return json.dumps(self._to_json(), indent=1, sort_keys=True).encode()
@@ -124,6 +131,7 @@ class Record:
                 "stdout": self.process.stdout,
                 "stderr": self.process.stderr,
                 "gpus": list(self.process.gpus),
+                "cuda_pids": list(self.process.cuda_pids),
             },
             "start_seconds": self.start_seconds,
             "weights": dict(self.weights),
@@ -183,6 +191,9 @@ class Record:
                 stdout=_absolute(process.text("stdout")),
                 stderr=_absolute(process.text("stderr")),
                 gpus=tuple(process.texts("gpus", at_most=_GPUS_LIMIT)) if process.has("gpus") else (),
+                cuda_pids=tuple(process.list_of("cuda_pids", _pid, at_most=_FILES_LIMIT))
+                if process.has("cuda_pids")
+                else (),
             ),
             mapped_files=document.list_of("mapped_files", _mapped_file, at_most=_FILES_LIMIT),
             dump_bytes=dump.integer("dump_bytes"),
@@ -284,6 +295,12 @@ def _absolute(text: str) -> str:
     if not text.startswith("/") or b"\0" in _encodable(text, "the record"):
         raise FormatError("the record's log is not an absolute path", cause=f"{text!r:.120}")
     return text
+
+
+def _pid(value: object, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 < value < 1 << 22:
+        raise FormatError(f"{where} is no PID", cause=f"{value!r:.80}")
+    return value
 
 
 def _network(text: str) -> Network:

@@ -71,7 +71,9 @@ def process(
             if file.path in different
         ),
         *(
-            reason_for("model-file", path, f"{size:,} bytes", different[path])
+            reason_for(
+                "model-reloaded" if record.reloads else "model-file", path, f"{size:,} bytes", different[path]
+            )
             for path, size in model_files(record)
             if path in different
         ),

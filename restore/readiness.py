@@ -86,5 +86,5 @@ class Waiting:
             return Ready(at=at, lack=error.message)
 
 
-def _connect(host: str, port: int, timeout: float) -> socket.socket:
-    return socket.create_connection((host, port), timeout)
+def _connect(host: str, port: int, timeout: float, source: str = "") -> socket.socket:
+    return socket.create_connection((host, port), timeout, (source, 0) if source else None)

@@ -107,6 +107,14 @@ RULES: Mapping[str, Rule] = {
         source=_OURS,
         advice="fetch the model: lower rungs need it",
     ),
+    "model-reloaded": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The server was saved without its weights, and reads them again from the model's files. Before "
+        "it does, their digests are compared, too.",
+        source="rekindle snapshot --weights reload",
+        advice="fetch the recorded revision of the model to the recorded place",
+    ),
     "command": Rule(
         rung=Rung.PROCESS,
         hard=True,

@@ -63,9 +63,16 @@ _GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 _STATES_OF_CONNECTION = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
-def check(cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path) -> None:
-    """Raises NotDumpableError that names every obstacle. `own` are the logs that a restore replaces."""
-    found = list(obstacles(cell, root, network, own))
+def check(
+    cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path, gpus: bool = False
+) -> None:
+    """Raises NotDumpableError that names every obstacle. `own` are the logs that a restore replaces. With
+    `gpus`, NVIDIA's devices are none: their state will be checkpointed, and then they must be gone."""
+    found = [
+        obstacle
+        for obstacle in obstacles(cell, root, network, own)
+        if not (gpus and "(/dev/nvidia" in obstacle.where)
+    ]
     found += _system_v(cell, work)
     if found:
         raise NotDumpableError(
@@ -136,7 +143,7 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
         return "is a block device", "close it"
     if stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) not in _KNOWN_MAJORS:
         if target.startswith(_GPUS):
-            return "is a GPU, whose state this version of rekindle does not save", "run it on a CPU"
+            return "is a GPU of which nothing tells how to save its state", "see `rekindle doctor`"
         return "is a device that CRIU does not know", "close it"
     if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
         return "is a deleted file that has other names", "keep such files below $TMPDIR"

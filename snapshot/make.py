@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rekindle import __version__, criu, criu_image, processes
 from rekindle.caches import CacheRoot
@@ -17,21 +18,24 @@ from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.files import PAGE_BYTES, copy_sparse_tree, naming_full_disk
 from rekindle.fingerprint import Fingerprint
-from rekindle.gpu import held_by
 from rekindle.mapped import MappedFile, describe
-from rekindle.record import Process, Record, StoredFile
+from rekindle.record import Oracle, Process, Record, StoredFile
 from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
+from rekindle.weights import identify
 from snapshot import caches, secrets
 from snapshot.check import check
-from snapshot.server import TEMPORARY, Server
+from snapshot.gpu import checkpointed, require_state
+from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
-from snapshot.weights import identify
+
+if TYPE_CHECKING:
+    from rekindle.cuda import Door
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a user may choose."""
+    """What a user may choose; `find_door` gives the door to CUDA, where there is an NVIDIA GPU."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -39,6 +43,7 @@ class Options:
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secrets.Credentials
+    find_door: "Callable[[], Door] | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +77,10 @@ def make(
     with Cell() as cell:
         with report.phase("cell"):
             cell.enter(options.network)
-        server = Server(cell, options.argv, options.environment, Path.cwd(), work)
+        make_temporary(cell)
+        engine.enter(cell.root)
+        argv, environment = engine.launch(options.argv, options.environment)
+        server = Server(cell, argv, environment, Path.cwd(), work)
         client = Client(engine.endpoint, cell.connect)
         with report.phase("ready"):
             began = time.monotonic()
@@ -82,23 +90,32 @@ def make(
             batches = options.warm_requests
             warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
         with report.phase("oracle"):
-            oracle = ask_twice(server, engine, client)
+            oracle = _oracle(server, engine, client)
+        if engine.options().get("asleep"):
+            with report.phase("quiesce"):
+                asked = engine.authorize(oracle.request, os.environ)
+                engine.quiesce(client, oracle.answer, asked)
         with report.phase("check"):
             own = (server.stdout, server.stderr)
-            check(cell, server.root_pid, options.network, own=own, work=work)
+            has_gpus = options.find_door is not None
+            check(cell, server.root_pid, options.network, own=own, work=work, gpus=has_gpus)
             endpoint = _endpoint(cell, engine)
             tasks = processes.tree(cell, server.root_pid)
             threads = sum(processes.threads(cell, pid) for pid in tasks)
             opened = _opened(cell, tasks) - {str(path) for path in own}
-            gpus = held_by(processes.host_pids(cell))
             server_pid = server.server_pid
             _drop_disposable(cell, tasks, engine.disposable())
-        with report.phase("dump"), naming_full_disk(work):
+        with (
+            checkpointed(cell, options.find_door, work, report) as cuda,
+            report.phase("dump"),
+            naming_full_disk(work),
+        ):
             criu.dump(tool, cell, server.root_pid, tree / "criu")
             clocks = cell.clocks()
             copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
     with report.phase("compact"):
         dump_bytes = sum(path.stat().st_size for path in (tree / "criu").iterdir())
+        require_state(cuda, dump_bytes)
         if keep_untouched:
             keep_untouched(tree)
         for leftover in ("dump.log", "criu.out"):
@@ -126,7 +143,7 @@ def make(
         engine_options=engine.options(),
         command=redact_command(options.argv, options.credentials.values),
         directory=str(Path.cwd()),
-        environment=redact_environment(server.environment, options.credentials.values),
+        environment=redact_environment({**options.environment, **server.added}, options.credentials.values),
         endpoint=endpoint,
         oracle=oracle,
         node=Fingerprint.probe(options.argv, server.environment),
@@ -139,7 +156,8 @@ def make(
             clocks=clocks,
             stdout=str(server.stdout),
             stderr=str(server.stderr),
-            gpus=gpus,
+            gpus=cuda.gpus,
+            cuda_pids=cuda.pids,
         ),
         mapped_files=mapped,
         dump_bytes=dump_bytes,
@@ -149,6 +167,14 @@ def make(
         start_seconds=round(start_seconds, 3),
     )
     return Made(record=record, caches=roots)
+
+
+def _oracle(server: Server, engine: Engine, client: Client) -> Oracle:
+    known = engine.known_oracle()
+    if known is not None:
+        request, answer = known
+        return Oracle(request=request, answer=answer)
+    return ask_twice(server, engine, client)
 
 
 def _refuse_what_cannot_be(options: Options) -> None:

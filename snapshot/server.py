@@ -39,10 +39,11 @@ class Server:
         self.cell = cell
         self.stdout = logs / "stdout.log"
         self.stderr = logs / "stderr.log"
-        self.environment = dict(environment) | {
+        self.added = {
             "PYTHONHASHSEED": "0",  # with equal layouts, dumps of equal servers share most pages
             "TMPDIR": str(TEMPORARY),  # sockets and files there are the cell's own, and come along
         }
+        self.environment = {**environment, **self.added}
         make_temporary(cell)
         self.root_pid = cell.spawn(
             Command(

@@ -108,6 +108,29 @@ class Engine(Protocol):
     def cache_environment(self, directory: Path) -> Mapping[str, str]:
         """The variables that make the server keep its kernel caches in a directory."""
 
+    def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        """How a command is started so that the server can be put to sleep: other words, other variables. Not
+        recorded: what starts without us needs none of it."""
+        return list(argv), dict(environment)
+
+    def enter(self, root: Path) -> None:  # noqa: ARG002
+        """Told before a server starts, and after it was restored, where the file system of its cell is."""
+        return
+
+    def known_oracle(self) -> "tuple[Request, JSON] | None":
+        """A question that the server has asked itself, and the answer, where it takes no other before the
+        snapshot."""
+        return None
+
+    def quiesce(self, client: "Client", expected: JSON, request: Request) -> None:  # noqa: ARG002
+        """Puts the server to sleep, once it was seen that it answers as before when it wakes. Raises
+        OracleError if not."""
+        return
+
+    def wake(self, client: "Client") -> None:  # noqa: ARG002
+        """Wakes a restored server."""
+        return
+
     def ready(self, client: "Client", timeout: float) -> bool:
         """Whether the server takes requests now. Raises OSError as long as it cannot be reached."""
 
@@ -164,7 +187,7 @@ def restored(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engi
 
     match name:
         case "vllm":
-            return vllm.VllmEngine(endpoint=endpoint)
+            return vllm.restored(endpoint, options)
         case "http":
             return http.HttpEngine.from_record(endpoint, options)
     raise FormatError(f"the record's engine {name!r} is not known here", hint="use a newer rekindle")

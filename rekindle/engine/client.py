@@ -2,6 +2,7 @@
 """An HTTP client for one server, over connections that somebody else makes."""
 
 import contextlib
+import functools
 import http.client
 import json
 import socket
@@ -15,7 +16,8 @@ from rekindle.errors import NotReadyError
 
 _BODY_LIMIT_BYTES = 64 << 20
 
-Connect = Callable[[str, int, float], socket.socket]
+Connect = Callable[..., socket.socket]
+"""Makes a TCP connection: host, port, timeout in seconds, and the address that it shall come from, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,12 @@ class Client:
         finally:
             over.cancel()
             connection.close()
+
+    def from_address(self, source: str) -> "Client":
+        """One that asks from an address of its own, where the server is on loopback."""
+        host = "127.0.0.1" if self._endpoint.host in {"", "0.0.0.0", "::"} else self._endpoint.host
+        endpoint = Endpoint(host=host, port=self._endpoint.port)
+        return Client(endpoint, functools.partial(self._connect, source=source))
 
     def get(self, path: str, *, timeout: float, headers: dict[str, str] | None = None) -> Response:
         return self.ask(Request(method="GET", path=path, headers=headers or {}, body=None), timeout=timeout)

@@ -6,12 +6,15 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 
+from rekindle import packages
 from rekindle.engine import JSON, Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
-from rekindle.errors import OracleError, UsageError
+from rekindle.errors import FormatError, OracleError, UsageError
 
+_API_SERVER = "vllm.entrypoints.openai.api_server"
 _ORACLE_PROMPT = "The capital of France is"
 _ORACLE_TOKENS = 16
 _WARM_LENGTHS = (1, 16, 128, 1024)  # tokens
@@ -23,6 +26,15 @@ _LOADED = re.compile(
 _COMPILED = re.compile(r"Compiling a graph for [^\n]{0,80}takes ([0-9.]{1,12}) s")
 _LOGPROB_TOLERANCE = 1e-3
 _TIMEOUT_SECONDS = 60.0
+
+
+class Weights(StrEnum):
+    """Where the weights of a model on a GPU are while the server is saved: in the image, which is complete
+    then; not in it, and read again from the model's files; or where they are, with all that the GPU holds."""
+
+    IMAGE = "image"
+    RELOAD = "reload"
+    AS_IS = "as-is"
 
 
 class VllmEngine(Engine):
@@ -122,7 +134,7 @@ class VllmEngine(Engine):
         for tokens in _WARM_LENGTHS:
             for count in _WARM_AT_ONCE:
                 prompts = [_prompt(number, min(tokens, length - 16)) for number in range(count)]
-                batches.append([_completion(model, prompt, 8) for prompt in prompts])
+                batches.append([completion(model, prompt, 8) for prompt in prompts])
         chat = {
             "model": model,
             "messages": [{"role": "user", "content": "Hello!"}],
@@ -134,7 +146,7 @@ class VllmEngine(Engine):
 
     def oracle_request(self, client: Client) -> Request:
         model, _ = self._model(client)
-        return _completion(model, _ORACLE_PROMPT, _ORACLE_TOKENS)
+        return completion(model, _ORACLE_PROMPT, _ORACLE_TOKENS)
 
     def answer(self, response: Response) -> JSON:
         if response.status != 200:
@@ -205,7 +217,7 @@ def _is_server(argv: Sequence[str]) -> bool:
             del words[: 2 if words[0] in {"-W", "-X"} else 1]
         if words[:1] == ["-m"]:
             module = words[1:2]
-            if module == ["vllm.entrypoints.openai.api_server"]:
+            if module == [_API_SERVER]:
                 return True
             return module in (["vllm"], ["vllm.entrypoints.cli.main"]) and words[2:3] == ["serve"]
     return len(words) > 1 and Path(words[0]).name == "vllm" and words[1] == "serve"
@@ -228,7 +240,56 @@ def _prompt(number: int, tokens: int) -> list[int]:
     return [3 + (number * 31 + position * 7) % 200 for position in range(tokens)]
 
 
-def _completion(model: str, prompt: str | list[int], tokens: int) -> Request:
+def restored(endpoint: Endpoint, options: Mapping[str, JSON]) -> VllmEngine:
+    """The engine of a record. Raises FormatError for options that are not known here."""
+    match options.get("asleep"):
+        case None:
+            return VllmEngine(endpoint=endpoint)
+        case 1 | 2 as level:
+            from rekindle.engine.vllm_asleep import Sleeping
+
+            return Sleeping(endpoint=endpoint, level=level)
+        case "boundary":
+            from rekindle.engine.vllm_asleep import AtBoundary
+
+            return AtBoundary(endpoint=endpoint)
+    raise FormatError("the record's vLLM sleeps in a way that is not known here", hint="use a newer rekindle")
+
+
+def asleep(engine: VllmEngine, argv: Sequence[str], weights: Weights, version: str) -> VllmEngine:
+    """The engine for a server that is to sleep through the snapshot. vLLM's own snapshot server is taken
+    where there is one (since 0.31) and it does what is asked: it reads the weights again."""
+    from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
+
+    if weights is Weights.RELOAD and _release(version) >= (0, 31):
+        return AtBoundary(endpoint=engine.endpoint, api_key=_option(argv, "--api-key"))
+    level = 2 if weights is Weights.RELOAD else 1
+    return Sleeping(endpoint=engine.endpoint, level=level, api_key=_option(argv, "--api-key"))
+
+
+def served_name(argv: Sequence[str]) -> str:
+    """The name that the server gives its model."""
+    model = VllmEngine(endpoint=Endpoint(host="", port=1)).model(argv)
+    return _option(argv, "--served-model-name") or (model[0] if model else "")
+
+
+def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """A command as the Python that it comes to, and what vLLM's server is told. Raises UsageError."""
+    words = list(argv)
+    after = next((n for n, word in enumerate(words) if word in {"serve", _API_SERVER}), None)
+    python = packages.interpreter(argv, environment)
+    if after is None or python is None:
+        raise UsageError(
+            f"nobody can tell which Python runs {argv[0]}", hint="start it as python -m vllm serve"
+        )
+    return [str(python)], words[after + 1 :]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version[:64])[:2])
+
+
+def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
     body = {
         "model": model,
         "prompt": prompt,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a plan depends on, gathered: the image's record, this node, and what is here already."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def gather(
     read = found.cache is not None and (with_cache or lacking)
     return Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
-        abilities=abilities.probe(home) if with_abilities else Abilities(),
+        abilities=_abilities(found, home) if with_abilities else Abilities(),
         image=found,
         cache=cache.load(found.blobs, found.cache, found.limits) if read and found.cache else None,
         cache_unread=found.cache is not None and not read,
@@ -43,6 +44,13 @@ def gather(
         unpacked=dumps.is_ready(home, found),
         given=list(given) or None,
     )
+
+
+def _abilities(found: images.Image, home: Home) -> Abilities:
+    able = abilities.probe(home)
+    if found.record.process.cuda_pids and (lack := abilities.cuda_lack(home)):
+        return dataclasses.replace(able, lacks={**able.lacks, "cuda": lack})
+    return able
 
 
 def of_nothing(given: Sequence[str]) -> Facts:

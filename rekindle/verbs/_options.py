@@ -25,6 +25,7 @@ from rekindle.report import Report
 if TYPE_CHECKING:
     from oci.progress import Tally
     from oci.registry.repository import Access
+    from rekindle.cuda import Door
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -108,6 +109,17 @@ def open_home() -> Home:
     home = Home.from_environment()
     sweep(home)
     return home
+
+
+def cuda_door(home: Home) -> "Callable[[], Door]":
+    """What finds the door to CUDA's checkpoints, when it is called."""
+
+    def find() -> "Door":
+        from rekindle import cuda
+
+        return cuda.find(home)
+
+    return find
 
 
 def sweep(home: Home) -> list[Path]:

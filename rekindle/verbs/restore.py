@@ -31,7 +31,7 @@ from rekindle.errors import (
     WorkloadError,
 )
 from rekindle.home import Home
-from rekindle.record import Oracle
+from rekindle.record import Oracle, Record
 from rekindle.report import Outcome, Reason, Report, Rung
 from rekindle.verbs import _facts, _options, _plan, _trust
 from restore import dumps, forward, ladder, lower, match, plan, process, surroundings
@@ -183,6 +183,7 @@ class _Restore:
             if self._endpoint is not None:
                 self._bound = self._stack.enter_context(forward.bind(self._endpoint))
             made = self.plan(self._facts)
+        self._device_map = made.device_map
         taken = ladder.climb(made, self._take, report, self._stack, require=required)
         if taken.status is None:
             report.outcome = _OUTCOMES[taken.rung]
@@ -313,6 +314,7 @@ class _Restore:
         assert endpoint is not None
         stack.callback(cell.end)
         work = stack.enter_context(home.work("restore"))
+        self._check_weights(record)
         if record.process.network is Network.HOST:
             self._release()  # the server takes the address itself; we only looked if it is free
         if step.roots:
@@ -320,6 +322,9 @@ class _Restore:
                 self._bring_files(step, stack)
         # Nothing of the dump is needed any more once it is restored: others may make room then.
         with contextlib.ExitStack() as using:
+            cuda = None
+            if record.process.cuda_pids:
+                cuda = using.enter_context(process.Cuda(_options.cuda_door(home), self._device_map))
             if self._tally is not None:
                 self._tally.expect(sum(layer.size for layer in image.layers))
             with _options.progress(self._tally, report):
@@ -335,6 +340,7 @@ class _Restore:
                 work=work,
                 output=self._output(),
                 report=report,
+                cuda=cuda,
             )
         report.bytes["reused"] = image.size_bytes if not report.bytes.get("written") else 0
         serving = stack.enter_context(
@@ -348,6 +354,20 @@ class _Restore:
                     raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
                 serving.publish(self._bound)
         return Taken(rung=Rung.PROCESS, serving=serving)
+
+    def _check_weights(self, record: Record) -> None:
+        """Weights that the server reads again must be those that it had. Raises MismatchError."""
+        if not record.reloads:
+            return
+        from rekindle import weights
+
+        with self._report.phase("weights"):
+            if names := weights.changed(record.weights, os.environ):
+                raise MismatchError(
+                    "the model that the server would read again is not the one that it had",
+                    cause=", ".join(names[:10]),
+                    hint="fetch the recorded revision of the model",
+                )
 
     def _bring_files(self, step: Step, stack: contextlib.ExitStack) -> None:
         """Extracts of the kernel cache what the process has mapped: at the recorded places, or not at all."""

@@ -2,8 +2,9 @@
 """`rekindle snapshot`: start a server, warm it, and save it as an image."""
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from oci import cache, layers, transfer, tree
@@ -18,9 +19,12 @@ from rekindle import criu
 from rekindle.abilities import Abilities
 from rekindle.cell import Cell, Network
 from rekindle.engine import Engine, for_command
+from rekindle.engine.vllm import VllmEngine, Weights, asleep
 from rekindle.errors import RekindleError, UsageError
 from rekindle.files import remove_tree
+from rekindle.gpu import probe
 from rekindle.home import Home
+from rekindle.packages import versions
 from rekindle.report import Outcome, Report
 from rekindle.verbs import _options, _trust
 from restore import dumps, match, process
@@ -55,6 +59,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--warm-requests", type=Path, metavar="FILE", help="requests to warm it with, a JSON object a line"
     )
+    parser.add_argument(
+        "--weights",
+        type=Weights,
+        choices=list(Weights),
+        help="of vLLM on a GPU: in the image (default there), read again from the model's files after a "
+        "restore, or as they are, with all that the GPU holds",
+    )
     parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
     parser.add_argument(
@@ -88,7 +99,11 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
     # With what opens our keys, the server has nothing to do.
     ours = {name: value for name, value in os.environ.items() if name not in _trust.VARIABLES}
     environment = {**engine.environment(), **ours}
+    nvidia = any(gpu.vendor == "nvidia" for gpu in probe().gpus)
+    engine = _sleeping(engine, args.weights, command, environment, nvidia=nvidia)
     credentials = secrets.Credentials.of(environment, command, args.allow_secret)
+    _options.require_root()
+    home = _options.open_home()
     options = make.Options(
         argv=command,
         environment=environment,
@@ -96,9 +111,8 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
         ready_timeout=args.ready_timeout,
         warm_requests=read_requests(args.warm_requests) if args.warm_requests else None,
         credentials=credentials,
+        find_door=_options.cuda_door(home) if nvidia else None,
     )
-    _options.require_root()
-    home = _options.open_home()
     access = _options.access(args, home)
     by = _trust.chosen(args)
     _require_target(reference, access)
@@ -144,6 +158,25 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
             _prove(home, work, proved, tool, engine, report)
         with report.phase("publish"):
             _publish(staging, image, signatures, reference, access, home, report)
+
+
+def _sleeping(
+    engine: Engine,
+    weights: Weights | None,
+    command: list[str],
+    environment: Mapping[str, str],
+    *,
+    nvidia: bool,
+) -> Engine:
+    """The engine of a server that sleeps through the snapshot, if it can and shall."""
+    if not isinstance(engine, VllmEngine):
+        if weights not in {None, Weights.AS_IS}:
+            raise UsageError(f"--weights {weights} is for vLLM; other servers are taken as they are")
+        return engine
+    weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
+    if weights is Weights.AS_IS:
+        return engine
+    return asleep(engine, command, weights, versions(command, environment).get("vllm", ""))
 
 
 def _require_target(reference: Reference, access: Access) -> None:
@@ -205,7 +238,12 @@ def _prove(
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         proof = Report(verb="restore", quiet=True)
-        with report.phase("prove"), Cell() as cell, dumps.ready(home, work, proved, proof) as dump:
+        with (
+            report.phase("prove"),
+            contextlib.ExitStack() as stack,
+            Cell() as cell,
+            dumps.ready(home, work, proved, proof) as dump,
+        ):
             process.restore(
                 cell,
                 image.record,
@@ -216,6 +254,9 @@ def _prove(
                 output=process.Output(stdout=log, stderr=log),
                 report=proof,
                 engine=engine,
+                cuda=stack.enter_context(process.Cuda(_options.cuda_door(home), {}))
+                if record.process.cuda_pids
+                else None,
             )
         report.oracle = proof.oracle
     finally:

@@ -11,7 +11,7 @@ from oci.trust import signer
 from rekindle.engine.vllm import VllmEngine
 from rekindle.errors import FormatError
 from rekindle.record import Record
-from snapshot.weights import identify
+from rekindle.weights import identify
 from tests.unit.samples import RECORD
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's server, put to sleep before the snapshot and woken after the restore.
+
+Asleep, it holds no KV cache on its GPU, and its weights either in host memory (level 1: they become part of
+the image) or not at all (level 2: they are read again from the model's files). Two ways lead there:
+
+    Sleeping    through sleep mode's development endpoints, which rekindle/engine/vllm_gate.py closes to
+                everybody else; both levels
+    AtBoundary  through `vllm.snapshot.server` (since 0.31), which rehearses by itself, sleeps at level 2 and
+                opens its port only when it is released; logs nothing after that
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.engine import JSON, Endpoint, Request
+from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
+from rekindle.engine.vllm_gate import CONTROL
+from rekindle.errors import NotReadyError, OracleError, WorkloadError
+
+if TYPE_CHECKING:
+    from rekindle.engine.client import Client, Response
+
+_TIMEOUT_SECONDS = 600.0
+_POLL_SECONDS = 0.02
+_DIRECTORY = Path("/dev/shm/tmp/rekindle")  # noqa: S108 - in the cell's private file system
+_READY, _RELEASE = _DIRECTORY / "ready.json", _DIRECTORY / "release.json"
+_FOREVER_SECONDS = 1e9
+_CANARY = "The capital of France is"  # vllm/snapshot/server.py asks it for one token
+
+
+class Sleeping(VllmEngine):
+    """Through the development endpoints."""
+
+    def __init__(self, *, endpoint: Endpoint, level: int, api_key: str | None = None) -> None:
+        super().__init__(endpoint=endpoint, api_key=api_key)
+        self._level = level
+
+    def options(self) -> dict[str, JSON]:
+        return {"asleep": self._level}
+
+    def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        words = [*argv, "--middleware", "rekindle_gate.Gate"]
+        if "--enable-sleep-mode" not in argv:
+            words.append("--enable-sleep-mode")
+        path = environment.get("PYTHONPATH")
+        added = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "PYTHONPATH": f"{_DIRECTORY}:{path}" if path else str(_DIRECTORY),
+        }
+        return words, {**environment, **added}
+
+    def enter(self, root: Path) -> None:
+        directory = _made(root)
+        shutil.copyfile(Path(__file__).with_name("vllm_gate.py"), directory / "rekindle_gate.py")
+
+    def quiesce(self, client: "Client", expected: JSON, request: Request) -> None:
+        self._sleep(client)
+        self.wake(client)
+        got = self.answer(client.ask(request, timeout=_TIMEOUT_SECONDS))
+        if not self.agree(expected, got):
+            raise OracleError(
+                "after a sleep the server answers otherwise, so a restored one would, too",
+                cause=f"expected {json.dumps(expected)[:300]}, got {json.dumps(got)[:300]}",
+            )
+        self._sleep(client)
+
+    def wake(self, client: "Client") -> None:
+        if self._level == 1:
+            self._order(client, "/wake_up")
+            return
+        self._order(client, "/wake_up?tags=weights")
+        self._order(client, "/collective_rpc", {"method": "reload_weights"})
+        self._order(client, "/wake_up?tags=kv_cache")
+
+    def _sleep(self, client: "Client") -> None:
+        self._order(client, f"/sleep?level={self._level}")
+
+    def _order(self, client: "Client", path: str, body: JSON = None) -> None:
+        request = self.authorize(Request(method="POST", path=path, headers={}, body=body), os.environ)
+        response: Response = client.from_address(CONTROL).ask(request, timeout=_TIMEOUT_SECONDS)
+        if response.status != 200:
+            raise WorkloadError(
+                f"{path} was answered with status {response.status}",
+                cause=response.body[:500].decode(errors="replace"),
+                hint="does this vLLM have sleep mode on this node? `--weights as-is` does without",
+            )
+
+
+class AtBoundary(VllmEngine):
+    """Through vLLM's own snapshot server."""
+
+    def __init__(self, *, endpoint: Endpoint, api_key: str | None = None, model: str = "") -> None:
+        super().__init__(endpoint=endpoint, api_key=api_key)
+        self._root = Path("/")
+        self._named = model
+
+    def options(self) -> dict[str, JSON]:
+        return {"asleep": "boundary"}
+
+    def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        python, rest = serving_words(argv, environment)
+        self._named = served_name(argv)
+        files = ["--ready-file", str(_READY), "--release-file", str(_RELEASE)]
+        timeout = ["--release-timeout-s", f"{_FOREVER_SECONDS:.0f}"]
+        return [*python, "-m", "vllm.snapshot.server", *files, *timeout, "--", *rest], dict(environment)
+
+    def enter(self, root: Path) -> None:
+        self._root = root
+        _made(root)
+
+    def ready(self, client: "Client", timeout: float) -> bool:
+        if _below(self._root, _RELEASE).exists():
+            return super().ready(client, timeout)
+        return _below(self._root, _READY).exists()
+
+    def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:  # noqa: ARG002
+        return []  # its port is closed; graphs are captured and a question is asked before it sleeps
+
+    def known_oracle(self) -> tuple[Request, JSON]:
+        """The question that it asked itself, as a request, and its answer."""
+        try:
+            told = json.loads(_below(self._root, _READY).read_bytes())
+            answer = {
+                "tokens": [str(told["text"])],
+                "logprobs": [round(float(told["sampled_token_logprob"]), 6)],
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OracleError("vLLM's snapshot server did not say its answer", cause=repr(error)) from None
+        return completion(self._named, _CANARY, 1), answer
+
+    def wake(self, client: "Client") -> None:
+        marker = {"release": True, "host": self.endpoint.host, "port": self.endpoint.port}
+        staged = _below(self._root, _RELEASE.with_suffix(".new"))
+        staged.write_text(json.dumps(marker))
+        staged.replace(_below(self._root, _RELEASE))
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
+            try:
+                if super().ready(client, _TIMEOUT_SECONDS):
+                    return
+            except OSError:
+                pass
+            if time.monotonic() > deadline:
+                raise NotReadyError("the released server does not open its port")
+            time.sleep(_POLL_SECONDS)
+
+
+def _made(root: Path) -> Path:
+    directory = _below(root, _DIRECTORY)
+    directory.mkdir(mode=0o755, exist_ok=True)
+    return directory
+
+
+def _below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
