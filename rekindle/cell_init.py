@@ -39,7 +39,8 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+NVIDIA = "/proc/driver/nvidia"
 
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
@@ -124,7 +125,11 @@ def run_init(control: socket.socket, *, private_network: bool) -> None:
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
+        shown = open_own_mount(NVIDIA)
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        if shown >= 0:
+            mount(f"/proc/self/fd/{shown}", NVIDIA, None, MS_BIND | MS_REC)
+            os.close(shown)
         mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
         if private_network:
             raise_loopback()
@@ -132,6 +137,20 @@ def run_init(control: socket.socket, *, private_network: bool) -> None:
     except OSError as error:
         send(control, {"error": str(error)})
     os._exit(1)
+
+
+def open_own_mount(path: str) -> int:
+    """A descriptor of a directory of /proc that something else is mounted on, or -1. NVIDIA's container
+    runtime puts one there that shows the container its own GPUs only; a new /proc would show all."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    with os.scandir("/proc") as proc:
+        if os.fstat(fd).st_dev == next(proc).stat().st_dev:
+            os.close(fd)
+            return -1
+    return fd
 
 
 def raise_loopback() -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -111,6 +112,32 @@ def test_the_hosts_network_is_kept_when_asked_for(tmp_path: Path) -> None:
         cell.enter(Network.HOST)
         there = run(cell, "import os; print(os.readlink('/proc/self/ns/net'))", tmp_path)
         assert there == str(Path("/proc/self/ns/net").readlink())
+
+
+def test_what_a_container_shows_of_its_gpus_stays_so(tmp_path: Path) -> None:
+    """NVIDIA's runtime mounts over a directory of /proc. Here another directory of /proc stands for it."""
+    text = Path(cell_init.__file__).read_text()
+    assert (changed := text.replace('NVIDIA = "/proc/driver/nvidia"', 'NVIDIA = "/proc/driver"')) != text
+    (tmp_path / "init.py").write_text(changed)
+    program = f"""
+import sys
+from pathlib import Path
+from rekindle import cell_init
+from rekindle.cell import Cell, Command, Network
+cell_init.__file__ = {str(tmp_path / "init.py")!r}
+with Cell() as cell:
+    cell.enter(Network.PRIVATE)
+    command = Command(argv=["ls", "/proc/driver"], env={{"PATH": "/bin:/usr/bin"}}, cwd=Path("/"),
+                      files={{0: Path("/dev/null"), 1: Path(sys.argv[1]), 2: Path(sys.argv[1])}})
+    assert cell.run(command, 30) == 0
+"""
+    output = tmp_path / "output"
+    mounted = 'mount -t tmpfs none /proc/driver && touch /proc/driver/gpus && "$@"'
+    for before in (["sh", "-c", mounted, "sh"], []):
+        command = ["unshare", "--mount", *before, sys.executable, "-c", program, str(output)]
+        subprocess.run(command, check=True, timeout=60)
+        assert ("gpus" in output.read_text()) is bool(before)
+        output.unlink()
 
 
 def test_orphans_are_reaped(tmp_path: Path) -> None:
