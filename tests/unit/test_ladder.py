@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ladder with rungs that are made up: what is tried, what is undone before, and what ends it all."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rekindle import errors
+from rekindle.errors import (
+    CapabilityError,
+    Interrupted,
+    MismatchError,
+    RekindleError,
+    RestoreError,
+    TrustError,
+)
+from rekindle.report import Report, Rung
+from restore.ladder import Deadline, DeadlinePassed, climb
+from restore.plan import Plan, Step
+from restore.rules import reason_for
+
+# pytest-timeout's usual way is the timer that is under test.
+pytestmark = pytest.mark.timeout(method="thread")
+
+PROCESS, CACHE, COLD = Rung.PROCESS, Rung.CACHE, Rung.COLD
+Act = Callable[[Deadline], object]
+OLDER = reason_for("kernel-older", "kernel", "6.8", "5.15")
+NEWER = reason_for("kernel", "kernel", "6.8", "6.9")
+NO_CACHE = reason_for("no-cache", "kernel cache", "", "there is none")
+NO_COMMAND = reason_for("no-command", "command", "", "there is none")
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_as_they_were() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGALRM)
+    yield
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report(verb="restore", quiet=True)
+
+
+def steps(**changes: Any) -> Plan:
+    """All three rungs; keywords are the reasons of one, or its deadline."""
+    made = [
+        Step(
+            rung=rung,
+            reasons=changes.get(rung.value, []),
+            deadline_seconds=changes.get(f"{rung.value}_deadline"),
+        )
+        for rung in Rung
+    ]
+    return Plan(asked=PROCESS, steps=made, device_map={})
+
+
+class Rungs:
+    """Takes rungs as it is told, and notes down what happens."""
+
+    def __init__(self, report: Report, **acts: Act) -> None:
+        self.report, self.acts = report, acts
+        self.happened: list[str] = []
+
+    def __call__(self, step: Step, stack: contextlib.ExitStack, deadline: Deadline) -> str:
+        self.happened.append(f"{step.rung} begins")
+        stack.callback(self.happened.append, f"{step.rung} undone")
+        stack.callback(self.happened.append, f"{step.rung} undone first")
+        with self.report.phase(f"phase of {step.rung}"):
+            if act := self.acts.get(step.rung):
+                act(deadline)
+        self.happened.append(f"{step.rung} taken")
+        return f"a server by {step.rung}"
+
+
+def fails(error: BaseException) -> Act:
+    def act(_: Deadline) -> None:
+        raise error
+
+    return act
+
+
+def dawdles(_: Deadline) -> None:
+    time.sleep(5)
+
+
+def codes(report: Report) -> list[tuple[Rung, str]]:
+    return [(reason.rung, reason.code) for reason in report.reasons]
+
+
+def test_the_highest_rung_is_taken_and_what_it_holds_is_kept(report: Report) -> None:
+    rungs = Rungs(report)
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(process=[NEWER]), rungs, report, keep) == "a server by process"
+        assert rungs.happened == ["process begins", "process taken"]
+    assert rungs.happened[2:] == ["process undone first", "process undone"]
+    assert codes(report) == [(PROCESS, "kernel")]
+
+
+def test_a_rung_is_undone_before_the_next_begins(report: Report) -> None:
+    acts = {"process": fails(RestoreError("it broke")), "cache": fails(RestoreError("this, too"))}
+    rungs = Rungs(report, **acts)
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(), rungs, report, keep) == "a server by cold"
+        assert rungs.happened == [
+            *("process begins", "process undone first", "process undone"),
+            *("cache begins", "cache undone first", "cache undone"),
+            *("cold begins", "cold taken"),
+        ]
+    assert codes(report) == [(PROCESS, "restore-failed"), (CACHE, "restore-failed")]
+
+
+def test_undoing_learns_of_what_failed(report: Report) -> None:
+    """As extraction does, which removes what it wrote only if the rung failed."""
+    seen: list[object] = []
+
+    def take(step: Step, stack: contextlib.ExitStack, _: Deadline) -> Rung:
+        stack.push(lambda kind, *_: seen.append(kind))
+        if step.rung is PROCESS:
+            raise RestoreError("it broke")
+        return step.rung
+
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(), take, report, keep) is CACHE
+        assert seen == [RestoreError]
+    assert seen == [RestoreError, None]
+
+
+def test_a_rung_with_a_hard_reason_is_not_tried(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    report.quiet = False
+    rungs = Rungs(report)
+    with contextlib.ExitStack() as keep:
+        climb(steps(process=[NEWER, OLDER], cache=[NO_CACHE]), rungs, report, keep)
+    assert rungs.happened[0] == "cold begins"
+    assert codes(report) == [(PROCESS, "kernel"), (PROCESS, "kernel-older"), (CACHE, "no-cache")]
+    told = capsys.readouterr().err
+    assert "not by process: kernel-older: kernel was 6.8, is 5.15" in told
+    assert "not by cache: no-cache: there is none" in told
+    assert "6.9" not in told
+
+
+def test_reasons_of_rungs_below_are_not_told(report: Report) -> None:
+    with contextlib.ExitStack() as keep:
+        climb(steps(cache=[NO_CACHE]), Rungs(report), report, keep)
+    assert report.reasons == []
+
+
+def test_a_failure_is_told_with_the_phase_in_which_it_came(report: Report) -> None:
+    error = RestoreError("CRIU could not restore the server", cause="Error (x.c:1): no")
+    with contextlib.ExitStack() as keep:
+        climb(steps(), Rungs(report, process=fails(error)), report, keep)
+    (reason,) = report.reasons
+    assert (reason.rung, reason.code, reason.hard) == (PROCESS, "restore-failed", True)
+    assert reason.field == "phase of process"
+    assert reason.here == "CRIU could not restore the server (Error (x.c:1): no)"
+
+
+ERRORS = [
+    each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, RekindleError)
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [each for each in ERRORS if each is not RekindleError], ids=lambda kind: kind.__name__
+)
+def test_an_error_leads_down_or_ends_everything(report: Report, kind: type[RekindleError]) -> None:
+    rungs = Rungs(report, process=fails(kind("this is wrong")))
+    with contextlib.ExitStack() as keep:
+        if kind.descends:
+            assert climb(steps(), rungs, report, keep) == "a server by cache"
+            wanted = {"restore": "restore-failed", "oracle": "oracle-mismatch"}.get(kind.code, kind.code)
+            assert codes(report) == [(PROCESS, wanted)]
+        else:
+            with pytest.raises(kind):
+                climb(steps(), rungs, report, keep)
+            assert rungs.happened[-1] == "process undone"
+            assert not any(line.startswith("c") for line in rungs.happened)
+
+
+@pytest.mark.parametrize("rung", [PROCESS, CACHE])
+@pytest.mark.parametrize("kind", [errors.TrustError, errors.IntegrityError, errors.FormatError])
+def test_what_is_not_to_be_trusted_is_never_followed_by_another_start(
+    report: Report, rung: Rung, kind: type[RekindleError]
+) -> None:
+    acts = {"process": fails(RestoreError("it broke")), rung.value: fails(kind("no"))}
+    rungs = Rungs(report, **acts)
+    with contextlib.ExitStack() as keep, pytest.raises(kind):
+        climb(steps(), rungs, report, keep)
+    assert rungs.happened[-1] == f"{rung} undone"
+    assert "cold begins" not in rungs.happened
+
+
+def test_the_error_of_the_last_rung_is_that_of_the_command(report: Report) -> None:
+    acts = {rung.value: fails(RestoreError(f"{rung} broke")) for rung in Rung}
+    rungs = Rungs(report, **acts)
+    with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="cold broke"):
+        climb(steps(), rungs, report, keep)
+    assert rungs.happened[-1] == "cold undone"
+
+
+def test_without_a_rung_that_is_possible_the_last_says_why(report: Report) -> None:
+    with contextlib.ExitStack() as keep, pytest.raises(MismatchError) as caught:
+        climb(steps(process=[OLDER], cache=[NO_CACHE], cold=[NO_COMMAND]), Rungs(report), report, keep)
+    assert "no-command" in caught.value.cause
+    assert len(report.reasons) == 3
+
+
+@pytest.mark.parametrize(
+    ("required", "tried"),
+    [(PROCESS, ["process"]), (CACHE, ["process", "cache"]), (COLD, ["process", "cache", "cold"])],
+)
+def test_rungs_below_the_required_one_are_never_tried(
+    report: Report, required: Rung, tried: list[str]
+) -> None:
+    acts = {rung.value: fails(RestoreError(f"{rung} broke")) for rung in Rung}
+    rungs = Rungs(report, **acts)
+    with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match=f"{required} broke"):
+        climb(steps(), rungs, report, keep, require=required)
+    assert [line.split()[0] for line in rungs.happened if line.endswith("begins")] == tried
+
+
+def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
+    lacking = [reason_for("criu", "criu", "", "there is none")]
+    rungs = Rungs(report)
+    with contextlib.ExitStack() as keep, pytest.raises(CapabilityError, match="cannot run"):
+        climb(steps(process=lacking), rungs, report, keep, require=PROCESS)
+    assert rungs.happened == []
+    assert codes(report) == [(PROCESS, "criu")]
+
+
+# A bug costs the rung, and no more.
+
+
+def test_a_bug_costs_the_rung_and_is_not_hidden(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    rungs = Rungs(report, process=fails(ValueError("never thought of that")))
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(), rungs, report, keep) == "a server by cache"
+    assert rungs.happened[:3] == ["process begins", "process undone first", "process undone"]
+    (reason,) = report.reasons
+    assert (reason.code, reason.here) == ("bug", "ValueError('never thought of that')")
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "never thought of that" in told
+
+
+def test_a_bug_of_the_last_rung_is_one_of_the_command(report: Report) -> None:
+    rungs = Rungs(report, cold=fails(ValueError("never thought of that")))
+    plan = steps(process=[OLDER], cache=[NO_CACHE])
+    with contextlib.ExitStack() as keep, pytest.raises(ValueError, match="never"):
+        climb(plan, rungs, report, keep)
+
+
+def test_undoing_that_fails_costs_no_more(report: Report) -> None:
+    def take(step: Step, stack: contextlib.ExitStack, _: Deadline) -> Rung:
+        if step.rung is PROCESS:
+            stack.callback(lambda: os.rmdir("/nowhere"))
+            raise RestoreError("it broke")
+        return step.rung
+
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(), take, report, keep) is CACHE
+    assert codes(report) == [(PROCESS, "bug")]
+
+
+# Signals, and time.
+
+
+@pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), KeyboardInterrupt(), SystemExit(3)])
+def test_who_is_asked_to_end_ends(report: Report, error: BaseException) -> None:
+    rungs = Rungs(report, process=fails(error))
+    with contextlib.ExitStack() as keep, pytest.raises(type(error)):
+        climb(steps(process_deadline=5.0), rungs, report, keep)
+    assert rungs.happened == ["process begins", "process undone first", "process undone"]
+
+
+def test_a_rung_that_takes_too_long_is_undone(report: Report) -> None:
+    rungs = Rungs(report, process=dawdles)
+    began = time.monotonic()
+    with contextlib.ExitStack() as keep:
+        assert climb(steps(process_deadline=0.05), rungs, report, keep) == "a server by cache"
+    assert time.monotonic() - began < 2
+    assert rungs.happened[:4] == [
+        *("process begins", "process undone first", "process undone", "cache begins"),
+    ]
+    (reason,) = report.reasons
+    assert (reason.rung, reason.code, reason.field) == (PROCESS, "deadline", "phase of process")
+
+
+def test_the_last_rung_that_takes_too_long_is_an_error(report: Report) -> None:
+    rungs = Rungs(report, process=dawdles)
+    with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="process rung was given up"):
+        climb(steps(process_deadline=0.05), rungs, report, keep, require=PROCESS)
+    assert rungs.happened[-1] == "process undone"
+
+
+def test_no_error_handling_swallows_a_deadline(report: Report) -> None:
+    def suppresses(_: Deadline) -> None:
+        with contextlib.suppress(Exception):
+            time.sleep(5)
+
+    with contextlib.ExitStack() as keep:
+        climb(steps(process_deadline=0.05), Rungs(report, process=suppresses), report, keep)
+    assert codes(report) == [(PROCESS, "deadline")]
+
+
+def test_once_a_server_is_started_there_is_no_hurry(report: Report) -> None:
+    def starts(deadline: Deadline) -> None:
+        deadline.off()
+        time.sleep(0.1)
+
+    with contextlib.ExitStack() as keep:
+        taken = climb(steps(process_deadline=0.05), Rungs(report, process=starts), report, keep)
+    assert taken == "a server by process"
+
+
+def test_a_deadline_ends_with_its_rung(report: Report) -> None:
+    acts: dict[str, Act] = {"process": fails(RestoreError("it broke")), "cache": lambda _: time.sleep(0.1)}
+    with contextlib.ExitStack() as keep:
+        taken = climb(steps(process_deadline=0.05), Rungs(report, **acts), report, keep)
+        time.sleep(0.1)
+    assert taken == "a server by cache"
+
+
+def test_a_deadline_gives_the_signal_back() -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda signum, _: caught.append(signum))
+    try:
+        with Deadline(5.0) as deadline:
+            deadline.off()
+            deadline.off()
+            os.kill(os.getpid(), signal.SIGALRM)
+        with pytest.raises(DeadlinePassed), Deadline(0.01):
+            time.sleep(5)
+        with Deadline(None):
+            os.kill(os.getpid(), signal.SIGALRM)
+        assert caught == [signal.SIGALRM] * 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signature_that_is_bad_is_no_bug(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.ExitStack() as keep, pytest.raises(TrustError):
+        climb(steps(), Rungs(report, process=fails(TrustError("signed by nobody"))), report, keep)
+    assert "Traceback" not in capsys.readouterr().err
