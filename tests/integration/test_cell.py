@@ -117,7 +117,8 @@ def test_the_hosts_network_is_kept_when_asked_for(tmp_path: Path) -> None:
 def test_what_a_container_shows_of_its_gpus_stays_so(tmp_path: Path) -> None:
     """NVIDIA's runtime mounts over a directory of /proc. Here another directory of /proc stands for it."""
     text = Path(cell_init.__file__).read_text()
-    assert (changed := text.replace('NVIDIA = "/proc/driver/nvidia"', 'NVIDIA = "/proc/driver"')) != text
+    changed = text.replace('NVIDIA = "/proc/driver/nvidia"', 'NVIDIA = "/proc/driver"')
+    assert changed != text
     (tmp_path / "init.py").write_text(changed)
     program = f"""
 import sys
