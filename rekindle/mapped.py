@@ -50,6 +50,8 @@ def difference(file: MappedFile) -> str:
         status = Path(file.path).stat()
     except OSError as error:
         return "missing" if error.errno in {errno.ENOENT, errno.ENOTDIR} else os.strerror(error.errno or 0)
+    except ValueError:  # a name that no file can have
+        return "missing"
     if not stat.S_ISREG(status.st_mode):
         return "no regular file"
     if status.st_size != file.size:
