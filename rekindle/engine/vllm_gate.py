@@ -62,9 +62,21 @@ class Gate:
         if {path.rstrip("/") or "/", inner.rstrip("/") or "/"} & _PATHS:
             return True
         if self._routes is None:
-            self._routes = [
-                route
-                for route in getattr(scope.get("app"), "routes", ())
-                if any(part in f"{getattr(route, 'endpoint', None).__module__}." for part in _MODULES)
-            ]
+            self._routes = [route for route in _flat(scope.get("app")) if _is_for_development(route)]
         return any(route.path_regex.match(each) for route in self._routes for each in (path, inner))
+
+
+def _flat(app):  # type: ignore[no-untyped-def]
+    """The routes of an application, those of what is mounted or included in it, too."""
+    found, queue = [], list(getattr(app, "routes", ()))
+    while queue:
+        route = queue.pop()
+        queue += getattr(route, "routes", None) or ()
+        if hasattr(route, "path_regex"):
+            found.append(route)
+    return found
+
+
+def _is_for_development(route) -> bool:  # type: ignore[no-untyped-def]
+    module = getattr(getattr(route, "endpoint", None), "__module__", None) or ""
+    return any(part in f"{module}." for part in _MODULES)
