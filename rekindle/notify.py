@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rekindle.errors import UsageError
 
+_PATIENCE_SECONDS = 1.0  # with somebody who does not read
+
 
 def systemd(state: str) -> None:
     """Sends a state (sd_notify(3): `READY=1`, `STOPPING=1`) to $NOTIFY_SOCKET, if there is one."""
@@ -18,6 +20,7 @@ def systemd(state: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(_PATIENCE_SECONDS)
         sock.sendto(state.encode(), address)
 
 
