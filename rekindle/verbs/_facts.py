@@ -4,8 +4,8 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from oci import cache
 from oci import image as images
 from oci.reference import LayoutReference, Reference
 from oci.trust.verifier import Verified
@@ -16,6 +16,9 @@ from rekindle.home import Home
 from rekindle.verbs._options import Source
 from restore import dumps, match
 from restore.plan import Facts
+
+if TYPE_CHECKING:
+    from oci.cache import CacheImage
 
 
 def gather(
@@ -37,13 +40,20 @@ def gather(
         node=Fingerprint.probe(given or record.command, os.environ),
         abilities=_abilities(found, home) if with_abilities else Abilities(),
         image=found,
-        cache=cache.load(found.blobs, found.cache, found.limits) if read and found.cache else None,
+        cache=_cache(found) if read else None,
         cache_unread=found.cache is not None and not read,
         different=different,
         local=isinstance(reference, LayoutReference),
         unpacked=dumps.is_ready(home, found),
         given=list(given) or None,
     )
+
+
+def _cache(found: images.Image) -> "CacheImage":
+    from oci import cache  # most restores need none
+
+    assert found.cache is not None
+    return cache.load(found.blobs, found.cache, found.limits)
 
 
 def _abilities(found: images.Image, home: Home) -> Abilities:

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oci import cache, extraction
 from oci import image as images
-from oci.cache import CacheImage
-from oci.inventory import StoredRoot
 from oci.reference import Reference, parse
 from oci.trust.verifier import Verified
 from rekindle import notify
@@ -34,14 +31,16 @@ from rekindle.home import Home
 from rekindle.record import Oracle, Record
 from rekindle.report import Outcome, Reason, Report, Rung
 from rekindle.verbs import _facts, _options, _plan, _trust
-from restore import dumps, forward, ladder, lower, match, plan, process, surroundings
+from restore import dumps, forward, ladder, match, plan, process
 from restore.plan import Facts, Step
-from restore.proof import Watched
-from restore.readiness import Ready
 from restore.serve import Restored, Serving
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only a lower rung needs is imported when one is taken
+    from oci.cache import CacheImage
+    from oci.inventory import StoredRoot
     from oci.progress import Tally
+    from restore.proof import Watched
+    from restore.readiness import Ready
 
 _OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
 _LOWER_STATUS = 3
@@ -226,12 +225,12 @@ class _Restore:
         return self._found
 
     @property
-    def _kernels(self) -> Verified[CacheImage]:
+    def _kernels(self) -> "Verified[CacheImage]":
         """Of a step that has roots."""
         assert self._cache is not None
         return self._cache
 
-    def _roots(self, step: Step) -> list[StoredRoot]:
+    def _roots(self, step: Step) -> "list[StoredRoot]":
         return [root for root in self._kernels.value.inventory.roots if root.name in step.roots]
 
     def _open_home(self) -> Home:
@@ -302,6 +301,8 @@ class _Restore:
             step = self._read_cache(step)
             environment, watch = self._place_cache(step, stack)
         elif self._facts.image is not None and not self._given:
+            from restore import surroundings
+
             environment = surroundings.environment(self._facts.image.record, environment)
         deadline.off()
         return self._start(step.rung, stack, environment, watch)
@@ -385,6 +386,8 @@ class _Restore:
         """The cache's step once its inventory has been read, if it was not before."""
         if not self._facts.cache_unread:
             return step
+        from oci import cache
+
         descriptor = self._image.value.cache
         assert descriptor is not None
         with self._report.phase("decide"):
@@ -395,8 +398,11 @@ class _Restore:
         match.require(step.reasons)
         return step
 
-    def _place_cache(self, step: Step, stack: contextlib.ExitStack) -> tuple[dict[str, str], Watched]:
+    def _place_cache(self, step: Step, stack: contextlib.ExitStack) -> "tuple[dict[str, str], Watched]":
         """Puts the kernel cache where the server will look; its environment, and who watches the cache."""
+        from restore import surroundings
+        from restore.proof import Watched
+
         record, roots = self._image.value.record, self._roots(step)
         environment = surroundings.environment(record, os.environ)
         command = self._facts.command or ()
@@ -417,6 +423,8 @@ class _Restore:
 
     def _extract(self, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
         """Writes caches to their places; removed again if the rung fails."""
+        from oci import extraction
+
         with _options.progress(self._tally, self._report):
             try:
                 done = extraction.extract(self._kernels, where, limits=self._image.value.limits)
@@ -436,9 +444,11 @@ class _Restore:
         rung: Rung,
         stack: contextlib.ExitStack,
         environment: Mapping[str, str],
-        watched: Watched | None,
+        watched: "Watched | None",
     ) -> Taken:
         """Starts the command, and waits until it answers."""
+        from restore import lower
+
         command, report, image = self._facts.command, self._report, self._facts.image
         assert command
         if self._cell is not None:
@@ -481,7 +491,7 @@ class _Restore:
             up.serving.publish(self._bound)
         return Taken(rung=rung, serving=up.serving)
 
-    def _tell_answer(self, ready: Ready, oracle: Oracle, engine: Engine) -> None:
+    def _tell_answer(self, ready: "Ready", oracle: Oracle, engine: Engine) -> None:
         """What came of the oracle's question, which decides nothing on a lower rung: told, with its time."""
         report = self._report
         report.split_phase("oracle", at=ready.at)
