@@ -8,12 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from rekindle.caches import CacheKind
 from rekindle.engine import Compiled
 
 if TYPE_CHECKING:
     from oci.inventory import StoredRoot
     from restore.observe import Observed
 
+_NOTES = {f"{CacheKind.VLLM}: .", f"{CacheKind.VLLM}: modelinfos"}  # read in any case, and no kernels
 _NAMED = 20  # entries of each kind that a report names
 
 
@@ -45,16 +47,19 @@ class Proof:
 
     @property
     def verdict(self) -> str:
-        """`hit`: of the cache only; `partial`: something was compiled, too; `miss`: nothing of the cache was
-        of use; `unused`: the server neither read nor compiled anything."""
-        read, compiled = bool(self.used or self.engine.loaded), bool(self.engine.compiled)
-        if read:
-            return "partial" if compiled or self._many_made() else "hit"
-        return "miss" if compiled or self.made else "unused"
+        """`hit`: of the cache only; `partial`: something was compiled, too; `miss`: no kernel of the cache
+        was of use; `unused`: the server neither read nor compiled anything."""
+        if self.engine.compiled or self._many_made():
+            kernels = [entry for entry in self.used if entry not in _NOTES]
+            return "partial" if kernels or self.engine.loaded else "miss"
+        if self.used or self.engine.loaded:
+            return "hit"
+        return "miss" if self.made else "unused"
 
     def _many_made(self) -> bool:
         """Whether more was made than the notes that a start leaves in any case."""
-        return any(key != "." for root in self.observed.roots for key in root.made) and not self.engine.loaded
+        made = any(key not in {".", "modelinfos"} for root in self.observed.roots for key in root.made)
+        return made and not self.engine.loaded
 
     def to_json(self) -> dict[str, Any]:
         """The field `cache` of the report."""
