@@ -183,6 +183,12 @@ class Registry:
         there = self.asked(elsewhere=True)
         return [r for r in there if "authorization" in r.headers and r.kind is not Kind.TOKEN]
 
+    def settle(self) -> None:
+        """Waits until nothing is left to do of clients that are gone: what they asked for last is served none
+        the less, as by any server."""
+        for server in self._servers[-2:]:
+            server.settle()
+
     def pause(self) -> None:
         """Breaks all connections and refuses new ones, until `resume`."""
         for server in self._servers[-2:]:

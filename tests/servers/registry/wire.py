@@ -25,6 +25,7 @@ Content = bytes | bytearray | memoryview
 
 _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
 _PIECE_BYTES = 1 << 20
+_SETTLE_SECONDS = 10.0
 
 
 class Kind(StrEnum):
@@ -151,6 +152,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, registry: "Registry", port: int, *, elsewhere: bool) -> None:
         self.registry, self.elsewhere = registry, elsewhere
         self._connections: set[socket.socket] = set()
+        self.stalling: set[socket.socket] = set()
         super().__init__(("127.0.0.1", port), _Handler)
         self.port = int(self.server_address[1])
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -163,6 +165,16 @@ class Server(socketserver.ThreadingTCPServer):
         for connection in list(self._connections):
             with contextlib.suppress(OSError):  # it may be gone by now
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def settle(self) -> None:
+        """Waits until all is served that was sent by clients which are gone by now; not for what stalls."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=_SETTLE_SECONDS) as last:
+            last.shutdown(socket.SHUT_WR)
+            last.recv(1)  # it has been accepted, and so have all before it, since that goes by turns
+        end = time.monotonic() + _SETTLE_SECONDS
+        while self._connections - self.stalling:
+            assert time.monotonic() < end, "a client holds a connection open"
+            time.sleep(0.001)
 
     def get_request(self) -> tuple[socket.socket, object]:
         connection, address = super().get_request()
@@ -267,6 +279,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case Ending.KEEP:
                 return
             case Ending.STALL:
+                self.server.stalling.add(self.connection)
                 self.server.registry.wait()
             case Ending.RESET:
                 linger = struct.pack("ii", 1, 0)  # close at once: the other side gets an RST
