@@ -14,7 +14,8 @@ from oci.reference import parse
 from oci.trust.keys import PrivateKey
 from oci.trust.policy import Identity, Policy, Rule, identity
 from rekindle.errors import FormatError, UsageError
-from rekindle.verbs._trust import name_of
+from rekindle.verbs._trust import name_of, strictness
+from restore.rules import Strictness
 
 KEY, OTHER = PrivateKey.generate(), PrivateKey.generate()
 
@@ -251,3 +252,80 @@ def test_keys_are_in_no_log(tmp_path: Path) -> None:
     )
     (rule,) = Policy.parse(by_log, tmp_path).rules
     assert rule.transparency_log
+
+
+# What is no question of trust: which differences between nodes forbid a rung.
+
+
+def test_what_a_policy_softens_and_hardens(place: Path) -> None:
+    policy = Policy.parse(b'[match]\nsoft = ["driver", "cpu-feature"]\nhard = ["kernel"]\n', place)
+    assert policy == Policy(soft=frozenset({"driver", "cpu-feature"}), hard=frozenset({"kernel"}))
+    assert policy.rule_for("x") is None, "it says nothing about trust"
+
+
+@pytest.mark.parametrize("text", ["", "[match]", "[match]\nsoft = []", "image = []\n[match]\nhard = []"])
+def test_a_policy_that_says_nothing_of_nodes(place: Path, text: str) -> None:
+    policy = Policy.parse(text.encode(), place)
+    assert (policy.soft, policy.hard) == (frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("match = 5", "not a JSON object"),
+        ('match = ["driver"]', "not a JSON object"),
+        ("[[match]]", "not a JSON object"),
+        ('[match]\nsoft = "driver"', "match.soft is not a list"),
+        ("[match]\nhard = [5]", "is not text"),
+        ('[match]\nsofter = ["driver"]', "has no 'softer'"),
+        ('[match]\nsoft = ["driver"]\nimage = []', "has no 'image'"),
+        ("[match]\nsoft = [" + '"driver", ' * 1001 + "]", "a list of at most 1000"),
+    ],
+)
+def test_what_is_no_rule_for_nodes_is_said(place: Path, text: str, said: str) -> None:
+    path = place / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="not as it should be") as caught:
+        Policy.read(path)
+    assert said in caught.value.cause
+
+
+def words(policy: Path | None) -> argparse.Namespace:
+    return argparse.Namespace(policy=policy)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_policy_that_is_named_counts_or_that_of_the_home(
+    place: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REKINDLE_HOME", str(place / "home"))
+    assert strictness(words(None)) == Strictness()
+    (place / "home/policy.toml").write_text('[match]\nsoft = ["driver"]')
+    (place / "named.toml").write_text('[match]\nhard = ["kernel"]')
+    found = strictness(words(place / "named.toml" if named else None))
+    wanted = Strictness(hard=frozenset({"kernel"})) if named else Strictness(soft=frozenset({"driver"}))
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('soft = ["colour"]', "there is no such rule"),
+        ('soft = ["architecture"]', "cannot change architecture"),
+        ('soft = ["no-command"]', "cannot change no-command"),
+        ('soft = ["kernel"]\nhard = ["kernel"]', "soft and hard"),
+    ],
+)
+def test_rules_that_there_are_not_are_refused_before_anything_is_done(
+    place: Path, text: str, said: str
+) -> None:
+    path = place / "policy.toml"
+    path.write_text(f"[match]\n{text}")
+    with pytest.raises(UsageError, match=said):
+        strictness(words(path))
+
+
+def test_where_there_is_no_home_there_is_no_policy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "file").write_bytes(b"")
+    monkeypatch.setenv("REKINDLE_HOME", str(place / "file/home"))
+    assert strictness(words(None)) == Strictness()
