@@ -66,7 +66,7 @@ class Gate:
         return any(route.path_regex.match(each) for route in self._routes for each in (path, inner))
 
 
-def _flat(app):  # type: ignore[no-untyped-def]
+def _flat(app) -> list:  # type: ignore
     """The routes of an application, those of what is mounted or included in it, too."""
     found, queue = [], list(getattr(app, "routes", ()))
     while queue:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,25 +27,9 @@ if TYPE_CHECKING:
     from oci.registry.repository import Access
     from rekindle.cuda import Door
 
-IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _ELSEWHERE = _FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
-
-
-def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and the command after it."""
-    words = list(words)
-    if "--" not in words:
-        return words, []
-    at = words.index("--")
-    return words[:at], words[at + 1 :]
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report to a file")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
 
 
 @contextlib.contextmanager
@@ -137,31 +121,6 @@ def sweep(home: Home) -> list[Path]:
             raise
         return []  # somebody else's home, or a read-only one: its owner's commands will do it
     return removed
-
-
-def add_registry(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that may talk to a registry."""
-    group = parser.add_argument_group("registries")
-    group.add_argument("--jobs", type=int, metavar="N", help="connections at once (16)")
-    group.add_argument(
-        "--limit-rate", type=_rate, metavar="RATE", help="bytes a second, of all together: 500K, 80M, 1G"
-    )
-    group.add_argument(
-        "--mirror", action="append", default=[], metavar="URL", help="ask here first; the digest is the judge"
-    )
-    group.add_argument("--plain-http", action="store_true", default=None, help="speak no TLS")
-
-
-def _rate(text: str) -> float:
-    units = {"k": 1e3, "m": 1e6, "g": 1e9}
-    unit = units.get(text[-1:].lower(), 1.0)
-    try:
-        rate = float(text[:-1] if unit != 1.0 else text) * unit
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no rate") from None
-    if not 1000 <= rate <= 1e12:
-        raise argparse.ArgumentTypeError(f"{text} is no rate between 1K and 1000G")
-    return rate
 
 
 def access(args: argparse.Namespace, home: Home) -> "Access":

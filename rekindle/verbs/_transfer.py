@@ -13,7 +13,7 @@ from oci.reference import LayoutReference, Reference, RegistryReference
 from oci.registry.repository import Access, Repository
 from rekindle.home import Home
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options
+from rekindle.verbs import _arguments, _options
 from rekindle.verbs._progress import shown
 
 
@@ -34,8 +34,8 @@ def run(verb: str, source: Reference, target: Reference, args: argparse.Namespac
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of all three."""
-    _options.add_registry(parser)
-    _options.add_report(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
 
 
 def _copy(source: Reference, target: Reference, home: Home, access: Access, report: Report) -> None:

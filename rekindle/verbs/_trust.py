@@ -35,31 +35,6 @@ VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
 _SEEN_LIMIT = 10_000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that uses what is in an image."""
-    group = parser.add_argument_group("trust")
-    group.add_argument(
-        "--policy", type=Path, metavar="FILE", help="whom to trust ($REKINDLE_HOME/policy.toml)"
-    )
-    group.add_argument(
-        "--verify-key",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PUB",
-        help="trust this key; instead of the policy",
-    )
-    group.add_argument("--certificate-identity", metavar="NAME", help="trust this identity, with its issuer")
-    group.add_argument("--certificate-oidc-issuer", metavar="URL", help="who vouches for it")
-    group.add_argument("--trusted-root", type=Path, metavar="FILE", help="of a Sigstore of your own")
-    group.add_argument(
-        "--allow-rollback", action="store_true", help="take an image that is older than one seen before"
-    )
-    group.add_argument(
-        "--dangerously-skip-verification", action="store_true", help="take an image whoever made it"
-    )
-
-
 def verified(
     source: Source, reference: Reference, home: Home, args: argparse.Namespace, report: Report
 ) -> Verified[Source]:
@@ -184,17 +159,6 @@ def _seen(path: Path) -> dict[str, str]:
 
 
 # Keys to sign with.
-
-
-def add_signing(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that makes an image."""
-    group = parser.add_argument_group("signing")
-    group.add_argument(
-        "--sign-key", type=Path, metavar="KEY", help="sign with this key ($COSIGN_PASSWORD opens it)"
-    )
-    group.add_argument("--sign-keyless", action="store_true", help="sign by who you are, with Sigstore")
-    group.add_argument("--identity-token", metavar="TOKEN", help="who you are ($SIGSTORE_ID_TOKEN)")
-    group.add_argument("--trust-config", type=Path, metavar="FILE", help="of a Sigstore of your own")
 
 
 def chosen_key(args: argparse.Namespace) -> PrivateKey | None:

@@ -39,7 +39,7 @@ from rekindle.files import copy_sparse_tree, remove_tree, write_atomically
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.run import run, spawn
-from rekindle.verbs import _options
+from rekindle.verbs import _arguments, _options
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import wait_ready
 
@@ -74,7 +74,7 @@ class Start:
 
 
 def main(words: Sequence[str]) -> int:
-    words, command = _options.split_command(words)
+    words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle bench",
         usage="rekindle bench [options] -- COMMAND…",

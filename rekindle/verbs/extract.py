@@ -11,7 +11,7 @@ from oci.reference import parse
 from rekindle.caches import CacheKind
 from rekindle.home import Home
 from rekindle.report import Outcome, Report, Rung
-from rekindle.verbs import _options, _trust
+from rekindle.verbs import _arguments, _options, _trust
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,9 +39,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace entries that are there with other content"
     )
-    _trust.add_arguments(parser)
-    _options.add_registry(parser)
-    _options.add_report(parser)
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
     args = parser.parse_args(words)
     report = Report(verb="extract", asked=Rung.CACHE, quiet=args.quiet)
     with _options.reporting(report, args):

@@ -18,7 +18,7 @@ from rekindle.home import Home
 from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
-from rekindle.verbs import _options, _plan
+from rekindle.verbs import _arguments, _options, _plan
 from rekindle.verbs._options import Source
 from restore import match, plan
 from restore.plan import Facts, Plan
@@ -30,8 +30,8 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle inspect", description="Show what is in an image, and whether it fits this node."
     )
-    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
-    _options.add_registry(parser)
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    _arguments.add_registry(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
     reference = parse(args.image)

@@ -8,22 +8,22 @@ from oci.reference import parse
 from rekindle.home import Home
 from rekindle.report import Report, Rung
 from rekindle.text import printable
-from rekindle.verbs import _facts, _options, _plan, _trust
+from rekindle.verbs import _arguments, _facts, _options, _plan, _trust
 from restore import plan
 
 
 def main(words: Sequence[str]) -> int:
-    words, command = _options.split_command(words)
+    words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle match",
         usage="rekindle match IMAGE [options] [-- COMMAND…]",
         description="Compare this node with a snapshot, field by field, and say which rungs a restore could "
         "take. Exit status 3 if that is not the process.",
     )
-    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    _trust.add_arguments(parser)
-    _options.add_registry(parser)
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
     args = parser.parse_args(words)
     reference, home = parse(args.image), Home.from_environment()
     with _options.source(reference, home, args) as source:

@@ -13,7 +13,7 @@ from rekindle.caches import CacheKind
 from rekindle.config import Config
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report, Rung
-from rekindle.verbs import _options, _trust
+from rekindle.verbs import _arguments, _options, _trust
 from snapshot import caches
 
 
@@ -28,8 +28,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--kind", type=CacheKind, choices=list(CacheKind), help="what it is, where that is not to be seen"
     )
-    _trust.add_signing(parser)
-    _options.add_report(parser)
+    _arguments.add_signing(parser)
+    _arguments.add_report(parser)
     args = parser.parse_args(words)
     reference = parse(args.image)
     if not isinstance(reference, LayoutReference):

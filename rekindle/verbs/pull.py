@@ -8,7 +8,7 @@ from oci import image as images
 from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options, _transfer, _trust
+from rekindle.verbs import _arguments, _options, _transfer, _trust
 from rekindle.verbs._progress import shown
 from restore import dumps
 
@@ -25,7 +25,7 @@ def main(words: Sequence[str]) -> int:
         "target", metavar="TARGET", nargs="?", help="name[:tag] or oci:DIR[:tag] (default: as it is called)"
     )
     parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
-    _trust.add_arguments(parser)
+    _arguments.add_trust(parser)
     _transfer.add_arguments(parser)
     args = parser.parse_intermixed_args(words)  # TARGET may come after options
     source = parse(args.source)

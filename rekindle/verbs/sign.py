@@ -16,7 +16,7 @@ from oci.trust.bundle import SimpleSignature
 from oci.trust.keys import PrivateKey
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options, _trust
+from rekindle.verbs import _arguments, _options, _trust
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,13 +25,13 @@ def main(words: Sequence[str]) -> int:
         description="Sign an image by its digest, the kernel cache in it as well, and attach the signatures "
         "to it as Sigstore bundles. `cosign verify` (2.6 and newer) and `rekindle verify` read them.",
     )
-    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
         "--legacy-tag", action="store_true", help="also as cosign before 2.6 reads it (with --sign-key)"
     )
-    _trust.add_signing(parser)
-    _options.add_registry(parser)
-    _options.add_report(parser)
+    _arguments.add_signing(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
     args = parser.parse_args(words)
     report = Report(verb="sign", quiet=args.quiet)
     with _options.reporting(report, args):

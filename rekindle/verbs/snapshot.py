@@ -26,20 +26,20 @@ from rekindle.gpu import probe
 from rekindle.home import Home
 from rekindle.packages import versions
 from rekindle.report import Outcome, Report
-from rekindle.verbs import _options, _trust
+from rekindle.verbs import _arguments, _options, _trust
 from restore import dumps, match, process
 from snapshot import make, secrets
 from snapshot.warm import read_requests
 
 
 def main(words: Sequence[str]) -> int:
-    words, command = _options.split_command(words)
+    words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle snapshot",
         usage="rekindle snapshot IMAGE [options] -- COMMAND…",
         description="Start a server, warm it, prove it, and save it as an image. The server ends with it.",
     )
-    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
         "--network",
         type=Network,
@@ -76,9 +76,9 @@ def main(words: Sequence[str]) -> int:
         help="a variable, option or kind of token that the image may hold; whoever reads it can read that",
     )
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
-    _trust.add_signing(parser)
-    _options.add_registry(parser)
-    _options.add_report(parser)
+    _arguments.add_signing(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
     args = parser.parse_args(words)
     if not command:
         raise UsageError("there is no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")

@@ -9,7 +9,7 @@ from oci.reference import parse
 from rekindle.home import Home
 from rekindle.report import Report
 from rekindle.text import printable
-from rekindle.verbs import _options, _trust
+from rekindle.verbs import _arguments, _options, _trust
 
 SCHEMA = "rekindle.verify/1"
 
@@ -19,10 +19,10 @@ def main(words: Sequence[str]) -> int:
         prog="rekindle verify",
         description="Verify an image's signature, as `restore` does before it reads anything else.",
     )
-    parser.add_argument("image", metavar="IMAGE", help=_options.IMAGE)
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    _trust.add_arguments(parser)
-    _options.add_registry(parser)
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
     args = parser.parse_args(words)
     reference, home = parse(args.image), Home.from_environment()
     with _options.source(reference, home, args) as source:

@@ -133,7 +133,7 @@ def test_a_start_imports_nothing_from_outside_the_standard_library() -> None:
     assert tops - set(sys.stdlib_module_names) == {"rekindle"}
 
 
-@pytest.mark.parametrize("verb", ["restore", "inspect"])
+@pytest.mark.parametrize("verb", ["_restoring", "inspect"])
 def test_a_verb_imports_what_it_needs(verb: str) -> None:
     loaded = imported_by(f"rekindle.verbs.{verb}")
     heavy = [
@@ -141,6 +141,12 @@ def test_a_verb_imports_what_it_needs(verb: str) -> None:
         *("ssl", "email", "rich", "psutil", "logging", "numpy", "sigstore", "oras", "nacl"),
     ]
     assert not loaded & set(heavy)
+
+
+def test_the_words_of_restore_need_nothing_of_what_it_does() -> None:
+    loaded = imported_by("rekindle.verbs.restore")
+    assert not [name for name in loaded if below(name, "oci", "restore", "snapshot")]
+    assert not loaded & {"cryptography", "ctypes", "rekindle.cell", "rekindle.engine", "rekindle.record"}
 
 
 def test_a_verb_is_in_the_table() -> None:
