@@ -2,25 +2,31 @@
 """The lower rungs: a server that is started as its command says, beside us and not in a cell."""
 
 import contextlib
+import ctypes
 import os
+import select
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rekindle.errors import UsageError
-from rekindle.run import end_group, start_server
+from rekindle.run import start_server
 
 _PIECE_BYTES = 1 << 16
 _KEPT_BYTES = 4 << 20
 _DRAIN_SECONDS = 5.0
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.02
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Started:
-    """A running server. Leaving the context ends it, and all of its process group."""
+    """A running server. Leaving the context ends it, and all that it started."""
 
     def __init__(
         self,
@@ -36,7 +42,13 @@ class Started:
         through us unchanged, and `log` tells what was written. Must be called by the main thread: the server
         ends with it. Raises UsageError if there is no such command."""
         self._copier: _Copier | None = None
+        self._status: int | None = None
+        self._others = set(_children())  # whoever became us with exec may have started some
         with contextlib.ExitStack() as stack:
+            # What leaves the server's session and loses its parent comes to us, and not to somebody else.
+            libc = ctypes.CDLL(None)
+            libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            stack.callback(libc.prctl, _PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             if listen:
                 self._copier = stack.enter_context(_Copier(stdout, stderr))
                 stdout, stderr = self._copier.writers
@@ -48,9 +60,9 @@ class Started:
                 raise UsageError(
                     f"{argv[0]} cannot be started", cause=str(error), hint="is its environment on PATH?"
                 ) from None
+            stack.callback(self._end)
             if self._copier is not None:
                 self._copier.close_writers()
-            stack.callback(end_group, self._process)
             self._pidfd = os.pidfd_open(self._process.pid)
             stack.callback(os.close, self._pidfd)
             self._stack = stack.pop_all()
@@ -69,13 +81,17 @@ class Started:
         return self._copier.text if self._copier else ""
 
     def status(self) -> int | None:
-        code = self._process.poll()
-        return None if code is None else code if code >= 0 else 128 - code
+        # It is not reaped before the end: until then its number, and that of its group, are nobody else's.
+        if self._status is None:
+            found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is not None:
+                exited = found.si_code == os.CLD_EXITED
+                self._status = found.si_status if exited else 128 + found.si_status
+        return self._status
 
     def signal(self, signum: int) -> None:
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signum)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signum)
 
     def child(self) -> int:
         return self._process.pid
@@ -85,6 +101,56 @@ class Started:
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
         return socket.socket(family, socket.SOCK_STREAM)
+
+    def _end(self) -> None:
+        """TERM for its process group and for what it left behind, then KILL. The server is reaped last."""
+        told: set[int] = set()
+        signum, until = signal.SIGTERM, time.monotonic() + _GRACE_SECONDS
+        self._signal_group(signum)
+        while True:
+            left = self._left()
+            if not left:
+                break
+            if time.monotonic() >= until:
+                if signum == signal.SIGKILL:  # in the kernel's hands, as on a dead NFS
+                    break
+                signum, until = signal.SIGKILL, time.monotonic() + _GRACE_SECONDS
+                told.clear()
+                self._signal_group(signum)
+            for pid in left:
+                if pid not in told and pid != self._process.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signum)
+            told.update(left)
+            time.sleep(_POLL_SECONDS)
+        self._signal_group(signal.SIGKILL)
+        self._process.poll()
+
+    def _signal_group(self, signum: int) -> None:
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # the latter if it became somebody else
+            os.killpg(self._process.pid, signum)
+
+    def _left(self) -> list[int]:
+        """Our children that came with the server and still run. Those that have ended are reaped, but for
+        the server."""
+        left = []
+        for pid in _children():
+            if pid == self._process.pid:
+                left += [pid] if self.status() is None else []
+            elif pid not in self._others:
+                with contextlib.suppress(ChildProcessError):
+                    left += [pid] if os.waitpid(pid, os.WNOHANG) == (0, 0) else []
+        return left
+
+
+def _children() -> Iterator[int]:
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(
+            OSError
+        ):  # a thread that has ended, or a kernel without CONFIG_PROC_CHILDREN
+            yield from map(int, (task / "children").read_text().split())
 
 
 class _Copier:
@@ -131,10 +197,24 @@ class _Copier:
             while piece := os.read(reader, _PIECE_BYTES):
                 if len(self._kept) < _KEPT_BYTES:
                     self._kept += piece
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(target, view) :]
-        except OSError:
+                _write(target, memoryview(piece))
+        except BrokenPipeError:
             pass  # nobody reads our output any more; the server is told as it would be without us
         finally:
             os.close(reader)
+
+
+def _write(target: int, view: memoryview) -> None:
+    """Writes all of it, also where somebody has made the descriptor non-blocking. What a full disk does not
+    take is lost, as it would be without us. Raises BrokenPipeError."""
+    while view:
+        try:
+            view = view[os.write(target, view) :]
+        except BlockingIOError:
+            room = select.poll()
+            room.register(target, select.POLLOUT)
+            room.poll()
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return
