@@ -32,6 +32,8 @@ def ready_file(path: Path | None) -> Iterator[None]:
         yield
         return
     try:
+        if path.exists() and not path.is_file():  # such as /dev/null
+            raise UsageError(f"--ready-file {path} cannot be used", cause="it is no regular file")
         path.unlink(missing_ok=True)
         parent = os.access(path.parent, os.W_OK | os.X_OK)
     except OSError as error:
@@ -51,3 +53,11 @@ def ready(path: Path | None) -> None:
         with contextlib.suppress(OSError):
             path.touch()
     systemd("READY=1\nSTATUS=serving")
+
+
+def stopping(path: Path | None) -> None:
+    """The server is ending, or has ended."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    systemd("STOPPING=1")
