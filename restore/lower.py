@@ -12,6 +12,7 @@ from rekindle.record import Oracle
 from restore.process import Output
 from restore.readiness import Ready, Waiting
 from restore.serve import Serving
+from restore.signals import Signals
 from restore.start import Started
 
 
@@ -35,13 +36,14 @@ def bring_up(
     output: Output,
     engine: Engine | None,
     oracle: Oracle | None,
+    signals: Signals,
     asked_to_end: Callable[[int], None],
     listen: bool,
 ) -> Up:
     """Starts the command and waits. What ends the server again is put on the stack.
 
-    Signals are passed on to the server from now on. Raises Interrupted, once the server has ended, if it was
-    asked to end before it was ready; UsageError if there is no such command.
+    Signals are passed on to the server from now on; nothing may raise them. Raises Interrupted, once the
+    server has ended, if it was asked to end before it was ready; UsageError if there is no such command.
     """
     started = stack.enter_context(
         Started(
@@ -53,7 +55,8 @@ def bring_up(
             listen=listen,
         )
     )
-    serving = stack.enter_context(Serving(started, engine.endpoint if engine else None, asked_to_end))
+    endpoint = engine.endpoint if engine else None
+    serving = stack.enter_context(Serving(started, endpoint, signals, asked_to_end))
     if engine is None:
         return Up(serving=serving, started=started, ready=None, status=None)
     with Waiting(engine, oracle) as waiting:

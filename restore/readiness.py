@@ -65,7 +65,7 @@ class Waiting:
 
         client = Client(self._engine.endpoint, _connect)
         while not self._over.is_set():
-            with contextlib.suppress(OSError, RekindleError):
+            with contextlib.suppress(Exception):  # whatever is answered there: it is not ready
                 if self._engine.ready(client, _ASK_SECONDS):
                     self.result = self._ask(client, time.monotonic())
                     with contextlib.suppress(OSError):
@@ -80,10 +80,10 @@ class Waiting:
             request = self._engine.authorize(self._oracle.request, os.environ)
             response = client.ask(request, timeout=_ORACLE_SECONDS)
             return Ready(at=at, first_byte=response.first_byte, answer=self._engine.answer(response))
-        except OSError as error:
-            return Ready(at=at, lack=str(error))
         except RekindleError as error:  # another model's name, or another answer's form: told, no more
             return Ready(at=at, lack=error.message)
+        except Exception as error:
+            return Ready(at=at, lack=repr(error))
 
 
 def _connect(host: str, port: int, timeout: float, source: str = "") -> socket.socket:

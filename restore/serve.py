@@ -5,26 +5,17 @@ import contextlib
 import os
 import resource
 import selectors
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
 from rekindle.cell import Cell, exit_status
 from rekindle.engine import Endpoint
+from rekindle.errors import RestoreError
 from rekindle.record import Process
 from restore.forward import Forwarder
-
-_FORWARDED = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)
-_ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+from restore.signals import ENDING, Signals
 
 
 class Replica(Protocol):
@@ -37,7 +28,7 @@ class Replica(Protocol):
         """Sends it a signal; nothing happens if it is gone."""
 
     def child(self) -> int:
-        """The PID of our own child, which only `status` may reap."""
+        """The PID of our own child, which only the replica reaps."""
 
     def fileno(self) -> int:
         """Readable when `status` may have changed."""
@@ -74,25 +65,25 @@ class Serving:
     """A context in which a server is looked after. `signalled` is the first signal that asked it to end."""
 
     def __init__(
-        self, replica: Replica, endpoint: Endpoint | None, asked_to_end: Callable[[int], None]
+        self,
+        replica: Replica,
+        endpoint: Endpoint | None,
+        signals: Signals,
+        asked_to_end: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`endpoint` is where the server listens; `asked_to_end` is told of the first such signal."""
+        """`endpoint` is where the server listens; `asked_to_end` is told of every such signal, after the
+        server was."""
         self.signalled: int | None = None
-        self._told = False
         self._replica = replica
         self._endpoint = endpoint
+        self._signals = signals
         self._asked_to_end = asked_to_end
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        # Two descriptors a connection; the server's own limit is not touched by this.
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        with self._stack as stack:
+        with contextlib.ExitStack() as stack:
             self._selector = stack.enter_context(selectors.DefaultSelector())
-            wakeups = stack.enter_context(self._signals())
-            self.watch(wakeups, lambda: os.read(wakeups, 4096))
+            self.watch(self._signals.fileno(), lambda: None)
             self.watch(self._replica.fileno(), lambda: None)
             self._stack = stack.pop_all()
         return self
@@ -113,6 +104,11 @@ class Serving:
     def publish(self, sock: socket.socket) -> None:
         """Carries the connections to a listening socket to the server from now on."""
         assert self._endpoint is not None
+        # Two descriptors a connection. A server that was started before keeps its own limit.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         forwarder = Forwarder(self._selector, self._replica, self._endpoint)
         self._stack.callback(forwarder.close)
         forwarder.accept_from(sock)
@@ -120,6 +116,8 @@ class Serving:
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
         """Looks after the server until it ends; returns its exit status. None as soon as `until` holds."""
         while True:
+            self._pass_signals_on()
+            _reap(self._replica.child())
             status = self._replica.status()
             if status is not None:
                 return status
@@ -127,45 +125,21 @@ class Serving:
                 return None
             for key, mask in self._selector.select():
                 key.data(mask)
-            if self.signalled is not None and not self._told:
-                self._told = True
-                self._asked_to_end(self.signalled)
-            if os.getpid() == 1:
-                _reap(self._replica.child())
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[int]:
-        """Passes signals on to the server while it serves; yields a descriptor that wakes a selector."""
-
-        def pass_on(signum: int, _: object) -> None:
-            self._replica.signal(signum)
-            if signum in _ENDING and self.signalled is None:
-                self.signalled = signum
-
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        heeded = [signum for signum in _FORWARDED if signal.getsignal(signum) is not signal.SIG_IGN]
-        before = {signum: signal.signal(signum, pass_on) for signum in heeded}
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)  # for the descriptor alone
-        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        try:
-            yield reader
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-            os.close(reader)
-            os.close(writer)
+    def _pass_signals_on(self) -> None:
+        for signum in self._signals.take():
+            with contextlib.suppress(RestoreError):  # its cell has ended: `status` tells how
+                self._replica.signal(signum)
+            if signum in ENDING:
+                self.signalled = self.signalled or signum
+                self._asked_to_end(signum)
 
 
 def _reap(own: int) -> None:
-    """As PID 1 we inherit the orphans of the container. Our own child is left to who waits for it."""
-    while True:
-        try:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return
-        if found is None or found.si_pid == own:
-            return
-        os.waitpid(found.si_pid, os.WNOHANG)
+    """Orphans come to us, as PID 1 of a container and from a server that we started. Our own child is left
+    to who waits for it."""
+    with contextlib.suppress(ChildProcessError):
+        while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if found.si_pid == own:
+                return
+            os.waitpid(found.si_pid, os.WNOHANG)

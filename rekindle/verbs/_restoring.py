@@ -5,21 +5,24 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oci import image as images
-from oci.reference import Reference, parse
+from oci.reference import Reference, RegistryReference, parse
 from oci.trust.verifier import Verified
 from rekindle import notify
 from rekindle.cell import Cell, Network
 from rekindle.engine import Endpoint, Engine, for_command, restored
 from rekindle.errors import (
     CapabilityError,
+    Interrupted,
     MismatchError,
     PortError,
     RekindleError,
@@ -34,6 +37,7 @@ from rekindle.verbs import _facts, _options, _plan, _trust
 from restore import dumps, forward, ladder, match, plan, process
 from restore.plan import Facts, Step
 from restore.serve import Restored, Serving
+from restore.signals import DeadlinePassed, Signals
 
 if TYPE_CHECKING:  # what only a lower rung needs is imported when one is taken
     from oci.cache import CacheImage
@@ -44,6 +48,7 @@ if TYPE_CHECKING:  # what only a lower rung needs is imported when one is taken
 
 _OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
 _LOWER_STATUS = 3
+_DECIDE_SECONDS = 30.0  # for who can start without the image, as registries may be patient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,88 +63,115 @@ class Taken:
 def run(args: argparse.Namespace, command: Sequence[str], required: Rung) -> int:
     """Does what the command line asks for; returns the exit status. `required` is the lowest rung to take."""
     report = Report(verb="restore", asked=args.rung, quiet=args.quiet)
-    if args.plan:
-        return _plan_only(args, command, report)
-    with contextlib.ExitStack() as stack:
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        if args.plan:
+            return _Restore(args, command, report, signals, stack).show_plan(required)
         with _options.reporting(report, args):
-            stack.enter_context(notify.ready_file(args.ready_file))
-            taken = _Restore(args, command, report, stack).climb(required)
-        report.write(args.report, to_stdout=args.json)
-        if taken.status is not None:
-            return taken.status
-        notify.ready(args.ready_file)
-        status = taken.serving.run()
-        notify.systemd("STOPPING=1")
-        return status or (0 if taken.rung == args.rung else _LOWER_STATUS)
-
-
-def _plan_only(args: argparse.Namespace, command: Sequence[str], report: Report) -> int:
-    with contextlib.ExitStack() as stack:
-        restoring = _Restore(args, command, report, stack, boot=False)
-        facts = restoring.decide(with_cache=True)
-        made = restoring.plan(facts)
-    _plan.show(made, facts, args.image, report.image.get("digest", ""), as_json=args.json)
-    first = made.first
-    return 0 if first and first.rung == args.rung else _LOWER_STATUS
+            restore = _Restore(args, command, report, signals, stack)
+            taken = restore.climb(required)
+        return restore.serve(taken)
 
 
 class _Restore:
-    """One run of the command. What has to be undone at its end is on `stack`."""
+    """One run of the command. What has to be undone at its end is on `stack`.
+
+    Work is done where `signals` raises, so that it can be broken off at any moment; clean-up never is.
+    """
 
     def __init__(
         self,
         args: argparse.Namespace,
         given: Sequence[str],
         report: Report,
+        signals: Signals,
         stack: contextlib.ExitStack,
-        *,
-        boot: bool = True,
     ) -> None:
         self._args = args
         self._given = given
         self._report = report
+        self._signals = signals
         self._stack = stack
         self._reference: Reference = parse(args.image)
         self._found: Verified[images.Image] | None = None
         self._tally: Tally | None = None
         self._cache: Verified[CacheImage] | None = None
+        self._bound: socket.socket | None = None
         self._cell: Cell | None = None
-        if boot and args.rung is Rung.PROCESS and os.geteuid() == 0:
+        if args.rung is Rung.PROCESS and os.geteuid() == 0 and not args.plan:
             self._cell = stack.enter_context(Cell())  # it boots while we decide
+        self._sources = stack.enter_context(contextlib.ExitStack())
+        stack.enter_context(notify.ready_file(args.ready_file))
+        self._ready = False
 
     def climb(self, required: Rung) -> Taken:
         """Takes the best rung that can be taken, and fills the report."""
-        report, args = self._report, self._args
+        report = self._report
         with report.phase("decide"):
-            try:
-                self._facts = self.decide(with_cache=args.rung is not Rung.PROCESS)
-            except RekindleError as error:
-                if not self._given or not error.descends or required is not Rung.COLD:
-                    raise
-                self._facts = self._unreached(error)
-            self._endpoint = self._published()
-            self._bound: socket.socket | None = None
+            made = self._decide(required, with_cache=self._args.rung is not Rung.PROCESS)
+            self._device_map = made.device_map
+            self._engine = self._find_engine()
+            self._endpoint = self._find_endpoint(made)
             if self._endpoint is not None:
                 self._bound = self._stack.enter_context(forward.bind(self._endpoint))
-            made = self.plan(self._facts)
-        self._device_map = made.device_map
         taken = ladder.climb(made, self._take, report, self._stack, require=required)
+        self._sources.close()
         if taken.status is None:
-            report.outcome = _OUTCOMES[taken.rung]
+            report.outcome, report.error = _OUTCOMES[taken.rung], None
             self._say_ready(taken.rung)
         report.bytes.setdefault("written", 0)
         report.bytes["fetched"] = self._tally.fetched_bytes if self._tally else 0
         report.endpoint = str(self._endpoint) if self._endpoint else None
         report.pid = os.getpid()
+        return taken
+
+    def serve(self, taken: Taken) -> int:
+        """Tells that the server is ready, and looks after it to its end; the exit status."""
+        self._write_report(to_stdout=self._args.json)
         # What killed commands left may be gigabytes: nobody who restores has to wait for its removal.
         if self._found is not None:
             threading.Thread(target=_options.sweep, args=[self._home], daemon=True).start()
-        return taken
+        status = taken.status
+        if status is None:
+            self._ready = True
+            notify.ready(self._args.ready_file)
+            if self._args.ready_file is not None and not self._args.ready_file.exists():
+                self._report.say(f"WARNING: --ready-file {self._args.ready_file} cannot be made")
+            status = taken.serving.run()
+            self._stop()
+        return status or (0 if taken.rung == self._args.rung else _LOWER_STATUS)
 
-    def decide(self, *, with_cache: bool) -> Facts:
+    def show_plan(self, required: Rung) -> int:
+        """Prints what would be done; the exit status that a restore would have, if all went well."""
+        made = self._decide(required, with_cache=True)
+        digest = self._report.image.get("digest", "")
+        _plan.show(made, self._facts, self._args.image, digest, as_json=self._args.json)
+        rungs = list(Rung)
+        steps = [step for step in made.steps if rungs.index(step.rung) <= rungs.index(required)]
+        if not any(step.possible for step in steps):
+            match.require(steps[-1].reasons)
+        return 0 if made.steps[0].possible else _LOWER_STATUS
+
+    # The decision.
+
+    def _decide(self, required: Rung, *, with_cache: bool) -> plan.Plan:
+        """Gathers the facts and makes the plan. If the image cannot be had, and a cold start of the given
+        command may take its place, that is the plan."""
+        replaceable = bool(self._given) and required is Rung.COLD
+        patience = self._args.process_deadline or _DECIDE_SECONDS
+        try:
+            with self._signals.raising(patience if replaceable else None), _naming_lacks():
+                self._facts = self._gather(with_cache=with_cache)
+        except (Exception, DeadlinePassed) as error:
+            if not replaceable or (isinstance(error, RekindleError) and not error.descends):
+                raise
+            self._facts = self._unreached(ladder.failure(Rung.PROCESS, "image", error))
+            self._sources.close()
+        return self._plan(self._facts)
+
+    def _gather(self, *, with_cache: bool) -> Facts:
         """Finds the image, verifies it, reads its record and looks at this node. No layer is touched."""
         self._home = self._open_home()
-        source = self._stack.enter_context(_options.source(self._reference, self._home, self._args))
+        source = self._sources.enter_context(_options.source(self._reference, self._home, self._args))
         self._tally = source.tally
         verified = _trust.verified(source, self._reference, self._home, self._args, self._report)
         self._found = found = _facts.trusted(verified)
@@ -149,7 +181,13 @@ class _Restore:
             self._cache = found.map(lambda _: kernels)
         return facts
 
-    def plan(self, facts: Facts) -> plan.Plan:
+    def _unreached(self, reason: Reason) -> Facts:
+        """The facts where the image cannot be had: its place is taken by the given command, cold."""
+        self._report.image.setdefault("reference", self._args.image)
+        self._report.say(f"WARNING: cold start: {reason.here}")
+        return dataclasses.replace(_facts.of_nothing(self._given), unreached=reason)
+
+    def _plan(self, facts: Facts) -> plan.Plan:
         made = plan.make(facts, self._args.rung, _trust.strictness(self._args))
         chosen = {Rung.PROCESS: self._args.process_deadline, Rung.CACHE: self._args.cache_deadline}
         steps = [
@@ -179,29 +217,32 @@ class _Restore:
         except UsageError as error:  # as in a container that may write nowhere
             raise CapabilityError(error.message, cause=error.cause, hint=error.hint) from None
 
-    def _unreached(self, error: RekindleError) -> Facts:
-        """The facts where the image cannot be had: its place is taken by the given command, cold."""
-        self._report.image.setdefault("reference", self._args.image)
-        self._report.say(
-            f"WARNING: cold start: {error.message}" + (f" ({error.cause})" if error.cause else "")
-        )
-        here = f"{error.message}: {error.cause}" if error.cause else error.message
-        reason = Reason(
-            rung=Rung.PROCESS,
-            code=error.code,
-            field="image",
-            recorded="",
-            here=here,
-            hard=True,
-            advice=error.hint,
-        )
-        return dataclasses.replace(_facts.of_nothing(self._given), unreached=reason)
+    def _find_engine(self) -> Engine | None:
+        """Who talks to the command that a lower rung starts; None if nobody knows how."""
+        record = self._facts.image.record if self._facts.image else None
+        if not self._given:
+            return restored(record.engine, record.endpoint, record.engine_options) if record else None
+        known = record if record and match.same_command(record.command, self._given) else None
+        if self._args.ready_url or known is None or known.engine == "vllm":
+            try:
+                engine = for_command(self._given, ready_url=self._args.ready_url)
+            except UsageError:
+                if self._args.ready_url:
+                    raise
+                return None
+            if known is None or known.engine != engine.name or known.engine == "vllm":
+                return engine
+            # The recorded server elsewhere: what counts of its answer is known.
+            options = {**known.engine_options, "ready_path": engine.options()["ready_path"]}
+            return restored(known.engine, engine.endpoint, options)
+        return restored(known.engine, known.endpoint, known.engine_options)
 
-    def _published(self) -> Endpoint | None:
+    def _find_endpoint(self, made: plan.Plan) -> Endpoint | None:
         """The host's address that leads to the server; None if nobody says where it will listen."""
         image = self._facts.image
-        engine = self._engine()
-        listens = engine.endpoint if engine and self._given else image.record.endpoint if image else None
+        listens = self._engine.endpoint if self._engine else None
+        if listens is None and image and made.steps[0].rung is Rung.PROCESS and made.steps[0].possible:
+            listens = image.record.endpoint
         if self._args.publish is None:
             return listens
         if image and image.record.process.network is Network.HOST:
@@ -213,80 +254,62 @@ class _Restore:
             raise UsageError("--publish needs to know where the command listens", hint="say --ready-url URL")
         return _options.parse_endpoint(self._args.publish, listens.host)
 
-    def _engine(self) -> Engine | None:
-        """Who talks to the command that a lower rung starts; None if nobody knows how."""
-        image = self._facts.image
-        if self._given and (self._args.ready_url or not image or image.record.engine == "vllm"):
-            try:
-                return for_command(self._given, ready_url=self._args.ready_url)
-            except UsageError:
-                if self._args.ready_url:
-                    raise
-                return None
-        if image is None:
-            return None
-        record = image.record
-        if self._given and not match.same_command(record.command, self._given):
-            return None
-        return restored(record.engine, record.endpoint, record.engine_options)
-
     # The rungs.
 
-    def _take(self, step: Step, stack: contextlib.ExitStack, deadline: ladder.Deadline) -> Taken:
-        if step.rung is Rung.PROCESS:
-            return self._process(step, stack)
-        environment = dict(os.environ)
-        watch = None
-        if step.rung is Rung.CACHE:
-            step = self._read_cache(step)
-            environment, watch = self._place_cache(step, stack)
-        elif self._facts.image is not None and not self._given:
-            from restore import surroundings
+    def _take(self, step: Step, stack: contextlib.ExitStack) -> Taken:
+        try:
+            with _naming_lacks():
+                match step.rung:
+                    case Rung.PROCESS:
+                        return self._take_process(step, stack)
+                    case Rung.CACHE:
+                        return self._take_cache(step, stack)
+                    case Rung.COLD:
+                        return self._take_cold(stack)
+        except Interrupted as interrupted:
+            self._asked_to_end(interrupted.signum)  # now: the clean-up may take a while
+            raise
 
-            environment = surroundings.environment(self._facts.image.record, environment)
-        deadline.off()
-        return self._start(step.rung, stack, environment, watch)
-
-    def _process(self, step: Step, stack: contextlib.ExitStack) -> Taken:
+    def _take_process(self, step: Step, stack: contextlib.ExitStack) -> Taken:
         report, image, home = self._report, self._image.value, self._home
         record, cell, endpoint, tool = image.record, self._cell, self._endpoint, self._facts.abilities.criu
         assert tool is not None
         assert cell is not None
         assert endpoint is not None
-        stack.callback(cell.end)
-        work = stack.enter_context(home.work("restore"))
-        self._check_weights(record)
-        if record.process.network is Network.HOST:
-            self._release()  # the server takes the address itself; we only looked if it is free
-        if step.roots:
-            with report.phase("extract"):
-                self._bring_files(step, stack)
-        # Nothing of the dump is needed any more once it is restored: others may make room then.
-        with contextlib.ExitStack() as using:
-            cuda = None
-            if record.process.cuda_pids:
-                cuda = using.enter_context(process.Cuda(_options.cuda_door(home), self._device_map))
-            if self._tally is not None:
-                self._tally.expect(sum(layer.size for layer in image.layers))
-            with _options.progress(self._tally, report):
-                dump = using.enter_context(
-                    dumps.ready(home, work, self._image, report, paranoid=self._args.paranoid)
+        with self._signals.raising(self._left(step)):
+            work = stack.enter_context(home.work("restore"))
+            self._check_weights(record)
+            if record.process.network is Network.HOST:
+                self._release()  # the server takes the address itself; we only looked if it is free
+            if step.roots:
+                with report.phase("extract"):
+                    self._bring_files(step, stack)
+            stack.callback(cell.end)
+            # Nothing of the dump is needed any more once it is restored: others may make room then.
+            with contextlib.ExitStack() as using:
+                cuda = None
+                if record.process.cuda_pids:
+                    cuda = using.enter_context(process.Cuda(_options.cuda_door(home), self._device_map))
+                if self._tally is not None:
+                    self._tally.expect(sum(layer.size for layer in image.layers))
+                with _options.progress(self._tally, report):
+                    dump = using.enter_context(
+                        dumps.ready(home, work, self._image, report, paranoid=self._args.paranoid)
+                    )
+                process.restore(
+                    cell,
+                    record,
+                    dump,
+                    tool=tool,
+                    home=home,
+                    work=work,
+                    output=self._output(),
+                    report=report,
+                    cuda=cuda,
                 )
-            process.restore(
-                cell,
-                record,
-                dump,
-                tool=tool,
-                home=home,
-                work=work,
-                output=self._output(),
-                report=report,
-                cuda=cuda,
-            )
         report.bytes["reused"] = image.size_bytes if not report.bytes.get("written") else 0
-        serving = stack.enter_context(
-            Serving(Restored(cell, record.process), record.endpoint, lambda _: None)
-        )
+        replica = Restored(cell, record.process)
+        serving = stack.enter_context(Serving(replica, record.endpoint, self._signals, self._asked_to_end))
         if self._bound is not None and record.process.network is Network.PRIVATE:
             with report.phase("publish"):
                 try:
@@ -295,6 +318,13 @@ class _Restore:
                     raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
                 serving.publish(self._bound)
         return Taken(rung=Rung.PROCESS, serving=serving)
+
+    def _left(self, step: Step) -> float | None:
+        """How many seconds the process has yet to serve: a deadline that was given counts from our start."""
+        if self._args.process_deadline is None:
+            return step.deadline_seconds
+        gone = time.monotonic() - self._report.began
+        return max(0.001, float(self._args.process_deadline) - gone)
 
     def _check_weights(self, record: Record) -> None:
         """Weights that the server reads again must be those that it had. Raises MismatchError."""
@@ -322,6 +352,39 @@ class _Restore:
                 cause=", ".join(f"{path}: {left[path]}" for path in lacking[:5]),
             )
 
+    def _take_cache(self, step: Step, stack: contextlib.ExitStack) -> Taken:
+        with self._signals.raising(step.deadline_seconds):
+            self._connect_again()
+            step = self._read_cache(step)
+        with self._signals.raising(step.deadline_seconds):
+            environment, where = self._place_cache(step, stack)
+        from restore.proof import Watched
+
+        with Watched(self._roots(step), where) as watched:
+            return self._start(Rung.CACHE, stack, environment, watched)
+
+    def _take_cold(self, stack: contextlib.ExitStack) -> Taken:
+        environment: Mapping[str, str] = os.environ
+        if self._facts.image is not None and not self._given:
+            from restore import surroundings
+
+            environment = surroundings.environment(self._facts.image.record, os.environ)
+        return self._start(Rung.COLD, stack, environment, None)
+
+    def _connect_again(self) -> None:
+        """A try that failed in the middle has cut every connection to the registry. The digests stay."""
+        if isinstance(self._reference, RegistryReference) and self._args.rung is Rung.PROCESS:
+            from oci.registry.repository import Repository
+
+            self._sources.close()
+            access = _options.access(self._args, self._home)
+            if self._tally is not None:
+                access = dataclasses.replace(access, tally=self._tally)
+            blobs = self._sources.enter_context(Repository(self._reference, access))
+            self._found = self._image.map(lambda image: dataclasses.replace(image, blobs=blobs))
+            if self._cache is not None:
+                self._cache = self._cache.map(lambda kernels: dataclasses.replace(kernels, blobs=blobs))
+
     def _read_cache(self, step: Step) -> Step:
         """The cache's step once its inventory has been read, if it was not before."""
         if not self._facts.cache_unread:
@@ -333,15 +396,16 @@ class _Restore:
         with self._report.phase("decide"):
             self._cache = self._image.map(lambda image: cache.load(image.blobs, descriptor, image.limits))
             facts = dataclasses.replace(self._facts, cache=self._cache.value, cache_unread=False)
-            step = next(each for each in self.plan(facts).steps if each.rung is Rung.CACHE)
+            step = next(each for each in self._plan(facts).steps if each.rung is Rung.CACHE)
         self._report.reasons += step.reasons
         match.require(step.reasons)
         return step
 
-    def _place_cache(self, step: Step, stack: contextlib.ExitStack) -> "tuple[dict[str, str], Watched]":
-        """Puts the kernel cache where the server will look; its environment, and who watches the cache."""
+    def _place_cache(
+        self, step: Step, stack: contextlib.ExitStack
+    ) -> tuple[dict[str, str], Mapping[str, Path]]:
+        """Puts the kernel cache where the server will look; its environment, and where each root is."""
         from restore import surroundings
-        from restore.proof import Watched
 
         record, roots = self._image.value.record, self._roots(step)
         environment = surroundings.environment(record, os.environ)
@@ -358,8 +422,7 @@ class _Restore:
                 self._report.say(f"{error.message}: the kernel cache goes to {directory}")
                 where, variables = surroundings.places(roots, {}, directory)
                 self._extract(where, stack)
-        watched = stack.enter_context(Watched(roots, where))
-        return {**environment, **variables}, watched
+        return {**environment, **variables}, where
 
     def _extract(self, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
         """Writes caches to their places; removed again if the rung fails."""
@@ -389,17 +452,22 @@ class _Restore:
         """Starts the command, and waits until it answers."""
         from restore import lower
 
-        command, report, image = self._facts.command, self._report, self._facts.image
+        command, report, image, engine = self._facts.command, self._report, self._facts.image, self._engine
         assert command
+        self._sources.close()
         if self._cell is not None:
             self._cell.end()
-        engine = self._engine()
-        forwarded = engine is not None and self._endpoint != engine.endpoint
+        report.oracle, report.first_token_seconds = {}, None  # of a process that was given up
+        forwarded = self._is_forwarded()
         if not forwarded:
             self._release()  # the server takes it itself
-        oracle = image.record.oracle if image and engine and image.record.engine == engine.name else None
+        elif engine is not None:
+            forward.bind(engine.endpoint).close()  # or another server would be taken for ours
+        known = image and engine and image.record.engine == engine.name
+        oracle = image.record.oracle if image and known else None
         recorded = Path(image.record.directory) if image else Path.cwd()
         here = Path.cwd() if self._given or not recorded.is_dir() else recorded
+        self._signals.check()
         with report.phase("server"):
             up = lower.bring_up(
                 stack,
@@ -409,7 +477,8 @@ class _Restore:
                 output=self._output(),
                 engine=engine,
                 oracle=oracle,
-                asked_to_end=self._write_interrupted,
+                signals=self._signals,
+                asked_to_end=self._asked_to_end,
                 listen=watched is not None,
             )
         if up.status is not None:
@@ -443,6 +512,13 @@ class _Restore:
         if ready.lack:
             report.oracle["lack"] = ready.lack
 
+    def _is_forwarded(self) -> bool:
+        """Whether the published address is another than what the command will listen on."""
+        own, published = self._engine.endpoint if self._engine else None, self._endpoint
+        if own is None or published is None or published == own:
+            return False
+        return not (published.port == own.port and own.host in {"", "0.0.0.0", "::"})
+
     def _release(self) -> None:
         if self._bound is not None:
             self._bound.close()
@@ -451,13 +527,28 @@ class _Restore:
         """With --json, stdout carries the report alone."""
         return process.Output(stdout=2 if self._args.json else 1, stderr=2)
 
-    def _write_interrupted(self, signum: int) -> None:
+    # What others are told.
+
+    def _asked_to_end(self, signum: int) -> None:
         """The platform ends us, and may not wait: what is known is written now."""
-        if self._report.outcome is not Outcome.FAILED:
-            return  # all was written when the server was ready
-        self._report.error = {"code": "interrupted", "message": f"ended by signal {signum}"}
-        with contextlib.suppress(OSError):
-            self._report.write(self._args.report, to_stdout=False)
+        if self._report.outcome is Outcome.FAILED:
+            self._report.error = {"code": "interrupted", "message": f"ended by signal {signum}"}
+            self._write_report(to_stdout=False)
+        elif signum != signal.SIGHUP:  # which lets some servers read their configuration again
+            self._stop()
+
+    def _stop(self) -> None:
+        """Nobody is to send requests any more."""
+        if self._ready:
+            self._ready = False
+            notify.stopping(self._args.ready_file)
+
+    def _write_report(self, *, to_stdout: bool) -> None:
+        """A server that runs is worth more than what is told of it."""
+        try:
+            self._report.write(self._args.report, to_stdout=to_stdout)
+        except OSError as error:
+            self._report.say(f"WARNING: the report cannot be written: {error}")
 
     def _say_ready(self, rung: Rung) -> None:
         report = self._report
@@ -471,3 +562,17 @@ class _Restore:
                 f"kernel cache: {proof['verdict']}; {proof['used']} of {proof['entries']} entries used, "
                 f"{proof['made']} made anew"
             )
+
+
+@contextlib.contextmanager
+def _naming_lacks() -> Iterator[None]:
+    """What the system refuses us within is a lack of this node."""
+    try:
+        yield
+    except OSError as error:
+        told = _options.from_outside(error)
+        if told is None:
+            raise
+        if isinstance(told, UsageError):
+            told = CapabilityError(told.message, cause=told.cause)
+        raise told from error

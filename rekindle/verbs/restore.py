@@ -65,6 +65,8 @@ def main(words: Sequence[str]) -> int:
     required = args.require or Rung.COLD
     if list(Rung).index(args.rung) > list(Rung).index(required):
         raise UsageError(f"--rung {args.rung} is below --require {required}")
+    if args.ready_url and not command:
+        raise UsageError("--ready-url goes with a COMMAND", hint="the record knows the recorded server")
     from rekindle.verbs import _restoring  # most of the start's time, which --help need not take
 
     return _restoring.run(args, command, required)

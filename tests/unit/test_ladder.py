@@ -4,8 +4,7 @@
 import contextlib
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,27 +19,17 @@ from rekindle.errors import (
     TrustError,
 )
 from rekindle.report import Report, Rung
-from restore.ladder import Deadline, DeadlinePassed, climb
+from restore.ladder import climb
 from restore.plan import Plan, Step
 from restore.rules import reason_for
-
-# pytest-timeout's usual way is the timer that is under test.
-pytestmark = pytest.mark.timeout(method="thread")
+from restore.signals import DeadlinePassed
 
 PROCESS, CACHE, COLD = Rung.PROCESS, Rung.CACHE, Rung.COLD
-Act = Callable[[Deadline], object]
+Act = Callable[[], object]
 OLDER = reason_for("kernel-older", "kernel", "6.8", "5.15")
 NEWER = reason_for("kernel", "kernel", "6.8", "6.9")
 NO_CACHE = reason_for("no-cache", "kernel cache", "", "there is none")
 NO_COMMAND = reason_for("no-command", "command", "", "there is none")
-
-
-@pytest.fixture(autouse=True)
-def _signals_are_as_they_were() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGALRM)
-    yield
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.fixture
@@ -49,15 +38,8 @@ def report() -> Report:
 
 
 def steps(**changes: Any) -> Plan:
-    """All three rungs; keywords are the reasons of one, or its deadline."""
-    made = [
-        Step(
-            rung=rung,
-            reasons=changes.get(rung.value, []),
-            deadline_seconds=changes.get(f"{rung.value}_deadline"),
-        )
-        for rung in Rung
-    ]
+    """All three rungs; keywords are the reasons of one."""
+    made = [Step(rung=rung, reasons=changes.get(rung.value, [])) for rung in Rung]
     return Plan(asked=PROCESS, steps=made, device_map={})
 
 
@@ -68,26 +50,22 @@ class Rungs:
         self.report, self.acts = report, acts
         self.happened: list[str] = []
 
-    def __call__(self, step: Step, stack: contextlib.ExitStack, deadline: Deadline) -> str:
+    def __call__(self, step: Step, stack: contextlib.ExitStack) -> str:
         self.happened.append(f"{step.rung} begins")
         stack.callback(self.happened.append, f"{step.rung} undone")
         stack.callback(self.happened.append, f"{step.rung} undone first")
         with self.report.phase(f"phase of {step.rung}"):
             if act := self.acts.get(step.rung):
-                act(deadline)
+                act()
         self.happened.append(f"{step.rung} taken")
         return f"a server by {step.rung}"
 
 
 def fails(error: BaseException) -> Act:
-    def act(_: Deadline) -> None:
+    def act() -> None:
         raise error
 
     return act
-
-
-def dawdles(_: Deadline) -> None:
-    time.sleep(5)
 
 
 def codes(report: Report) -> list[tuple[Rung, str]]:
@@ -120,7 +98,7 @@ def test_undoing_learns_of_what_failed(report: Report) -> None:
     """As extraction does, which removes what it wrote only if the rung failed."""
     seen: list[object] = []
 
-    def take(step: Step, stack: contextlib.ExitStack, _: Deadline) -> Rung:
+    def take(step: Step, stack: contextlib.ExitStack) -> Rung:
         stack.push(lambda kind, *_: seen.append(kind))
         if step.rung is PROCESS:
             raise RestoreError("it broke")
@@ -257,7 +235,7 @@ def test_a_bug_of_the_last_rung_is_one_of_the_command(report: Report) -> None:
 
 
 def test_undoing_that_fails_costs_no_more(report: Report) -> None:
-    def take(step: Step, stack: contextlib.ExitStack, _: Deadline) -> Rung:
+    def take(step: Step, stack: contextlib.ExitStack) -> Rung:
         if step.rung is PROCESS:
             stack.callback(lambda: os.rmdir("/nowhere"))
             raise RestoreError("it broke")
@@ -275,73 +253,40 @@ def test_undoing_that_fails_costs_no_more(report: Report) -> None:
 def test_who_is_asked_to_end_ends(report: Report, error: BaseException) -> None:
     rungs = Rungs(report, process=fails(error))
     with contextlib.ExitStack() as keep, pytest.raises(type(error)):
-        climb(steps(process_deadline=5.0), rungs, report, keep)
+        climb(steps(), rungs, report, keep)
     assert rungs.happened == ["process begins", "process undone first", "process undone"]
 
 
 def test_a_rung_that_takes_too_long_is_undone(report: Report) -> None:
-    rungs = Rungs(report, process=dawdles)
-    began = time.monotonic()
+    rungs = Rungs(report, process=fails(DeadlinePassed(15.0)))
     with contextlib.ExitStack() as keep:
-        assert climb(steps(process_deadline=0.05), rungs, report, keep) == "a server by cache"
-    assert time.monotonic() - began < 2
+        assert climb(steps(), rungs, report, keep) == "a server by cache"
     assert rungs.happened[:4] == [
         *("process begins", "process undone first", "process undone", "cache begins"),
     ]
     (reason,) = report.reasons
     assert (reason.rung, reason.code, reason.field) == (PROCESS, "deadline", "phase of process")
+    assert reason.here == "phase of process was not done after 15.0 s"
+    assert "--process-deadline" in reason.advice
 
 
 def test_the_last_rung_that_takes_too_long_is_an_error(report: Report) -> None:
-    rungs = Rungs(report, process=dawdles)
+    rungs = Rungs(report, process=fails(DeadlinePassed(15.0)))
     with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="process rung was given up"):
-        climb(steps(process_deadline=0.05), rungs, report, keep, require=PROCESS)
+        climb(steps(), rungs, report, keep, require=PROCESS)
     assert rungs.happened[-1] == "process undone"
 
 
-def test_no_error_handling_swallows_a_deadline(report: Report) -> None:
-    def suppresses(_: Deadline) -> None:
-        with contextlib.suppress(Exception):
-            time.sleep(5)
+def test_what_a_rung_found_out_about_itself_is_no_failure(report: Report) -> None:
+    """As the kernel cache, of which the plan may know no more than that there is one."""
+
+    def looks() -> None:
+        report.reasons.append(NO_CACHE)
+        raise MismatchError("this node cannot use the snapshot's kernel cache")
 
     with contextlib.ExitStack() as keep:
-        climb(steps(process_deadline=0.05), Rungs(report, process=suppresses), report, keep)
-    assert codes(report) == [(PROCESS, "deadline")]
-
-
-def test_once_a_server_is_started_there_is_no_hurry(report: Report) -> None:
-    def starts(deadline: Deadline) -> None:
-        deadline.off()
-        time.sleep(0.1)
-
-    with contextlib.ExitStack() as keep:
-        taken = climb(steps(process_deadline=0.05), Rungs(report, process=starts), report, keep)
-    assert taken == "a server by process"
-
-
-def test_a_deadline_ends_with_its_rung(report: Report) -> None:
-    acts: dict[str, Act] = {"process": fails(RestoreError("it broke")), "cache": lambda _: time.sleep(0.1)}
-    with contextlib.ExitStack() as keep:
-        taken = climb(steps(process_deadline=0.05), Rungs(report, **acts), report, keep)
-        time.sleep(0.1)
-    assert taken == "a server by cache"
-
-
-def test_a_deadline_gives_the_signal_back() -> None:
-    caught: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda signum, _: caught.append(signum))
-    try:
-        with Deadline(5.0) as deadline:
-            deadline.off()
-            deadline.off()
-            os.kill(os.getpid(), signal.SIGALRM)
-        with pytest.raises(DeadlinePassed), Deadline(0.01):
-            time.sleep(5)
-        with Deadline(None):
-            os.kill(os.getpid(), signal.SIGALRM)
-        assert caught == [signal.SIGALRM] * 2
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        climb(steps(process=[OLDER]), Rungs(report, cache=looks), report, keep)
+    assert codes(report) == [(PROCESS, "kernel-older"), (CACHE, "no-cache")]
 
 
 def test_a_signature_that_is_bad_is_no_bug(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
