@@ -35,8 +35,10 @@ def forget_dumps(rekindle: Rekindle) -> None:
 def test_an_unprivileged_user(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     rekindle.prefix = ["unshare", "--user"]  # the same files, but no longer root
+    done = rekindle("restore", "horse", "--require", "process")
+    assert done.status == 10, done.stderr
+    assert "privileges: this is user" in done.stderr
     for words in (
-        ["restore", "horse"],
         ["snapshot", "other", *workhorse_flags(port), "--", *workhorse(port)],
         ["bench", *workhorse_flags(port), "--", *workhorse(port)],
     ):
@@ -106,7 +108,7 @@ def test_a_full_disk_at_restore(rekindle: Rekindle, port: int, key_pair: KeyPair
     assert rekindle.snapshot_workhorse(image, port, flags=key_pair.sign).status == 0
     with small_disk(tmp_path / "disk", "8m"):
         rekindle.home = tmp_path / "disk"
-        done = rekindle("restore", image, *key_pair.verify)
+        done = rekindle("restore", image, *key_pair.verify, "--require", "process")
         assert done.status == 14, done.stderr
         assert not list((rekindle.home / "run").iterdir())
         assert not [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
@@ -184,7 +186,7 @@ def test_a_node_of_another_kind(
     rewrite_record(rekindle, other_node)
     assert rekindle("restore", "horse").status == 22, "it is signed no more"
     assert rekindle("sign", "horse", *key_pair.sign).status == 0
-    done = rekindle("restore", "horse", *key_pair.verify, "--json")
+    done = rekindle("restore", "horse", *key_pair.verify, "--require", "process", "--json")
     assert done.status == 11, done.stderr
     assert "amx_flux" in done.stderr
     reasons = {(r["code"], r["hard"]) for r in done.json["reasons"]}
@@ -246,7 +248,7 @@ def test_a_restored_server_that_answers_differently(
     (tmp_path / "answer").write_text("yes")
     assert rekindle.snapshot_workhorse("horse", port, f"file={tmp_path / 'answer'}").status == 0
     (tmp_path / "answer").write_text("no!")
-    done = rekindle("restore", "horse", "--json")
+    done = rekindle("restore", "horse", "--require", "process", "--json")
     assert done.status == 35, done.stderr
     assert done.json["oracle"]["match"] is False
     assert done.json["outcome"] == "failed"
@@ -317,7 +319,7 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
     marker = json.loads((dump / "ready.json").read_bytes())
     marker["seal"] = dumps._seal(dump, images.load(layout, layout.resolve("horse:latest")))
     (dump / "ready.json").write_text(json.dumps(marker))
-    done = rekindle("restore", "horse")
+    done = rekindle("restore", "horse", "--require", "process")
     assert done.status == 34, done.stderr
     assert "Error (criu/" in done.stderr
     log = next(line for line in done.stderr.splitlines() if "log:" in line).split()[-1]
@@ -332,7 +334,14 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
         (["restore", "registry.example/X"], "no image of a registry"),
         (["restore", "oci:/no/such/dir"], "no OCI image layout"),
         (["restore", "x", "--publish", "99999"], ""),
-        (["restore", "x", "--", "vllm"], "takes no command"),
+        (["restore", "x", "--", "frobnicate"], "frobnicate cannot be started"),
+        (["restore", "x", "--rung", "cache", "--require", "process"], "--rung cache is below"),
+        (["restore", "x", "--require", "cold"], "invalid choice"),
+        (["restore", "x", "--process-deadline", "0"], "no number of seconds"),
+        (["restore", "x", "--process-deadline", "soon"], "invalid _seconds value"),
+        (["restore", "x", "--ready-url", "http://x/"], "goes with a COMMAND"),
+        (["restore", "x", "--ready-file", "/dev/null"], "no regular file"),
+        (["restore", "x", "--ready-file", "/no/such/place/ready"], "cannot be used"),
         (["snapshot", "x"], "there is no command"),
         (["snapshot", "x", "--", "frobnicate"], "no server that rekindle knows"),
         (["snapshot", "x", "--oracle-request", "f", "--", "y"], "goes with --ready-url"),
