@@ -37,7 +37,7 @@ from rekindle.home import Home
 from rekindle.mapped import MappedFile, describe
 from rekindle.redact import HIDDEN
 from rekindle.report import Report, Rung
-from rekindle.verbs import _facts, _options
+from rekindle.verbs import _arguments, _facts, _options
 from restore import dumps, match, plan, surroundings
 from restore.plan import Facts, Plan
 from restore.rules import Strictness
@@ -759,7 +759,7 @@ class Node:
 @contextlib.contextmanager
 def node_of(case: Case, name: str, home: Home) -> Iterator[Node]:
     parser = argparse.ArgumentParser()
-    _options.add_registry(parser)
+    _arguments.add_registry(parser)
     reference = parse(name)
     with _options.source(reference, home, parser.parse_args([])) as source:
         yield Node(case, home, reference, _facts.trusted(verifier.dangerously_skip(source)))
