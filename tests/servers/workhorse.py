@@ -8,7 +8,9 @@
     POST /answer            the oracle's question
 
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
-file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit.
+file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
+tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
+cuda-child (so does its child).
 """
 
 import ctypes
@@ -16,6 +18,7 @@ import http.server
 import json
 import multiprocessing.shared_memory
 import os
+import pathlib
 import platform
 import signal
 import socket
@@ -112,6 +115,23 @@ def hold(what: str) -> object:
     raise ValueError(what)
 
 
+cuda_states: list[pathlib.Path] = []
+
+
+def claim_cuda() -> None:
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+    from tests.fakes.cuda import UUID, claim
+
+    uuids = BEHAVIOURS.get("cuda-uuids", UUID).split(",")
+    for pid in [os.getpid(), child_pid][: 1 + ("cuda-child" in BEHAVIOURS)]:
+        cuda_states.append(claim(int(BEHAVIOURS["cuda"] or 0), uuids=uuids, pid=pid))
+
+
+def wait_for_cuda() -> None:
+    while cuda_states and json.loads(cuda_states[0].read_bytes())["state"] != "running":
+        time.sleep(0.01)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -136,6 +156,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "hash_seed": os.environ.get("PYTHONHASHSEED"),
                     "odd": os.environ.get("odd.name"),  # noqa: SIM112
                     "large": len(os.environ.get("LARGE", "")),
+                    "cuda": [json.loads(path.read_bytes()) for path in cuda_states],
                 }
             self.reply(json.dumps(facts))
         elif url.path == "/stream":
@@ -161,6 +182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             print(f"count {state['count']}", flush=True)
             self.reply(str(state["count"]))
         elif self.path == "/answer":
+            wait_for_cuda()
             answer: object = 42
             if "moody" in BEHAVIOURS:
                 answer = time.time_ns()
@@ -188,6 +210,8 @@ def main() -> None:
 
     def stop(signum: int, _: object) -> None:
         print(f"workhorse: signal {signum}", file=sys.stderr, flush=True)
+        for path in cuda_states:
+            path.unlink(missing_ok=True)
         os._exit(7)
 
     signal.signal(signal.SIGTERM, stop)
@@ -195,6 +219,8 @@ def main() -> None:
     for _ in range(4):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
+    if "cuda" in BEHAVIOURS:
+        claim_cuda()
     print("workhorse: serving", flush=True)
     server.serve_forever()
     del held

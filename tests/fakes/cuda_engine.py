@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A CUDA driver that is not there, as far as checkpointing goes. Run as `cuda-checkpoint`, and by cuda.c.
+
+A process holds CUDA if /dev/shm/fake-cuda-PID is there for it, PID being its own view of itself; the file is
+its state, as JSON: `state`, `tid`, `device_bytes`, `uuids`. So in a cell the state is in the cell's private
+/dev/shm, and goes where that goes.
+
+The file that FAKE_CUDA names is what this driver is like; all of it may be missing:
+
+    driver          "580.65.06": what it can do follows from that
+    init            the result of cuInit; `init_seconds` is how long it takes
+    gpus            the UUIDs on this node; without it, any
+    seconds         {STEP: how long it takes}
+    busy            [PID]: never come to rest, so a lock of them times out
+    coordinators    [PID]: hold no CUDA, and have a state all the same
+    faults          [{"step", "pid" or "nth" or neither, "code", "hang", "seconds", "state", "times"}]
+
+Steps are init, state, restore-thread, lock, checkpoint, restore and unlock. The nth is that of the step,
+since the log began. A fault's `state` is what the process is in afterwards. The log is the same file with
+`.log`: a line of JSON for the beginning and for the end of every step.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+
+CODES = {
+    0: ("CUDA_SUCCESS", "no error"),
+    1: ("CUDA_ERROR_INVALID_VALUE", "invalid argument"),
+    2: ("CUDA_ERROR_OUT_OF_MEMORY", "out of memory"),
+    3: ("CUDA_ERROR_NOT_INITIALIZED", "initialization error"),
+    100: ("CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
+    304: ("CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS"),
+    401: ("CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"),
+    600: ("CUDA_ERROR_NOT_READY", "device not ready"),
+    801: ("CUDA_ERROR_NOT_SUPPORTED", "operation not supported"),
+    999: ("CUDA_ERROR_UNKNOWN", "unknown error"),
+}
+INVALID_VALUE, ILLEGAL_STATE, NOT_READY, UNKNOWN = 1, 401, 600, 999
+STATES = ["running", "locked", "checkpointed", "failed"]
+LAWFUL = {
+    "lock": ("running", "locked"),
+    "checkpoint": ("locked", "checkpointed"),
+    "restore": ("checkpointed", "locked"),
+    "unlock": ("locked", "running"),
+}
+CUDA_VERSIONS = {550: 12040, 555: 12050, 560: 12060, 565: 12070, 570: 12080, 575: 12090, 580: 13000}
+HANG_SECONDS = 60.0
+HELP = """\
+CUDA checkpoint and restore utility.
+Version {version}. Copyright (C) 2025 NVIDIA Corporation. All rights reserved.
+
+Operations:
+{operations}
+Options:
+--pid|-p <pid>
+\tThe pid upon which to perform the operation
+"""
+PARENT = os.getppid()
+
+
+def configuration():
+    with suppress(KeyError, FileNotFoundError), open(os.environ["FAKE_CUDA"]) as file:
+        return json.load(file)
+    return {}
+
+
+class Log:
+    """Locked while it is held, which also makes a step's transition one at a time."""
+
+    def __enter__(self):
+        self.file = open(os.environ["FAKE_CUDA"] + ".log", "a+")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def events(self):
+        self.file.seek(0)
+        return [json.loads(line) for line in self.file]
+
+    def add(self, **event):
+        self.file.write(json.dumps({**event, "time": time.monotonic()}) + "\n")
+
+
+def state_path(pid):
+    """Where the state of a process is, seen from here. Raises OSError if there is no such process."""
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    return f"/proc/{pid}/root/dev/shm/fake-cuda-{fields['NStgid'].split()[-1]}"
+
+
+def read_state(pid):
+    """None if the process holds no CUDA."""
+    with suppress(OSError), open(state_path(pid)) as file:
+        return json.load(file)
+    return None
+
+
+def write_state(pid, state):
+    path = state_path(pid)
+    staged = f"{path}.{os.getpid()}"
+    with open(staged, "w") as file:
+        json.dump(state, file)
+    os.rename(staged, path)
+
+
+def host_thread(pid, tid):
+    """The thread of a process that it calls `tid`, as it is called here."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(OSError), open(f"/proc/{pid}/task/{thread}/status") as file:
+            if any(line.startswith("NSpid:") and line.split()[-1] == str(tid) for line in file):
+                return int(thread)
+    return 0
+
+
+def wait(seconds, *, even_alone):
+    """False if our parent died meanwhile; what is in a process goes on only as long as that lives."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, 0.02))
+        if os.getppid() != PARENT and not even_alone:
+            return False
+    return True
+
+
+def fault_of(config, step, pid, events):
+    """The fault that this call meets; `events` are all before it."""
+    count = 1 + sum(event["step"] == step and event["event"] == "begin" for event in events)
+    for number, fault in enumerate(config.get("faults", [])):
+        met = sum(event.get("fault") == number for event in events)
+        here = fault["step"] == step and fault.get("pid", pid) == pid and fault.get("nth", count) == count
+        if here and met < fault.get("times", 1 << 30):
+            return number, fault
+    return None, {}
+
+
+def perform(step, pid, door, *, timeout_ms=0, device_map=None):
+    """One call: its result, and the value that it gives."""
+    config = configuration()
+    with Log() as log:
+        number, fault = fault_of(config, step, pid, log.events())
+        log.add(event="begin", step=step, pid=pid, door=door, fault=number)
+    alone = door == "utility"
+    if not wait(config.get("seconds", {}).get(step, 0) + fault.get("seconds", 0), even_alone=alone):
+        sys.exit(1)
+    if fault.get("hang"):
+        wait(HANG_SECONDS, even_alone=False)
+        sys.exit(1)
+    busy = step == "lock" and pid in config.get("busy", [])
+    if busy and not wait(timeout_ms / 1000 if timeout_ms else HANG_SECONDS, even_alone=alone):
+        sys.exit(1)
+    with Log() as log:
+        before = (read_state(pid) or {}).get("state")
+        if "code" in fault:
+            code, value = fault["code"], 0
+        elif busy:
+            code, value = NOT_READY, 0
+        else:
+            code, value = transition(config, step, pid, device_map or {})
+        if "state" in fault:
+            write_state(pid, {**read_state(pid), "state": fault["state"]})
+        after = (read_state(pid) or {}).get("state")
+        log.add(event="end", step=step, pid=pid, door=door, code=code, before=before, after=after)
+    return code, value
+
+
+def transition(config, step, pid, device_map):
+    held = read_state(pid)
+    if held is None:
+        if step == "state" and pid in config.get("coordinators", []):
+            return 0, 0
+        return INVALID_VALUE, 0
+    if step == "state":
+        return 0, STATES.index(held["state"])
+    if step == "restore-thread":
+        return 0, host_thread(pid, held["tid"])
+    lawful, target = LAWFUL[step]
+    if held["state"] != lawful:
+        return ILLEGAL_STATE, 0
+    if step == "restore":
+        there = config.get("gpus")
+        if device_map:
+            if set(device_map) != set(held["uuids"]):
+                return INVALID_VALUE, 0
+            new = [device_map[uuid] for uuid in held["uuids"]]
+        elif there is None or set(held["uuids"]) <= set(there):
+            new = held["uuids"]
+        elif len(there) == len(held["uuids"]):
+            new = there  # by position, as drivers do it on another node
+        else:
+            return INVALID_VALUE, 0
+        if len(set(new)) != len(new) or not (there is None or set(new) <= set(there)):
+            return INVALID_VALUE, 0
+        held["uuids"] = new
+    write_state(pid, {**held, "state": target})
+    return 0, 0
+
+
+def initialise(door):
+    """cuInit: its result."""
+    config = configuration()
+    with Log() as log:
+        number, fault = fault_of(config, "init", 0, log.events())
+        log.add(event="begin", step="init", pid=0, door=door, fault=number)
+    seconds = config.get("init_seconds", 0) + fault.get("seconds", 0)
+    if not wait(HANG_SECONDS if fault.get("hang") else seconds, even_alone=False):
+        sys.exit(1)
+    return fault.get("code", config.get("init", 0))
+
+
+def major(config):
+    return int(config.get("driver", "580.65.06").partition(".")[0])
+
+
+def parse_map(text):
+    return dict(pair.split("=", 1) for pair in text.split(",")) if text else {}
+
+
+def as_driver(words):
+    """For cuda.c: prints the result and the value."""
+    step, pid, argument = words[0], int(words[1]), words[2]
+    if step == "init":
+        known = [version for number, version in CUDA_VERSIONS.items() if number <= major(configuration())]
+        print(initialise("driver"), known[-1])
+        return 0
+    rest = {"timeout_ms": int(argument)} if step == "lock" else {}
+    if step == "restore":
+        rest = {"device_map": parse_map(argument)}
+        if rest["device_map"] and major(configuration()) < 580:
+            print(INVALID_VALUE, 0)  # what was reserved must be zero
+            return 0
+    print(*perform(step, pid, "driver", **rest))
+    return 0
+
+
+def as_utility(words):
+    config = configuration()
+    known = {"--pid", "--get-state", "--get-restore-tid", "--toggle", "--help"}
+    operations = "--get-state --pid <pid>\n--toggle --pid <pid>\n--get-restore-tid --pid <pid>\n"
+    if major(config) >= 555:
+        known |= {"--action", "--timeout"}
+        extra = " [--device-map <uuids>]" if major(config) >= 580 else ""
+        operations += f"--action lock | checkpoint | restore | unlock --pid <pid> [--timeout <ms>]{extra}\n"
+    if major(config) >= 580:
+        known.add("--device-map")
+    options, rest = {}, list(words)
+    while rest:
+        name = {"-p": "--pid", "-h": "--help", "-t": "--timeout", "-d": "--device-map"}.get(rest[0], rest[0])
+        rest.pop(0)
+        if name not in known:
+            print(f"cuda-checkpoint: unrecognized option '{name}'", file=sys.stderr)
+            return 1
+        takes = name in {"--pid", "--action", "--timeout", "--device-map"}
+        options[name] = rest.pop(0) if takes else ""
+    if "--help" in options:
+        print(HELP.format(version=config.get("driver", "580.65.06"), operations=operations), end="")
+        return 0
+    if code := initialise("utility"):
+        print(f'Error initializing CUDA: "{CODES[code][1]}"', file=sys.stderr)
+        return code & 0xFF
+    pid = int(options["--pid"])
+    if "--get-state" in options:
+        step, what = "state", "get state of"
+    elif "--get-restore-tid" in options:
+        step, what = "restore-thread", "get restore thread ID of"
+    else:
+        step = options["--action"]
+        what = f"{step} on"
+    code, value = perform(
+        step,
+        pid,
+        "utility",
+        timeout_ms=int(options.get("--timeout", 0)),
+        device_map=parse_map(options.get("--device-map", "")),
+    )
+    if code:
+        print(f'Could not {what} process ID {pid}: "{CODES[code][1]}"', file=sys.stderr)
+        return code & 0xFF
+    if step == "state":
+        print(STATES[value])
+    elif step == "restore-thread":
+        print(value)
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    as_what = as_driver if sys.argv[1:2] == ["--driver"] else as_utility
+    sys.exit(as_what(sys.argv[2:] if as_what is as_driver else sys.argv[1:]))
