@@ -39,6 +39,20 @@ def probe(home: Home) -> Abilities:
         return Abilities(lacks={"criu": f"{error.message}: {error.cause}" if error.cause else error.message})
 
 
+def cuda_lack(home: Home) -> str:
+    """Why what a process held on NVIDIA GPUs cannot be restored here; empty if it can.
+
+    This starts the driver, which takes seconds: for a record that names such GPUs.
+    """
+    from rekindle import cuda
+
+    try:
+        cuda.find(home).close()
+    except CapabilityError as error:
+        return error.cause or error.message
+    return ""
+
+
 def _cell_lack(home: Home) -> str:
     """Why no cell can be made here; empty if one can."""
     known = home.tools / "cells-that-work.json"

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA's checkpointing by NVIDIA's `cuda-checkpoint`, for drivers whose API cannot be called (555 to 565).
+
+Each call starts the driver anew, which takes seconds. Its exit status is the driver's result, of which the
+shell sees the low eight bits, so what it prints tells more: `Could not lock on process ID 42: "…"`.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from rekindle import gpu
+from rekindle.cuda.door import (
+    ANSWER_SECONDS,
+    STEP_SECONDS,
+    State,
+    Step,
+    checked,
+    failure,
+    holds_none,
+    late,
+)
+from rekindle.errors import CapabilityError, CudaError
+from rekindle.files import write_atomically
+from rekindle.home import Home
+from rekindle.run import run
+
+_HELP_SECONDS = 20.0
+_START_SECONDS = 60.0  # for cuInit, on a node of many GPUs
+_TIMED_OUT = 124  # from rekindle.run
+_DRIVER_WITH_MAPS = 580
+_HINT = "https://github.com/NVIDIA/cuda-checkpoint has it, or set REKINDLE_CUDA_CHECKPOINT to yours"
+
+# cuGetErrorString's texts, of what checkpointing can answer.
+_RESULTS = {
+    "invalid argument": (1, "CUDA_ERROR_INVALID_VALUE"),
+    "out of memory": (2, "CUDA_ERROR_OUT_OF_MEMORY"),
+    "initialization error": (3, "CUDA_ERROR_NOT_INITIALIZED"),
+    "driver shutting down": (4, "CUDA_ERROR_DEINITIALIZED"),
+    "no CUDA-capable device is detected": (100, "CUDA_ERROR_NO_DEVICE"),
+    "invalid device ordinal": (101, "CUDA_ERROR_INVALID_DEVICE"),
+    "OS call failed or operation not supported on this OS": (304, "CUDA_ERROR_OPERATING_SYSTEM"),
+    "the operation cannot be performed in the present state": (401, "CUDA_ERROR_ILLEGAL_STATE"),
+    "device not ready": (600, "CUDA_ERROR_NOT_READY"),
+    "operation not permitted": (800, "CUDA_ERROR_NOT_PERMITTED"),
+    "operation not supported": (801, "CUDA_ERROR_NOT_SUPPORTED"),
+    "system not yet initialized": (802, "CUDA_ERROR_SYSTEM_NOT_READY"),
+    "unknown error": (999, "CUDA_ERROR_UNKNOWN"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utility:
+    """The door. `maps` says whether it has --device-map."""
+
+    path: Path
+    version: str
+    maps: bool
+
+    @classmethod
+    def find(cls, home: Home) -> Self:
+        """`$REKINDLE_CUDA_CHECKPOINT`, or the one on PATH. What it can do is remembered until it changes.
+
+        Raises CapabilityError if there is none, or if it is too old.
+        """
+        chosen = os.environ.get("REKINDLE_CUDA_CHECKPOINT") or shutil.which("cuda-checkpoint")
+        if not chosen:
+            raise CapabilityError("there is no cuda-checkpoint on PATH", hint=_HINT)
+        path = Path(chosen).absolute()
+        text = _help(path, home.tools / "cuda-checkpoint-help.json")
+        match = re.search(r"Version (\S+?)\.? ", text)
+        version = match[1] if match else "of an unknown version"
+        if "--action" not in text:
+            raise CapabilityError(f"{path} {version} knows no --action: it is older than 555", hint=_HINT)
+        return cls(path=path, version=version, maps="--device-map" in text)
+
+    @property
+    def name(self) -> str:
+        return "utility"
+
+    def state(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> State:
+        output = self._call(Step.STATE, pid, ["--get-state"], timeout_seconds)
+        for line in reversed(output.splitlines()):  # the driver may have something to say, too
+            with contextlib.suppress(ValueError):
+                return State(line.strip())
+        raise failure(Step.STATE, pid, 0, "", f"it printed {output.strip()!r}")
+
+    def restore_thread(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> int | None:
+        try:
+            output = self._call(Step.RESTORE_THREAD, pid, ["--get-restore-tid"], timeout_seconds)
+        except CudaError as error:
+            if holds_none(pid, error.number):
+                return None
+            raise
+        for line in reversed(output.splitlines()):
+            if line.strip().isdecimal():
+                return int(line)
+        raise failure(Step.RESTORE_THREAD, pid, 0, "", f"it printed {output.strip()!r}")
+
+    def lock(self, pid: int, timeout_seconds: float) -> None:
+        words = ["--action", "lock", "--timeout", str(max(1, int(timeout_seconds * 1000)))]
+        self._call(Step.LOCK, pid, words, timeout_seconds + _START_SECONDS)
+
+    def checkpoint(self, pid: int, *, timeout_seconds: float = STEP_SECONDS) -> None:
+        self._call(Step.CHECKPOINT, pid, ["--action", "checkpoint"], timeout_seconds)
+
+    def restore(
+        self, pid: int, device_map: Mapping[str, str], *, timeout_seconds: float = STEP_SECONDS
+    ) -> None:
+        words = ["--action", "restore"]
+        if device_map:
+            pairs = [f"{old}={new}" for old, new in checked(device_map, pid).items()]
+            self._require_maps(pid)
+            words += ["--device-map", ",".join(pairs)]
+        self._call(Step.RESTORE, pid, words, timeout_seconds)
+
+    def unlock(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
+        self._call(Step.UNLOCK, pid, ["--action", "unlock"], timeout_seconds)
+
+    def close(self) -> None:
+        pass
+
+    def _require_maps(self, pid: int) -> None:
+        """A driver before 580 leaves the map unread, and would restore onto any GPU."""
+        driver = gpu.probe().driver
+        major = int(driver.partition(".")[0]) if driver.partition(".")[0].isdecimal() else _DRIVER_WITH_MAPS
+        if not self.maps or major < _DRIVER_WITH_MAPS:
+            raise CudaError(
+                f"process {pid} cannot be restored onto other GPUs here",
+                cause=f"that came with 580; here are {self.path} {self.version} and driver {driver or '?'}",
+                hint="update the driver and cuda-checkpoint to 580 or newer, or restore onto the same GPUs",
+            )
+
+    def _call(self, step: Step, pid: int, words: list[str], seconds: float) -> str:
+        """What it printed."""
+        argv = [str(self.path), *words, "--pid", str(pid)]
+        try:
+            done = run(argv, timeout=seconds)
+        except OSError as error:
+            raise failure(step, pid, 0, "", str(error)) from error
+        if done.status == 0:
+            return done.output
+        output = done.output.strip()
+        quoted = re.search(r': "([^"]+)"\s*$', output)
+        number, name = _RESULTS.get(quoted[1] if quoted else "", (0, ""))
+        if done.status == _TIMED_OUT and not number:
+            raise late(step, pid, seconds, "cuda-checkpoint was at it, and was ended")
+        if number and not output.startswith("Could not"):  # `Error initializing CUDA: "…"`, of the utility
+            number, name = 0, ""
+        text = quoted[1] if quoted and number else output or f"it ended with status {done.status}"
+        refused = failure(step, pid, number, name, text)
+        refused.command = tuple(argv)
+        raise refused
+
+
+def _help(path: Path, known: Path) -> str:
+    """What it prints for --help, or printed when it was asked last."""
+    try:
+        status = path.stat()
+        identity = f"{path} {status.st_size} {status.st_mtime_ns}"
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if isinstance(text := json.loads(known.read_bytes()).get(identity), str):
+                return text
+        done = run([str(path), "--help"], timeout=_HELP_SECONDS)
+    except OSError as error:
+        raise CapabilityError(f"{path} cannot be run: {error}", hint=_HINT) from error
+    if done.status == 0:
+        with contextlib.suppress(OSError):
+            write_atomically(known, json.dumps({identity: done.output}).encode())
+    return done.output

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of CUDA's checkpointing share: the fake driver, doors to it, and commands that use them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rekindle import cuda
+from rekindle.home import Home
+from tests.conftest import ROOT
+from tests.fakes.cuda import FakeCuda
+
+DOORS = ("driver", "utility")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
+    return FakeCuda(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def fake(built: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The driver of this test, which it may describe anew."""
+    built.describe()
+    built.forget()
+    for name, value in built.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("REKINDLE_CUDA_DOOR", "REKINDLE_CUDA_CHECKPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    return built
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture(params=DOORS)
+def door(
+    request: pytest.FixtureRequest, fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[cuda.Door]:
+    """Each of the doors in turn."""
+    monkeypatch.setenv("REKINDLE_CUDA_DOOR", request.param)
+    found = cuda.find(home)
+    yield found
+    found.close()
+
+
+# A command that runs a session as ours do, and says what came of it.
+PROGRAM = """
+import json, signal, sys
+from pathlib import Path
+from rekindle import cuda
+from rekindle.errors import CudaError, Interrupted
+from rekindle.home import Home
+
+def interrupt(signum, _):
+    raise Interrupted(signum)
+
+signal.signal(signal.SIGTERM, interrupt)
+home, journal, timeout, *pids = sys.argv[1:]
+with Home(Path(home)).work("snapshot") as directory:
+    door = cuda.find(Home(Path(home)))
+    try:
+        with cuda.Session(door, [int(pid) for pid in pids], directory / journal) as session:
+            session.checkpoint_all(float(timeout))
+            print("checkpointed", flush=True)
+            signal.pause()
+    except CudaError as error:
+        print(f"{error.message} | {error.cause}", flush=True)
+        sys.exit(error.exit_status)
+    except Interrupted as interrupted:
+        print(*getattr(interrupted, "__notes__", ()), flush=True)
+        sys.exit(128 + interrupted.signum)
+    finally:
+        door.close()
+"""
+
+
+def session_command(home: Home, pids: list[int], *, timeout: float = 20) -> "subprocess.Popen[str]":
+    words = [str(home.root), "cuda.json", str(timeout), *map(str, pids)]
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", PROGRAM, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def clients(pid: int = 0) -> list[int]:
+    """The clients with a driver that this process, or another one, has started and that live."""
+    found = []
+    for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            if b"cuda/client.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
