@@ -12,7 +12,9 @@
         seen.json                   the newest that was restored of each tag
         lock                        held for a moment, while a work directory is made or looked at
 
-A command that is killed leaves its work directory behind, unlocked; the next command removes it.
+A command that is killed leaves its work directory behind, unlocked; the next command removes it. But where
+the journal in it (`cuda.json`) tells of processes that live and may be locked out of their GPUs, that stays,
+for `rekindle doctor --repair`.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from pathlib import Path
 from rekindle.errors import RekindleError, UsageError
 from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
 
+CUDA_JOURNAL = "cuda.json"
 _LOGS_KEPT = 20
 _STALE_SECONDS = 3600.0
 
@@ -89,8 +92,9 @@ class Home:
                 self._keep_log(error, directory)
                 raise
 
-    def sweep(self) -> list[Path]:
-        """Removes the work directories of commands that are no more; returns them."""
+    @contextlib.contextmanager
+    def abandoned(self) -> Iterator[list[Path]]:
+        """The work directories of commands that are no more; nobody else is at them within the context."""
         found: list[Path] = []
         with contextlib.ExitStack() as stack:
             with locked(self.root / "lock"):
@@ -100,14 +104,18 @@ class Home:
                         stack.callback(os.close, fd)
                         if try_lock(fd):
                             found.append(directory)
-                for path in self.tools.glob(".*"):  # staged by a writer that was killed
-                    with contextlib.suppress(FileNotFoundError):
-                        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                            path.unlink()
-            # Gigabytes, maybe: nobody has to wait for that, and who comes now finds them locked.
-            for directory in found:
-                _remove_if_possible(directory)
-        return found
+            yield found
+
+    def sweep(self) -> list[Path]:
+        """Removes the work directories of commands that are no more, and returns them; without those of which
+        a journal is still needed."""
+        for path in self.tools.glob(".*"):  # staged by a writer that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+        # Gigabytes, maybe: nobody has to wait for that, and who comes now finds them locked.
+        with self.abandoned() as found:
+            return [directory for directory in found if _remove_if_possible(directory)]
 
     def _keep_log(self, error: RekindleError, directory: Path) -> None:
         """Saves the log that an error names from the removal of its directory."""
@@ -143,7 +151,25 @@ def _make_private(root: Path) -> None:
         root.chmod(0o700)
 
 
-def _remove_if_possible(directory: Path) -> None:
-    """A directory that cannot be removed now is left to the next sweep: the command's result stands."""
+def _remove_if_possible(directory: Path) -> bool:
+    """A directory that cannot be removed now is left to the next sweep: the command's result stands.
+
+    False if a journal in it is needed: that stays, and all else goes.
+    """
+    needed = _is_needed(directory / CUDA_JOURNAL)
     with contextlib.suppress(OSError):
-        remove_tree(directory)
+        if not needed:
+            remove_tree(directory)
+            return True
+        for entry in directory.iterdir():
+            if entry.name != CUDA_JOURNAL:
+                remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return not needed
+
+
+def _is_needed(journal: Path) -> bool:
+    if not journal.exists():
+        return False
+    from rekindle.cuda import unfinished
+
+    return unfinished(journal)

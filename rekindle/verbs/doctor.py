@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle import amx, criu
+from rekindle import amx, criu, gpu
 from rekindle.cell import Cell, Clocks, Network
 from rekindle.errors import CapabilityError, RekindleError
-from rekindle.home import Home
+from rekindle.home import CUDA_JOURNAL, Home
 from rekindle.verbs import _options
 
 SCHEMA = "rekindle.doctor/1"
 _ROOM_BYTES = 8 << 30
+_NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,18 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--check", choices=list(_CHECKS), metavar="NAME", help="only this one")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="first bring servers back that a killed command left without GPUs",
+    )
     args = parser.parse_args(words)
     home = Home.from_environment()
+    repaired, left = _repair(home) if args.repair else ([], False)
     removed = _options.sweep(home)
     names = [args.check] if args.check else list(_CHECKS)
     checks = [check for name in names for check in _CHECKS[name](home)]
-    ok = all(check.ok or not check.needed for check in checks)
+    ok = all(check.ok or not check.needed for check in checks) and not left
     if args.json:
         document = {
             "schema": SCHEMA,
@@ -67,6 +74,7 @@ def main(words: Sequence[str]) -> int:
                 for c in checks
             ],
             "removed": [str(path) for path in removed],
+            "repaired": repaired,
         }
         print(json.dumps(document, indent=2))
     else:
@@ -75,6 +83,8 @@ def main(words: Sequence[str]) -> int:
             print(f"{mark}  {check.name:<11}{check.detail}")
             if check.remedy and not check.ok:
                 print(f"      {'':<11}→ {check.remedy}")
+        for line in repaired:
+            print(f"      {'':<11}{line}")
         for path in removed:
             print(f"      {'':<11}removed what a killed command left: {path}")
     return 0 if ok else CapabilityError.exit_status
@@ -140,6 +150,66 @@ def _shell(_: Home) -> Iterator[Check]:
     )
 
 
+def _cuda(home: Home) -> Iterator[Check]:
+    yield from _cuda_journals(home)
+    try:
+        gpus = gpu.probe()
+        seen = any(each.vendor == "nvidia" for each in gpus.gpus) or _NVIDIA_CONTROL.exists()
+    except ImportError:  # there is NVML, and nothing installed to ask it
+        seen = True
+    if not seen:
+        yield Check(name="cuda", ok=False, needed=False, detail="this node has no NVIDIA GPU")
+        return
+    from rekindle import cuda
+
+    found = cuda.candidates(home)
+    opens = any(candidate.chosen for candidate in found)
+    for candidate in found:
+        works = candidate.detail + ("" if candidate.chosen else ", and is not needed")
+        yield Check(
+            name="cuda",
+            ok=not candidate.lack,
+            needed=not opens,
+            detail=f"{candidate.name}: {candidate.lack or works}",
+            remedy=candidate.hint,
+        )
+
+
+def _cuda_journals(home: Home) -> Iterator[Check]:
+    """The servers that a killed command may have left without their GPUs."""
+    with home.abandoned() as found:
+        for directory in found:
+            if (directory / CUDA_JOURNAL).exists():  # the sweep has left only those that are needed
+                yield Check(
+                    name="cuda",
+                    ok=False,
+                    needed=False,
+                    detail=f"a killed command may have left a server without its GPUs: {directory}",
+                    remedy="rekindle doctor --repair",
+                )
+
+
+def _repair(home: Home) -> tuple[list[str], bool]:
+    """Undoes what killed commands did to the CUDA processes of servers.
+
+    Returns a line for each process, and whether there is anything left to do.
+    """
+    done: list[str] = []
+    left = False
+    with home.abandoned() as found:
+        for directory in found:
+            journal = directory / CUDA_JOURNAL
+            if journal.exists():
+                from rekindle import cuda
+
+                try:
+                    done += cuda.repair(journal, lambda: cuda.find(home))
+                except CapabilityError as error:
+                    done.append(f"what {journal} tells of cannot be undone: {error.cause or error.message}")
+                left = left or journal.exists()
+    return done, left
+
+
 def _disk(home: Home) -> Iterator[Check]:
     free = shutil.disk_usage(home.root).free
     yield Check(
@@ -173,6 +243,7 @@ _CHECKS: dict[str, Callable[[Home], Iterator[Check]]] = {
     "cell": _cell,
     "criu": _criu,
     "amx": _amx,
+    "cuda": _cuda,
     "shell": _shell,
     "disk": _disk,
     "packages": _packages,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.errors import FormatError, RekindleError, RestoreError, SpaceError, UsageError
-from rekindle.home import Home
+from rekindle.home import CUDA_JOURNAL, Home
 
 
 @pytest.fixture
@@ -124,6 +124,46 @@ def test_another_living_process_keeps_its_directory(home: Home) -> None:
         assert directory.exists()
         process.kill()
         process.wait()
+    assert home.sweep() == [directory]
+    assert not directory.exists()
+
+
+def journal(directory: Path, pid: int) -> Path:
+    """The journal of a command that was killed while it was at this process."""
+    from rekindle.cuda import State, session
+
+    path = directory / CUDA_JOURNAL
+    start = session.began(pid)
+    assert start
+    session._write(path, [session.Held(pid=pid, began=start, state=State.RUNNING)])
+    return path
+
+
+def test_a_journal_that_is_needed_stays_and_all_else_goes(home: Home) -> None:
+    directory = leave(home, "snapshot-1-a")
+    (directory / "link").symlink_to(home.root)
+    with subprocess.Popen(["sleep", "1000"]) as server:
+        path = journal(directory, server.pid)
+        assert home.sweep() == []
+        assert list(directory.iterdir()) == [path]
+        assert home.sweep() == []
+        server.kill()
+    assert home.sweep() == [directory]
+    assert not directory.exists()
+    assert home.store.exists()
+
+
+def test_a_journal_that_is_needed_outlives_the_command_that_wrote_it(home: Home) -> None:
+    with home.work("snapshot") as directory:
+        (directory / "dump").mkdir()
+        (directory / "dump/pages-1.img").touch()
+        path = journal(directory, os.getpid())
+    assert list(directory.iterdir()) == [path]
+
+
+def test_a_journal_that_is_none_goes(home: Home) -> None:
+    directory = leave(home, "snapshot-1-a")
+    (directory / CUDA_JOURNAL).write_text("{")
     assert home.sweep() == [directory]
     assert not directory.exists()
 
