@@ -729,7 +729,9 @@ class Node:
         decided = plan.make(facts, case.asked, case.strictness)
         if facts.cache_unread and decided.first is not None and decided.first.rung is CACHE:
             facts = self.read_cache(facts)
-            decided = plan.make(facts, case.asked, case.strictness)
+            known = plan.make(facts, case.asked, case.strictness)
+            steps = [step for step in decided.steps if step.rung is PROCESS]  # that has been given up by then
+            decided = dataclasses.replace(known, steps=[*steps, *known.steps[len(steps) :]])
         return facts, decided
 
     def read_cache(self, facts: Facts) -> Facts:
