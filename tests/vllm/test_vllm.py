@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, 
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_USE_AOT_COMPILE": "0",
+            "VLLM_CACHE_ROOT": str(home / "caches/vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(home / "caches/inductor"),
         },
     )
     done = rekindle(
@@ -51,9 +54,10 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, 
 def start(vllm: tuple[Rekindle, dict[str, object]], tmp_path: Path) -> Iterator[Callable[..., Replica]]:
     replicas: list[Replica] = []
 
-    def begin(port: int = PORT) -> Replica:
+    def begin(port: int = PORT, *words: str) -> Replica:
         report, log = tmp_path / f"{len(replicas)}.json", tmp_path / f"{len(replicas)}.log"
-        process = vllm[0].spawn("restore", "tiny", "--publish", str(port), "--report", str(report), log=log)
+        options = ["--publish", str(port), "--report", str(report), *words]
+        process = vllm[0].spawn("restore", "tiny", *options, log=log)
         replica = Replica(process, port, log, {})
         replicas.append(replica)
         wait_for(lambda: report.exists() or process.poll() is not None, 120)
@@ -92,7 +96,7 @@ def test_the_snapshot_is_proved_small_and_made_in_little_memory(
     assert report["peak_rss_bytes"] <= 300e6
     shown = vllm[0]("inspect", "tiny")
     assert "engine      vllm" in shown.stdout
-    assert "fits here   yes" in shown.stdout
+    assert "fits here   by its process" in shown.stdout
 
 
 def test_ten_restores_in_a_row_give_ten_right_answers_and_leave_nothing(
@@ -138,6 +142,36 @@ def test_a_signal_ends_the_server_gracefully(start: Callable[..., Replica]) -> N
     status = replica.process.wait(60)
     assert status in {0, 143}, replica.log.read_text()
     assert "Shutting down" in replica.log.read_text() or "shutdown" in replica.log.read_text().lower()
+
+
+def test_a_node_without_kernels_gets_those_that_the_process_has_mapped(
+    vllm: tuple[Rekindle, dict[str, object]], start: Callable[..., Replica]
+) -> None:
+    """Inductor's kernels are shared objects, and CRIU maps them again."""
+    shutil.rmtree(vllm[0].home.parent / "caches")
+    replica = start()
+    assert replica.report["outcome"] == "restored"
+    assert "extract" in [phase["name"] for phase in replica.report["phases"]]
+    assert replica.report["oracle"]["match"] is True
+
+
+def test_the_kernel_cache_alone_is_hit(
+    vllm: tuple[Rekindle, dict[str, object]], start: Callable[..., Replica]
+) -> None:
+    shutil.rmtree(vllm[0].home.parent / "caches")
+    replica = start(PORT, "--rung", "cache")
+    report = replica.report
+    assert report["outcome"] == report["asked"] == "cache"
+    assert report["oracle"]["match"] is True
+    proof = report["cache"]
+    assert proof["verdict"] == "hit", proof
+    assert proof["complete"]
+    assert proof["used"] == proof["entries"] > 2, proof
+    assert proof["made"] == 0, proof
+    assert complete(replica)
+    replica.process.terminate()
+    assert replica.process.wait(60) in {0, 143}
+    assert "Application startup complete" in replica.log.read_text()
 
 
 def test_a_snapshot_of_a_server_with_a_wrong_model_tells_why(
