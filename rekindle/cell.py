@@ -218,15 +218,12 @@ class Cell:
         """Readable when something happened in the cell; then call `wait` with a timeout of 0."""
         return self._control.fileno()
 
-    def connect(self, host: str, port: int, timeout: float, source: str = "") -> socket.socket:
-        """A TCP connection to an address inside the cell, from an address of it. Raises OSError as
-        socket.connect does."""
+    def connect(self, host: str, port: int, timeout: float) -> socket.socket:
+        """A TCP connection to an address inside the cell. Raises OSError as socket.connect does."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = self.socket(family)
         try:
             sock.settimeout(timeout)
-            if source:
-                sock.bind((source, 0))
             sock.connect((host, port))
         except BaseException:
             sock.close()

@@ -102,7 +102,7 @@ class Record:
     @property
     def reloads(self) -> bool:
         """Whether the restored server reads its model's files again."""
-        return self.engine_options.get("asleep") in {2, "boundary"}
+        return self.engine_options.get("asleep") in (2, "boundary")
 
     def to_bytes(self) -> bytes:
         """The document. Equal records give equal bytes."""

@@ -4,6 +4,7 @@
 import importlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,8 +118,7 @@ def restore(
         with report.phase("cuda"):
             _restore_cuda(cell, process.cuda_pids, cuda, work)
     if engine.options().get("asleep"):
-        with report.phase("wake"):
-            _wake(cell, record, engine)
+        _wake(cell, record, engine, report)
     with report.phase("oracle"):
         _prove(cell, record, engine, report)
 
@@ -136,14 +136,17 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None, work: Path
     Session(cuda.door(), holders, journal=work / "cuda.json").restore_all(cuda.device_map)
 
 
-def _wake(cell: Cell, record: Record, engine: Engine) -> None:
+def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
     from rekindle.engine.client import Client
 
+    def connect(host: str, port: int, timeout: float) -> socket.socket:
+        status = cell.wait(record.process.root_pid, 0.0)
+        if status is not None:  # else an engine that waits for a port would wait to its deadline
+            raise RestoreError(f"the restored server ended with status {exit_status(status)} as it woke")
+        return cell.connect(host, port, timeout)
+
     engine.enter(cell.root)
-    try:
-        engine.wake(Client(record.endpoint, cell.connect))
-    except OSError as error:
-        raise RestoreError("the restored server does not wake", cause=str(error)) from error
+    engine.wake(Client(record.endpoint, connect), report.phase)
 
 
 def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:

@@ -86,5 +86,5 @@ class Waiting:
             return Ready(at=at, lack=repr(error))
 
 
-def _connect(host: str, port: int, timeout: float, source: str = "") -> socket.socket:
-    return socket.create_connection((host, port), timeout, (source, 0) if source else None)
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
+    return socket.create_connection((host, port), timeout)

@@ -8,8 +8,9 @@ it (the oracle) and what of the answer counts. It only talks HTTP; it starts and
     http    any other server: a URL that answers when it is ready, and a file with the oracle's request
 """
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
 JSON = Any
+Phase = Callable[[str], contextlib.AbstractContextManager[None]]
+"""What times a step of that name: `rekindle.report.Report.phase`, or `no_phase`."""
+
+
+def no_phase(name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG001
+    return contextlib.nullcontext()
+
 
 # What HTTP/1.1 lets through (RFC 9110 and 9112), so that a request cannot be more than one.
 _METHOD = re.compile(r"[A-Za-z]+")
@@ -127,8 +135,8 @@ class Engine(Protocol):
         OracleError if not."""
         return
 
-    def wake(self, client: "Client") -> None:  # noqa: ARG002
-        """Wakes a restored server."""
+    def wake(self, client: "Client", phase: Phase) -> None:  # noqa: ARG002
+        """Wakes a restored server, a phase for each step. Raises WorkloadError, NotReadyError."""
         return
 
     def ready(self, client: "Client", timeout: float) -> bool:

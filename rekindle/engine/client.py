@@ -2,7 +2,6 @@
 """An HTTP client for one server, over connections that somebody else makes."""
 
 import contextlib
-import functools
 import http.client
 import json
 import socket
@@ -16,8 +15,8 @@ from rekindle.errors import NotReadyError
 
 _BODY_LIMIT_BYTES = 64 << 20
 
-Connect = Callable[..., socket.socket]
-"""Makes a TCP connection: host, port, timeout in seconds, and the address that it shall come from, if any."""
+Connect = Callable[[str, int, float], socket.socket]
+"""Makes a TCP connection: host, port, timeout in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +70,6 @@ class Client:
         finally:
             over.cancel()
             connection.close()
-
-    def from_address(self, source: str) -> "Client":
-        """One that asks from an address of its own, where the server is on loopback."""
-        host = "127.0.0.1" if self._endpoint.host in {"", "0.0.0.0", "::"} else self._endpoint.host
-        endpoint = Endpoint(host=host, port=self._endpoint.port)
-        return Client(endpoint, functools.partial(self._connect, source=source))
 
     def get(self, path: str, *, timeout: float, headers: dict[str, str] | None = None) -> Response:
         return self.ask(Request(method="GET", path=path, headers=headers or {}, body=None), timeout=timeout)

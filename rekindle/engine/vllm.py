@@ -245,6 +245,8 @@ def restored(endpoint: Endpoint, options: Mapping[str, JSON]) -> VllmEngine:
     match options.get("asleep"):
         case None:
             return VllmEngine(endpoint=endpoint)
+        case bool():  # which would be 1
+            pass
         case 1 | 2 as level:
             from rekindle.engine.vllm_asleep import Sleeping
 

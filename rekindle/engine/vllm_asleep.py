@@ -10,17 +10,21 @@ the image) or not at all (level 2: they are read again from the model's files). 
                 opens its port only when it is released; logs nothing after that
 """
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.engine import JSON, Endpoint, Request
+from rekindle.engine import JSON, Endpoint, Phase, Request, no_phase
 from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
-from rekindle.engine.vllm_gate import CONTROL
+from rekindle.engine.vllm_gate import HEADER, KEY_BYTES, KEY_NAME
 from rekindle.errors import NotReadyError, OracleError, WorkloadError
 
 if TYPE_CHECKING:
@@ -40,14 +44,13 @@ class Sleeping(VllmEngine):
     def __init__(self, *, endpoint: Endpoint, level: int, api_key: str | None = None) -> None:
         super().__init__(endpoint=endpoint, api_key=api_key)
         self._level = level
+        self._root = Path("/")
 
     def options(self) -> dict[str, JSON]:
         return {"asleep": self._level}
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        words = [*argv, "--middleware", "rekindle_gate.Gate"]
-        if "--enable-sleep-mode" not in argv:
-            words.append("--enable-sleep-mode")
+        words = [*argv, "--enable-sleep-mode", "--middleware", "rekindle_gate.Gate"]
         path = environment.get("PYTHONPATH")
         added = {
             "VLLM_SERVER_DEV_MODE": "1",
@@ -56,34 +59,54 @@ class Sleeping(VllmEngine):
         return words, {**environment, **added}
 
     def enter(self, root: Path) -> None:
-        directory = _made(root)
-        shutil.copyfile(Path(__file__).with_name("vllm_gate.py"), directory / "rekindle_gate.py")
+        self._root = root
+        shutil.copyfile(Path(__file__).with_name("vllm_gate.py"), _made(root) / "rekindle_gate.py")
 
     def quiesce(self, client: "Client", expected: JSON, request: Request) -> None:
-        self._sleep(client)
-        self.wake(client)
-        got = self.answer(client.ask(request, timeout=_TIMEOUT_SECONDS))
-        if not self.agree(expected, got):
-            raise OracleError(
-                "after a sleep the server answers otherwise, so a restored one would, too",
-                cause=f"expected {json.dumps(expected)[:300]}, got {json.dumps(got)[:300]}",
-            )
-        self._sleep(client)
+        with self._key() as key:
+            self._sleep(client, key)
+            self._rouse(client, key, no_phase)
+            got = self.answer(_ask(client, request))
+            if not self.agree(expected, got):
+                raise OracleError(
+                    "after a sleep the server answers otherwise, so a restored one would, too",
+                    cause=f"expected {json.dumps(expected)[:300]}, got {json.dumps(got)[:300]}",
+                )
+            self._sleep(client, key)
 
-    def wake(self, client: "Client") -> None:
+    def wake(self, client: "Client", phase: Phase) -> None:
+        with self._key() as key:
+            self._rouse(client, key, phase)
+
+    @contextlib.contextmanager
+    def _key(self) -> Iterator[str]:
+        """What opens the gate, while within."""
+        path = _made(self._root) / KEY_NAME
+        key = secrets.token_hex(KEY_BYTES // 2)
+        path.write_text(key)
+        try:
+            yield key
+        finally:
+            path.unlink()
+
+    def _sleep(self, client: "Client", key: str) -> None:
+        self._order(client, key, f"/sleep?level={self._level}")
+
+    def _rouse(self, client: "Client", key: str, phase: Phase) -> None:
         if self._level == 1:
-            self._order(client, "/wake_up")
+            with phase("wake"):
+                self._order(client, key, "/wake_up")
             return
-        self._order(client, "/wake_up?tags=weights")
-        self._order(client, "/collective_rpc", {"method": "reload_weights"})
-        self._order(client, "/wake_up?tags=kv_cache")
+        with phase("wake"):
+            self._order(client, key, "/wake_up?tags=weights")
+        with phase("reload weights"):
+            self._order(client, key, "/collective_rpc", {"method": "reload_weights"})
+        with phase("wake kv cache"):
+            self._order(client, key, "/wake_up?tags=kv_cache")
 
-    def _sleep(self, client: "Client") -> None:
-        self._order(client, f"/sleep?level={self._level}")
-
-    def _order(self, client: "Client", path: str, body: JSON = None) -> None:
-        request = self.authorize(Request(method="POST", path=path, headers={}, body=body), os.environ)
-        response: Response = client.from_address(CONTROL).ask(request, timeout=_TIMEOUT_SECONDS)
+    def _order(self, client: "Client", key: str, path: str, body: JSON = None) -> None:
+        request = Request(method="POST", path=path, headers={HEADER: key}, body=body)
+        response = _ask(client, self.authorize(request, os.environ))
         if response.status != 200:
             raise WorkloadError(
                 f"{path} was answered with status {response.status}",
@@ -97,8 +120,9 @@ class AtBoundary(VllmEngine):
 
     def __init__(self, *, endpoint: Endpoint, api_key: str | None = None, model: str = "") -> None:
         super().__init__(endpoint=endpoint, api_key=api_key)
-        self._root = Path("/")
         self._named = model
+        # None: a server like any other, as on a lower rung.
+        self._root: Path | None = None
 
     def options(self) -> dict[str, JSON]:
         return {"asleep": "boundary"}
@@ -115,7 +139,7 @@ class AtBoundary(VllmEngine):
         _made(root)
 
     def ready(self, client: "Client", timeout: float) -> bool:
-        if _below(self._root, _RELEASE).exists():
+        if self._root is None or _below(self._root, _RELEASE).exists():
             return super().ready(client, timeout)
         return _below(self._root, _READY).exists()
 
@@ -123,32 +147,47 @@ class AtBoundary(VllmEngine):
         return []  # its port is closed; graphs are captured and a question is asked before it sleeps
 
     def known_oracle(self) -> tuple[Request, JSON]:
-        """The question that it asked itself, as a request, and its answer."""
+        """The question that it asked itself, as a request, and its answer.
+
+        By the token's number: its text in a list of tokens and in the answer need not be the same.
+        """
         try:
+            assert self._root is not None
             told = json.loads(_below(self._root, _READY).read_bytes())
-            answer = {
-                "tokens": [str(told["text"])],
-                "logprobs": [round(float(told["sampled_token_logprob"]), 6)],
-            }
+            (token,) = told["token_ids"]
+            logprob = float(told["sampled_token_logprob"])
+            if not isinstance(token, int) or not math.isfinite(logprob):
+                raise ValueError(str(told)[:300])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OracleError("vLLM's snapshot server did not say its answer", cause=repr(error)) from None
-        return completion(self._named, _CANARY, 1), answer
+        asked = completion(self._named, _CANARY, 1)
+        # As vllm/snapshot/server.py asks: no token that ends the answer.
+        body = {**asked.body, "min_tokens": 1, "return_tokens_as_token_ids": True}
+        answer = {"tokens": [f"token_id:{token}"], "logprobs": [round(logprob, 6)]}
+        return dataclasses.replace(asked, body=body), answer
 
-    def wake(self, client: "Client") -> None:
-        marker = {"release": True, "host": self.endpoint.host, "port": self.endpoint.port}
-        staged = _below(self._root, _RELEASE.with_suffix(".new"))
-        staged.write_text(json.dumps(marker))
-        staged.replace(_below(self._root, _RELEASE))
-        deadline = time.monotonic() + _TIMEOUT_SECONDS
-        while True:
-            try:
-                if super().ready(client, _TIMEOUT_SECONDS):
-                    return
-            except OSError:
-                pass
-            if time.monotonic() > deadline:
-                raise NotReadyError("the released server does not open its port")
-            time.sleep(_POLL_SECONDS)
+    def wake(self, client: "Client", phase: Phase) -> None:
+        assert self._root is not None
+        with phase("wake"):
+            marker = {"release": True, "host": self.endpoint.host, "port": self.endpoint.port}
+            staged = _below(self._root, _RELEASE.with_suffix(".new"))
+            staged.write_text(json.dumps(marker))
+            staged.replace(_below(self._root, _RELEASE))
+            deadline = time.monotonic() + _TIMEOUT_SECONDS
+            while True:
+                with contextlib.suppress(OSError, NotReadyError):
+                    if super().ready(client, _TIMEOUT_SECONDS):
+                        return
+                if time.monotonic() > deadline:
+                    raise NotReadyError("the released server does not open its port")
+                time.sleep(_POLL_SECONDS)
+
+
+def _ask(client: "Client", request: Request) -> "Response":
+    try:
+        return client.ask(request, timeout=_TIMEOUT_SECONDS)
+    except OSError as error:
+        raise WorkloadError(f"the server broke off at {request.path}", cause=str(error)) from error
 
 
 def _made(root: Path) -> Path:

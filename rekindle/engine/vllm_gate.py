@@ -4,29 +4,40 @@
 vLLM can put its weights to sleep only in development mode, which also opens endpoints by which whoever
 reaches the port can run any method of the workers. So a copy of this file is put into the server's cell, and
 vLLM is told of it by `--middleware rekindle_gate.Gate`. A request to such an endpoint is answered as if there
-were none, unless it comes from the address that rekindle alone uses, within the cell. What comes from outside
-is carried into the cell from another one; and headers by which a proxy would say for whom it asks, and
-uvicorn believes it, are none of rekindle's.
+were none, unless it brings the key that lies beside this file, where only the cell's processes and root see
+it. rekindle puts one there while it sends the server to sleep or wakes it, and no longer: no snapshot holds
+one. From which address somebody asks is of no account: with the host's network, others on the host reach the
+server on its loopback, too; and uvicorn believes those who say for whom they ask.
 
 Imports the standard library only, and nothing of rekindle.
 """
 
-CONTROL = "127.83.0.1"
+import hmac
+from pathlib import Path
 
-# Where vLLM keeps them since 0.11; before, they stand in the file of the server itself, hence the paths.
+HEADER = "x-rekindle-key"
+KEY_NAME = "key"
+KEY_BYTES = 64
+
+# Where vLLM 0.32 keeps them, and where they were before. At first they stood in the file of the server
+# itself, hence the paths.
 _MODULES = (
     *(".entrypoints.serve.dev.", ".entrypoints.serve.rpc.", ".entrypoints.serve.sleep."),
-    ".entrypoints.rl.",
+    *(".entrypoints.serve.cache.", ".entrypoints.serve.rlhf.", ".entrypoints.rl."),
+    ".entrypoints.serve.instrumentator.server_info.",
 )
 _PATHS = frozenset(
     {
         *("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/server_info"),
         *("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/release_kv_cache_memory"),
-        *("/pause", "/resume", "/is_paused", "/abort_requests", "/update_weights", "/get_world_size"),
-        *("/init_weight_transfer_engine", "/scale_elastic_ep", "/is_scaling_elastic_ep"),
+        *("/pause", "/resume", "/is_paused", "/abort_requests", "/get_world_size"),
+        *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/weight_info"),
+        *("/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update"),
+        *("/update_weight_version", "/weight_checker"),
     }
 )
-_PROXIED = (b"x-forwarded-", b"forwarded", b"x-real-ip")
+# Below what an application may be mounted or included at, of a path as deep as none of vLLM's.
+_DEPTH = 8
 
 
 class Gate:
@@ -37,7 +48,7 @@ class Gate:
         self._routes: list | None = None  # type: ignore[type-arg]
 
     async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-        if scope["type"] in {"http", "websocket"} and not self._lets_in(scope):
+        if scope["type"] in {"http", "websocket"} and self._is_closed(scope) and not _has_key(scope):
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
@@ -47,36 +58,33 @@ class Gate:
             return
         await self._app(scope, receive, send)
 
-    def _lets_in(self, scope) -> bool:  # type: ignore[no-untyped-def]
-        if not self._is_closed(scope):
-            return True
-        host = (scope.get("client") or ("",))[0]
-        return host in {CONTROL, f"::ffff:{CONTROL}"} and not any(
-            name.lower().startswith(_PROXIED) for name, _ in scope["headers"]
-        )
-
     def _is_closed(self, scope) -> bool:  # type: ignore[no-untyped-def]
-        path = scope["path"]
-        root = scope.get("root_path") or ""
-        inner = path[len(root) :] if root and path.startswith(root) else path
-        if {path.rstrip("/") or "/", inner.rstrip("/") or "/"} & _PATHS:
-            return True
+        """Whether the path, or its end below some prefix, is that of a development endpoint."""
         if self._routes is None:
-            self._routes = [route for route in _flat(scope.get("app")) if _is_for_development(route)]
-        return any(route.path_regex.match(each) for route in self._routes for each in (path, inner))
+            self._routes = _development_routes(scope.get("app"))
+        path = scope["path"].rstrip("/\n")  # the end of a route's pattern lets a line feed pass
+        parts = path.split("/")[-_DEPTH:]
+        ends = [path, *("/" + "/".join(parts[first:]) for first in range(len(parts)))]
+        return any(end in _PATHS or any(r.path_regex.match(end) for r in self._routes) for end in ends)
 
 
-def _flat(app) -> list:  # type: ignore
-    """The routes of an application, those of what is mounted or included in it, too."""
+def _has_key(scope) -> bool:  # type: ignore[no-untyped-def]
+    given = [value for name, value in scope["headers"] if name.lower() == HEADER.encode()]
+    try:
+        with open(Path(__file__).with_name(KEY_NAME), "rb") as file:
+            key = file.read(KEY_BYTES + 1)
+    except OSError:
+        return False
+    return len(key) == KEY_BYTES and len(given) == 1 and hmac.compare_digest(given[0], key)
+
+
+def _development_routes(app: object) -> list:  # type: ignore[type-arg]
+    """Those of an application, and of what is mounted or included in it."""
     found, queue = [], list(getattr(app, "routes", ()))
     while queue:
         route = queue.pop()
         queue += getattr(route, "routes", None) or ()
-        if hasattr(route, "path_regex"):
+        module = getattr(getattr(route, "endpoint", None), "__module__", None) or ""
+        if hasattr(route, "path_regex") and any(part in f"{module}." for part in _MODULES):
             found.append(route)
     return found
-
-
-def _is_for_development(route) -> bool:  # type: ignore[no-untyped-def]
-    module = getattr(getattr(route, "endpoint", None), "__module__", None) or ""
-    return any(part in f"{module}." for part in _MODULES)
