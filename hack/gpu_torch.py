@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small decoder for hack/gpu_server.py, made to hold what a checkpoint of a GPU must keep: gigabytes of
+weights, kernels that Triton compiled, CUDA graphs, and a counter that lives in device memory alone.
+
+Its numbers come from a fixed seed, and every sum has a fixed order: two starts on GPUs of one kind answer
+alike. Runs in the environment of the machine, which has torch and Triton; not in rekindle's.
+"""
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+WIDTH = 4096
+LAYER_BYTES = WIDTH * WIDTH * 2
+BATCHES = (1, 2, 4, 8)
+CHECKED = 4096  # words that one program adds up
+# As an autotuner has them compiled and run; the answer is that of the first.
+VARIANTS = tuple(itertools.product((16, 8, 32, 64), (128, 64, 256), (4, 8)))
+QUICK_VARIANTS = VARIANTS[:6]
+_TOLERANCE = 1e-3
+_CYCLES_PER_SECOND = 2e9  # at most: a GPU that is slower is busy for longer
+_COPY_BYTES = 256 << 20
+_COPIES = 8
+
+
+@triton.jit(do_not_specialize=["seed"])
+def fill(into, seed, scale: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    tl.store(into + at, (tl.rand(seed, at) - 0.5) * scale)
+
+
+@triton.jit
+def project(  # type: ignore[no-untyped-def]
+    state, weights, into, size: tl.constexpr, height: tl.constexpr, width: tl.constexpr
+):
+    """into = weights · state, a few rows by each program."""
+    member = tl.program_id(1) * size
+    rows = tl.program_id(0) * height + tl.arange(0, height)
+    total = tl.zeros([height], tl.float32)
+    for begin in range(0, size, width):
+        columns = begin + tl.arange(0, width)
+        part = tl.load(state + member + columns)
+        square = tl.load(weights + rows[:, None] * size + columns[None, :]).to(tl.float32)
+        total += tl.sum(square * part[None, :], axis=1)
+    tl.store(into + member + rows, total)
+
+
+@triton.jit
+def settle(state, change, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """state = normalised(state + silu(change))"""
+    at = tl.program_id(0) * size + tl.arange(0, size)
+    moved = tl.load(change + at)
+    value = tl.load(state + at) + moved * tl.sigmoid(moved)
+    tl.store(state + at, value * tl.rsqrt(tl.sum(value * value) / size + 1e-6))
+
+
+@triton.jit
+def checksum(words, into, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Integers, so that the order does not matter; each by its place, so that an exchange is seen."""
+    inside = tl.arange(0, block)
+    value = tl.load(words + tl.program_id(0).to(tl.int64) * block + inside).to(tl.int64)
+    tl.store(into + tl.program_id(0), tl.sum(value * (inside % 251 + 1)))
+
+
+class Decoder:
+    """The model on one device. Its methods may be called by several threads."""
+
+    def __init__(
+        self, gib: float, began: float, *, quick: bool = False, device: str = "cuda", size: int = WIDTH
+    ) -> None:
+        """`began` is when the process did, by time.monotonic. With the device `cpu`, Triton must interpret
+        (TRITON_INTERPRET=1), and there are no graphs."""
+        self.phases: dict[str, float] = {}
+        self._last = began
+        self._mark("imports")
+        self._lock = threading.Lock()
+        self._device = device
+        self._size = size
+        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._sync()
+        self._mark("context")
+        self._weights = [
+            torch.empty(size, size, dtype=torch.bfloat16, device=device)
+            for _ in range(max(2, round(gib * (1 << 30) / (size * size * 2))))
+        ]
+        for seed, weights in enumerate(self._weights):
+            fill[(weights.numel() // 1024,)](weights, seed, 3.4641 / size**0.5, block=1024)
+        self._table = torch.empty(size, size, dtype=torch.float32, device=device)
+        fill[(self._table.numel() // 1024,)](self._table, 1 << 20, 3.4641, block=1024)
+        self._sync()
+        self._mark("weights")
+        self.kernels = self._try_variants(QUICK_VARIANTS if quick else VARIANTS)
+        self._mark("kernels")
+        self._tokens = {batch: torch.zeros(batch, dtype=torch.int64, device=device) for batch in BATCHES}
+        # Graphs hold addresses, and keep nothing alive that was not allocated within them.
+        self._changes = {
+            batch: torch.empty(batch, size, dtype=torch.float32, device=device) for batch in BATCHES
+        }
+        self._steps = {batch: self._captured(batch) for batch in BATCHES}
+        self._sync()
+        self._mark("graphs")
+
+    def answer(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
+        """Tokens and the checksum of all weights: what must be the same for ever."""
+        with self._lock:
+            token = self._tokens[1]
+            for each in prompt:
+                token.fill_(each % self._size)
+                self._steps[1]()
+            tokens = []
+            for _ in range(count):
+                tokens.append(int(token.item()))
+                self._steps[1]()
+            return {"tokens": tokens, "checksum": self._checksum()}
+
+    def count(self) -> int:
+        with self._lock:
+            self._counter += 1
+            return int(self._counter.item())
+
+    def be_busy(self, seconds: float) -> None:
+        """Gives the GPU something that takes as long, and returns at once."""
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(max(1, round(seconds * 10))):
+                torch.cuda._sleep(int(_CYCLES_PER_SECOND / 10))
+
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "kernels": self.kernels,
+            "phases": self.phases,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "weights_bytes": sum(each.numel() * 2 for each in self._weights),
+        }
+        if self._device == "cuda":
+            found |= device_facts() | {"held_bytes": torch.cuda.memory_reserved(), "graphs": len(BATCHES)}
+        return found
+
+    def _mark(self, name: str) -> None:
+        now = time.monotonic()
+        self.phases[name] = round(now - self._last, 3)
+        self._last = now
+
+    def _sync(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def _try_variants(self, variants: Sequence[tuple[int, int, int]]) -> int:
+        """Compiles and runs each; raises AssertionError for one that computes something else."""
+        state, wanted = self._table[0].contiguous(), None
+        for rows, columns, warps in variants:
+            got = torch.empty(1, self._size, dtype=torch.float32, device=self._device)
+            self._project(state, self._weights[0], got, (rows, columns, warps))
+            wanted = got if wanted is None else wanted
+            assert torch.allclose(got, wanted, rtol=_TOLERANCE, atol=_TOLERANCE), (rows, columns, warps)
+        return len(variants)
+
+    def _project(
+        self, state: Any, weights: Any, into: Any, variant: tuple[int, int, int] = VARIANTS[0]
+    ) -> None:
+        rows, columns, warps = variant
+        project[(self._size // rows, into.shape[0])](
+            state, weights, into, size=self._size, height=rows, width=columns, num_warps=warps
+        )
+
+    def _captured(self, batch: int) -> Callable[[], None]:
+        """One token for each member of a batch, as a graph where there can be one."""
+        token, change = self._tokens[batch], self._changes[batch]
+
+        def step() -> None:
+            state = self._table.index_select(0, token)
+            for weights in self._weights:
+                self._project(state, weights, change)
+                settle[(batch,)](state, change, size=self._size)
+            self._project(state, self._weights[0], change)
+            token.copy_(torch.argmax(change, dim=1))
+
+        if self._device != "cuda":
+            return step
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _checksum(self) -> int:
+        total = 0
+        for number, weights in enumerate(self._weights):
+            words = weights.view(torch.int32).view(-1)
+            block = min(CHECKED, words.numel())
+            sums = torch.empty(words.numel() // block, dtype=torch.int64, device=self._device)
+            checksum[(sums.numel(),)](words, sums, block=block)
+            total += (number + 1) * int(sums.sum().item())
+        return total
+
+
+def device_facts() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def load(started: Path, until: Path) -> None:
+    """Keeps the GPU busy with matrix products and copies until a file is there."""
+    one, other = (torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    host = torch.empty(_COPY_BYTES, dtype=torch.uint8).pin_memory()
+    device = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+    while not until.exists():
+        for _ in range(20):
+            other = torch.mm(one, other).clamp_(-1, 1)
+        device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        started.touch()
+
+
+def copy_rates() -> dict[str, float]:
+    """Bytes a second between host and device, and within the device (read and written): medians."""
+    device = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(device)
+    pageable = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    pinned = pageable.pin_memory()
+    pairs = {
+        "pinned_to_device": (pinned, device, 1),
+        "device_to_pinned": (device, pinned, 1),
+        "pageable_to_device": (pageable, device, 1),
+        "device_to_pageable": (device, pageable, 1),
+        "within_device": (device, other, 2),
+    }
+    rates = {}
+    for name, (source, target, times) in pairs.items():
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds = []
+        for _ in range(_COPIES):
+            began = time.perf_counter()
+            target.copy_(source)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        rates[name] = times * _COPY_BYTES / statistics.median(seconds)
+    return rates
