@@ -189,6 +189,41 @@ time.sleep(600)
     wait_for(lambda: not runs(child), 5)
 
 
+def test_what_has_left_its_session_ends_too_and_holds_nobody_up(out: BinaryIO) -> None:
+    program = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(1, b"%d" % os.getpid())
+        time.sleep(600)
+    os._exit(0)
+time.sleep(600)
+"""
+    with started(python(program), out, listen=True):
+        wait_for(lambda: content(out), 10)
+        pid = int(content(out))
+        assert runs(pid)
+        began = time.monotonic()
+    assert time.monotonic() - began < 4
+    assert not runs(pid)
+
+
+def test_output_to_what_does_not_block_is_passed_on_whole() -> None:
+    """As the standard output is if it is shared with a program that works so."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    program = "import os\nfor _ in range(32): os.write(1, b'x' * 65536)"
+    with (
+        os.fdopen(reader, "rb") as theirs,
+        os.fdopen(writer, "wb", buffering=0) as ours,
+        started(python(program), ours, listen=True) as server,
+    ):
+        time.sleep(0.2)  # it is full by then
+        assert len(theirs.read(32 << 16)) == 32 << 16
+        assert ended(server) == 0
+
+
 DIES = """
 import os, signal, sys
 from pathlib import Path
