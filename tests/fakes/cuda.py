@@ -138,10 +138,8 @@ class FakeCuda:
             pids = []
             for _ in range(count):
                 process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
-                stack.callback(_end, process)
+                stack.callback(_end, process, claim(1, uuids=uuids, pid=process.pid))
                 pids.append(process.pid)
-                path = claim(1, uuids=uuids, pid=process.pid)
-                stack.callback(path.unlink, missing_ok=True)
             yield pids
 
     def put(self, pid: int, state: str) -> None:
@@ -149,9 +147,10 @@ class FakeCuda:
         cuda_engine.write_state(pid, {**cuda_engine.read_state(pid), "state": state})
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", state: Path) -> None:
     process.kill()
     process.wait()
+    state.unlink(missing_ok=True)  # last: a call that is under way could write it anew
 
 
 def _replace(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:

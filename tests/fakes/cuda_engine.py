@@ -198,7 +198,10 @@ def transition(config, step, pid, device_map):
         if len(set(new)) != len(new) or not (there is None or set(new) <= set(there)):
             return INVALID_VALUE, 0
         held["uuids"] = new
-    write_state(pid, {**held, "state": target})
+    try:
+        write_state(pid, {**held, "state": target})
+    except OSError:  # it ended just now
+        return INVALID_VALUE, 0
     return 0, 0
 
 
