@@ -175,12 +175,17 @@ def require(reasons: Sequence[Reason]) -> None:
 def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
     """Which GPU here takes the place of which recorded one, by UUID; empty if they are the same.
 
-    Those that are on both sides keep their places, the rest follow by position.
+    Those that are on both sides keep their places, the rest follow by position. If there are as many here as
+    there, all of a node's are named: a map of those that CUDA_VISIBLE_DEVICES left to the process was refused
+    (NVIDIA/cuda-python#1983).
     """
-    recorded = list(record.process.gpus)
+    held = list(record.process.gpus)
     here = [gpu.uuid for gpu in node.devices.gpus]
-    if all(uuid in here for uuid in recorded):
+    if all(uuid in here for uuid in held):
         return {}
+    recorded = [gpu.uuid for gpu in record.node.devices.gpus]
+    if len(recorded) != len(here) or not set(held) <= set(recorded):
+        recorded = held
     free = [uuid for uuid in here if uuid not in recorded]
     return {uuid: uuid if uuid in here else free.pop(0) for uuid in recorded if uuid in here or free}
 

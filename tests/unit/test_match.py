@@ -162,7 +162,9 @@ def test_gpus_differ(recorded: Any, here: Any, held: int, wanted: list[tuple[str
 
 def test_a_device_map_keeps_what_is_there() -> None:
     recorded = [gpu.uuid for gpu in H200.gpus[:3]]
-    record = dataclasses.replace(RECORD, process=dataclasses.replace(RECORD.process, gpus=tuple(recorded)))
+    process = dataclasses.replace(RECORD.process, gpus=tuple(recorded))
+    alone = dataclasses.replace(NODE, devices=dataclasses.replace(H200, gpus=()))
+    record = dataclasses.replace(RECORD, process=process, node=alone)
 
     def places(*uuids: str) -> dict[str, str]:
         gpus = tuple(dataclasses.replace(H200.gpus[0], uuid=uuid) for uuid in uuids)
@@ -175,6 +177,11 @@ def test_a_device_map_keeps_what_is_there() -> None:
     assert places("x", b, "z") == {a: "x", b: b, c: "z"}
     assert places(c, "x", "y") == {a: "x", b: "y", c: c}
     assert places("x") == {a: "x"}
+    everything = [f"x{number}" for number in range(8)]
+    assert list(places(*everything).values()) == everything[:3], "the record has no more"
+    node = dataclasses.replace(NODE, devices=H200)
+    record = dataclasses.replace(record, node=node)
+    assert places(*everything) == dict(zip((gpu.uuid for gpu in H200.gpus), everything, strict=True))
 
 
 LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {

@@ -307,7 +307,7 @@ CASES = [
     process("H100 on the same", H100, H100),
     process("H100 on another H100", H100, others(H100), "gpu-uuid", moved=1),
     process("8 H200 on 8 others", H200, others(H200), "gpu-uuid", moved=8),
-    process("1 of 8 H200 on 8 others", H200, others(H200), "gpu-uuid", moved=1, held=1),
+    process("1 of 8 H200 on 8 others", H200, others(H200), "gpu-uuid", moved=8, held=1),
     process("1 of 8 H200 on a node that has 1", H200, first_gpus(H200, 1), held=1),
     kernels("8 H200 on 4", H200, first_gpus(H200, 4), "gpu-count!"),
     kernels("1 of 8 H200 on 4", H200, first_gpus(H200, 4), "gpu-count!", held=1),
