@@ -25,25 +25,24 @@ class Rule:
     fixed: bool = False
 
 
-_CUDA_DOCS = "NVIDIA cuda-checkpoint, README"
-_CRIU_DOCS = "CRIU wiki, CPU and file checks"
-_OURS = "measured: docs/measurements.md"
+_RESTORE_API = "CUDA driver API, cuCheckpointProcessRestore"
+_CUDA_PLUGIN = "CRIU, plugins/cuda/README.md"
 
 RULES: Mapping[str, Rule] = {
     "architecture": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="A process is machine code and registers.",
-        source="ELF and kernel ABI",
+        why="A process is machine code and registers, and CRIU writes them in a form of each architecture.",
+        source="CRIU, images/core.proto (march)",
         advice="make a snapshot on this architecture",
     ),
     "page-size": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="CRIU writes and maps memory in pages.",
-        source=_CRIU_DOCS,
+        why="CRIU counts memory in pages of the kernel that it dumped under.",
+        source="CRIU, images/pagemap.proto (nr_pages)",
         advice="boot a kernel with pages of the recorded size",
     ),
     "cpu-feature": Rule(
@@ -52,59 +51,62 @@ RULES: Mapping[str, Rule] = {
         why="Libraries choose their code by the features that they find when they start, and never look "
         "again: an instruction that is missing here kills the process. More features than recorded do no "
         "harm.",
-        source="glibc's indirect functions; oneDNN's and MKL's dispatch",
+        source="glibc's indirect functions; oneDNN developer guide, CPU dispatcher control; CRIU wiki, "
+        "Cpuinfo",
         advice="make the snapshot on the oldest processor of the fleet, or another for this kind of node",
     ),
     "cpu-vendor": Rule(
         rung=Rung.PROCESS,
         hard=False,
-        why="The features decide; but what a library tuned to one vendor it goes on using.",
-        source="oneDNN's and MKL's dispatch",
+        why="The features decide. But what a library has tuned to one processor's caches, it goes on using "
+        "on the other.",
+        source="oneDNN developer guide, CPU dispatcher control",
         advice="expect the speed of code that was chosen for the other processor",
     ),
     "xsave": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="The registers of every thread are saved in the form of XSAVE: a state that this processor lacks "
-        "cannot be loaded.",
-        source="Intel SDM volume 1, chapter 13; CRIU's cpuinfo check",
+        why="Every thread's registers are saved in the form of XSAVE, and a state that is in use and is not "
+        "enabled here cannot be loaded. Which were in use is not recorded, so all of them count.",
+        source="Intel SDM volume 1, chapter 13 (XRSTOR); criu(8), --cpu-cap fpu",
         advice="make the snapshot on a processor without that state, or with it disabled",
     ),
     "kernel": Rule(
         rung=Rung.PROCESS,
         hard=False,
         why="Newer kernels keep what older ones promised to processes.",
-        source="Linux's rule of a stable user space interface",
+        source="Linux, Documentation/ABI/README: system calls never change and are always there",
         advice="nothing is to be done",
     ),
     "kernel-older": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="The process may use what it found when it started and what an older kernel lacks.",
-        source="system calls are tried once and remembered: glibc, uvloop, Python",
-        advice="update this node's kernel, or make the snapshot on the oldest of the fleet",
+        why="The process goes on to use what it found when it started, and an older kernel may lack that. "
+        "So may CRIU. The first two numbers of the version count.",
+        source="asked once and remembered: libuv, uv__kernel_version; asyncio, can_use_pidfd",
+        advice="update this node's kernel, or make the snapshot on the oldest kernel of the fleet",
     ),
     "libc": Rule(
         rung=Rung.PROCESS,
         hard=False,
         why="What the process has of it is a mapped file, which is compared by itself.",
-        source="rule rootfs-file",
+        source="the rule rootfs-file",
         advice="nothing is to be done if no file differs",
     ),
     "rootfs-file": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="CRIU maps the node's files again, and the process goes on in the middle of them. A file is "
-        "the same by size and by time, or by build id, or by sha256. One that the kernel cache brings is no "
-        "lack.",
-        source=_CRIU_DOCS + " (--file-validation)",
+        why="CRIU maps the node's files again, and the process goes on in the middle of them. A file is the "
+        "same if its size is, and its time, or else its build id or sha256; of one above 256 MiB without a "
+        "build id, the size alone counts. One that the kernel cache brings is no lack.",
+        source="criu(8), --file-validation; checkpoint-restore/criu#1049",
         advice="start from the container image that the snapshot was made in",
     ),
     "model-file": Rule(
         rung=Rung.PROCESS,
         hard=False,
         why="The restored process has its weights in memory.",
-        source=_OURS,
+        source="docs/operations.md, what a server in a cell sees",
         advice="fetch the model: lower rungs need it",
     ),
     "model-reloaded": Rule(
@@ -112,184 +114,201 @@ RULES: Mapping[str, Rule] = {
         hard=True,
         why="The server was saved without its weights, and reads them again from the model's files. Before "
         "it does, their digests are compared, too.",
-        source="rekindle snapshot --weights reload",
+        source="rekindle snapshot --weights reload; vLLM, sleep mode at level 2",
         advice="fetch the recorded revision of the model to the recorded place",
     ),
     "command": Rule(
         rung=Rung.PROCESS,
         hard=True,
         why="The process goes on as it was started: what the command says otherwise now, it would never "
-        "learn. Its address may differ, since rekindle publishes that.",
-        source="docs/operations.md",
+        "learn. Its address may differ, since rekindle publishes that, and so may the path of its program.",
+        source="docs/adr/0008-ladder.md",
         advice="make a snapshot with this command",
     ),
     "privileges": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="Cells and CRIU need root, CAP_SYS_ADMIN and mounts.",
-        source="namespaces(7), capabilities(7)",
-        advice="run as root with CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_CHECKPOINT_RESTORE; "
-        "`rekindle doctor` tells more",
+        why="A cell needs CAP_SYS_ADMIN, CAP_NET_ADMIN and CAP_SYS_TIME. CRIU needs CAP_SYS_CHROOT and "
+        "CAP_SETPCAP besides, and gives every process the capabilities back that it had.",
+        source="namespaces(7), time_namespaces(7); checkpoint-restore/criu#684; tried one by one",
+        advice="run as root with these, and with all that the server had when it was snapshotted; `rekindle "
+        "doctor` tells more",
     ),
     "criu": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="CRIU restores the process. It is tried with a small one, since its version says little.",
-        source=_OURS,
+        why="CRIU restores the process. Whether it works with this kernel is tried with a small process, "
+        "since its version does not tell.",
+        source="docs/measurements.md, CRIU",
         advice="hack/get-criu installs one that works, or set REKINDLE_CRIU",
     ),
     "criu-version": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="An older CRIU does not know what a newer one wrote.",
-        source="CRIU reads images of its own version and before",
+        why="A newer CRIU is meant to read what an older one wrote. An older one may misread what a newer "
+        "one did: by crit 4.1.1, the page maps of 4.2 are empty. The first two numbers count.",
+        source="checkpoint-restore/criu#2128, #2847",
         advice="install the recorded version of CRIU or a newer one",
     ),
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="Without NVML nobody knows what GPUs there are.",
-        source="NVML API reference, nvmlInit",
+        why="NVML did not start, or not for every GPU: nobody knows what is there.",
+        source="NVML API reference, nvmlInit_v2",
         advice="mend the driver: does nvidia-smi work?",
     ),
     "gpu-unsupported": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="The state of this kind of GPU cannot be checkpointed by us.",
-        source=_CUDA_DOCS,
+        why="Only the state of NVIDIA's GPUs is saved; of CRIU's plugin for AMD's, no use is made.",
+        source="CRIU, plugins/amdgpu",
         advice="use the kernel cache",
     ),
     "gpu-count": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="Every checkpointed GPU needs one to come back to.",
-        source=_CUDA_DOCS + " (--device-map)",
+        why="Every checkpointed GPU needs one to come back to. Are there more here, they must be as many as "
+        "the recorded node had: else nobody says which are meant.",
+        source=f"{_RESTORE_API}: the map must name every checkpointed GPU; {_CUDA_PLUGIN}: the same count",
         advice="give the server as many GPUs as it had",
     ),
     "gpu-model": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="Loaded kernels, allocations and graphs are those of one chip.",
-        source=_CUDA_DOCS + ": the same chip type",
+        why="Loaded kernels, allocations and graphs are those of one chip. Name and compute capability are "
+        "compared.",
+        source=f"{_RESTORE_API}: the same chip type",
         advice="restore on the recorded model, or make a snapshot for this one",
     ),
     "gpu-memory": Rule(
         rung=Rung.PROCESS,
         hard=True,
         why="What was allocated must fit again.",
-        source=_CUDA_DOCS,
+        source=f"{_RESTORE_API}: enough memory",
         advice="restore on a GPU with as much memory",
     ),
     "gpu-uuid": Rule(
         rung=Rung.PROCESS,
         hard=False,
         why="Other GPUs of the same kind take the places of the recorded ones, by a device map.",
-        source=_CUDA_DOCS + " (--device-map, driver 580 and newer)",
+        source=f"{_RESTORE_API}: pairs of UUIDs, since CUDA 13.0, which is driver 580",
         advice="nothing is to be done",
     ),
     "gpu-ecc": Rule(
         rung=Rung.PROCESS,
         hard=False,
-        why="It changes how much memory there is and how fast, not what is in it.",
+        why="On GPUs with GDDR memory it takes a part of it, which is compared by itself. It does not "
+        "change what is in it.",
         source="NVML API reference, nvmlDeviceGetEccMode",
-        advice="set it alike on all nodes: nvidia-smi -e",
+        advice="set it alike on all nodes: nvidia-smi -e, and a reboot",
     ),
     "gpu-topology": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="NCCL chose its transports by the links between the GPUs when it started.",
-        source="NCCL user guide, environment and topology detection",
+        why="NCCL chose its ways by the links between the GPUs when it started. Of one GPU, no link is "
+        "compared.",
+        source="NCCL user guide, NCCL_P2P_LEVEL and NCCL_TOPO_FILE",
         advice="restore on a node whose GPUs are linked alike",
     ),
     "driver": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="The driver's own state in the process is that of its branch.",
-        source=_CUDA_DOCS + ": no migration between driver versions is promised",
+        why="What the driver keeps of its own in a process is read by the driver here, and nobody promises "
+        "that another branch understands it.",
+        source="cuda-checkpoint, README: all of it is in the driver",
         advice="install the recorded branch of the driver, or make a snapshot for this one",
     ),
     "driver-version": Rule(
         rung=Rung.PROCESS,
         hard=False,
-        why="Within a branch the user-space part that the process has mapped is compared as a file.",
-        source="rule rootfs-file",
+        why="The branch is the same. The part of the driver that the process has mapped, "
+        "libcuda.so.VERSION, is compared as a file.",
+        source="the rule rootfs-file; NVIDIA/cuda-checkpoint#21",
         advice="nothing is to be done if no file differs",
     ),
     "mig": Rule(
         rung=Rung.PROCESS,
         hard=True,
         why="CUDA checkpointing does not support MIG.",
-        source=_CUDA_DOCS,
+        source=f"{_CUDA_PLUGIN}; NVIDIA/cuda-checkpoint#42",
         advice="turn MIG off on nodes for restored processes: nvidia-smi -mig 0",
     ),
     "mps": Rule(
         rung=Rung.PROCESS,
         hard=True,
         why="CUDA checkpointing does not support MPS.",
-        source=_CUDA_DOCS,
+        source=_CUDA_PLUGIN,
         advice="end the MPS daemon on nodes for restored processes",
     ),
     "cuda": Rule(
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="CUDA state is restored by the driver, through cuda-checkpoint or its own interface.",
-        source=_CUDA_DOCS,
-        advice="install a driver of branch 580 or newer, with cuda-checkpoint",
+        why="CUDA state is restored by the driver: through its own interface (570 or newer), or by "
+        "cuda-checkpoint (555 or newer).",
+        source="CUDA driver API, CUDA Checkpointing; cuda-checkpoint, README",
+        advice="install a driver of branch 580 or newer; `rekindle doctor` tells more",
     ),
     "no-cache": Rule(
         rung=Rung.CACHE,
         hard=True,
         fixed=True,
         why="The image holds no kernel cache.",
-        source="the image's index",
+        source="the image's index: docs/format.md",
         advice="make the snapshot without --no-cache",
     ),
     "cache-architecture": Rule(
         rung=Rung.CACHE,
         hard=True,
         fixed=True,
-        why="Caches hold host code, too: launchers and C++ kernels.",
-        source="Triton's backends/*/driver.py; Inductor's cpp_builder.py",
+        why="Caches hold code for the processor, too: what launches kernels, and C++ kernels.",
+        source="Triton, runtime/build.py; Inductor, cpp_builder.py",
         advice="make a cache on this architecture",
     ),
     "cache-target": Rule(
         rung=Rung.CACHE,
         hard=True,
-        why="A kernel is compiled for one compute capability and warp size; others never look it up.",
-        source="Triton's cache key; facts in docs/cache-image.md",
+        why="A kernel is compiled for one chip and one width of its warps; another chip never looks it up. "
+        "Graphs of vLLM and Inductor say nowhere what they are for: that is the GPUs that the process held.",
+        source="Triton, runtime/cache.py (get_cache_key) and the hash of its backends",
         advice="make a cache for this GPU: `rekindle pack-cache` after a start",
     ),
     "cache-cpu-feature": Rule(
         rung=Rung.CACHE,
         hard=True,
-        why="C++ kernels are compiled for the very processor, and not all of that is in their key.",
-        source="Inductor's cpp_builder.py: -march=native",
+        why="C++ kernels are compiled for the very processor, and their key has `-march=native` in it as it "
+        "stands: another processor may find them, and fail. A cache with such kernels is left alone whole.",
+        source="Inductor, cpp_builder.py and CppCodeCache in codecache.py",
         advice="make a cache on a processor like this one",
     ),
     "cache-version": Rule(
         rung=Rung.CACHE,
         hard=True,
-        why="The versions of what compiles are part of every key: another never looks it up.",
-        source="the cache keys of Triton, Inductor, vLLM: docs/cache-image.md",
+        why="What compiles is part of the key, by its version or by a hash of its files: another never "
+        "looks it up. What is not installed here is not compared.",
+        source="Triton, triton_key; Inductor, torch_key; vLLM, VllmConfig.compute_hash",
         advice="make a cache with the versions that are installed here",
     ),
     "cache-environment": Rule(
         rung=Rung.CACHE,
         hard=False,
-        why="vLLM hashes its environment and its options into the key of its cache.",
-        source="vLLM's envs.py, compile_factors",
+        fixed=True,
+        why="vLLM hashes nearly all of its variables and its configuration into the key of its cache, "
+        "compilers some of theirs. It is told when the cache is put in place; whether the cache was hit, "
+        "the report says.",
+        source="vLLM, envs.compile_factors; Triton, get_cache_key",
         advice="start with the recorded value if the cache is not hit",
     ),
     "no-command": Rule(
         rung=Rung.COLD,
         hard=True,
         fixed=True,
-        why="A lower rung starts a command; one in which a secret was left out cannot be replayed.",
+        why="A lower rung starts a command. A recorded one in which a secret was left out cannot be "
+        "started, and without an image there is none.",
         source="docs/secrets.md",
         advice="name the command: rekindle restore IMAGE -- COMMAND…",
     ),
