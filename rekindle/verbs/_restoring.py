@@ -428,6 +428,8 @@ class _Restore:
         """Writes caches to their places; removed again if the rung fails."""
         from oci import extraction
 
+        above = {directory for path in where.values() for directory in path.parents}
+        made = sorted((each for each in above if not os.access(each, os.F_OK)), reverse=True)
         with _options.progress(self._tally, self._report):
             try:
                 done = extraction.extract(self._kernels, where, limits=self._image.value.limits)
@@ -437,6 +439,9 @@ class _Restore:
         def undo(kind: object, *_: object) -> None:
             if kind is not None:
                 done.undo()
+                for directory in made:  # the inner ones first
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
 
         stack.push(undo)
         written = self._report.bytes.get("written", 0)
