@@ -29,12 +29,14 @@ demo: setup-dev ## Cold start, snapshot, restore: the whole job, ending with a t
 
 docs: setup ## Write the generated pages
 	@$(BIN)/python hack/errors_page.py
+	@$(BIN)/python hack/matching_page.py
 
 check: setup ## Lint, types, generated docs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python hack/errors_page.py --check
+	@$(BIN)/python hack/matching_page.py --check
 
 test: setup-dev check ## Every test, with real CRIU and real vLLM (some minutes)
 	@$(BIN)/python -m pytest

@@ -2,11 +2,11 @@
 """Write docs/errors.md from rekindle/errors.py; with --check, fail if it is not up to date."""
 
 import sys
-from pathlib import Path
+
+import pages
 
 from rekindle.errors import RekindleError
 
-PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """\
 # Errors and exit statuses
 
@@ -15,38 +15,34 @@ Generated from `rekindle/errors.py` by `make docs`; do not edit.
 An error prints what failed, the cause in the tool's own words, a hint, where the log is, and the command to
 replay. With `--json` or `--report FILE`, the report holds the same under `error`, with the code below.
 
-| status | code | meaning | may a lower rung be tried? |
-|---|---|---|---|
-| 0 | | done as asked | |
-| 1 | | a bug in rekindle: a traceback is printed; please report it | |
+The last column says what `restore` does: whether it may take a lower rung instead, or must end. Where the
+image itself cannot be had, the only lower rung is the cold start of a command that was given to it
+([ADR 8](adr/0008-ladder.md)).
+
 """
 TAIL = """\
-| 128 + n | | ended by signal n, after everything was cleaned up | |
 
-Once a restored server serves, `rekindle restore` ends with the server's own status.
+Once a server serves, `rekindle restore` ends with the server's own status, but 3 in place of 0 on a lower
+rung.
 """
+# Statuses of no error.
+OTHERS = {
+    0: ("done as asked", ""),
+    1: ("a bug in rekindle: a traceback is printed; please report it", "yes"),
+    3: ("done, but on a lower rung than asked for; `match` and `restore --plan`: it would be", ""),
+}
 
 
 def page() -> str:
     """The page's text."""
-    rows = sorted((error.exit_status, error) for error in RekindleError.__subclasses__())
-    lines = []
-    for status, error in rows:
+    rows = [(status, "", *others) for status, others in OTHERS.items()]
+    for error in RekindleError.__subclasses__():
         meaning, descends = " ".join((error.__doc__ or "").split()), "yes" if error.descends else "no"
-        lines.append(f"| {status} | `{error.code}` | {meaning} | {descends} |")
-    return HEAD + "\n".join(lines) + "\n" + TAIL
-
-
-def main() -> int:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text)
-        return 0
-    if PAGE.exists() and PAGE.read_text() == text:
-        return 0
-    print("docs/errors.md is not up to date: run `make docs`", file=sys.stderr)
-    return 1
+        rows.append((error.exit_status, f"`{error.code}`", meaning, descends))
+    last = ("128 + n", "", "ended by signal n, after everything was cleaned up", "")
+    head = ("status", "code", "meaning", "may a lower rung be tried?")
+    return HEAD + pages.table(head, [*sorted(rows), last]) + TAIL
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.finish("errors.md", page()))

@@ -77,7 +77,7 @@ class CapabilityError(RekindleError):
 
 
 class MismatchError(RekindleError):
-    """The snapshot was made for another kind of node: other processor, other files, other kernel."""
+    """The snapshot was made for another kind of node: other processor, GPU, files or kernel."""
 
     exit_status = 11
     code = "mismatch"
