@@ -16,7 +16,8 @@ Generated from `restore/rules.py` by `make docs`; do not edit.
 
 Before `restore` fetches a layer, it compares this node with what the image says of the one that it was made
 on. `rekindle match IMAGE` prints what differs and does nothing. So does `restore --plan`; `inspect` does not
-try what this node can do. The report has it under `reasons`, each with one of the codes below.
+try what this node can do, and asks no policy. The report has it under `reasons`, each with one of the codes
+below.
 
 - **Hard and soft.** A hard difference forbids its rung. A soft one is told, and does no harm.
 - **What was not recorded** is not compared, nor what this node does not tell.
