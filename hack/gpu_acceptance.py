@@ -200,6 +200,8 @@ class Acceptance:
         another image, signed with a key of its own. Returns its name."""
         name, key = f"{image}-doctored", self.lab.work / "doctor.key"
         loaded = self.image(image)
+        if not loaded.record.process.gpus:
+            raise StepError("the record names no GPU that could be doctored")
         devices = loaded.record.node.devices
         others = tuple(dataclasses.replace(each, name=f"{each.name} (doctored)") for each in devices.gpus)
         node = dataclasses.replace(loaded.record.node, devices=dataclasses.replace(devices, gpus=others))
