@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from rekindle.fingerprint import Fingerprint
+from rekindle.report import Rung
 from rekindle.text import printable
 from restore.plan import SCHEMA, Facts, Plan, Step
 
@@ -50,7 +51,7 @@ def lines(plan: Plan) -> list[str]:
 def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
     """A node's facts beside those of another: `=` where they are equal."""
     rows = {
-        name: (_value(recorded.to_json()[name]), _value(value))
+        name: (_value(name, recorded.to_json()[name]), _value(name, value))
         for name, value in here.to_json().items()
         if name != "cpu_features"
     }
@@ -63,7 +64,9 @@ def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
     return [line.rstrip() for line in found]
 
 
-def _value(value: Any) -> str:
+def _value(name: str, value: Any) -> str:
+    if name == "xsave":
+        return f"{value:#x}"
     if isinstance(value, dict):
         return " ".join(f"{name} {version}" for name, version in sorted(value.items()))
     if isinstance(value, list):
@@ -78,5 +81,6 @@ def _told(step: Step) -> str:
     if step.seconds is not None:
         parts.append(f"takes about {step.seconds:.1f} s")
     if step.deadline_seconds is not None:
-        parts.append(f"is given up after {step.deadline_seconds:.0f} s")
+        what = "if the cache is not in place" if step.rung is Rung.CACHE else ""
+        parts.append(f"is given up {what} after {step.deadline_seconds:.0f} s".replace("  ", " "))
     return ", ".join(parts)
