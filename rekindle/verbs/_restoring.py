@@ -107,7 +107,7 @@ class _Restore:
         """Takes the best rung that can be taken, and fills the report."""
         report = self._report
         with report.phase("decide"):
-            made = self._decide(required, with_cache=self._args.rung is not Rung.PROCESS)
+            made = self._decide(required, with_cache=self._args.rung is Rung.CACHE)
             self._device_map = made.device_map
             self._engine = self._find_engine()
             self._endpoint = self._find_endpoint(made)
@@ -289,7 +289,7 @@ class _Restore:
             with contextlib.ExitStack() as using:
                 cuda = None
                 if record.process.cuda_pids:
-                    cuda = using.enter_context(process.Cuda(_options.cuda_door(home), self._device_map))
+                    cuda = using.enter_context(process.Cuda(home, self._device_map))
                 if self._tally is not None:
                     self._tally.expect(sum(layer.size for layer in image.layers))
                 with _options.progress(self._tally, report):
@@ -470,8 +470,8 @@ class _Restore:
             forward.bind(engine.endpoint).close()  # or another server would be taken for ours
         known = image and engine and image.record.engine == engine.name
         oracle = image.record.oracle if image and known else None
-        recorded = Path(image.record.directory) if image else Path.cwd()
-        here = Path.cwd() if self._given or not recorded.is_dir() else recorded
+        recorded = image.record.directory if image and not self._given else ""
+        here = Path(recorded) if recorded and os.access(f"{recorded}/.", os.X_OK) else Path.cwd()
         self._signals.check()
         with report.phase("server"):
             up = lower.bring_up(
