@@ -35,7 +35,8 @@ _LEVELS = (
 class Fingerprint:
     """The facts. `cpu_features` are the kernel's names of them, as in /proc/cpuinfo; `xsave` is the set of
     extended states that the kernel lets processes have, a bit each as in the register XCR0, 0 if it does not
-    say; `packages` are the versions of what a command runs with."""
+    say; `capabilities` those that we have and a server that we start, a bit each as in capabilities(7);
+    `packages` are the versions of what a command runs with."""
 
     architecture: str
     cpu_model: str
@@ -44,6 +45,7 @@ class Fingerprint:
     page_bytes: int
     cpu_vendor: str = ""
     xsave: int = 0
+    capabilities: int = 0
     libc: str = ""
     container: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Fingerprint:
             page_bytes=os.sysconf("SC_PAGE_SIZE"),
             cpu_vendor=facts.get("vendor_id") or facts.get("CPU implementer", ""),
             xsave=_xsave(),
+            capabilities=_capabilities(),
             libc=_libc(),
             container=_container(),
             packages=versions(command, os.environ if environment is None else environment) if command else {},
@@ -93,6 +96,7 @@ class Fingerprint:
             "cpu_level": self.cpu_level,
             "cpu_features": sorted(self.cpu_features),
             "xsave": self.xsave,
+            "capabilities": self.capabilities,
             "kernel": self.kernel,
             "page_bytes": self.page_bytes,
             "libc": self.libc,
@@ -117,6 +121,7 @@ class Fingerprint:
             page_bytes=fields.integer("page_bytes", at_least=1),
             cpu_vendor=fields.text("cpu_vendor", ""),
             xsave=fields.integer("xsave") if fields.has("xsave") else 0,
+            capabilities=fields.integer("capabilities") if fields.has("capabilities") else 0,
             libc=fields.text("libc", ""),
             container=fields.text("container", ""),
             packages=fields.text_map("packages", {}),
@@ -160,6 +165,13 @@ def _gpu(value: object, where: str) -> Gpu:
         mig=fields.truth("mig", default=False),
         ecc=fields.truth("ecc", default=False),
     )
+
+
+def _capabilities() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapPrm:"):
+            return int(line.split()[1], 16)
+    return 0
 
 
 def _xsave() -> int:

@@ -61,6 +61,7 @@ def process(
         *_features("cpu-feature", recorded, node),
         *_equal("cpu-vendor", "processor's vendor", recorded.cpu_vendor, node.cpu_vendor),
         *_xsave(recorded.xsave, node.xsave),
+        *_capabilities(recorded.capabilities, node.capabilities),
         *_kernel(recorded.kernel, node.kernel),
         *_equal("libc", "C library", recorded.libc, node.libc),
         *_lacks(abilities, record),
@@ -229,6 +230,11 @@ def _features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[R
 def _xsave(recorded: int, here: int) -> Iterator[Reason]:
     if recorded & ~here and here:
         yield reason_for("xsave", "extended states", f"{recorded:#x}", f"{here:#x}")
+
+
+def _capabilities(recorded: int, here: int) -> Iterator[Reason]:
+    if recorded & ~here and here:
+        yield reason_for("capabilities", "capabilities", f"{recorded:#x}", f"{here:#x}")
 
 
 def _kernel(recorded: str, here: str) -> Iterator[Reason]:

@@ -71,6 +71,14 @@ RULES: Mapping[str, Rule] = {
         source="Intel SDM volume 1, chapter 13 (XRSTOR); criu(8), --cpu-cap fpu",
         advice="make the snapshot on a processor without that state, or with it disabled",
     ),
+    "capabilities": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="CRIU gives the process the capabilities that it had, and can give none that it lacks itself; it "
+        "does not end then, but hangs.",
+        source="CRIU, criu/pie/restorer.c: restore_creds; seen here",
+        advice="give this container the recorded capabilities, or make the snapshot with fewer",
+    ),
     "kernel": Rule(
         rung=Rung.PROCESS,
         hard=False,

@@ -65,7 +65,7 @@ def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
 
 
 def _value(name: str, value: Any) -> str:
-    if name == "xsave":
+    if name in {"xsave", "capabilities"}:
         return f"{value:#x}"
     if isinstance(value, dict):
         return " ".join(f"{name} {version}" for name, version in sorted(value.items()))

@@ -188,7 +188,7 @@ class _Restore:
         return dataclasses.replace(_facts.of_nothing(self._given), unreached=reason)
 
     def _plan(self, facts: Facts) -> plan.Plan:
-        made = plan.make(facts, self._args.rung, _trust.strictness(self._args))
+        made = plan.make(facts, self._args.rung, _trust.strictness(self._args.policy))
         chosen = {Rung.PROCESS: self._args.process_deadline, Rung.CACHE: self._args.cache_deadline}
         steps = [
             dataclasses.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)

@@ -58,9 +58,9 @@ def verified(
     return found
 
 
-def strictness(args: argparse.Namespace) -> Strictness:
-    """What the policy says of differences between nodes. Raises UsageError for a rule that there is none."""
-    path = args.policy
+def strictness(path: Path | None = None) -> Strictness:
+    """What a policy, or that of $REKINDLE_HOME, says of differences between nodes. Raises UsageError for a
+    rule that there is none."""
     if path is None:
         with contextlib.suppress(UsageError):  # where nothing can be written, there is no policy either
             home = Home.from_environment()

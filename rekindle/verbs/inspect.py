@@ -18,7 +18,7 @@ from rekindle.home import Home
 from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
-from rekindle.verbs import _arguments, _options, _plan
+from rekindle.verbs import _arguments, _options, _plan, _trust
 from rekindle.verbs._options import Source
 from restore import match, plan
 from restore.plan import Facts, Plan
@@ -41,7 +41,9 @@ def main(words: Sequence[str]) -> int:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
                 kernels = cache.load(source.blobs, image.cache, source.limits)
-            _show_snapshot(image, kernels, plan.make(_facts_of(image, kernels)), args)
+            _show_snapshot(
+                image, kernels, plan.make(_facts_of(image, kernels), strictness=_trust.strictness()), args
+            )
         else:
             _show_cache(kernels, args)
     return 0

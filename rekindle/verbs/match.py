@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
         verified = _trust.verified(source, reference, home, args, Report(verb="match", quiet=True))
         image = _facts.trusted(verified).value
         facts = _facts.gather(image, reference, home, command, with_cache=True)
-    made = plan.make(facts, strictness=_trust.strictness(args))
+    made = plan.make(facts, strictness=_trust.strictness(args.policy))
     if not args.json:
         for line in _plan.fields(image.record.node, facts.node):
             print(printable(line))

@@ -27,6 +27,7 @@ NODE = Fingerprint(
     page_bytes=4096,
     cpu_vendor="ExampleVendor",
     xsave=0xE7,
+    capabilities=0x1FFFFFFFFFF,
     libc="glibc 2.36",
     container="docker",
     packages={"python": "3.11", "torch": "2.13.0"},

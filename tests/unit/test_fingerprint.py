@@ -191,6 +191,7 @@ GPUS = st.builds(
         page_bytes=st.integers(1, 1 << 62),
         cpu_vendor=st.text(),
         xsave=st.integers(0, 1 << 62),
+        capabilities=st.integers(0, 1 << 62),
         libc=st.text(),
         container=st.text(),
         packages=st.dictionaries(st.text(), st.text()),

@@ -53,6 +53,12 @@ CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
     "larger pages": ({"page_bytes": 65536}, [("page-size", "4096", "65536", True)]),
     "one extended state more": ({"xsave": 0x600E7}, []),
     "one extended state less": ({"xsave": 0x7}, [("xsave", "0xe7", "0x7", True)]),
+    "without CAP_SYS_ADMIN": (
+        {"capabilities": 0x1FFFFDFFFFF},
+        [("capabilities", "0x1ffffffffff", "0x1ffffdfffff", True)],
+    ),
+    "one capability more": ({"capabilities": 0x3FFFFFFFFFF}, []),
+    "capabilities unknown": ({"capabilities": 0}, []),
     "extended states unknown": ({"xsave": 0}, []),
     "a newer kernel": ({"kernel": "6.9.0"}, [("kernel", "6.8.0", "6.9.0", False)]),
     "a newer kernel, by numbers": ({"kernel": "6.10.0-1"}, [("kernel", "6.8.0", "6.10.0-1", False)]),

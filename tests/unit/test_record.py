@@ -127,9 +127,16 @@ FIELDS = [
 # fmt: on
 ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
 # Records that were made before have none of these.
-ADDED = ("weights", "start_seconds", "process.gpus", "process.cuda_pids", "mapped_files.0.mtime_ns", "mapped_files.0.identity")
+ADDED = (
+    "weights",
+    "start_seconds",
+    "process.gpus",
+    "process.cuda_pids",
+    "mapped_files.0.mtime_ns",
+    "mapped_files.0.identity",
+)
 ADDED_TO_NODE = (
-    *("cpu_vendor", "cpu_level", "xsave", "libc", "container", "packages"),
+    *("cpu_vendor", "cpu_level", "xsave", "capabilities", "libc", "container", "packages"),
     *("gpus", "gpu_driver", "cuda", "mps", "links"),
 )
 
