@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process rung: a dump becomes the running server again, and proves it."""
 
+import contextlib
 import importlib
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -18,7 +19,7 @@ from rekindle.criu import Criu
 from rekindle.engine import Engine, restored
 from rekindle.errors import CapabilityError, OracleError, RestoreError
 from rekindle.files import copy_sparse_tree, naming_full_disk
-from rekindle.home import Home
+from rekindle.home import CUDA_JOURNAL, Home
 from rekindle.record import Record
 from rekindle.report import Report
 
@@ -32,41 +33,25 @@ class Cuda:
     """How CUDA state comes back: the door to the driver, and which GPU takes the place of which, by UUID;
     empty if they are the same.
 
-    To open the door takes seconds, so it begins with this, in a thread of its own. As a context, it is closed
-    at the end.
+    The driver takes seconds to start, so that begins with this; it goes on while other things are done. As a
+    context, it is given up at the end if nobody took the door.
     """
 
-    def __init__(self, find: "Callable[[], Door]", device_map: Mapping[str, str]) -> None:
+    def __init__(self, home: Home, device_map: Mapping[str, str]) -> None:
+        from rekindle.cuda import Search
+
         self.device_map = device_map
-        self._found: Door | None = None
-        self._error: BaseException | None = None
-        self._ready, self._over = threading.Event(), threading.Event()
-        threading.Thread(target=self._open, args=[find], daemon=True).start()
+        self._search = Search(home)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if self._ready.is_set() and self._found is not None:
-            self._found.close()
+        self._search.close()
 
     def door(self) -> "Door":
-        """Waits until it is open. Raises CapabilityError if there is none, CudaError."""
-        self._ready.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._found is not None
-        return self._found
-
-    def _open(self, find: "Callable[[], Door]") -> None:
-        try:
-            self._found = find()
-        except BaseException as error:
-            self._error = error
-        self._ready.set()
-        # What was started for it ends with the thread that started it.
-        self._over.wait()
+        """Waits until it is open; the caller closes it. Raises CapabilityError if there is none."""
+        return self._search.door()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +118,8 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None, work: Path
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]
-    Session(cuda.door(), holders, journal=work / "cuda.json").restore_all(cuda.device_map)
+    with contextlib.closing(cuda.door()) as door:
+        Session(door, holders, work / CUDA_JOURNAL).restore_all(cuda.device_map)
 
 
 def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:

@@ -254,9 +254,7 @@ def _prove(
                 output=process.Output(stdout=log, stderr=log),
                 report=proof,
                 engine=engine,
-                cuda=stack.enter_context(process.Cuda(_options.cuda_door(home), {}))
-                if record.process.cuda_pids
-                else None,
+                cuda=stack.enter_context(process.Cuda(home, {})) if record.process.cuda_pids else None,
             )
         report.oracle = proof.oracle
     finally:
