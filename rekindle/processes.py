@@ -76,6 +76,11 @@ def threads(cell: Cell, pid: int) -> int:
     return int(status(cell, pid).get("Threads", "0"))
 
 
+def anonymous_bytes(cell: Cell, pid: int) -> int:
+    """How much of its own a process has in memory; not what it has mapped of files."""
+    return int((status(cell, pid).get("RssAnon") or "0").split()[0]) * 1024
+
+
 def command(cell: Cell, pid: int) -> str:
     """The command line of a process, shortened, for messages."""
     with contextlib.suppress(OSError):

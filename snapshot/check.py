@@ -59,7 +59,14 @@ _SOCKET_TABLES = {
     "netlink": 9,
     "packet": 8,
 }
-_GPUS = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
+_NVIDIA = "/dev/nvidia"
+_GPUS = (_NVIDIA, "/dev/kfd", "/dev/dri/")
+# Of whatever kind the kernel says that they are; also where CUDA's own devices are no obstacle.
+_NAMED = {
+    "/dev/infiniband/": ("is RDMA, whose state nobody can save", "set NCCL_IB_DISABLE=1"),
+    "/dev/nvidia-caps-imex-channels/": ("is memory shared over NVLink", "set NCCL_NVLS_ENABLE=0"),
+    "/dmabuf:": ("is GPU memory that others may use", "turn CUDA IPC and RDMA off, or use one GPU"),
+}
 _STATES_OF_CONNECTION = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
@@ -68,12 +75,7 @@ def check(
 ) -> None:
     """Raises NotDumpableError that names every obstacle. `own` are the logs that a restore replaces. With
     `gpus`, NVIDIA's devices are none: their state will be checkpointed, and then they must be gone."""
-    found = [
-        obstacle
-        for obstacle in obstacles(cell, root, network, own)
-        if not (gpus and "(/dev/nvidia" in obstacle.where)
-    ]
-    found += _system_v(cell, work)
+    found = [*obstacles(cell, root, network, own, gpus=gpus), *_system_v(cell, work)]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -82,7 +84,9 @@ def check(
         )
 
 
-def obstacles(cell: Cell, root: int, network: Network, own: Collection[Path]) -> Iterator[Obstacle]:
+def obstacles(
+    cell: Cell, root: int, network: Network, own: Collection[Path], *, gpus: bool = False
+) -> Iterator[Obstacle]:
     """Every obstacle in the cell, process by process."""
     tree = processes.tree(cell, root)
     for pid in processes.pids(cell):
@@ -96,12 +100,12 @@ def obstacles(cell: Cell, root: int, network: Network, own: Collection[Path]) ->
                 remedy="start it in the foreground",
             )
             continue
-        for where, what, remedy in _of_process(cell, pid, network, own):
+        for where, what, remedy in _of_process(cell, pid, network, own, gpus=gpus):
             yield Obstacle(pid=pid, command=name, where=where, what=what, remedy=remedy)
 
 
 def _of_process(
-    cell: Cell, pid: int, network: Network, own: Collection[Path]
+    cell: Cell, pid: int, network: Network, own: Collection[Path], *, gpus: bool
 ) -> Iterator[tuple[str, str, str]]:
     fields = processes.status(cell, pid)
     if fields.get("TracerPid", "0") != "0":
@@ -110,7 +114,10 @@ def _of_process(
         yield "the process", "is in seccomp strict mode", "start it without"
     sockets = _sockets(cell, pid, network)
     for fd, target in processes.descriptors(cell, pid):
-        finding = _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets)
+        named = next((found for prefix, found in _NAMED.items() if target.startswith(prefix)), None)
+        if gpus and target.startswith(_NVIDIA) and not named:
+            continue
+        finding = named or _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets)
         if not finding and Path(target) not in own:
             finding = _of_writing(cell, pid, fd, target)
         if finding:

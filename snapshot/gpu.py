@@ -2,43 +2,39 @@
 """The CUDA state of a server in its cell: moved into host memory before the dump, and seen to be in it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle import gpu, processes
 from rekindle.cell import Cell
-from rekindle.errors import DumpError, NotDumpableError, SpaceError
+from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
+from rekindle.home import CUDA_JOURNAL
 from rekindle.report import Report
 
 if TYPE_CHECKING:
     from rekindle.cuda import Door
 
+# For a GPU to finish what it was given, and for its memory to go through the slowest bus; the last is for the
+# latter if nobody tells how much there is.
 _LOCK_SECONDS = 60.0
+_BYTES_PER_SECOND = 500e6
+_CHECKPOINT_SECONDS = 600.0
 # What a CUDA context takes on its GPU beside what the program asked for; it is not part of its state.
 _CONTEXT_BYTES = 1 << 30
-_JOURNAL = "cuda.json"
-
-_UNSUPPORTED = (
-    ("/dev/infiniband/", "RDMA, which CUDA checkpointing does not support", "set NCCL_IB_DISABLE=1"),
-    (
-        "/dev/nvidia-caps-imex-channels/",
-        "memory shared over NVLink",
-        "set NCCL_NVLS_ENABLE=0",
-    ),
-    ("/dmabuf", "GPU memory that is exported to others", "turn off CUDA IPC, or run on one GPU"),
-)
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaState:
-    """Which processes hold CUDA, by their PIDs in the cell, on which GPUs, and how many bytes in all; 0 if
-    nobody tells."""
+    """Which processes hold CUDA, by their PIDs in the cell, on which GPUs, and how many bytes in all (0 if
+    nobody tells); and what they have in host memory before that of the GPUs comes to it."""
 
     pids: Sequence[int] = ()
     gpus: Sequence[str] = ()
     device_bytes: int = 0
+    host_bytes: int = 0
 
 
 @contextlib.contextmanager
@@ -48,8 +44,8 @@ def checkpointed(
     """While within, the CUDA state of the cell's processes is in their memory, and no GPU is in use. Left by
     an exception, every process is as it was found.
 
-    `find_door` is None where there is no NVIDIA GPU. Raises CudaError, and NotDumpableError or SpaceError
-    before anything is done to a process.
+    `find_door` is None where there is no NVIDIA GPU. Raises CapabilityError, CudaError, and NotDumpableError
+    or SpaceError before anything is done to a process.
     """
     if find_door is None:
         yield CudaState()
@@ -58,28 +54,23 @@ def checkpointed(
 
     with contextlib.ExitStack() as stack:
         with report.phase("cuda"):
-            inside = {pid: processes.inner_pid(pid) for pid in processes.host_pids(cell)}
-            door = find_door()
-            stack.callback(door.close)
-            holders = [pid for pid in inside if door.restore_thread(pid) is not None]
-            state = CudaState(
-                pids=sorted(inside[pid] for pid in holders),
-                gpus=gpu.held_by(holders) or tuple(each.uuid for each in gpu.probe().gpus),
-                device_bytes=gpu.memory_held(holders),
-            )
-            if holders:
-                _refuse_unsupported(cell, state)
+            door = _open(cell, find_door, stack)
+            holders, state = _look(cell, door) if door else ([], CudaState())
+            _refuse(_with_devices(cell, except_for=state.pids))
+            if door and holders:
+                _refuse_unsupported(state.gpus)
                 _require_memory(state.device_bytes)
-                session = stack.enter_context(Session(door, holders, journal=work / _JOURNAL))
-                session.checkpoint_all(timeout_seconds=_LOCK_SECONDS)
-                _refuse_leftovers(cell)
-        yield state if holders else CudaState()
+                moved = state.device_bytes / _BYTES_PER_SECOND or _CHECKPOINT_SECONDS
+                session = stack.enter_context(Session(door, holders, work / CUDA_JOURNAL))
+                session.checkpoint_all(_LOCK_SECONDS + moved)
+                _refuse(_with_devices(cell))
+        yield state
 
 
 def require_state(state: CudaState, dump_bytes: int) -> None:
     """Raises DumpError for a dump in which what was on the GPUs cannot be."""
-    expected = state.device_bytes - _CONTEXT_BYTES * len(state.pids) * max(1, len(state.gpus))
-    if dump_bytes < expected:
+    contexts = _CONTEXT_BYTES * len(state.pids) * max(1, len(state.gpus))
+    if dump_bytes < state.host_bytes + state.device_bytes - contexts:
         raise DumpError(
             "the dump lacks the state of the GPU",
             cause=f"{state.device_bytes:,} bytes were held on it, and the dump has {dump_bytes:,}",
@@ -87,22 +78,43 @@ def require_state(state: CudaState, dump_bytes: int) -> None:
         )
 
 
-def _refuse_unsupported(cell: Cell, state: CudaState) -> None:
-    found = []
+def _open(cell: Cell, find_door: Callable[[], "Door"], stack: contextlib.ExitStack) -> "Door | None":
+    """The door; None if there is none, and nobody here uses a GPU."""
+    try:
+        return stack.enter_context(contextlib.closing(find_door()))
+    except CapabilityError:
+        if _with_devices(cell):
+            raise
+        return None
+
+
+def _look(cell: Cell, door: "Door") -> tuple[list[int], CudaState]:
+    """The processes that hold CUDA, by the PIDs that they have here, and what they hold."""
+    from rekindle.cuda import holders
+
+    inside = {pid: processes.inner_pid(pid) for pid in processes.host_pids(cell)}
+    found = holders(door, inside)
+    pids = sorted(inside[pid] for pid in found)
+    if not found:
+        return found, CudaState()
+    every = tuple(each.uuid for each in gpu.probe().gpus if each.vendor == "nvidia")
+    state = CudaState(
+        pids=pids,
+        gpus=gpu.held_by(found) or every,
+        device_bytes=gpu.memory_held(found),
+        host_bytes=sum(processes.anonymous_bytes(cell, pid) for pid in pids),
+    )
+    return found, state
+
+
+def _refuse_unsupported(gpus: Collection[str]) -> None:
     devices = gpu.probe()
-    if devices.mps:
-        found.append("MPS is on, which CUDA checkpointing does not support; end its daemon")
+    found = ["MPS is on, which CUDA checkpointing does not support; end its daemon"] if devices.mps else []
     found += [
         f"{each.name} is in MIG mode, which CUDA checkpointing does not support; nvidia-smi -mig 0"
         for each in devices.gpus
-        if each.mig and each.uuid in state.gpus
+        if each.mig and each.uuid in gpus
     ]
-    for pid in state.pids:
-        for fd, target in processes.descriptors(cell, pid):
-            for prefix, what, remedy in _UNSUPPORTED:
-                if target.startswith(prefix):
-                    name = processes.command(cell, pid)
-                    found.append(f"process {pid} ({name}), descriptor {fd} ({target}): {what}; {remedy}")
     if found:
         raise NotDumpableError(
             "the server holds GPU state that cannot be checkpointed",
@@ -113,8 +125,7 @@ def _refuse_unsupported(cell: Cell, state: CudaState) -> None:
 
 def _require_memory(device_bytes: int) -> None:
     """All that is on the GPUs goes through host memory."""
-    with open("/proc/meminfo") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    available = available_bytes()
     if available < device_bytes:
         raise SpaceError(
             "there is not enough memory for what is on the GPUs",
@@ -123,17 +134,41 @@ def _require_memory(device_bytes: int) -> None:
         )
 
 
-def _refuse_leftovers(cell: Cell) -> None:
-    """A checkpointed process has let go of its GPU; what still holds a device would not come back."""
-    found = [
-        f"process {pid} ({processes.command(cell, pid)}), descriptor {fd}: {target}"
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
+    """How much memory can be had here: of the node, and of every control group (version 2) that we are in."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    groups = (proc / "self/cgroup").read_text().splitlines()
+    for group in [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]:
+        for directory in (cgroups / group, *(cgroups / group).parents):
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((directory / f"memory.{name}").read_text()) for name in ("max", "current"))
+                counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+                found.append(limit - used + int(counts.get("inactive_file", 0)))  # the kernel takes that back
+    return max(0, min(found))
+
+
+def _with_devices(cell: Cell, except_for: Collection[int] = ()) -> list[str]:
+    """What holds an NVIDIA device, in words."""
+    return [
+        f"process {pid} ({processes.command(cell, pid)}), {where}"
         for pid in processes.pids(cell)
-        for fd, target in processes.descriptors(cell, pid)
-        if target.startswith("/dev/nvidia")
+        if pid not in except_for
+        for where in (
+            *(f"descriptor {fd}: {target}" for fd, target in processes.descriptors(cell, pid)),
+            *(f"mapping: {path}" for path in processes.mapped_paths(cell, pid)),
+        )
+        if ": /dev/nvidia" in where
     ]
+
+
+def _refuse(found: Sequence[str]) -> None:
+    """A checkpointed process has let go of its GPUs, and one without CUDA should have none. What still holds
+    a device would not come back."""
     if found:
         raise NotDumpableError(
-            "processes still hold an NVIDIA device, with their CUDA state checkpointed",
+            "processes hold an NVIDIA device that is not part of their CUDA state",
             cause="\n".join(found),
-            hint="set VLLM_WORKER_MULTIPROC_METHOD=spawn: children that are forked keep their parent's",
+            hint="children that are forked keep their parent's: set VLLM_WORKER_MULTIPROC_METHOD=spawn; and "
+            "who asks NVML keeps it open until nvmlShutdown",
         )
