@@ -21,10 +21,14 @@
  *     fail nvmlDeviceGetMigMode 3    that function fails with this code, of this GPU; of every one if it
  *                                    stands above the first
  *
+ * With FAKE_CUDA set, who holds the CUDA of cuda_engine.py on a GPU computes on it, too, and has there what its
+ * state says, in equal parts on its GPUs; not while that is checkpointed.
+ *
  * As with the real one, nothing can be asked before nvmlInit and after the last nvmlShutdown, text and lists
  * that are longer than the caller's buffer are refused, and a directory of devices is open between the two.
  */
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -336,20 +340,72 @@ int nvmlDeviceGetEccMode(struct gpu *gpu, unsigned *current, unsigned *pending)
     return give_mode(gpu, "nvmlDeviceGetEccMode", gpu->ecc, current, pending);
 }
 
+static int read_text(const char *path, char *into, size_t size)
+{
+    FILE *file = fopen(path, "r");
+    size_t length;
+
+    if (!file)
+        return 0;
+    length = fread(into, 1, size - 1, file);
+    into[length] = 0;
+    fclose(file);
+    return length > 0;
+}
+
+/* What a process holds on a GPU by the CUDA of cuda_engine.py, or -1. */
+static long long held(const char *pid, const char *uuid)
+{
+    char path[128], text[8192], *line, *bytes;
+    unsigned inner = 0, gpus = 0;
+
+    snprintf(path, sizeof path, "/proc/%.20s/status", pid);
+    if (!read_text(path, text, sizeof text) || !(line = strstr(text, "NSpid:")))
+        return -1;
+    for (line += strlen("NSpid:"); *line != '\n' && *line;)
+        inner = strtoul(line, &line, 10);
+    snprintf(path, sizeof path, "/proc/%.20s/root/dev/shm/fake-cuda-%u", pid, inner);
+    if (!read_text(path, text, sizeof text) || !strstr(text, uuid) || strstr(text, "\"checkpointed\"") ||
+        !(bytes = strstr(text, "\"device_bytes\": ")))
+        return -1;
+    for (line = text; (line = strstr(line, "GPU-")); line++)
+        gpus++;
+    return strtoll(bytes + strlen("\"device_bytes\": "), NULL, 10) / gpus;
+}
+
+static unsigned add_holders(const char *uuid, struct process *into, unsigned room)
+{
+    DIR *proc = getenv("FAKE_CUDA") ? opendir("/proc") : NULL;
+    struct dirent *entry;
+    unsigned count = 0;
+
+    while (proc && (entry = readdir(proc))) {
+        long long bytes = *entry->d_name >= '1' && *entry->d_name <= '9' ? held(entry->d_name, uuid) : -1;
+        if (bytes < 0)
+            continue;
+        if (count < room)
+            into[count] = (struct process){ atoi(entry->d_name), bytes, -1, -1 };
+        count++;
+    }
+    if (proc)
+        closedir(proc);
+    return count;
+}
+
 static int give_processes(struct gpu *gpu, const char *function, const struct pids *from, unsigned *count,
                           struct process *processes)
 {
     int code = of_gpu(gpu, function);
-    unsigned room = *count;
+    unsigned room = processes ? *count : 0;
 
     if (code)
         return code;
     *count = from->count;
-    if (from->count > room || (from->count && !processes))
-        return INSUFFICIENT_SIZE;
-    for (unsigned i = 0; i < from->count; i++)
+    for (unsigned i = 0; i < from->count && i < room; i++)
         processes[i] = (struct process){ from->pid[i], 1 << 20, -1, -1 };
-    return SUCCESS;
+    if (from == &gpu->compute)
+        *count += add_holders(gpu->uuid, room > *count ? processes + *count : NULL, room > *count ? room - *count : 0);
+    return *count > room ? INSUFFICIENT_SIZE : SUCCESS;
 }
 
 #define RUNNING(function, kind)                                                            \

@@ -10,7 +10,7 @@
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
 file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
-cuda-child (so does its child).
+cuda-child (so does its child), cuda-others=N (so do so many more).
 """
 
 import ctypes
@@ -25,6 +25,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from urllib.parse import parse_qs, urlsplit
 
 PORT = int(sys.argv[1])
@@ -104,6 +105,14 @@ def hold(what: str) -> object:
     if what == "perf":
         attributes = ctypes.create_string_buffer(b"\1\0\0\0\x80\0\0\0", 128)  # software, cpu-clock
         return libc.syscall(298, attributes, 0, -1, -1, 0)
+    if what == "device":
+        return open(BEHAVIOURS["path"], "rb")
+    if what == "device-of-another":
+        return fork(lambda: open(BEHAVIOURS["path"], "rb"))
+    if what == "dmabuf":  # by the name that the kernel gives it
+        file = open("/dmabuf:", "wb")
+        os.unlink("/dmabuf:")
+        return file
     if what == "daemon":
         if os.fork() == 0:
             os.setsid()
@@ -115,6 +124,20 @@ def hold(what: str) -> object:
     raise ValueError(what)
 
 
+def fork(keep: Callable[[], object]) -> int:
+    """A process that keeps something, and does nothing."""
+    ready, to_us = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        kept = keep()
+        os.write(to_us, b"!")
+        while kept is not to_us:
+            signal.pause()
+    os.read(ready, 1)
+    return pid
+
+
 cuda_states: list[pathlib.Path] = []
 
 
@@ -123,7 +146,8 @@ def claim_cuda() -> None:
     from tests.fakes.cuda import UUID, claim
 
     uuids = BEHAVIOURS.get("cuda-uuids", UUID).split(",")
-    for pid in [os.getpid(), child_pid][: 1 + ("cuda-child" in BEHAVIOURS)]:
+    others = [fork(object) for _ in range(int(BEHAVIOURS.get("cuda-others", 0)))]
+    for pid in [*[os.getpid(), child_pid][: 1 + ("cuda-child" in BEHAVIOURS)], *others]:
         cuda_states.append(claim(int(BEHAVIOURS["cuda"] or 0), uuids=uuids, pid=pid))
 
 
