@@ -100,10 +100,7 @@ class Acceptance:
 
     def subject(self) -> Subject:
         """Our server; it listens on the same port in every run with this work directory."""
-        known = self.lab.work / "port"
-        if not known.exists():
-            known.write_text(str(free_port()))
-        port, oracle = known.read_text(), self.lab.work / "oracle.json"
+        port, oracle = _kept(self.lab.work / "port", str(free_port())), self.lab.work / "oracle.json"
         oracle.write_text(json.dumps(ORACLE))
         command = [*self.server, "serve", port, "--gib", str(self.args.gib)]
         command += ["--quick"] if self.args.quick else []
@@ -529,7 +526,7 @@ def main() -> int:
         work = base.absolute()
         for directory in (work, work / "home", work / "logs", args.out):
             directory.mkdir(parents=True, exist_ok=True)
-        lab = Lab(work=work, mark=os.urandom(8).hex())
+        lab = Lab(work=work, mark=_kept(work / "mark", os.urandom(8).hex()))
         acceptance = Acceptance(args, lab)
         stack.callback(_end_all, lab)
         os.environ[MARK] = lab.mark  # of what the kernel of rekindle starts within this process
@@ -668,6 +665,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+def _kept(path: Path, text: str) -> str:
+    """What an earlier run with this work directory wrote, or else the text, for later ones."""
+    if not path.exists():
+        path.write_text(text)
+    return path.read_text()
 
 
 def _end(signum: int, _: object) -> None:

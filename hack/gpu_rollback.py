@@ -20,7 +20,8 @@ from rekindle.errors import CudaError
 from rekindle.home import Home
 
 JOURNAL = "cuda.json"
-_STEP_SECONDS = 120.0
+_STEP_SECONDS = 60.0
+_PATIENCE_SECONDS = 30.0  # of a rollback: what hangs must not take the time of other steps
 _LOCK_SECONDS = 2.0
 
 
@@ -89,19 +90,19 @@ class _DumpError(Exception):
 
 def cycle(door: Watched, pids: list[int], journal: Path) -> None:
     """There and back."""
-    with Session(door, pids, journal) as session:
+    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
         session.restore_all({}, _STEP_SECONDS)
 
 
 def _dump_fails(door: Watched, pids: list[int], journal: Path) -> None:
-    with Session(door, pids, journal) as session:
+    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
         raise _DumpError("the dump was made to fail, with everything checkpointed")
 
 
 def _lock_in_vain(door: Watched, pids: list[int], journal: Path) -> None:
-    with Session(door, pids, journal) as session:
+    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_LOCK_SECONDS)
 
 

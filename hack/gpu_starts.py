@@ -22,6 +22,7 @@ from rekindle.run import end_group, run, spawn
 
 _POLL_SECONDS = 0.005
 _ANSWER_SECONDS = 120.0
+_AGAIN_SECONDS = 15.0  # of a server that has answered before
 # Nothing waits longer; a step's own deadline comes before.
 LONG_SECONDS = 3600.0
 
@@ -100,7 +101,7 @@ class Started:
     def answers(self) -> bool:
         """Whether it still gives the answer that it gave."""
         try:
-            again = self.client.ask(self.request, timeout=_ANSWER_SECONDS)
+            again = self.client.ask(self.request, timeout=_AGAIN_SECONDS)
         except (OSError, NotReadyError):
             return False
         return self.subject.engine.agree(self.answer, self.subject.engine.answer(again))
