@@ -4,8 +4,8 @@
 
     unpack TARGET [DIR…]        pieces that are not beside this file are looked for in the directories
 
-To be run by the Python that has torch and Triton, 3.11 or newer: the server will be, too. Nothing is done if the same bundle
-is installed in TARGET already; an interrupted run is begun anew.
+To be run by the Python that has torch and Triton, 3.11 or newer: the server will be, too. Nothing is done if
+the same bundle is installed in TARGET already; an interrupted run is begun anew.
 
     TARGET/gpu-acceptance       the acceptance; takes what hack/gpu-acceptance takes
     TARGET/source/.venv         rekindle's own environment, which sees nothing of the machine's
@@ -39,10 +39,11 @@ def main(words):
     if not (mark.exists() and mark.read_text() == stamp):
         paths = [find(piece, [here, *map(Path, words[1:])]) for piece in manifest["pieces"]]
         if target.exists():
-            if not (target / "source").exists() and any(target.iterdir()):
+            if not (target / ".bundle").exists() and any(target.iterdir()):
                 raise SystemExit(f"unpack: {target} is there, and holds something else")
             shutil.rmtree(target)
         target.mkdir(parents=True)
+        (target / ".bundle").touch()
         with tarfile.open(fileobj=Joined(paths), mode="r|gz") as archive:
             # Older Pythons have no filters. The bytes are those of the manifest.
             safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
