@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hack/gpu-acceptance and hack/gpu-bundle on a machine without a GPU: the driver, NVML and the server are
+stand-ins, the rest is as it is where there is one."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import PREFIX, ROOT, VLLM_BIN
+from tests.fakes import nodes
+from tests.fakes.cuda import FakeCuda
+from tests.fakes.nvml import FakeNvml
+
+HACK = ROOT / "hack"
+
+
+@dataclass(slots=True)
+class Machine:
+    """A machine with one GPU that is not there, and what a run of the acceptance leaves."""
+
+    cuda: FakeCuda
+    nvml: FakeNvml
+    out: Path
+
+    def run(self, *words: str, timeout: float = 300) -> int:
+        libraries = [self.cuda.environment["LD_LIBRARY_PATH"], self.nvml.environment["LD_LIBRARY_PATH"]]
+        environment = {**os.environ, **self.cuda.environment, **self.nvml.environment}
+        environment |= {"LD_LIBRARY_PATH": ":".join(libraries)}
+        argv = [sys.executable, str(HACK / "gpu_acceptance.py"), str(self.out), "--stand-in", "--quick"]
+        done = subprocess.run(
+            [*argv, "--python", sys.executable, *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode in {0, 1}, done.stderr
+        assert leftovers() == [], done.stderr
+        return done.returncode
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        return dict(json.loads((self.out / "report.json").read_bytes())["steps"])
+
+    @property
+    def page(self) -> str:
+        return (self.out / "report.md").read_text()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    for name in ("cuda", "nvml"):
+        (tmp_path / name).mkdir()
+    made = Machine(FakeCuda(tmp_path / "cuda"), FakeNvml(tmp_path / "nvml"), tmp_path / "out")
+    made.nvml.describe(nodes.H100)
+    return made
+
+
+def leftovers() -> list[str]:
+    """Processes of a run that are still there, and what says of a process that it holds CUDA."""
+    found = [str(path) for path in Path("/dev/shm").glob("*fake-cuda-*")]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if b"REKINDLE_ACCEPTANCE=" in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+@pytest.mark.criu
+@pytest.mark.timeout(300)
+def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
+    places = set(Path("/var/tmp").iterdir())
+    assert machine.run() == 0, machine.page
+    steps = machine.steps
+    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(steps, "done") | {
+        "vllm": "skipped"
+    }
+    assert steps["machine"]["gpus"][0]["name"] == nodes.H100.gpus[0].name
+    assert steps["snapshot"]["cuda_pids"]
+    assert len(steps["restore"]["runs"]) == 3
+    assert {run["count"] for run in steps["restore"]["runs"]} == {1}
+    assert "cuda" in steps["restore"]["runs"][0]["phases"]
+    assert len(steps["rollback"]["cases"]) == 10
+    assert all(case["answers"] and case["failed"] for case in steps["rollback"]["cases"])
+    proof = steps["cache"]["runs"][0]["proof"]
+    assert (proof["verdict"], proof["made"]) == ("hit", 0)
+    assert proof["used"] == proof["entries"] > 0
+    assert [reason["code"] for reason in steps["cache"]["reasons"]] == ["gpu-model"]
+    assert set(steps["doors"]["doors"]) == {"driver", "utility"}
+    assert all(len(door["runs"]) == 1 for door in steps["doors"]["doors"].values())
+    assert "at most 1/10 of the cold start" in machine.page
+    assert "stand-ins" in machine.page
+    assert str(ROOT) not in machine.page
+    assert set(Path("/var/tmp").iterdir()) <= places
+    assert len(list(machine.out.iterdir())) == 3
+
+
+@pytest.mark.criu
+def test_a_step_that_fails_ends_neither_the_others_nor_without_its_reason(machine: Machine) -> None:
+    machine.cuda.describe(utility=False)
+    assert machine.run("--only", "doors", "--only", "uncached") == 1
+    steps = machine.steps
+    assert steps["doors"]["status"] == "failed"
+    assert "cuda-checkpoint" in steps["doors"]["reason"]
+    assert steps["doors"]["doors"]["driver"]["runs"]
+    assert steps["uncached"]["status"] == "done"
+    assert steps["rollback"] == {"status": "skipped", "reason": "not asked for, or not yet", "seconds": 0.0}
+    assert steps["doors"]["reason"][:40] in machine.page
+
+
+@pytest.mark.criu
+def test_a_driver_that_checkpoints_nothing_is_told_and_not_hidden(machine: Machine) -> None:
+    machine.cuda.describe(faults=[{"step": "checkpoint", "code": 801}])
+    assert machine.run("--only", "restore", "--only", "rollback") == 1
+    steps = machine.steps
+    assert "CUDA_ERROR_NOT_SUPPORTED" in json.dumps(steps["snapshot"]["reason"])
+    assert (steps["restore"]["status"], steps["restore"]["reason"]) == ("skipped", "it needs snapshot")
+    cases = steps["rollback"]["cases"]
+    # What fails both there and on the way back is told, and is for `rekindle doctor --repair`.
+    twice = [case for case in cases if "could not be rolled back" in case["told"]]
+    assert [case["name"] for case in twice] == ["the unlock fails"]
+    once = [case for case in cases if case not in twice]
+    assert all(case["answers"] for case in once)
+    assert not any(case["failed"] for case in once if "NOT_SUPPORTED" in case["told"])
+
+
+@pytest.mark.criu
+def test_what_hangs_ends_at_the_deadline_and_leaves_nothing(machine: Machine) -> None:
+    machine.cuda.describe(faults=[{"step": "checkpoint", "hang": True}])
+    assert machine.run("--only", "snapshot", "--only", "vllm", "--deadline", "6") == 1
+    assert "it was not done after" in machine.steps["snapshot"]["reason"]
+    assert machine.steps["vllm"]["reason"] == "there was no time left"
+
+
+@pytest.mark.criu
+def test_a_second_run_goes_on_where_the_first_one_ended(machine: Machine, tmp_path: Path) -> None:
+    work = str(tmp_path / "work")
+    assert machine.run("--only", "snapshot", "--work", work) == 0
+    made = machine.steps["snapshot"]
+    assert machine.run("--only", "restore", "--work", work) == 0
+    assert machine.steps["snapshot"] == made
+    assert machine.steps["restore"]["status"] == "done"
+
+
+@pytest.mark.vllm
+def test_the_kernels_of_the_server_compute_what_they_say() -> None:
+    """By Triton's interpreter, and without graphs."""
+    program = """
+import time, torch, gpu_torch
+model = gpu_torch.Decoder(0.0001, time.monotonic(), quick=True, device="cpu", size=256)
+first = model.answer([1, 2], 4)
+assert first == model.answer([1, 2], 4)
+assert first != model.answer([1, 3], 4)
+state, tokens = torch.tensor([[0.0]]), []
+table, layers = model._table, [each.float() for each in model._weights]
+def step(token):
+    state = table[token]
+    for weights in layers:
+        change = weights @ state
+        state = state + change * torch.sigmoid(change)
+        state = state / torch.sqrt((state * state).mean() + 1e-6)
+    return int(torch.argmax(layers[0] @ state))
+step(1)
+token = step(2)
+for _ in range(4):
+    tokens.append(token)
+    token = step(token)
+assert tokens == first["tokens"], (tokens, first)
+total = 0
+for number, weights in enumerate(model._weights):
+    words = weights.view(torch.int32).view(-1, min(gpu_torch.CHECKED, weights.numel() // 2)).long()
+    total += (number + 1) * int((words * (torch.arange(words.shape[1]) % 251 + 1)).sum())
+assert total == first["checksum"]
+model._weights[1][0, 0] += 1
+assert model.answer([1, 2], 4)["checksum"] != total
+assert [model.count(), model.count()] == [1, 2]
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HACK)}
+    run_python(program, environment)
+
+
+@pytest.mark.vllm
+def test_the_kernels_of_the_server_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
+    program = """
+import triton, gpu_torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+def compiled(kernel, types, constants, **options):
+    names = kernel.arg_names
+    signature = dict(zip(names, types + ["constexpr"] * len(constants)))
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=values)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+compiled(gpu_torch.fill, ["*bf16", "i32"], {"scale": 0.05, "block": 1024})
+compiled(gpu_torch.settle, ["*fp32", "*fp32"], {"size": gpu_torch.WIDTH})
+compiled(gpu_torch.checksum, ["*i32", "*i64"], {"block": gpu_torch.CHECKED})
+for height, width, warps in gpu_torch.VARIANTS:
+    sizes = {"size": gpu_torch.WIDTH, "height": height, "width": width}
+    compiled(gpu_torch.project, ["*fp32", "*bf16", "*fp32"], sizes, num_warps=warps)
+"""
+    run_python(program, {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HACK)})
+
+
+def run_python(program: str, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [str(VLLM_BIN / "python"), "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.criu
+@pytest.mark.timeout(300)
+def test_a_bundle_installs_itself_where_there_is_no_network(tmp_path: Path) -> None:
+    bundle, elsewhere, target = tmp_path / "bundle", tmp_path / "elsewhere", tmp_path / "target"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    words = [str(bundle), "--piece-mib", "8", "--python", version]
+    environment = {**os.environ, "REKINDLE_PREFIX": str(PREFIX)}
+    subprocess.run([str(HACK / "gpu-bundle"), *words], env=environment, check=True, timeout=250)
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    names = [piece["name"] for piece in manifest["pieces"]]
+    assert len(names) > 1
+    assert all((bundle / name).stat().st_size <= 8 << 20 for name in names)
+
+    elsewhere.mkdir()
+    (bundle / names[-1]).rename(elsewhere / names[-1])
+    bare = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(tmp_path)}
+
+    def unpack(*more: str) -> "subprocess.CompletedProcess[str]":
+        argv = ["unshare", "--net", sys.executable, "-I", str(bundle / "unpack"), str(target), *more]
+        return subprocess.run(argv, env=bare, capture_output=True, text=True, timeout=100, check=False)
+
+    done = unpack()
+    assert done.returncode == 1
+    assert names[-1] in done.stderr
+    assert not target.exists()
+    done = unpack(str(elsewhere))
+    assert done.returncode == 0, done.stderr
+    made = (target / ".complete").stat().st_mtime_ns
+    assert unpack(str(elsewhere)).returncode == 0
+    assert (target / ".complete").stat().st_mtime_ns == made
+
+    python = target / "source/.venv/bin/python"
+    bare |= {"REKINDLE_CRIU": str(target / "criu/bin/criu"), "REKINDLE_HOME": str(tmp_path / "home")}
+    doctor = [str(python), "-m", "rekindle", "doctor", "--check", "criu", "--json"]
+    done = subprocess.run(doctor, cwd="/", env=bare, capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(done.stdout)["ok"], done.stdout + done.stderr
+
+    first = bundle / names[0]
+    first.write_bytes(bytes([first.read_bytes()[0] ^ 1]) + first.read_bytes()[1:])
+    (target / ".complete").unlink()
+    assert "another sha256 sum" in unpack(str(elsewhere)).stderr
