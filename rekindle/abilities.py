@@ -40,17 +40,11 @@ def probe(home: Home) -> Abilities:
 
 
 def cuda_lack(home: Home) -> str:
-    """Why what a process held on NVIDIA GPUs cannot be restored here; empty if it can.
-
-    This starts the driver, which takes seconds: for a record that names such GPUs.
-    """
+    """Why what a process held on NVIDIA GPUs cannot be restored here, as far as it shows without starting the
+    driver, which takes seconds; empty if nothing does. For a record that names such GPUs."""
     from rekindle import cuda
 
-    try:
-        cuda.find(home).close()
-    except CapabilityError as error:
-        return error.cause or error.message
-    return ""
+    return cuda.lack(home)
 
 
 def _cell_lack(home: Home) -> str:

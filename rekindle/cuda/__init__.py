@@ -35,6 +35,7 @@ __all__ = [
     "candidates",
     "find",
     "holders",
+    "lack",
     "repair",
     "unfinished",
 ]
@@ -74,6 +75,27 @@ def candidates(home: Home) -> list[Candidate]:
             if door is not None:
                 door.close()
         return found
+
+
+def lack(home: Home) -> str:
+    """Why there is no door, as far as it shows without starting the driver; empty if nothing does."""
+    found = []
+    for name in _names():
+        if name == "driver":
+            from rekindle.cuda import driver
+
+            found.append(f"driver: {why}" if (why := driver.look()) else "")
+        else:
+            from rekindle.cuda.utility import Utility
+
+            try:
+                Utility.find(home)
+                found.append("")
+            except CapabilityError as error:
+                found.append(f"utility: {error.message}")
+        if not found[-1]:
+            return ""
+    return "; ".join(found)
 
 
 class Search:

@@ -79,17 +79,23 @@ class LackError(Exception):
         self.started = started
 
 
+def load() -> ctypes.CDLL:
+    """libcuda, not started, if it can checkpoint. Raises LackError."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise LackError(str(error), started=False) from None
+    missing = [name for name in CHECKPOINTING if not hasattr(library, name)]
+    if missing:
+        raise LackError(f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False)
+    return library
+
+
 class Driver:
     """libcuda, started. ctypes lets other threads run during a call."""
 
     def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise LackError(str(error), started=False) from None
-        missing = [name for name in CHECKPOINTING if not hasattr(self._library, name)]
-        if missing:
-            raise LackError(f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False)
+        self._library = load()
         if status := self._library.cuInit(0):
             name, text = self.words(status)
             raise LackError(f"cuInit: {name} ({status}): {text}", started=True)
@@ -189,6 +195,16 @@ def receive(control: socket.socket) -> bytes:
         return b""
 
 
+def look() -> int:
+    """Prints why the driver cannot be used, as far as it shows without starting it."""
+    try:
+        load()
+    except LackError as lack:
+        print(lack, flush=True)
+        return 1
+    return 0
+
+
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
@@ -212,5 +228,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
+    status = look() if sys.argv[1:] == ["--look"] else main()
     os._exit(status)  # a call that hangs would keep the interpreter

@@ -24,7 +24,7 @@ from rekindle.cuda.door import (
     late,
 )
 from rekindle.errors import CudaError
-from rekindle.run import TimeoutExpired, end_group, spawn
+from rekindle.run import TimeoutExpired, end_group, run, spawn
 
 _START_SECONDS = 120.0
 _END_SECONDS = 5.0
@@ -32,6 +32,12 @@ _END_SECONDS = 5.0
 _SLACK_SECONDS = 5.0
 _VERSION_WITH_MAPS = 13000  # CUDA 13.0, which is driver 580
 _STATES = (State.RUNNING, State.LOCKED, State.CHECKPOINTED, State.FAILED)  # by CUprocessState
+
+
+def look() -> str:
+    """Why the driver cannot be used, as far as it shows without starting it; empty if nothing does."""
+    looked = run([sys.executable, "-I", "-S", "-B", client.__file__, "--look"], timeout=ANSWER_SECONDS)
+    return "" if looked.status == 0 else looked.output.strip() or f"status {looked.status}"
 
 
 class Driver:
