@@ -176,7 +176,14 @@ class _Restore:
         verified = _trust.verified(source, self._reference, self._home, self._args, self._report)
         self._found = found = _facts.trusted(verified)
         self._report.image = {"reference": self._args.image, "digest": found.value.index.digest}
-        facts = _facts.gather(found.value, self._reference, self._home, self._given, with_cache=with_cache)
+        facts = _facts.gather(
+            found.value,
+            self._reference,
+            self._home,
+            self._given,
+            with_cache=with_cache,
+            with_abilities=self._args.rung is Rung.PROCESS,
+        )
         if (kernels := facts.cache) is not None:
             self._cache = found.map(lambda _: kernels)
         return facts
