@@ -58,7 +58,8 @@ class Saved:
         }
 
 
-def save(place: Path, *flags: str) -> Saved:
+def save(place: Path, *, prefix: Sequence[str] = ()) -> Saved:
+    """Makes one, by a command with this prefix."""
     port, key = free_port(), KeyPair(place / "key")
     (place / "stable").mkdir()
     kernels = place / "caches" / "kernels"
@@ -67,9 +68,10 @@ def save(place: Path, *flags: str) -> Saved:
     environment = {"TMPDIR": str(place), "COSIGN_PASSWORD": "", "TRITON_CACHE_DIR": str(kernels)}
     rekindle = Rekindle(place / "home", environment)
     assert rekindle("generate-key-pair", "--output-key-prefix", str(key.prefix)).status == 0
+    rekindle.prefix = list(prefix)
     command = [sys.executable, str(SERVERS / "paddock.py"), str(place / "stable"), str(port)]
     done = rekindle(
-        *("snapshot", f"oci:{place}/images:1", "--no-prove", *workhorse_flags(port), *key.sign, *flags),
+        *("snapshot", f"oci:{place}/images:1", "--no-prove", *workhorse_flags(port), *key.sign),
         *("--", *command),
     )
     assert done.status == 0, done.stderr
