@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,15 +111,19 @@ def start_server(
         if os.getppid() != parent:
             os._exit(1)
 
-    return subprocess.Popen(
-        list(argv),
-        stdout=stdout,
-        stderr=stderr,
-        env=dict(env),
-        cwd=cwd,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any function that is called after a fork beside other threads. This one takes no
+        # lock that another thread could hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return subprocess.Popen(
+            list(argv),
+            stdout=stdout,
+            stderr=stderr,
+            env=dict(env),
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
