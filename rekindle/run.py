@@ -112,8 +112,8 @@ def start_server(
             os._exit(1)
 
     with warnings.catch_warnings():
-        # Python 3.12 warns of any function that is called after a fork beside other threads. This one takes no
-        # lock that another thread could hold.
+        # Python 3.12 warns of any function that is called after a fork beside other threads. This one takes
+        # no lock that another thread could hold.
         warnings.simplefilter("ignore", DeprecationWarning)
         return subprocess.Popen(
             list(argv),
