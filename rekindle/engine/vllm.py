@@ -258,12 +258,15 @@ def restored(endpoint: Endpoint, options: Mapping[str, JSON]) -> VllmEngine:
     raise FormatError("the record's vLLM sleeps in a way that is not known here", hint="use a newer rekindle")
 
 
-def asleep(engine: VllmEngine, argv: Sequence[str], weights: Weights, version: str) -> VllmEngine:
+def asleep(
+    engine: VllmEngine, argv: Sequence[str], weights: Weights, version: str, *, warmed: bool = False
+) -> VllmEngine:
     """The engine for a server that is to sleep through the snapshot. vLLM's own snapshot server is taken
-    where there is one (since 0.31) and it does what is asked: it reads the weights again."""
+    where there is one (since 0.31) and it does what is asked: it reads the weights again, and takes no
+    requests before, so it cannot be `warmed` with those of the user."""
     from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 
-    if weights is Weights.RELOAD and _release(version) >= (0, 31):
+    if weights is Weights.RELOAD and _release(version) >= (0, 31) and not warmed:
         return AtBoundary(endpoint=engine.endpoint, api_key=_option(argv, "--api-key"))
     level = 2 if weights is Weights.RELOAD else 1
     return Sleeping(endpoint=engine.endpoint, level=level, api_key=_option(argv, "--api-key"))

@@ -100,7 +100,8 @@ def _snapshot(args: argparse.Namespace, command: list[str], report: Report) -> N
     ours = {name: value for name, value in os.environ.items() if name not in _trust.VARIABLES}
     environment = {**engine.environment(), **ours}
     nvidia = any(gpu.vendor == "nvidia" for gpu in probe().gpus)
-    engine = _sleeping(engine, args.weights, command, environment, nvidia=nvidia)
+    warmed = args.warm_requests is not None
+    engine = _sleeping(engine, args.weights, command, environment, nvidia=nvidia, warmed=warmed)
     credentials = secrets.Credentials.of(environment, command, args.allow_secret)
     _options.require_root()
     home = _options.open_home()
@@ -167,6 +168,7 @@ def _sleeping(
     environment: Mapping[str, str],
     *,
     nvidia: bool,
+    warmed: bool,
 ) -> Engine:
     """The engine of a server that sleeps through the snapshot, if it can and shall."""
     if not isinstance(engine, VllmEngine):
@@ -176,7 +178,7 @@ def _sleeping(
     weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
     if weights is Weights.AS_IS:
         return engine
-    return asleep(engine, command, weights, versions(command, environment).get("vllm", ""))
+    return asleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
 
 
 def _require_target(reference: Reference, access: Access) -> None:

@@ -99,6 +99,11 @@ def test_how_it_sleeps_follows_from_where_the_weights_go_and_from_the_version(
     assert type(again) is type(engine)
 
 
+def test_one_that_is_warmed_by_the_user_is_not_taken_to_where_it_takes_no_requests() -> None:
+    engine = asleep(PLAIN, ["vllm", "serve", "m"], Weights.RELOAD, "0.32.0", warmed=True)
+    assert engine.options() == {"asleep": 2}
+
+
 @pytest.mark.parametrize(
     "asleep", [0, 3, -1, 1.5, "1", "", "Boundary", True, False, [], [1], {}, {"level": 1}]
 )
