@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve MODEL [options]`."""
+
+import argparse
+import asyncio
+import os
+import sys
+
+from vllm.api import Api, listen
+from vllm.engine import Engine
+
+
+def parser(prog):
+    made = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    made.add_argument("model_tag", nargs="?")
+    made.add_argument("--model")
+    made.add_argument("--served-model-name", nargs="+")
+    made.add_argument("--host")
+    made.add_argument("--port", type=int, default=8000)
+    made.add_argument("--root-path", default="")
+    made.add_argument("--max-model-len", type=int, default=512)
+    made.add_argument("--api-key")
+    made.add_argument("--middleware", action="append", default=[])
+    made.add_argument("--enable-sleep-mode", action=argparse.BooleanOptionalAction, default=False)
+    return made
+
+
+def parse(argv, prog="vllm serve"):
+    args = parser(prog).parse_args(argv)
+    args.model = args.model_tag or args.model
+    if args.enable_sleep_mode and "FAKE_CUDA" not in os.environ:
+        sys.exit("Sleep mode is not supported on current platform.")
+    return args
+
+
+async def serve(argv):
+    args = parse(argv)
+    engine = await Engine.start(args.model)
+    await listen(Api(engine, args), args.host or "0.0.0.0", args.port)
+
+
+def main():
+    if sys.argv[1:2] != ["serve"]:
+        sys.exit("vllm: this one only serves")
+    asyncio.run(serve(sys.argv[2:]))
