@@ -4,7 +4,9 @@
 import json
 import os
 import shutil
+import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from rekindle.engine import Endpoint, vllm_gate
+from rekindle.engine.client import Client
+from rekindle.engine.vllm_asleep import AtBoundary
 from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, Replica, Traces, free_port, wait_for
 
 pytestmark = [pytest.mark.criu, pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -27,8 +32,13 @@ PROMPT = {
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, object]]:
-    """A snapshot of a real vLLM server, and the report of its making."""
+    """A snapshot of a real vLLM server, and the report of its making.
+
+    In development mode behind our gate, as one that sleeps, but that this one cannot: it has no GPU.
+    """
     home = tmp_path_factory.mktemp("vllm")
+    (home / "gate").mkdir()
+    shutil.copyfile(vllm_gate.__file__, home / "gate/rekindle_gate.py")
     rekindle = Rekindle(
         home / "home",
         {
@@ -38,12 +48,15 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, 
             "VLLM_USE_AOT_COMPILE": "0",
             "VLLM_CACHE_ROOT": str(home / "caches/vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(home / "caches/inductor"),
+            "PYTHONPATH": str(home / "gate"),
+            "VLLM_SERVER_DEV_MODE": "1",
         },
     )
     done = rekindle(
         *("snapshot", "tiny", "--json", "--", "vllm", "serve", str(TINY_MODEL)),
         *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(PORT)),
         *("--max-model-len", "512", "--gpu-memory-utilization", "0.3"),
+        *("--middleware", "rekindle_gate.Gate"),
         timeout=600,
     )
     assert done.status == 0, done.stderr
@@ -133,6 +146,76 @@ def test_two_replicas_answer_side_by_side_and_stream(start: Callable[..., Replic
 
     with ThreadPoolExecutor(2) as pool:
         assert all(count > 5 for count in pool.map(stream, replicas))
+
+
+def test_the_gate_closes_every_development_endpoint_and_no_other(
+    vllm: tuple[Rekindle, dict[str, object]], start: Callable[..., Replica]
+) -> None:
+    replica = start()
+    key, place = "0123456789abcdef" * 4, vllm[0].home.parent / "gate/key"
+
+    def ask(path: str, method: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+        url = f"http://127.0.0.1:{replica.port}{path}"
+        request = urllib.request.Request(url, method=method, headers=headers or {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return int(response.status), response.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    none = (404, b'{"detail":"Not Found"}')
+    assert ask("/no/such/path", "GET") == none
+    paths = json.loads(replica.ask("/openapi.json"))["paths"]
+    closed = {
+        path
+        for path, methods in paths.items()
+        if all(ask(path, each.upper(), {"X-Forwarded-For": "127.0.0.1"}) == none for each in methods)
+    }
+    assert {"/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/server_info", "/pause"} <= closed
+    assert not {path for path in closed if path.startswith(("/v1/", "/health", "/metrics", "/version"))}
+    # Those that vLLM has without development mode, too.
+    public = {
+        "/tokenize",
+        "/detokenize",
+        "/load",
+        "/ping",
+        "/invocations",
+        "/scale_elastic_ep",
+    } & paths.keys()
+    assert public, sorted(closed)
+    assert not public & closed
+    place.write_text(key)
+    for path, method in (("/is_sleeping", "GET"), ("/reset_prefix_cache", "POST")):
+        assert ask(path, method, {"X-Rekindle-Key": key})[0] == 200
+        assert ask(path, method) == none
+    place.unlink()
+    assert complete(replica)
+
+
+def test_the_question_of_vllms_own_snapshot_server_is_answered_by_the_tokens_number(
+    start: Callable[..., Replica], tmp_path: Path
+) -> None:
+    """It could not be asked here otherwise: it needs sleep mode, and that a GPU."""
+    replica = start()
+    engine = AtBoundary(endpoint=Endpoint(host="127.0.0.1", port=replica.port), model="tiny")
+    (tmp_path / "dev/shm/tmp").mkdir(parents=True)
+    engine.enter(tmp_path)
+    plain = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0, "min_tokens": 1}
+    asked = {"model": "tiny", **plain, "logprobs": 0, "seed": 0, "return_token_ids": True}
+    choice = json.loads(replica.ask("/v1/completions", asked))["choices"][0]
+    ready = {
+        "token_ids": choice["token_ids"],
+        "text": choice["text"],
+        "sampled_token_logprob": choice["logprobs"]["token_logprobs"][0],
+    }
+    (tmp_path / "dev/shm/tmp/rekindle/ready.json").write_text(json.dumps(ready))
+    request, expected = engine.known_oracle()
+    client = Client(
+        engine.endpoint, lambda host, port, timeout: socket.create_connection((host, port), timeout)
+    )
+    answer = engine.answer(client.ask(request, timeout=60))
+    assert answer["tokens"] == [f"token_id:{choice['token_ids'][0]}"]
+    assert engine.agree(expected, answer)
 
 
 def test_a_signal_ends_the_server_gracefully(start: Callable[..., Replica]) -> None:
