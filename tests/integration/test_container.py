@@ -125,6 +125,10 @@ PRIVILEGED = {
     "with what runtimes hide in /proc": mounted(MASKED),
     "without new privileges": ["setpriv", "--no-new-privs"],
     "with little shared memory": mounted("mount -t tmpfs -o size=64k tmpfs /dev/shm"),
+    "with control groups of version 2, to be read only": mounted(
+        "mount -t cgroup2 -o ro cgroup2 /sys/fs/cgroup"
+    ),
+    "without control groups": mounted("mount -t tmpfs -o ro tmpfs /sys/fs/cgroup"),
     "with processes of others hidden": mounted("mount -t proc -o hidepid=2 proc /proc"),
 }
 
@@ -213,10 +217,12 @@ def test_another_user_than_root_is_served_on_the_cache(saved: Saved) -> None:
 # Where nothing can be written.
 
 
-def read_only(scene: Scene, *writable: str) -> list[str]:
-    """The root's file system cannot be written, but for these places and what the test reads."""
-    script = [f"mount --bind {scene.directory} {scene.directory}"]
-    script += [f"mkdir -p {place}; mount --bind {place} {place}" for place in writable]
+def read_only(scene: Scene, before: str = "", *, tmp: bool = False) -> list[str]:
+    """The root's file system cannot be written, nor, unless `tmp` says so, /tmp, but for the directory of
+    the test."""
+    place = scene.directory
+    script = [f"mount --bind {place} {place}", before, "mount --rbind /tmp /tmp"]
+    script += [] if tmp else ["mount -o remount,bind,ro /tmp"]
     return mounted("\n".join([*script, "mount -o remount,bind,ro /"]))
 
 
@@ -227,7 +233,7 @@ def _scene(saved: Saved, tmp_path: Path) -> Iterator[Scene]:
 
 
 def test_a_read_only_root_restores_the_process_with_a_home_and_a_tmp(scene: Scene) -> None:
-    scene.rekindle.prefix = read_only(scene, "/tmp")
+    scene.rekindle.prefix = read_only(scene, tmp=True)
     is_restored(scene)
     scene.nothing_is_left()
 
@@ -239,9 +245,7 @@ def test_without_a_tmp_that_can_be_written_there_is_no_criu(scene: Scene) -> Non
 
 
 def test_a_home_in_memory_will_do(scene: Scene) -> None:
-    script = f"mount -t tmpfs tmpfs {scene.rekindle.home}; mount --bind {scene.directory} {scene.directory}; "
-    script += f"mount --rbind {scene.rekindle.home} {scene.rekindle.home}; mount -o remount,bind,ro /"
-    scene.rekindle.prefix = mounted(script)
+    scene.rekindle.prefix = read_only(scene, f"mount -t tmpfs tmpfs {scene.rekindle.home}")
     running = scene.restore("--rung", "cache")
     running.until_ready("cache")
     assert running.end() == 0
@@ -255,10 +259,7 @@ def test_without_a_home_the_command_is_started_cold(scene: Scene, there: bool) -
         assert scene.rekindle("doctor", "--check", "root").status == 0
     else:
         scene.rekindle.home = home = Path("/no/such/home")
-    scene.rekindle.prefix = read_only(scene)
-    scene.rekindle.prefix[-2] = scene.rekindle.prefix[-2].replace(
-        "mount -o remount", f"test ! -d {home} || mount -t tmpfs -o ro tmpfs {home}; mount -o remount"
-    )
+    scene.rekindle.prefix = read_only(scene, f"test ! -d {home} || mount -t tmpfs -o ro tmpfs {home}")
     running = scene.restore(
         *("--ready-url", f"http://127.0.0.1:{scene.saved.port}/health"),
         command=[*MULE, str(scene.saved.port)],
