@@ -97,6 +97,7 @@ class _Restore:
         self._cache: Verified[CacheImage] | None = None
         self._bound: socket.socket | None = None
         self._cell: Cell | None = None
+        self._tried = False
         if args.rung is Rung.PROCESS and os.geteuid() == 0 and not args.plan:
             self._cell = stack.enter_context(Cell())  # it boots while we decide
         self._sources = stack.enter_context(contextlib.ExitStack())
@@ -164,8 +165,9 @@ class _Restore:
         except (Exception, DeadlinePassed) as error:
             if not replaceable or (isinstance(error, RekindleError) and not error.descends):
                 raise
-            self._facts = self._unreached(ladder.failure(Rung.PROCESS, "image", error))
             self._sources.close()
+            with self._signals.raising():
+                self._facts = self._unreached(ladder.failure(Rung.PROCESS, "image", error))
         return self._plan(self._facts)
 
     def _gather(self, *, with_cache: bool) -> Facts:
@@ -283,6 +285,7 @@ class _Restore:
         assert tool is not None
         assert cell is not None
         assert endpoint is not None
+        self._tried = True
         with self._signals.raising(self._left(step)):
             work = stack.enter_context(home.work("restore"))
             self._check_weights(record)
@@ -380,7 +383,7 @@ class _Restore:
 
     def _connect_again(self) -> None:
         """A try that failed in the middle has cut every connection to the registry. The digests stay."""
-        if isinstance(self._reference, RegistryReference) and self._args.rung is Rung.PROCESS:
+        if isinstance(self._reference, RegistryReference) and self._tried:
             from oci.registry.repository import Repository
 
             self._sources.close()
