@@ -150,8 +150,9 @@ def test_the_removal_of_a_cache_is_not_broken_off(scene: Scene) -> None:
 # A server on a lower rung.
 
 
-@pytest.mark.parametrize("rung", ["cache", "cold"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("rung", "signum"), [("cache", signal.SIGTERM), ("cold", signal.SIGINT), ("cold", signal.SIGHUP)]
+)
 def test_a_server_that_is_not_ready_yet_is_asked_to_end(scene: Scene, rung: str, signum: int) -> None:
     scene.puts(*MULE, "never-ready", "daemon")
     running = scene.restore("--rung", rung)
@@ -165,11 +166,11 @@ def test_a_server_that_is_not_ready_yet_is_asked_to_end(scene: Scene, rung: str,
 
 @pytest.mark.parametrize("rung", ["cache", "cold"])
 def test_the_report_does_not_wait_for_a_server_that_takes_long_to_end(scene: Scene, rung: str) -> None:
-    scene.puts(*MULE, "never-ready", "slow-end=4")
+    scene.puts(*MULE, "never-ready", "slow-end=2")
     running = scene.restore("--rung", rung)
     running.until("mule: starts")
     running.send(signal.SIGTERM)
-    wait_for(running.path.exists, 2)
+    wait_for(running.path.exists, 1.5)
     assert running.process.poll() is None
     assert running.report["error"] == {"code": "interrupted", "message": "ended by signal 15"}
     assert running.report["outcome"] == "failed"
@@ -180,7 +181,7 @@ def test_the_report_does_not_wait_for_a_server_that_takes_long_to_end(scene: Sce
 def test_the_report_does_not_wait_for_a_cell_that_takes_long_to_end(scene: Scene) -> None:
     there, ending = scene.directory / "there", scene.directory / "ending"
     scene.faults(
-        f"rekindle.engine.client:Client.ask=pauses {there} 60", f"rekindle.cell:Cell.end=pauses {ending} 3"
+        f"rekindle.engine.client:Client.ask=pauses {there} 60", f"rekindle.cell:Cell.end=pauses {ending} 1"
     )
     running = scene.restore()
     wait_for(there.exists, 30)
@@ -225,7 +226,7 @@ def test_when_we_are_killed_the_server_ends(scene: Scene, rung: str) -> None:
     scene.nothing_is_left(kept=rung == "cache")
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 600, 40))
+@pytest.mark.parametrize("milliseconds", range(0, 600, 75))
 def test_a_restore_that_ends_by_chance_at_any_moment(scene: Scene, milliseconds: int) -> None:
     """Of all rungs: the process fails as late as it can, and the server never gets ready."""
     scene.faults("rekindle.engine.http:HttpEngine.answer=fails OracleError")
