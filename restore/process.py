@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rekindle import criu, processes
 from rekindle.cell import Cell, exit_status
@@ -19,39 +19,23 @@ from rekindle.criu import Criu
 from rekindle.engine import Engine, restored
 from rekindle.errors import CapabilityError, OracleError, RestoreError
 from rekindle.files import copy_sparse_tree, naming_full_disk
-from rekindle.home import CUDA_JOURNAL, Home
+from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import Report
 
 if TYPE_CHECKING:
-    from rekindle.cuda import Door
+    from rekindle.cuda import Search
 
 _ANSWER_SECONDS = 60.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cuda:
-    """How CUDA state comes back: the door to the driver, and which GPU takes the place of which, by UUID;
-    empty if they are the same.
+    """How CUDA state comes back: what finds the door to the driver, which is starting, and which GPU takes
+    the place of which, by UUID; empty if they are the same."""
 
-    The driver takes seconds to start, so that begins with this; it goes on while other things are done. As a
-    context, it is given up at the end if nobody took the door.
-    """
-
-    def __init__(self, home: Home, device_map: Mapping[str, str]) -> None:
-        from rekindle.cuda import Search
-
-        self.device_map = device_map
-        self._search = Search(home)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._search.close()
-
-    def door(self) -> "Door":
-        """Waits until it is open; the caller closes it. Raises CapabilityError if there is none."""
-        return self._search.door()
+    search: "Search"
+    device_map: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +85,14 @@ def restore(
     engine = engine or restored(record.engine, record.endpoint, record.engine_options)
     if process.cuda_pids:
         with report.phase("cuda"):
-            _restore_cuda(cell, process.cuda_pids, cuda, work)
+            _restore_cuda(cell, process.cuda_pids, cuda)
     if engine.options().get("asleep"):
         _wake(cell, record, engine, report)
     with report.phase("oracle"):
         _prove(cell, record, engine, report)
 
 
-def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None, work: Path) -> None:
+def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None) -> None:
     """Gives the processes their GPUs back."""
     from rekindle.cuda import Session
 
@@ -118,8 +102,9 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None, work: Path
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]
-    with contextlib.closing(cuda.door()) as door:
-        Session(door, holders, work / CUDA_JOURNAL).restore_all(cuda.device_map)
+    with contextlib.closing(cuda.search.door()) as door:
+        # If this fails, the processes end with the cell: there is nothing to go back to.
+        Session(door, holders).restore_all(cuda.device_map, roll_back=False)
 
 
 def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:

@@ -123,6 +123,22 @@ class Search:
             hint=tried[0].hint,
         )
 
+    def lack(self) -> str:
+        """Why there is no door, as far as that can be told before the driver has started; empty if there may
+        be one. Takes no seconds."""
+        lacks = []
+        if self._driver is not None:
+            self._driver.look()
+            if not self._driver.lack:
+                return ""
+            lacks.append(f"driver: {self._driver.lack}")
+        if "utility" in self._names:
+            candidate, _ = self._try_utility(in_vain=self._was_started())
+            if not candidate.lack:
+                return ""
+            lacks.append(f"utility: {candidate.lack}")
+        return "; ".join(lacks)
+
     def tried(self) -> Iterator[tuple[Candidate, Door | None]]:
         """Each candidate, and the door if it opens."""
         in_vain = False

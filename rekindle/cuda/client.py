@@ -8,7 +8,8 @@ things.
 rekindle talks to it over a SOCK_SEQPACKET socket, a JSON object a message, many calls at once:
 
     to the client                                        from the client
-    -                                                    {"version": 13000} or {"lack": text, "started": bool}
+    -                                                    {"loaded": true}, if there is a driver for us; then
+                                                         {"version": 13000} or {"lack": text, "started": bool}
     {"id", "call": "state" | "restore-thread", "pid"}    {"id", "status", "name", "text", "value"}
     {"id", "call": "lock", "pid", "timeout_ms"}          the same; `status` is the driver's, a CUresult
     {"id", "call": "checkpoint" | "unlock", "pid"}
@@ -92,16 +93,25 @@ def load() -> ctypes.CDLL:
 
 
 class Driver:
-    """libcuda, started. ctypes lets other threads run during a call."""
+    """libcuda. ctypes lets other threads run during a call."""
 
     def __init__(self) -> None:
-        self._library = load()
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise LackError(str(error), started=False) from None
+        missing = [name for name in CHECKPOINTING if not hasattr(self._library, name)]
+        if missing:
+            raise LackError(f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False)
+
+    def start(self) -> int:
+        """Takes seconds; returns the newest CUDA that it knows."""
         if status := self._library.cuInit(0):
             name, text = self.words(status)
             raise LackError(f"cuInit: {name} ({status}): {text}", started=True)
         version = ctypes.c_int()
         self._library.cuDriverGetVersion(ctypes.byref(version))
-        self.version = version.value
+        return version.value
 
     def words(self, status: int) -> tuple[str, str]:
         """The driver's name of a result, and what it says of it."""
@@ -152,8 +162,11 @@ class Client:
     def start(self) -> None:
         """Starts the driver, and says how that went."""
         try:
-            self._driver = Driver()
-            self._say({"version": self._driver.version})
+            driver = Driver()
+            self._say({"loaded": True})
+            version = driver.start()
+            self._driver = driver
+            self._say({"version": version})
         except LackError as lack:
             self._say({"lack": str(lack), "started": lack.started})
         finally:

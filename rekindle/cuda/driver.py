@@ -49,6 +49,10 @@ class Driver:
         self._lock = threading.Lock()
         self._client = _Client()
 
+    def look(self) -> None:
+        """Waits until it is known whether there is a driver to start; if not, `lack` says why."""
+        self._client.look(_START_SECONDS)
+
     def wait(self) -> None:
         """Waits until the driver has started."""
         if not self._client.wait(_START_SECONDS):
@@ -56,7 +60,7 @@ class Driver:
 
     @property
     def lack(self) -> str:
-        """Why the driver cannot be used, after `wait`; empty if it can."""
+        """Why the driver cannot be used, after `wait`; empty if it can, or if that is not known yet."""
         return self._client.lack
 
     @property
@@ -138,7 +142,7 @@ class _Client:
         self.started = False
         self.version = 0
         self.ended = False
-        self._settled = threading.Event()
+        self._found, self._settled = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
@@ -156,6 +160,10 @@ class _Client:
             theirs.close()
         self._reader = threading.Thread(target=self._read, name="cuda", daemon=True)
         self._reader.start()
+
+    def look(self, seconds: float) -> None:
+        """Waits until the driver was found, or not."""
+        self._found.wait(seconds)
 
     def wait(self, seconds: float) -> bool:
         """Waits until the driver has started, or said why it cannot; False if time is over."""
@@ -203,10 +211,14 @@ class _Client:
             if not content:
                 break
             message = json.loads(content)
+            if "loaded" in message:
+                self._found.set()
+                continue
             if "id" not in message:
                 self.version, self.lack = message.get("version", 0), message.get("lack", "")
                 self.started = message.get("started", True)
                 self._settled.set()
+                self._found.set()
                 continue
             with self._lock:
                 call = self._calls.pop(message["id"])
@@ -220,6 +232,7 @@ class _Client:
         if not self._settled.is_set():
             self.lack = self._end_in_words()
             self._settled.set()
+            self._found.set()
 
     def _end_in_words(self) -> str:
         try:

@@ -95,12 +95,19 @@ class Session:
                 if state is not State.CHECKPOINTED:
                     raise failure(Step.CHECKPOINT, pid, 0, "", f"it is {state} all the same")
 
-    def restore_all(self, device_map: Mapping[str, str], timeout_seconds: float = STEP_SECONDS) -> None:
+    def restore_all(
+        self,
+        device_map: Mapping[str, str],
+        timeout_seconds: float = STEP_SECONDS,
+        *,
+        roll_back: bool = True,
+    ) -> None:
         """Restores every process and then unlocks every one, whatever they were in; with that, all is done.
 
-        Raises CudaError, after a rollback as of `checkpoint_all`.
+        Raises CudaError, after a rollback as of `checkpoint_all`; without one, for processes that are ended
+        then, if `roll_back` is false.
         """
-        with self._all_or_nothing():
+        with self._all_or_nothing() if roll_back else contextlib.nullcontext():
             deadline = _Deadline(timeout_seconds)
             states = self._begin(deadline)
             checkpointed = [pid for pid, state in states.items() if state is State.CHECKPOINTED]

@@ -19,6 +19,7 @@ from restore.plan import Facts
 
 if TYPE_CHECKING:
     from oci.cache import CacheImage
+    from rekindle.cuda import Search
 
 
 def gather(
@@ -29,16 +30,18 @@ def gather(
     *,
     with_cache: bool,
     with_abilities: bool = True,
+    starting: "Search | None" = None,
 ) -> Facts:
     """The facts about an image whose record was read. The kernel cache's config is read only with
-    `with_cache`, or if the process needs files that it may bring."""
+    `with_cache`, or if the process needs files that it may bring. With a driver that is `starting`, what is
+    known of it before it has started must do."""
     record = found.record
     different = match.look(record)
     lacking = any(different.get(file.path) == "missing" for file in record.mapped_files)
     read = found.cache is not None and (with_cache or lacking)
     return Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
-        abilities=_abilities(found, home) if with_abilities else Abilities(),
+        abilities=_abilities(found, home, starting) if with_abilities else Abilities(),
         image=found,
         cache=_cache(found) if read else None,
         cache_unread=found.cache is not None and not read,
@@ -56,9 +59,11 @@ def _cache(found: images.Image) -> "CacheImage":
     return cache.load(found.blobs, found.cache, found.limits)
 
 
-def _abilities(found: images.Image, home: Home) -> Abilities:
+def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Abilities:
     able = abilities.probe(home)
-    if found.record.process.cuda_pids and (lack := abilities.cuda_lack(home)):
+    if not found.record.process.cuda_pids:
+        return able
+    if lack := starting.lack() if starting else abilities.cuda_lack(home):
         return dataclasses.replace(able, lacks={**able.lacks, "cuda": lack})
     return able
 

@@ -20,12 +20,13 @@ from rekindle.engine import Endpoint
 from rekindle.errors import CapabilityError, Interrupted, RekindleError, UsageError
 from rekindle.files import full_disk
 from rekindle.home import Home
+from rekindle.record import Record
 from rekindle.report import Report
 
 if TYPE_CHECKING:
     from oci.progress import Tally
     from oci.registry.repository import Access
-    from rekindle.cuda import Door
+    from rekindle.cuda import Door, Search
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -104,6 +105,16 @@ def cuda_door(home: Home) -> "Callable[[], Door]":
         return cuda.find(home)
 
     return find
+
+
+def starting_cuda(record: Record, home: Home) -> "contextlib.AbstractContextManager[Search | None]":
+    """The driver, which takes seconds to start, for a record with CUDA state; given up at the end if nobody
+    took the door."""
+    if not record.process.cuda_pids:
+        return contextlib.nullcontext()
+    from rekindle.cuda import Search
+
+    return Search(home)
 
 
 def sweep(home: Home) -> list[Path]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # what only a lower rung needs is imported when one is taken
     from oci.cache import CacheImage
     from oci.inventory import StoredRoot
     from oci.progress import Tally
+    from rekindle.cuda import Search
     from restore.proof import Watched
     from restore.readiness import Ready
 
@@ -97,6 +98,7 @@ class _Restore:
         self._cache: Verified[CacheImage] | None = None
         self._bound: socket.socket | None = None
         self._cell: Cell | None = None
+        self._cuda: Search | None = None
         self._tried = False
         if args.rung is Rung.PROCESS and os.geteuid() == 0 and not args.plan:
             self._cell = stack.enter_context(Cell())  # it boots while we decide
@@ -178,6 +180,8 @@ class _Restore:
         verified = _trust.verified(source, self._reference, self._home, self._args, self._report)
         self._found = found = _facts.trusted(verified)
         self._report.image = {"reference": self._args.image, "digest": found.value.index.digest}
+        if self._cell is not None:
+            self._cuda = self._sources.enter_context(_options.starting_cuda(found.value.record, self._home))
         facts = _facts.gather(
             found.value,
             self._reference,
@@ -185,6 +189,7 @@ class _Restore:
             self._given,
             with_cache=with_cache,
             with_abilities=self._args.rung is Rung.PROCESS,
+            starting=self._cuda,
         )
         if (kernels := facts.cache) is not None:
             self._cache = found.map(lambda _: kernels)
@@ -297,9 +302,6 @@ class _Restore:
             stack.callback(cell.end)
             # Nothing of the dump is needed any more once it is restored: others may make room then.
             with contextlib.ExitStack() as using:
-                cuda = None
-                if record.process.cuda_pids:
-                    cuda = using.enter_context(process.Cuda(home, self._device_map))
                 if self._tally is not None:
                     self._tally.expect(sum(layer.size for layer in image.layers))
                 with _options.progress(self._tally, report):
@@ -315,7 +317,7 @@ class _Restore:
                     work=work,
                     output=self._output(),
                     report=report,
-                    cuda=cuda,
+                    cuda=process.Cuda(search=self._cuda, device_map=self._device_map) if self._cuda else None,
                 )
         report.bytes["reused"] = image.size_bytes if not report.bytes.get("written") else 0
         replica = Restored(cell, record.process)

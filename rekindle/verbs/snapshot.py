@@ -2,7 +2,6 @@
 """`rekindle snapshot`: start a server, warm it, and save it as an image."""
 
 import argparse
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -242,7 +241,7 @@ def _prove(
         proof = Report(verb="restore", quiet=True)
         with (
             report.phase("prove"),
-            contextlib.ExitStack() as stack,
+            _options.starting_cuda(record, home) as search,
             Cell() as cell,
             dumps.ready(home, work, proved, proof) as dump,
         ):
@@ -256,7 +255,7 @@ def _prove(
                 output=process.Output(stdout=log, stderr=log),
                 report=proof,
                 engine=engine,
-                cuda=stack.enter_context(process.Cuda(home, {})) if record.process.cuda_pids else None,
+                cuda=process.Cuda(search=search) if search else None,
             )
         report.oracle = proof.oracle
     finally:

@@ -126,6 +126,8 @@ def test_a_server_with_cuda_in_two_processes_goes_on_where_it_was(
     assert {each.before for each in steps(after) if each.step == "restore"} == {"checkpointed"}
     assert set(ends_in(after).values()) == {"running"}
     assert not {each.pid for each in steps(before)} & {each.pid for each in steps(after)}
+    if all(each.door == "driver" for each in after):
+        assert sum(each.step == "init" for each in after) == 1, "it took its seconds more than once"
     names = [phase["name"] for phase in replica.report["phases"]]
     assert names.index("restore") < names.index("cuda") < names.index("oracle")
     facts = json.loads(replica.ask("/facts"))
@@ -261,6 +263,9 @@ def test_cuda_state_that_does_not_come_back_costs_the_rung(
     assert done.status == 37, done.stderr
     assert "CUDA could not" in done.stderr
     assert "out of memory" in done.stderr
+    assert not {each.step for each in node.cuda.log()} & {"lock", "checkpoint"}, (
+        "it ends with its cell anyway"
+    )
     node.begin(ONE, faults=faults)
     replica = restore("horse", port)
     assert replica.report["outcome"] == "cold"

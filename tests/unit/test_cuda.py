@@ -529,6 +529,18 @@ def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, door: cuda.Door, 
         Session(door, pids).restore_all({})
 
 
+def test_a_restore_of_processes_that_end_if_it_fails_goes_back_nowhere(
+    fake: FakeCuda, door: cuda.Door, pids: list[int]
+) -> None:
+    Session(door, pids).checkpoint_all(20)
+    fake.forget()
+    fake.describe(faults=[{"step": "unlock", "nth": 2, "code": 999}])
+    with pytest.raises(CudaError, match="unlock"):
+        Session(door, pids).restore_all({}, roll_back=False)
+    assert [each.step for each in fake.log() if each.step in {"lock", "checkpoint"}] == []
+    assert states(fake, pids) == {"running", "locked"}
+
+
 def test_two_doors_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: list[int]) -> None:
     from rekindle.cuda.utility import Utility
 

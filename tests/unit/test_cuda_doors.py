@@ -274,6 +274,62 @@ def test_a_search_leaves_time_for_other_work(fake: FakeCuda, home: Home) -> None
     assert [each.step for each in fake.log()] == ["init"]
 
 
+@pytest.mark.parametrize(
+    ("driver", "library", "utility", "lacks"),
+    [
+        ("580.65.06", True, True, ()),
+        ("580.65.06", True, False, ()),
+        ("580.65.06", False, True, ()),
+        ("560.35.03", True, True, ()),
+        ("560.35.03", True, False, ("driver: libcuda.so.1 has no cuCheckpoint", "utility: there is no")),
+        ("550.144.03", True, True, ("older than 570", "utility: ")),
+        ("580.65.06", False, False, ("driver: ", "utility: there is no cuda-checkpoint on PATH")),
+    ],
+)
+def test_a_search_can_tell_a_lack_before_the_driver_has_started(
+    fake: FakeCuda, home: Home, driver: str, library: bool, utility: bool, lacks: tuple[str, ...]
+) -> None:
+    fake.describe(driver=driver, library=library, utility=utility, init_seconds=30)
+    start = time.monotonic()
+    with Search(home) as search:
+        lack = search.lack()
+    assert time.monotonic() - start < 10
+    assert bool(lack) is bool(lacks)
+    assert all(words in lack for words in lacks), lack
+    if lacks:
+        assert lack == reasons(home)
+
+
+@pytest.mark.parametrize("name", ["driver", "utility"])
+def test_a_search_tells_of_the_forced_door_alone(
+    fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
+    fake.describe(library=name != "driver", utility=name != "utility")
+    with Search(home) as search:
+        assert search.lack().startswith(f"{name}: ")
+    fake.describe(library=name == "driver", utility=name == "utility")
+    with Search(home) as search:
+        assert search.lack() == ""
+
+
+def test_a_search_that_has_told_leads_to_the_door(fake: FakeCuda, home: Home) -> None:
+    with Search(home) as search:
+        assert search.lack() == ""
+        with contextlib.closing(search.door()) as door:
+            assert door.name == "driver"
+    assert [each.step for each in fake.log()] == ["init"]
+
+
+def test_a_driver_that_does_not_start_is_found_out_at_the_door(fake: FakeCuda, home: Home) -> None:
+    fake.describe(init=100, init_seconds=0.5)
+    with Search(home) as search:
+        assert search.lack() == ""
+        with pytest.raises(CapabilityError, match="no way") as caught:
+            search.door()
+    assert "CUDA_ERROR_NO_DEVICE" in caught.value.cause
+
+
 def test_a_search_that_is_given_up_leaves_nothing(fake: FakeCuda, home: Home) -> None:
     with Search(home):
         fake.wait_for("init")
