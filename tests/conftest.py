@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,11 @@ SKOPEO = REGISTRY_TOOLS / "skopeo"  # needs --insecure-policy, and --tls-verify=
 CRANE = REGISTRY_TOOLS / "crane"
 COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
+
+
+# A shell's `&` and nohup have it ignored, and so would all that is started here: rekindle heeds that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
