@@ -272,6 +272,13 @@ def asleep(
     return Sleeping(endpoint=engine.endpoint, level=level, api_key=_option(argv, "--api-key"))
 
 
+def as_compiled(argv: Sequence[str], options: Mapping[str, JSON]) -> list[str]:
+    """How a command is started so that it finds the kernels of a server with these options of a record:
+    whether sleep mode is on is part of the key of vLLM's cache (0.32: ModelConfig.compute_hash)."""
+    asleep = options.get("asleep") is not None and _is_server(argv)
+    return [*argv, "--enable-sleep-mode"] if asleep else list(argv)
+
+
 def served_name(argv: Sequence[str]) -> str:
     """The name that the server gives its model."""
     model = VllmEngine(endpoint=Endpoint(host="", port=1)).model(argv)

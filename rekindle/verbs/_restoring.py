@@ -459,6 +459,15 @@ class _Restore:
         written = self._report.bytes.get("written", 0)
         self._report.bytes["written"] = written + done.written_bytes
 
+    def _as_compiled(self, command: Sequence[str]) -> Sequence[str]:
+        """The command, with what of its options decides whether a saved kernel is found."""
+        record, here = self._image.value.record, self._facts.node.devices.gpus
+        if record.engine != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
+            return command
+        from rekindle.engine.vllm import as_compiled
+
+        return as_compiled(command, record.engine_options)
+
     def _start(
         self,
         rung: Rung,
@@ -471,6 +480,8 @@ class _Restore:
 
         command, report, image, engine = self._facts.command, self._report, self._facts.image, self._engine
         assert command
+        if rung is Rung.CACHE:
+            command = self._as_compiled(command)
         self._sources.close()
         if self._cell is not None:
             self._cell.end()

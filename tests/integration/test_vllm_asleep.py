@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Done, Rekindle, Replica, free_port, listening, wait_for
+from tests.conftest import PREFIX, Done, Rekindle, Replica, free_port, listening, wait_for
 from tests.fakes import nodes
 from tests.fakes.gpu_node import FakeGpuNode
 from tests.fakes.vllm import FakeVllm
@@ -63,7 +63,8 @@ def node(built: FakeGpuNode, rekindle: Rekindle) -> FakeGpuNode:
 
 def installed(rekindle: Rekindle, version: str = "0.32.0") -> FakeVllm:
     vllm = FakeVllm(rekindle.home.parent / "vllm", version)
-    rekindle.env |= vllm.environment([UUID])
+    # Where there are no kernel caches but the test's own.
+    rekindle.env |= {**vllm.environment([UUID]), "HOME": str(vllm.place), "REKINDLE_PREFIX": str(PREFIX)}
     return vllm
 
 
@@ -99,16 +100,25 @@ def status(port: int, method: str, path: str, headers: dict[str, str] | None = N
         connection.close()
 
 
-def cell_of(replica: Replica) -> Path:
-    """The file system of a replica's cell."""
+def below(replica: Replica) -> list[Path]:
+    """The processes of a replica, by their directories in /proc."""
     found = [replica.process.pid]
     for pid in found:
         with contextlib.suppress(OSError):
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 found += map(int, (thread / "children").read_text().split())
-    return next(
-        root for pid in found if (root := Path(f"/proc/{pid}/root"), (root / "dev/shm/tmp").exists())[1]
-    )
+    return [Path(f"/proc/{pid}") for pid in found]
+
+
+def cell_of(replica: Replica) -> Path:
+    """The file system of a replica's cell."""
+    return next(path / "root" for path in below(replica) if (path / "root/dev/shm/tmp").exists())
+
+
+def words_of(replica: Replica, vllm: FakeVllm) -> list[str]:
+    """The words that the server was started with."""
+    lines = [(path / "cmdline").read_bytes().decode().split("\0")[:-1] for path in below(replica)]
+    return next(words[1:] for words in lines if words[1:2] == [f"{vllm.place}/bin/vllm"])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -163,12 +173,7 @@ def test_as_it_is_it_is_started_as_the_user_says(
     replica = restore("tiny", port)
     assert replica.report["outcome"] == "restored"
     assert answer(replica) == expected
-    words = next(
-        path.read_bytes().split(b"\0")
-        for path in cell_of(replica).glob("proc/[0-9]*/cmdline")
-        if b"\0serve\0" in path.read_bytes() and b"/bin/sh" not in path.read_bytes()
-    )
-    assert words[1:-1] == [word.encode() for word in vllm.command(port)]
+    assert words_of(replica, vllm) == vllm.command(port)
 
 
 def test_without_a_gpu_it_is_taken_as_it_is(rekindle: Rekindle, restore: Restore, port: int) -> None:
@@ -345,6 +350,8 @@ def test_weights_that_are_read_again_must_be_those_that_were_there(
     assert "model.safetensors" in done.stderr
     replica = restore("tiny", port)
     assert replica.report["outcome"] == "cache", "what was compiled for it is of use all the same"
+    started = words_of(replica, vllm)
+    assert started == [*vllm.command(port), "--enable-sleep-mode"], "vLLM would not look a kernel up"
     assert code in [reason["code"] for reason in replica.report["reasons"] if reason["hard"]]
     assert {event.step for event in node.cuda.log()} <= {"init"}, "it was restored before they were compared"
     assert answer(replica) == awake_answer(vllm)
@@ -382,6 +389,7 @@ def test_one_that_does_not_wake_is_started_anew(
     assert time.monotonic() - began < 30
     assert replica.report["outcome"] == "cold"
     assert next(reason["code"] for reason in replica.report["reasons"] if reason["hard"]) == code
+    assert words_of(replica, vllm) == vllm.command(port)
     assert answer(replica) == awake_answer(vllm)
     replica.kill()
     nothing_left()

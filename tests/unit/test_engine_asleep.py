@@ -13,7 +13,7 @@ import pytest
 
 from rekindle.engine import Endpoint, Request, no_phase, restored
 from rekindle.engine.client import Client, Response
-from rekindle.engine.vllm import VllmEngine, Weights, asleep
+from rekindle.engine.vllm import VllmEngine, Weights, as_compiled, asleep
 from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 from rekindle.errors import FormatError, NotReadyError, OracleError, UsageError, WorkloadError
 from tests.unit.samples import RECORD
@@ -116,6 +116,22 @@ def test_a_record_that_sleeps_otherwise_is_refused(asleep: object) -> None:
 @pytest.mark.parametrize(("options", "reloads"), [({}, False), ({"asleep": 1}, False), ({"asleep": 2}, True)])
 def test_a_record_says_whether_weights_are_read_again(options: dict[str, Any], reloads: bool) -> None:
     assert dataclasses.replace(RECORD, engine_options=options).reloads is reloads
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "added"),
+    [
+        ({}, "vllm serve m", []),
+        ({"asleep": 1}, "vllm serve m", ["--enable-sleep-mode"]),
+        ({"asleep": 2}, "python -m vllm.entrypoints.openai.api_server --model m", ["--enable-sleep-mode"]),
+        ({"asleep": "boundary"}, "vllm serve m", ["--enable-sleep-mode"]),
+        ({"asleep": 1}, "sglang serve m", []),
+    ],
+)
+def test_its_kernels_are_found_by_who_is_started_alike(
+    options: dict[str, Any], command: str, added: list[str]
+) -> None:
+    assert as_compiled(command.split(), options) == [*command.split(), *added]
 
 
 def test_one_that_does_not_sleep_needs_nothing() -> None:
