@@ -290,19 +290,15 @@ def test_what_is_no_rule_for_nodes_is_said(place: Path, text: str, said: str) ->
     assert said in caught.value.cause
 
 
-def words(policy: Path | None) -> argparse.Namespace:
-    return argparse.Namespace(policy=policy)
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_the_policy_that_is_named_counts_or_that_of_the_home(
     place: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REKINDLE_HOME", str(place / "home"))
-    assert strictness(words(None)) == Strictness()
+    assert strictness() == Strictness()
     (place / "home/policy.toml").write_text('[match]\nsoft = ["driver"]')
     (place / "named.toml").write_text('[match]\nhard = ["kernel"]')
-    found = strictness(words(place / "named.toml" if named else None))
+    found = strictness(place / "named.toml" if named else None)
     wanted = Strictness(hard=frozenset({"kernel"})) if named else Strictness(soft=frozenset({"driver"}))
     assert found == wanted
 
@@ -322,10 +318,10 @@ def test_rules_that_there_are_not_are_refused_before_anything_is_done(
     path = place / "policy.toml"
     path.write_text(f"[match]\n{text}")
     with pytest.raises(UsageError, match=said):
-        strictness(words(path))
+        strictness(path)
 
 
 def test_where_there_is_no_home_there_is_no_policy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "file").write_bytes(b"")
     monkeypatch.setenv("REKINDLE_HOME", str(place / "file/home"))
-    assert strictness(words(None)) == Strictness()
+    assert strictness() == Strictness()
