@@ -42,9 +42,10 @@ COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
 
 
-# A shell's `&` and nohup have it ignored, and so would all that is started here: rekindle heeds that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's `&` has them ignored, and so would all that is started here: rekindle heeds that.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
