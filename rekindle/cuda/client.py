@@ -80,18 +80,6 @@ class LackError(Exception):
         self.started = started
 
 
-def load() -> ctypes.CDLL:
-    """libcuda, not started, if it can checkpoint. Raises LackError."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise LackError(str(error), started=False) from None
-    missing = [name for name in CHECKPOINTING if not hasattr(library, name)]
-    if missing:
-        raise LackError(f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False)
-    return library
-
-
 class Driver:
     """libcuda. ctypes lets other threads run during a call."""
 
@@ -211,7 +199,7 @@ def receive(control: socket.socket) -> bytes:
 def look() -> int:
     """Prints why the driver cannot be used, as far as it shows without starting it."""
     try:
-        load()
+        Driver()
     except LackError as lack:
         print(lack, flush=True)
         return 1
