@@ -110,11 +110,6 @@ class Plan:
     def reasons(self) -> list[Reason]:
         return [reason for step in self.steps for reason in step.reasons]
 
-    def below(self, rung: Rung) -> "Plan":
-        """What is left of it after a rung has failed."""
-        at = [step.rung for step in self.steps].index(rung)
-        return dataclasses.replace(self, steps=self.steps[at + 1 :])
-
     def to_json(self) -> dict[str, Any]:
         first = self.first
         return {

@@ -426,12 +426,6 @@ def test_without_an_image_and_a_command_there_is_nothing() -> None:
     assert (reason.code, reason.rung, reason.here) == ("no-command", Rung.COLD, "there is no command")
 
 
-def test_what_is_left_of_a_plan_after_a_rung_has_failed() -> None:
-    plan = make(facts())
-    assert [each.rung for each in plan.below(Rung.PROCESS).steps] == [Rung.CACHE, Rung.COLD]
-    assert [each.rung for each in plan.below(Rung.COLD).steps] == []
-
-
 # The kernel cache, entry by entry.
 
 CUDA = Target(backend="cuda", arch="90", warp_size=32)
