@@ -100,6 +100,11 @@ class _Python:
         return "" if self.options & {"E", "I"} else self.environment.get(name, "")
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, with which what a program or a kernel can do changes."""
+    return tuple(int(number) for number in re.findall(r"\d+", version[:64])[:2])
+
+
 def interpreter(argv: Sequence[str], environment: Mapping[str, str]) -> Path | None:
     """The Python that a command comes to; None if that cannot be told."""
     python = _python(argv, environment)

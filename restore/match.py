@@ -6,7 +6,6 @@ Pure but for `look`. What each difference means, restore/rules.py says.
 
 import dataclasses
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rekindle.errors import CapabilityError, MismatchError
 from rekindle.fingerprint import Fingerprint
 from rekindle.gpu import Gpu
 from rekindle.mapped import MappedFile, difference, in_words
+from rekindle.packages import release
 from rekindle.record import Record
 from rekindle.redact import redact_command
 from rekindle.report import Reason, Rung
@@ -60,8 +60,8 @@ def process(
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
         *_features("cpu-feature", recorded, node),
         *_equal("cpu-vendor", "processor's vendor", recorded.cpu_vendor, node.cpu_vendor),
-        *_xsave(recorded.xsave, node.xsave),
-        *_capabilities(recorded.capabilities, node.capabilities),
+        *_bits("xsave", "extended states", recorded.xsave, node.xsave),
+        *_bits("capabilities", "capabilities", recorded.capabilities, node.capabilities),
         *_kernel(recorded.kernel, node.kernel),
         *_equal("libc", "C library", recorded.libc, node.libc),
         *_lacks(abilities, record),
@@ -227,32 +227,24 @@ def _features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[R
         yield reason_for(code, "processor features", " ".join(sorted(missing)), missing_here)
 
 
-def _xsave(recorded: int, here: int) -> Iterator[Reason]:
+def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Reason]:
+    """What is recorded and missing here, a bit each. More bits than recorded do no harm; none at all are not
+    known."""
     if recorded & ~here and here:
-        yield reason_for("xsave", "extended states", f"{recorded:#x}", f"{here:#x}")
-
-
-def _capabilities(recorded: int, here: int) -> Iterator[Reason]:
-    if recorded & ~here and here:
-        yield reason_for("capabilities", "capabilities", f"{recorded:#x}", f"{here:#x}")
+        yield reason_for(code, name, f"{recorded:#x}", f"{here:#x}")
 
 
 def _kernel(recorded: str, here: str) -> Iterator[Reason]:
     if recorded != here:
-        older = _release(here) < _release(recorded)
+        older = release(here) < release(recorded)
         yield reason_for("kernel-older" if older else "kernel", "kernel", recorded, here)
-
-
-def _release(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version: what a kernel can do changes with them."""
-    return tuple(int(number) for number in re.findall(r"\d+", text[:64])[:2])
 
 
 def _lacks(abilities: Abilities, record: Record) -> Iterator[Reason]:
     for code, lack in abilities.lacks.items():
         if code != "cuda" or record.process.gpus:
             yield reason_for(code, code, "", lack)
-    if abilities.criu is not None and _release(abilities.criu.version) < _release(record.criu_version):
+    if abilities.criu is not None and release(abilities.criu.version) < release(record.criu_version):
         yield reason_for("criu-version", "CRIU", record.criu_version, abilities.criu.version)
 
 
@@ -322,9 +314,7 @@ def _gib(text: str) -> float:
 
 
 def _models(gpus: Sequence[Gpu]) -> str:
-    counts: dict[str, int] = {}
-    for gpu in gpus:
-        counts[gpu.name] = counts.get(gpu.name, 0) + 1
+    counts = Counter(gpu.name for gpu in gpus)
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
 
 

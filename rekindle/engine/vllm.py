@@ -266,7 +266,7 @@ def asleep(
     requests before, so it cannot be `warmed` with those of the user."""
     from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 
-    if weights is Weights.RELOAD and _release(version) >= (0, 31) and not warmed:
+    if weights is Weights.RELOAD and packages.release(version) >= (0, 31) and not warmed:
         return AtBoundary(endpoint=engine.endpoint, api_key=_option(argv, "--api-key"))
     level = 2 if weights is Weights.RELOAD else 1
     return Sleeping(endpoint=engine.endpoint, level=level, api_key=_option(argv, "--api-key"))
@@ -295,10 +295,6 @@ def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[
             f"nobody can tell which Python runs {argv[0]}", hint="start it as python -m vllm serve"
         )
     return [str(python)], words[after + 1 :]
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version[:64])[:2])
 
 
 def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
