@@ -44,6 +44,7 @@ from oci.layout import Layout
 from rekindle import __version__, cuda, gpu
 from rekindle.engine import for_command
 from rekindle.errors import RekindleError
+from rekindle.files import drop_from_page_cache, files_below, write_back
 from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
 from rekindle.run import end_group, run, spawn
@@ -307,8 +308,8 @@ def restore(run_: Acceptance, found: Found) -> None:
 def floor(run_: Acceptance, found: Found) -> None:
     """What can be copied a second: the floor of a restore is its bytes at these rates."""
     dump = run_.dump("gpu")
-    _write_back(dump)
-    _drop_from_page_cache(dump)
+    write_back(dump)
+    drop_from_page_cache(dump)
     found["dump_bytes"], from_disk = _read_all(dump)
     found["disk_rate"] = found["dump_bytes"] / from_disk
     found["page_cache_rate"] = found["dump_bytes"] / _read_all(dump)[1]
@@ -460,10 +461,10 @@ def load(run_: Acceptance, found: Found) -> None:
 def uncached(run_: Acceptance, found: Found) -> None:
     """Restores of a dump that is on the disk only."""
     subject, dump = run_.subject(), run_.dump("gpu")
-    _write_back(dump)
+    write_back(dump)
     found["runs"] = []
     run_.restores(
-        subject, subject.name, run_.args.few, found["runs"], before=lambda: _drop_from_page_cache(dump)
+        subject, subject.name, run_.args.few, found["runs"], before=lambda: drop_from_page_cache(dump)
     )
 
 
@@ -708,28 +709,11 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, (StepError, _LateError)) else f"{type(error).__name__}: {error}"
 
 
-def _files(directory: Path) -> list[Path]:
-    return [path for path in sorted(directory.rglob("*")) if path.is_file() and not path.is_symlink()]
-
-
-def _write_back(directory: Path) -> None:
-    """Only clean pages can be dropped."""
-    for path in _files(directory):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _drop_from_page_cache(directory: Path) -> None:
-    for path in _files(directory):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _read_all(directory: Path) -> tuple[int, float]:
     """Reads every file once, one after the other: bytes, seconds."""
     buffer = bytearray(_READ_BYTES)
     total, began = 0, time.monotonic()
-    for path in _files(directory):
+    for path in files_below(directory):
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 total += count

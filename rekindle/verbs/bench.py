@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,13 @@ from rekindle.cell import Cell, Command, Network
 from rekindle.engine import JSON, Engine, Request, for_command
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, OracleError, UsageError, WorkloadError
-from rekindle.files import copy_sparse_tree, remove_tree, write_atomically
+from rekindle.files import (
+    copy_sparse_tree,
+    drop_from_page_cache,
+    remove_tree,
+    write_atomically,
+    write_back,
+)
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.run import run, spawn
@@ -155,13 +161,13 @@ class _Bench:
             self._add(starts, "cache", self._cache_start(record, caches))
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
-            _write_back(directory)
+            write_back(directory)
         # Taken in turns, so that a change of the machine's mood meets all of them.
         for _ in range(self._runs):
             self._add(starts, "process", self._restore_start())
             self._add(starts, "criu-plain", self._plain_start(record))
         for _ in range(self._runs):
-            _drop_from_page_cache(dump)
+            drop_from_page_cache(dump)
             self._add(starts, "process-cold-page-cache", self._restore_start())
         if self._registry:
             self._push(self._registry)
@@ -384,23 +390,6 @@ def _await_report(
 def _rekindle() -> list[str]:
     """This rekindle, as a command."""
     return [sys.executable, "-m", "rekindle"]
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def _write_back(directory: Path) -> None:
-    """Only clean pages can be dropped, and writing them back would slow down what is measured."""
-    for path in _files(directory):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _drop_from_page_cache(directory: Path) -> None:
-    for path in _files(directory):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _summary(runs: Sequence[Start]) -> dict[str, Any]:
