@@ -28,15 +28,15 @@ demo: setup-dev ## Cold start, snapshot, restore: the whole job, ending with a t
 	@hack/demo
 
 docs: setup ## Write the generated pages
-	@$(BIN)/python hack/errors_page.py
-	@$(BIN)/python hack/matching_page.py
+	@$(BIN)/python -m hack.docs.errors_page
+	@$(BIN)/python -m hack.docs.matching_page
 
 check: setup ## Lint, types, generated docs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python hack/errors_page.py --check
-	@$(BIN)/python hack/matching_page.py --check
+	@$(BIN)/python -m hack.docs.errors_page --check
+	@$(BIN)/python -m hack.docs.matching_page --check
 
 test: setup-dev check ## Every test, with real CRIU and real vLLM (some minutes)
 	@$(BIN)/python -m pytest

@@ -2,7 +2,7 @@
 """The rules by which nodes are compared: what a difference in each field means, and for which rung.
 
 Every rule has a code, is hard (it forbids the rung) or soft (it is told), and a policy may make it the other
-unless it is fixed. docs/matching.md is generated from here by hack/matching_page.py.
+unless it is fixed. docs/matching.md is generated from here by hack/docs/matching_page.py.
 """
 
 import dataclasses

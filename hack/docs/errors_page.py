@@ -3,8 +3,7 @@
 
 import sys
 
-import pages
-
+from hack.docs import pages
 from rekindle.errors import RekindleError
 
 HEAD = """\
