@@ -27,11 +27,11 @@ $(VENV)/.ready: pyproject.toml
 demo: setup-dev ## Cold start, snapshot, restore: the whole job, ending with a table and a picture
 	@hack/demo
 
-docs: setup ## Write the generated pages
+docs: $(VENV)/.ready ## Write the generated pages
 	@$(BIN)/python -m hack.docs.errors_page
 	@$(BIN)/python -m hack.docs.matching_page
 
-check: setup ## Lint, types, generated docs
+check: $(VENV)/.ready ## Lint, types, generated docs; needs no root
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
