@@ -42,10 +42,22 @@ COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
 
 
-# A shell's `&` has them ignored, and so would all that is started here: rekindle heeds that.
-for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
-    if signal.getsignal(signum) is signal.SIG_IGN:
-        signal.signal(signum, handler)
+def _reset_signals_for_children() -> None:
+    """Let what is started from here receive every signal.
+
+    What `nohup`, a script's `&` or a supervisor has ignored or blocked is inherited, and rekindle and servers
+    heed that. A handler that does nothing leaves this process as deaf as it was asked to be, while what it
+    starts gets the default.
+    """
+    by_python_itself = {signal.SIGPIPE, signal.SIGXFSZ}  # subprocess gives those the default
+    of_job_control = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+    for signum in signal.valid_signals() - by_python_itself - of_job_control:
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+_reset_signals_for_children()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
