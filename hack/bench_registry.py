@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from oci import image as images
-from oci import layers, tree
+from oci import layers
 from oci.layout import Layout
-from rekindle import criu_image
+from rekindle import dump_tree
+from rekindle.criu import images as criu_images
 from rekindle.home import Home
 from rekindle.run import run
 from tests.servers.registry.simulator import Registry
@@ -117,8 +118,8 @@ def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
 def pack(name: str, dump: Path, layout: Layout) -> None:
     store = Layout(Home.from_environment().store)
     record = images.load(store, store.resolve(f"{name}:latest")).record
-    criu_image.drop_zero_pages(dump / "criu")
-    files = tree.scan(dump)
+    criu_images.drop_zero_pages(dump / "criu")
+    files = dump_tree.scan(dump)
     record = dataclasses.replace(record, files=files)
     built = images.build(layout, record, layers.pack(dump, files, layout, workers=layers.workers()))
     layout.publish(layout, built.index, "x:latest")

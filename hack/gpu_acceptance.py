@@ -41,12 +41,16 @@ from gpu_starts import (
 
 from oci import image as images
 from oci.layout import Layout
-from rekindle import __version__, cuda, gpu
-from rekindle.engine import for_command
+from rekindle import __version__
+from rekindle.cuda import search
+from rekindle.cuda.door import Door
+from rekindle.cuda.session import holders
+from rekindle.engine.choose import for_command
 from rekindle.errors import RekindleError
 from rekindle.files import drop_from_page_cache, files_below, write_back
-from rekindle.fingerprint import Fingerprint
 from rekindle.home import Home
+from rekindle.node import gpu
+from rekindle.node.fingerprint import Fingerprint
 from rekindle.run import end_group, run, spawn
 
 SCHEMA = "rekindle.gpu-acceptance/1"
@@ -327,7 +331,7 @@ def rollback(run_: Acceptance, found: Found) -> None:
     subject, home = run_.subject(), Home(run_.lab.home)
     waiting = list(gpu_rollback.CASES)
     found["cases"] = []
-    with contextlib.closing(cuda.find(home)) as door:
+    with contextlib.closing(search.find(home)) as door:
         found["door"] = door.name
         while waiting:
             with started(run_.lab, subject) as server, home.work("acceptance") as work:
@@ -344,7 +348,7 @@ def rollback(run_: Acceptance, found: Found) -> None:
 
 
 def _rolled_back(
-    case: gpu_rollback.Case, door: cuda.Door, pids: list[int], server: Started, journal: Path
+    case: gpu_rollback.Case, door: Door, pids: list[int], server: Started, journal: Path
 ) -> Found:
     if case.busy_seconds:
         server.ask("/busy", {"seconds": case.busy_seconds})
@@ -421,7 +425,7 @@ def _through(run_: Acceptance, subject: Subject, name: str, found: Found) -> Non
     found |= {"cycles": [], "runs": []}
     with started(run_.lab, subject) as server, _environment(only):
         began = time.monotonic()
-        with contextlib.closing(cuda.find(home)) as door, home.work("acceptance") as work:
+        with contextlib.closing(search.find(home)) as door, home.work("acceptance") as work:
             pids = _holders(door, server)
             found["open_seconds"] = time.monotonic() - began
             for _ in range(run_.args.few):
@@ -687,8 +691,8 @@ def _end_all(lab: Lab) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _holders(door: cuda.Door, server: Started) -> list[int]:
-    found = cuda.holders(door, [server.pid])
+def _holders(door: Door, server: Started) -> list[int]:
+    found = holders(door, [server.pid])
     if not found:
         raise StepError("the server holds no CUDA, says the driver")
     return found

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from rekindle import cuda
-from rekindle.cuda import Door, Session, State
+from rekindle.cuda import search
+from rekindle.cuda.door import Door, State
+from rekindle.cuda.session import Session, holders
 from rekindle.errors import CudaError
 from rekindle.home import Home
 
@@ -152,9 +153,9 @@ class _Holding(Watched):
 
 def main() -> None:
     pid, home = int(sys.argv[1]), Home(Path(sys.argv[2]))
-    door = cuda.find(home)
+    door = search.find(home)
     with home.work("snapshot") as work:
-        cycle(_Holding(door), cuda.holders(door, [pid]), work / JOURNAL)
+        cycle(_Holding(door), holders(door, [pid]), work / JOURNAL)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rekindle.engine import JSON, Engine, Request
+from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import NotReadyError
+from rekindle.fields import JSON
 from rekindle.files import remove_tree
 from rekindle.record import Oracle
 from rekindle.run import end_group, run, spawn

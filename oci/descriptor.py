@@ -8,9 +8,8 @@ from typing import Protocol
 
 from oci import media_types
 from rekindle.digest import Digest
-from rekindle.engine import JSON
 from rekindle.errors import FormatError
-from rekindle.fields import Fields
+from rekindle.fields import JSON, Fields
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16

@@ -149,10 +149,10 @@ def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
     """Whether an image that is no snapshot is a kernel cache."""
     if descriptor.media_type != media_types.MANIFEST:
         return False
-    from oci import cache
+    from oci.cache import image as cache_image
 
     try:
-        cache.load(blobs, descriptor, limits)
+        cache_image.load(blobs, descriptor, limits)
     except RekindleError:
         return False
     return True

@@ -29,9 +29,9 @@ from typing import BinaryIO, Self, cast
 import zstandard
 
 from oci import media_types
-from oci import tree as tree_of
 from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
+from rekindle import dump_tree as tree_of
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError

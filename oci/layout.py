@@ -29,17 +29,10 @@ from typing import BinaryIO
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor
 from rekindle.digest import READ_BYTES, Digest
-from rekindle.engine import JSON
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
-from rekindle.fields import Fields
-from rekindle.files import (
-    locked,
-    naming_full_disk,
-    remove_tree,
-    sync_directory,
-    try_lock,
-    write_atomically,
-)
+from rekindle.fields import JSON, Fields
+from rekindle.files import locked, remove_tree, sync_directory, try_lock, write_atomically
+from rekindle.os_errors import naming_full_disk
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 

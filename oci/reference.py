@@ -28,6 +28,16 @@ class LayoutReference:
     directory: Path | None
     tag: str
 
+    @property
+    def in_store(self) -> bool:
+        """Whether it is in the local store."""
+        return self.directory is None
+
+    @property
+    def policy_name(self) -> str:
+        """The name that a policy's patterns are compared with."""
+        return f"oci:{self.directory}" if self.directory is not None else self.tag.partition(":")[0]
+
     def __str__(self) -> str:
         return self.text
 
@@ -46,6 +56,11 @@ class RegistryReference:
     def api_host(self) -> str:
         """Who answers for the host."""
         return "registry-1.docker.io" if self.host == DOCKER_HUB else self.host
+
+    @property
+    def policy_name(self) -> str:
+        """The name that a policy's patterns are compared with, in the case in which DNS compares hosts."""
+        return f"{self.host.lower()}/{self.repository}"
 
     def __str__(self) -> str:
         return self.text

@@ -14,7 +14,7 @@ from typing import NoReturn
 from rekindle.errors import Interrupted, RekindleError
 from rekindle.text import printable
 
-# Each verb is a module of rekindle.verbs, with _ for -, imported only when it is asked for.
+# Each verb is a module of cli, with _ for -, imported only when it is asked for.
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
     "restore": "bring a saved server back, and serve",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and a shell's & ask for
             signal.signal(signum, _interrupt)
     try:
-        verb = importlib.import_module(f"rekindle.verbs.{words[0].replace('-', '_')}")
+        verb = importlib.import_module(f"cli.{words[0].replace('-', '_')}")
         status = verb.main(words[1:])
         assert isinstance(status, int)
         return status
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return _PIPE_STATUS
-        from rekindle.verbs._options import from_outside
+        from rekindle.os_errors import from_outside
 
         if failure := from_outside(error):
             _tell(failure)

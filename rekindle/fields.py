@@ -9,6 +9,9 @@ from rekindle.errors import FormatError
 
 T = TypeVar("T")
 
+JSON = Any
+"""What json.loads gives: to be looked at field by field before anything else is done with it."""
+
 
 class Fields:
     """A JSON object, read field by field. Every getter raises FormatError that names the field."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rekindle.errors import BusyError, SpaceError
+from rekindle.errors import BusyError
 
 PAGE_BYTES = 4096
 _COPY_BYTES = 1 << 20
@@ -58,24 +58,6 @@ def remove_tree(path: Path) -> None:
     """Removes a directory with all below it. Idempotent; symbolic links are not followed."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
-
-
-_DISK_HINT = "free some, or set REKINDLE_HOME to a directory on a larger disk"
-
-
-@contextlib.contextmanager
-def naming_full_disk(place: Path | str, *, hint: str = _DISK_HINT) -> Iterator[None]:
-    """Turns "no space left" and "quota exceeded" within the block into a SpaceError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise full_disk(place, cause=str(error), hint=hint) from error
-
-
-def full_disk(place: Path | str, *, cause: str, hint: str = _DISK_HINT) -> SpaceError:
-    return SpaceError(f"no space left below {place}", cause=cause, hint=hint)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rekindle.errors import RekindleError, UsageError
-from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
+from rekindle.files import locked, remove_tree, try_lock
+from rekindle.journal import CUDA_JOURNAL, unfinished
+from rekindle.os_errors import naming_full_disk
 
-CUDA_JOURNAL = "cuda.json"
 _LOGS_KEPT = 20
 _STALE_SECONDS = 3600.0
 
@@ -156,7 +157,7 @@ def _remove_if_possible(directory: Path) -> bool:
 
     False if a journal in it is needed: that stays, and all else goes.
     """
-    needed = _is_needed(directory / CUDA_JOURNAL)
+    needed = unfinished(directory / CUDA_JOURNAL)
     with contextlib.suppress(OSError):
         if not needed:
             remove_tree(directory)
@@ -165,11 +166,3 @@ def _remove_if_possible(directory: Path) -> bool:
             if entry.name != CUDA_JOURNAL:
                 remove_tree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     return not needed
-
-
-def _is_needed(journal: Path) -> bool:
-    if not journal.exists():
-        return False
-    from rekindle.cuda import unfinished
-
-    return unfinished(journal)

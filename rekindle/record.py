@@ -9,11 +9,11 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 
 from rekindle.cell import Clocks, Network
-from rekindle.engine import JSON, Endpoint, Request
+from rekindle.engine import Endpoint, Request
 from rekindle.errors import FormatError
-from rekindle.fields import Fields
-from rekindle.fingerprint import Fingerprint
-from rekindle.mapped import MappedFile
+from rekindle.fields import JSON, Fields
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.mapped import MappedFile
 
 SCHEMA = "rekindle.record/1"
 RECORD_LIMIT_BYTES = 16 << 20

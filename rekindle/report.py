@@ -7,7 +7,6 @@ machines (one JSON document). Phases and `unaccounted` add up to the wall time s
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.files import write_atomically
+from rekindle.proc import peak_rss_bytes, process_age
 from rekindle.text import printable
 
 SCHEMA = "rekindle.report/1"
@@ -158,18 +158,3 @@ class Report:
             write_atomically(path, text.encode())
         if to_stdout:
             print(text, end="", flush=True)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had. Not by getrusage, which begins with that of the parent if it
-    started us by vfork."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def process_age() -> float:
-    """Seconds since this process was started, by the kernel's account (its unit is 10 ms)."""
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-    started = ticks / os.sysconf("SC_CLK_TCK")
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)

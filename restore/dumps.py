@@ -22,9 +22,10 @@ from pathlib import Path, PurePosixPath
 from oci.image import Image
 from oci.trust.verifier import Verified
 from rekindle.errors import BusyError, FormatError, IntegrityError, SpaceError, UsageError
-from rekindle.files import locked, naming_full_disk, remove_tree, try_lock
-from rekindle.fingerprint import boot_id
+from rekindle.files import locked, remove_tree, try_lock
 from rekindle.home import Home
+from rekindle.os_errors import naming_full_disk
+from rekindle.proc import boot_id
 from rekindle.report import Report
 
 _DEFAULT_LIMIT_BYTES = 64 << 30

@@ -9,28 +9,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle import __version__, criu, criu_image, processes
-from rekindle.caches import CacheRoot
-from rekindle.cell import Cell, Network
+from rekindle import __version__, criu
+from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu
-from rekindle.engine import JSON, Endpoint, Engine, Request
+from rekindle.criu import images as criu_images
+from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client
+from rekindle.engine.weights import identify
 from rekindle.errors import CapabilityError, UsageError
-from rekindle.files import PAGE_BYTES, copy_sparse_tree, naming_full_disk
-from rekindle.fingerprint import Fingerprint
-from rekindle.mapped import MappedFile, describe
+from rekindle.fields import JSON
+from rekindle.files import PAGE_BYTES, copy_sparse_tree
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.os_errors import naming_full_disk
 from rekindle.record import Oracle, Process, Record, StoredFile
-from rekindle.redact import redact_command, redact_environment
 from rekindle.report import Report
-from rekindle.weights import identify
-from snapshot import caches, secrets
-from snapshot.check import check
-from snapshot.gpu import checkpointed, require_state
+from rekindle.secrets.redact import redact_command, redact_environment
+from snapshot import find_caches, secret_search
+from snapshot.cuda_state import checkpointed, require_state
+from snapshot.describe import Made, _endpoint, _mapped_files, _opened, _readable
+from snapshot.obstacles import check
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
 if TYPE_CHECKING:
-    from rekindle.cuda import Door
+    from rekindle.cuda.door import Door
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +44,8 @@ class Options:
     network: Network
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
-    credentials: secrets.Credentials
+    credentials: secret_search.Credentials
     find_door: "Callable[[], Door] | None" = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
-    """What came of it: the record of the dump, and where the server's kernel caches can be read."""
-
-    record: Record
-    caches: Sequence[CacheRoot]
 
 
 def make(
@@ -120,13 +114,13 @@ def make(
             keep_untouched(tree)
         for leftover in ("dump.log", "criu.out"):
             (tree / "criu" / leftover).unlink(missing_ok=True)
-        criu_image.drop_zero_pages(tree / "criu")
+        criu_images.drop_zero_pages(tree / "criu")
         files = scan(tree)
         mapped = _mapped_files(opened)
     with report.phase("search for secrets"):
-        secrets.refuse(tree, options.credentials)
+        secret_search.refuse(tree, options.credentials)
     with report.phase("find caches"):
-        roots = caches.find(
+        roots = find_caches.find(
             server.environment,
             opened,
             lambda path: _readable(path, tree),
@@ -184,7 +178,7 @@ def _refuse_what_cannot_be(options: Options) -> None:
             f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
             hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
         )
-    secrets.require_grep()
+    secret_search.require_grep()
     for word in (str(Path.cwd()), *options.argv):
         if word.startswith("/dev/shm/"):  # noqa: S108
             raise UsageError(
@@ -192,39 +186,6 @@ def _refuse_what_cannot_be(options: Options) -> None:
                 cause="in its cell it has a /dev/shm of its own",
                 hint="put it on a disk, or on another tmpfs",
             )
-
-
-def _endpoint(cell: Cell, engine: Engine) -> Endpoint:
-    """Where the server really listens: on every address or on one, which the command need not say."""
-    hosts = [each.host for each in processes.listeners(cell) if each.port == engine.endpoint.port]
-    host = engine.endpoint.host if engine.endpoint.host in hosts or not hosts else hosts[0]
-    return Endpoint(host=host, port=engine.endpoint.port)
-
-
-def _opened(cell: Cell, pids: Sequence[int]) -> set[str]:
-    """What the processes have mapped or open."""
-    paths: set[str] = set()
-    for pid in pids:
-        paths |= set(processes.mapped_paths(cell, pid))
-        paths |= {target for _, target in processes.descriptors(cell, pid)}
-    return paths
-
-
-def _readable(path: str, tree: Path) -> Path:
-    """Where a file can be read that the server saw at a path: its /dev/shm lies beside the dump now."""
-    inside = path.removeprefix("/dev/shm/")  # noqa: S108
-    return tree / "shm" / inside if inside != path else Path(path)
-
-
-def _mapped_files(opened: set[str]) -> list[MappedFile]:
-    """The files outside the cell's /dev/shm that must be there, and the same, at a restore. What was deleted
-    while it was open is not among them: CRIU stores its content."""
-    paths = [
-        path
-        for path in sorted(opened)
-        if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV"))
-    ]
-    return [file for path in paths if (file := describe(path)) is not None]
 
 
 def _drop_disposable(cell: Cell, pids: Sequence[int], patterns: Sequence[str]) -> None:

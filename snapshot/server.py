@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rekindle import processes
-from rekindle.cell import Cell, Command, exit_status
+from rekindle.cell import Cell, Command, exit_status, processes
 from rekindle.errors import UsageError, WorkloadError
 
 # A shell stands above the server as the tree's root. CRIU restores the memory of a tree's root only

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/matching.md from restore/rules.py; with --check, fail if it is not up to date."""
+"""Write docs/matching.md from restore/decide/rules.py; with --check, fail if it is not up to date."""
 
 import sys
 
 from hack.docs import pages
 from rekindle.errors import RekindleError
 from rekindle.report import Rung
-from restore.rules import RULES, Rule
+from restore.decide.rules import RULES, Rule
 
 HEAD = """\
 # What is compared
 
-Generated from `restore/rules.py` by `make docs`; do not edit.
+Generated from `restore/decide/rules.py` by `make docs`; do not edit.
 
 Before `restore` fetches a layer, it compares this node with what the image says of the one that it was made
 on. `rekindle match IMAGE` prints what differs and does nothing. So does `restore --plan`; `inspect` does not
@@ -112,7 +112,7 @@ If the image itself cannot be had, the reason has the code of that error, too, w
 each rung above the cold start. All other errors end everything: a signature that is missing or bad, a digest
 that does not match and a document that is malformed are never a reason to go on.
 """
-OWN = {"restore", "oracle"}  # restore/ladder.py gives them the first two of these names
+OWN = {"restore", "oracle"}  # restore/decide/rules.py gives them the first two of these names
 
 
 def page() -> str:

@@ -17,9 +17,8 @@ from oci.trust import bundle as bundles
 from oci.trust.bundle import Bundle, SimpleSignature
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.engine import JSON
 from rekindle.errors import FormatError, IntegrityError, NotFoundError
-from rekindle.fields import Fields
+from rekindle.fields import JSON, Fields
 
 _EMPTY = "application/vnd.oci.empty.v1+json"
 _IMAGE_CONFIG = media_types.IMAGE_CONFIG

@@ -10,7 +10,7 @@ from oci.trust import attachments
 from oci.trust.bundle import Bundle
 from oci.trust.keys import PrivateKey
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
-from rekindle.engine import JSON
+from rekindle.fields import JSON
 from rekindle.record import Record
 
 Sign = Callable[[Statement], Bundle]

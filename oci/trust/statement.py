@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from rekindle.digest import Digest
-from rekindle.engine import JSON
 from rekindle.errors import FormatError
-from rekindle.fields import Fields
+from rekindle.fields import JSON, Fields
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 COSIGN_SIGN = "https://sigstore.dev/cosign/sign/v1"

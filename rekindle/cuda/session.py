@@ -8,25 +8,20 @@ undone: `rekindle doctor --repair`.
 
 import contextlib
 import functools
-import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from rekindle import journal as journals
 from rekindle.cuda.door import STEP_SECONDS, Door, State, Step, failure, late
-from rekindle.errors import CudaError, FormatError, RekindleError
-from rekindle.fields import Fields
-from rekindle.files import write_atomically
+from rekindle.errors import CudaError, RekindleError
+from rekindle.journal import Held, began
 
 T = TypeVar("T")
-SCHEMA = "rekindle.cuda/1"
 PATIENCE_SECONDS = 120.0
-_JOURNAL_LIMIT_BYTES = 1 << 20
-_PROCESSES_LIMIT = 10_000
 
 # The steps from what a process is in to what it was found in. A rollback takes the first of them for every
 # process that needs it, then the next.
@@ -39,18 +34,6 @@ _WAYS_BACK = {
     (State.RUNNING, State.LOCKED): (Step.LOCK,),
     (State.RUNNING, State.CHECKPOINTED): (Step.LOCK, Step.CHECKPOINT),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """A process as it was found: `began` tells it from another one of the same PID, in ticks since boot."""
-
-    pid: int
-    began: int
-    state: State
-
-    def lives(self) -> bool:
-        return began(self.pid) == self.began
 
 
 class Session:
@@ -148,7 +131,7 @@ class Session:
             self._settle()
         elif self._journal:
             with contextlib.suppress(OSError):  # then the old one stays, which tells of more
-                _write(self._journal, self._found)
+                journals.write(self._journal, self._found)
         return _in_words(back.left), interruption
 
     def __enter__(self) -> Self:
@@ -200,7 +183,7 @@ class Session:
             self._found = tuple(found)
             self._rolled_back = False
             if self._journal:
-                _write(self._journal, found)
+                journals.write(self._journal, found)
         return states
 
     def _states(self, deadline: "_Deadline") -> dict[int, State]:
@@ -221,18 +204,13 @@ def holders(door: Door, pids: Collection[int]) -> list[int]:
     return [pid for pid, thread in threads.items() if thread is not None]
 
 
-def unfinished(journal: Path) -> bool:
-    """Whether a process that a journal tells of still lives. Asks nobody but the kernel."""
-    return bool(_read(journal))
-
-
 def repair(journal: Path, open_door: Callable[[], Door]) -> list[str]:
     """Rolls back what a killed command left, and tells what was done, a line for each process.
 
     What has ended since is passed over, and the door is opened only if there is anything to do. The journal
     is gone afterwards, or tells of what could not be done. Raises what `open_door` raises.
     """
-    found = _read(journal)
+    found = journals.read(journal)
     if not found:
         journal.unlink(missing_ok=True)
         return []
@@ -241,7 +219,7 @@ def repair(journal: Path, open_door: Callable[[], Door]) -> list[str]:
         back.run()
     left = [held for held in found if held.pid in back.left]
     if left:
-        _write(journal, left)
+        journals.write(journal, left)
     else:
         journal.unlink(missing_ok=True)
     return _in_words(back.left) + back.done
@@ -270,7 +248,7 @@ class _Rollback:
         self._try(look, list(self._found))
         ways: dict[int, tuple[Step, ...]] = {}
         for pid, state in states.items():
-            wanted = self._found[pid].state
+            wanted = State(self._found[pid].state)
             if state is State.FAILED:
                 self.left[pid] = "CUDA in it has failed; it can only be ended"
             elif state is wanted:
@@ -393,44 +371,3 @@ def _finish(
             except BaseException as error:
                 interruption = interruption or error
     return errors, interruption
-
-
-def began(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks since boot; None if it has ended."""
-    try:
-        # The second field is a name in parentheses, and may hold some itself: proc(5).
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def _write(journal: Path, found: Collection[Held]) -> None:
-    from rekindle.fingerprint import boot_id
-
-    processes = [{"pid": held.pid, "began": held.began, "state": held.state} for held in found]
-    document = {"schema": SCHEMA, "boot": boot_id(), "processes": processes}
-    write_atomically(journal, json.dumps(document).encode(), mode=0o600)
-
-
-def _read(journal: Path) -> list[Held]:
-    """The processes of a journal that are still the same; none, if it is not one."""
-    from rekindle.fingerprint import boot_id
-
-    try:
-        fields = Fields.parse(journal.read_bytes(), str(journal), limit_bytes=_JOURNAL_LIMIT_BYTES)
-        if fields.text("schema") != SCHEMA or fields.text("boot") != boot_id():
-            return []
-        found = fields.list_of("processes", _held, at_most=_PROCESSES_LIMIT)
-    except (OSError, FormatError):
-        return []
-    return [held for held in found if held.lives()]
-
-
-def _held(value: object, where: str) -> Held:
-    fields = Fields(value, where)
-    try:
-        state = State(fields.text("state"))
-    except ValueError:
-        raise FormatError(f"{where}.state is no state") from None
-    return Held(pid=fields.integer("pid", at_least=1), began=fields.integer("began"), state=state)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from rekindle import gpu
 from rekindle.cuda.door import (
     ANSWER_SECONDS,
     STEP_SECONDS,
@@ -29,6 +28,7 @@ from rekindle.cuda.door import (
 from rekindle.errors import CapabilityError, CudaError
 from rekindle.files import write_atomically
 from rekindle.home import Home
+from rekindle.node import gpu
 from rekindle.run import run
 
 _HELP_SECONDS = 20.0

@@ -13,14 +13,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rekindle.errors import FormatError, UsageError
+from rekindle.fields import JSON
 
 if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
-JSON = Any
 Phase = Callable[[str], contextlib.AbstractContextManager[None]]
 """What times a step of that name: `rekindle.report.Report.phase`, or `no_phase`."""
 
@@ -173,29 +173,10 @@ class Engine(Protocol):
         """What `restored` needs to make this engine again, for the record."""
 
 
-def for_command(
-    argv: Sequence[str], *, ready_url: str | None = None, oracle_file: Path | None = None
-) -> Engine:
-    """The engine for a command. Raises UsageError if it is not known and the options do not say."""
-    from rekindle.engine import http, vllm
-
-    if ready_url is not None:
-        return http.HttpEngine.from_options(ready_url, oracle_file)
-    if engine := vllm.VllmEngine.recognise(argv):
-        return engine
-    raise UsageError(
-        f"{argv[0]} is no server that rekindle knows",
-        hint="say how to talk to it: --ready-url http://127.0.0.1:PORT/PATH --oracle-request FILE",
-    )
-
-
-def restored(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engine:
-    """The engine that a record names. Raises FormatError for one that is not known here."""
-    from rekindle.engine import http, vllm
-
-    match name:
-        case "vllm":
-            return vllm.restored(endpoint, options)
-        case "http":
-            return http.HttpEngine.from_record(endpoint, options)
-    raise FormatError(f"the record's engine {name!r} is not known here", hint="use a newer rekindle")
+def parse_endpoint(text: str, default_host: str) -> Endpoint:
+    """`PORT`, `HOST:PORT` or `[HOST]:PORT`. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isdecimal() or not 0 < int(port) < 65536 or (colon and not host):
+        raise UsageError(f"--publish {text} is not of the form [HOST:]PORT")
+    return Endpoint(host=host or default_host, port=int(port))

@@ -13,11 +13,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rekindle.digest import Digest
-from rekindle.engine import JSON, Compiled, Endpoint, Engine, Request
+from rekindle.engine import Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
-from rekindle.fields import Fields
-from rekindle.redact import sounds_secret
+from rekindle.fields import JSON, Fields
+from rekindle.secrets.redact import sounds_secret
 
 _TIMEOUT_SECONDS = 10.0
 _INDEX = re.compile(r"0|[1-9][0-9]*")

@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 
-from rekindle import packages
-from rekindle.engine import JSON, Compiled, Endpoint, Engine, Request
+from rekindle.engine import Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
-from rekindle.errors import FormatError, OracleError, UsageError
+from rekindle.errors import OracleError, UsageError
+from rekindle.fields import JSON
+from rekindle.node import packages
 
 _API_SERVER = "vllm.entrypoints.openai.api_server"
 _ORACLE_PROMPT = "The capital of France is"
@@ -26,15 +26,6 @@ _LOADED = re.compile(
 _COMPILED = re.compile(r"Compiling a graph for [^\n]{0,80}takes ([0-9.]{1,12}) s")
 _LOGPROB_TOLERANCE = 1e-3
 _TIMEOUT_SECONDS = 60.0
-
-
-class Weights(StrEnum):
-    """Where the weights of a model on a GPU are while the server is saved: in the image, which is complete
-    then; not in it, and read again from the model's files; or where they are, with all that the GPU holds."""
-
-    IMAGE = "image"
-    RELOAD = "reload"
-    AS_IS = "as-is"
 
 
 class VllmEngine(Engine):
@@ -51,23 +42,23 @@ class VllmEngine(Engine):
     @classmethod
     def recognise(cls, argv: Sequence[str]) -> "VllmEngine | None":
         """The engine if this command starts vLLM's server. Raises UsageError for what is not supported."""
-        if not _is_server(argv):
+        if not is_server(argv):
             return None
-        if _option(argv, "--uds"):
+        if option(argv, "--uds"):
             raise UsageError(
                 "a server on a unix socket (--uds) is not supported", hint="use --host and --port"
             )
-        if _option(argv, "--ssl-keyfile") or _option(argv, "--ssl-certfile"):
+        if option(argv, "--ssl-keyfile") or option(argv, "--ssl-certfile"):
             raise UsageError(
                 "a server that speaks TLS itself is not supported",
                 cause="the oracle is asked by plain HTTP, within the cell",
                 hint="leave it out, and put a proxy that speaks TLS before the published port",
             )
-        port = _option(argv, "--port") or "8000"
+        port = option(argv, "--port") or "8000"
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"--port {port} is no port")
-        host = _option(argv, "--host") or "0.0.0.0"
-        return cls(endpoint=Endpoint(host=host, port=int(port)), api_key=_option(argv, "--api-key"))
+        host = option(argv, "--host") or "0.0.0.0"
+        return cls(endpoint=Endpoint(host=host, port=int(port)), api_key=option(argv, "--api-key"))
 
     def environment(self) -> Mapping[str, str]:
         # Spawned workers inherit no descriptors, and a server that phones home has connections that
@@ -86,11 +77,11 @@ class VllmEngine(Engine):
         }
 
     def model(self, argv: Sequence[str]) -> tuple[str, str] | None:
-        named = _option(argv, "--model")
+        named = option(argv, "--model")
         if named is None and "serve" in argv:
             after = list(argv)[list(argv).index("serve") + 1 :]
             named = after[0] if after and not after[0].startswith("-") else None
-        return (named, _option(argv, "--revision") or "main") if named else None
+        return (named, option(argv, "--revision") or "main") if named else None
 
     def milestones(self) -> Sequence[tuple[str, str]]:
         return (
@@ -206,7 +197,7 @@ class VllmEngine(Engine):
             ) from error
 
 
-def _is_server(argv: Sequence[str]) -> bool:
+def is_server(argv: Sequence[str]) -> bool:
     """Whether a command starts vLLM's server: `vllm serve`, with or without Python in front of it."""
     if not argv:
         return False
@@ -240,49 +231,10 @@ def _prompt(number: int, tokens: int) -> list[int]:
     return [3 + (number * 31 + position * 7) % 200 for position in range(tokens)]
 
 
-def restored(endpoint: Endpoint, options: Mapping[str, JSON]) -> VllmEngine:
-    """The engine of a record. Raises FormatError for options that are not known here."""
-    match options.get("asleep"):
-        case None:
-            return VllmEngine(endpoint=endpoint)
-        case bool():  # which would be 1
-            pass
-        case 1 | 2 as level:
-            from rekindle.engine.vllm_asleep import Sleeping
-
-            return Sleeping(endpoint=endpoint, level=level)
-        case "boundary":
-            from rekindle.engine.vllm_asleep import AtBoundary
-
-            return AtBoundary(endpoint=endpoint)
-    raise FormatError("the record's vLLM sleeps in a way that is not known here", hint="use a newer rekindle")
-
-
-def asleep(
-    engine: VllmEngine, argv: Sequence[str], weights: Weights, version: str, *, warmed: bool = False
-) -> VllmEngine:
-    """The engine for a server that is to sleep through the snapshot. vLLM's own snapshot server is taken
-    where there is one (since 0.31) and it does what is asked: it reads the weights again, and takes no
-    requests before, so it cannot be `warmed` with those of the user."""
-    from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
-
-    if weights is Weights.RELOAD and packages.release(version) >= (0, 31) and not warmed:
-        return AtBoundary(endpoint=engine.endpoint, api_key=_option(argv, "--api-key"))
-    level = 2 if weights is Weights.RELOAD else 1
-    return Sleeping(endpoint=engine.endpoint, level=level, api_key=_option(argv, "--api-key"))
-
-
-def as_compiled(argv: Sequence[str], options: Mapping[str, JSON]) -> list[str]:
-    """How a command is started so that it finds the kernels of a server with these options of a record:
-    whether sleep mode is on is part of the key of vLLM's cache (0.32: ModelConfig.compute_hash)."""
-    asleep = options.get("asleep") is not None and _is_server(argv)
-    return [*argv, "--enable-sleep-mode"] if asleep else list(argv)
-
-
 def served_name(argv: Sequence[str]) -> str:
     """The name that the server gives its model."""
     model = VllmEngine(endpoint=Endpoint(host="", port=1)).model(argv)
-    return _option(argv, "--served-model-name") or (model[0] if model else "")
+    return option(argv, "--served-model-name") or (model[0] if model else "")
 
 
 def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -310,7 +262,7 @@ def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
     return Request(method="POST", path="/v1/completions", headers={}, body=body)
 
 
-def _option(argv: Sequence[str], name: str) -> str | None:
+def option(argv: Sequence[str], name: str) -> str | None:
     """The value of a long option, the last one given, as argparse would take it."""
     value = None
     for index, word in enumerate(argv):

@@ -22,10 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.engine import JSON, Endpoint, Phase, Request, no_phase
+from rekindle.engine import Endpoint, Phase, Request, no_phase
 from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
 from rekindle.engine.vllm_gate import HEADER, KEY_BYTES, KEY_NAME
 from rekindle.errors import NotReadyError, OracleError, WorkloadError
+from rekindle.fields import JSON
 
 if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rekindle.gpu import Gpus
+from rekindle.node.gpu import Gpus
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
 

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from rekindle.gpu import Gpus
+from rekindle.node.gpu import Gpus
 
 NODES = "class/kfd/kfd/topology/nodes"
 _ECC = 1 << 20

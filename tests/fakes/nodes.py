@@ -4,7 +4,7 @@
 import dataclasses
 import itertools
 
-from rekindle.gpu import Gpu, Gpus
+from rekindle.node.gpu import Gpu, Gpus
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.gpu import Gpus
+from rekindle.node.gpu import Gpus
 
 _LEVELS = {"pix": 10, "pxb": 20, "phb": 30, "node": 40, "sys": 50}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import amx
+from rekindle.criu import amx
 from tests.conftest import Rekindle, Replica
 
 ASK = """

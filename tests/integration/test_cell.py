@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import cell_init, processes
-from rekindle.cell import Cell, Clocks, Command, Network, exit_status
+from rekindle.cell import Cell, Clocks, Command, Network, exit_status, processes
+from rekindle.cell import init as cell_init
 from rekindle.errors import RekindleError
 
 pytestmark = pytest.mark.criu
@@ -123,7 +123,7 @@ def test_what_a_container_shows_of_its_gpus_stays_so(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from rekindle import cell_init
+from rekindle.cell import init as cell_init
 from rekindle.cell import Cell, Command, Network
 cell_init.__file__ = {str(tmp_path / "init.py")!r}
 with Cell() as cell:

@@ -294,7 +294,7 @@ def test_another_address_is_published_on_lower_rungs_too(scene: Scene, rung: str
 
 def test_an_address_is_closed_until_the_server_is_ready(scene: Scene) -> None:
     other = free_port()
-    scene.faults("restore.forward:listen=once fails PortError")
+    scene.faults("restore.serve.address:listen=once fails PortError")
     scene.puts(*MULE, "never-ready")
     running = scene.restore("--publish", str(other), port=other)
     running.until("mule: starts")
@@ -331,7 +331,7 @@ def test_another_server_at_its_own_address_is_not_taken_for_it(scene: Scene) -> 
 
 def test_the_limit_of_descriptors_of_the_server_is_that_of_who_started_it(scene: Scene) -> None:
     """Also after a process that failed when its address was published already."""
-    scene.faults("restore.forward:Forwarder.accept_from=once fails RestoreError")
+    scene.faults("restore.serve.forward:Forwarder.accept_from=once fails RestoreError")
     scene.rekindle.prefix = ["prlimit", "--nofile=1000:5000", *scene.rekindle.prefix]
     other = free_port()
     running = scene.restore("--publish", str(other), port=other)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rekindle.gpu import Gpus
+from rekindle.node.gpu import Gpus
 from tests.conftest import PREFIX, Rekindle, Replica, free_port, workhorse, workhorse_flags
 from tests.fakes import nodes
 from tests.fakes.cuda import Event, ordered

@@ -39,16 +39,16 @@ class Moment:
 
 FAILS = "rekindle.criu:restore=fails RestoreError"
 MOMENTS = {
-    "decide": Moment(at="rekindle.verbs._facts:gather"),
+    "decide": Moment(at="restore.decide.facts:gather"),
     "work": Moment(at="rekindle.home:Home.work"),
     "unpack": Moment(at="oci.layers:unpack"),
     "cell": Moment(at="rekindle.cell:Cell.enter"),
-    "shared memory": Moment(at="restore.process:copy_sparse_tree"),
+    "shared memory": Moment(at="restore.rungs.process:copy_sparse_tree"),
     "criu": Moment(at="rekindle.cell:Cell.run"),
     "oracle": Moment(at="rekindle.engine.client:Client.ask"),
-    "inventory": Moment(at="oci.cache:load", faults=[FAILS]),
-    "extract": Moment(at="oci.extraction:_read_all", faults=[FAILS]),
-    "extracted": Moment(at="oci.extraction:_finish", flags=["--rung", "cache"]),
+    "inventory": Moment(at="oci.cache.image:load", faults=[FAILS]),
+    "extract": Moment(at="oci.cache.extract:_read_all", faults=[FAILS]),
+    "extracted": Moment(at="oci.cache.extract:_finish", flags=["--rung", "cache"]),
 }
 
 
@@ -137,7 +137,7 @@ def test_a_clean_up_is_not_broken_off(scene: Scene, faults: list[str], at: str) 
 
 def test_the_removal_of_a_cache_is_not_broken_off(scene: Scene) -> None:
     there = scene.directory / "there"
-    scene.faults(f"oci.extraction:Extraction.undo=pauses {there} 1")
+    scene.faults(f"oci.cache.extract:Extraction.undo=pauses {there} 1")
     scene.puts(*MULE, "dies-on-a-cache")
     running = scene.restore("--rung", "cache")
     wait_for(there.exists, 30)

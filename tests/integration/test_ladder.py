@@ -84,8 +84,8 @@ FAULTS = {
     "unpack": ("restore.dumps:_unpack=fails SpaceError", "space", "unpack"),
     "unpack, by a bug": ("restore.dumps:_unpack=breaks", "bug", "unpack"),
     "cell": ("rekindle.cell:Cell.enter=fails CapabilityError", "capability", "cell"),
-    "cell, by a bug": ("restore.process:copy_sparse_tree=breaks", "bug", "cell"),
-    "shared memory": ("restore.process:copy_sparse_tree=fails SpaceError", "space", "cell"),
+    "cell, by a bug": ("restore.rungs.process:copy_sparse_tree=breaks", "bug", "cell"),
+    "shared memory": ("restore.rungs.process:copy_sparse_tree=fails SpaceError", "space", "cell"),
     "restore": ("rekindle.criu:restore=fails RestoreError", "restore-failed", "restore"),
     "oracle": ("rekindle.engine.http:HttpEngine.answer=once fails OracleError", "oracle-mismatch", "oracle"),
     "no answer": (
@@ -93,7 +93,7 @@ FAULTS = {
         "not-ready",
         "oracle",
     ),
-    "publish": ("restore.forward:listen=once fails PortError", "restore-failed", "publish"),
+    "publish": ("restore.serve.address:listen=once fails PortError", "restore-failed", "publish"),
 }
 
 
@@ -264,11 +264,11 @@ def test_a_cache_that_nothing_has_room_for(scene: Scene) -> None:
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        ("oci.extraction:extract=breaks", "bug"),
-        ("oci.extraction:extract=fails UsageError", "capability"),
-        ("oci.extraction:_publish=refused /somewhere", "capability"),
-        ("oci.cache:load=fails RegistryError", "registry"),
-        ("oci.extraction:extract=hangs", "deadline"),
+        ("oci.cache.extract:extract=breaks", "bug"),
+        ("oci.cache.extract:extract=fails UsageError", "capability"),
+        ("oci.cache.extract:_publish=refused /somewhere", "capability"),
+        ("oci.cache.image:load=fails RegistryError", "registry"),
+        ("oci.cache.extract:extract=hangs", "deadline"),
     ],
 )
 def test_a_cache_that_fails_is_followed_by_a_cold_start(scene: Scene, fault: str, code: str) -> None:
@@ -373,7 +373,7 @@ def test_a_home_in_which_nothing_can_be_written(scene: Scene) -> None:
 
 
 def test_a_bug_while_it_decides(scene: Scene) -> None:
-    scene.faults("rekindle.verbs._facts:gather=breaks")
+    scene.faults("restore.decide.facts:gather=breaks")
     goes_cold(scene, "bug")
     running = scene.ended()
     assert running.process.returncode == 1

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from oci import cache, media_types
 from oci import image as images
+from oci import media_types
+from oci.cache import pack
 from oci.layout import Layout
 from rekindle.config import Limits
 from rekindle.errors import FormatError
@@ -192,7 +193,7 @@ def test_a_kernel_cache_is_shown(rekindle: Rekindle, tmp_path: Path) -> None:
 def test_the_kernel_cache_of_a_snapshot_is_named(rekindle: Rekindle, tmp_path: Path) -> None:
     layout = Layout.create(tmp_path / "layout")
     layers = [layout.put(b"layer", media_types.DUMP_LAYER)] * 2
-    packed = cache.pack([triton(tmp_path / "t")], layout, created=FULL_RECORD.created)
+    packed = pack.pack([triton(tmp_path / "t")], layout, created=FULL_RECORD.created)
     for tag, kernels in (("with", packed), ("without", None)):
         layout.publish(layout, images.build(layout, FULL_RECORD, layers, kernels).index, tag)
     done = rekindle("inspect", f"oci:{layout.root}:with")

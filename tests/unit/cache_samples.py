@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from oci import media_types
-from oci.cache import CacheImage, load
+from oci.cache.image import CacheImage, load
+from oci.cache.inventory import FIELD, SCHEMA
 from oci.descriptor import Descriptor
-from oci.inventory import FIELD, SCHEMA
 from oci.layout import Layout
-from rekindle.caches import CacheKind, CacheRoot
 from rekindle.config import Limits
 from rekindle.digest import Digest
+from rekindle.engine.caches import CacheKind, CacheRoot
 
 CREATED = "2026-01-02T03:04:05Z"
 KEY = "7BSCZXWRLYPEOYLUVL7PGHHPX2IBQNDYRAZRVQS7MMZVJCJ6UJFA"

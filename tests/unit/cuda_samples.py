@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import cuda
+from rekindle.cuda import search
+from rekindle.cuda.door import Door
 from rekindle.home import Home
 from tests.conftest import ROOT
 from tests.fakes.cuda import FakeCuda
@@ -42,10 +43,10 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture(params=DOORS)
 def door(
     request: pytest.FixtureRequest, fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[cuda.Door]:
+) -> Iterator[Door]:
     """Each of the doors in turn."""
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", request.param)
-    found = cuda.find(home)
+    found = search.find(home)
     yield found
     found.close()
 
@@ -54,7 +55,8 @@ def door(
 PROGRAM = """
 import json, signal, sys
 from pathlib import Path
-from rekindle import cuda
+from rekindle.cuda.search import find
+from rekindle.cuda.session import Session
 from rekindle.errors import CudaError, Interrupted
 from rekindle.home import Home
 
@@ -64,9 +66,9 @@ def interrupt(signum, _):
 signal.signal(signal.SIGTERM, interrupt)
 home, journal, timeout, *pids = sys.argv[1:]
 with Home(Path(home)).work("snapshot") as directory:
-    door = cuda.find(Home(Path(home)))
+    door = find(Home(Path(home)))
     try:
-        with cuda.Session(door, [int(pid) for pid in pids], directory / journal) as session:
+        with Session(door, [int(pid) for pid in pids], directory / journal) as session:
             session.checkpoint_all(float(timeout))
             print("checkpointed", flush=True)
             signal.pause()

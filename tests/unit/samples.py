@@ -14,8 +14,8 @@ from typing import Any
 
 from rekindle.cell import Clocks, Network
 from rekindle.engine import Endpoint, Request
-from rekindle.fingerprint import Fingerprint
-from rekindle.mapped import MappedFile
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.mapped import MappedFile
 from rekindle.record import FileKind, Oracle, Process, Record, StoredFile
 from tests.fakes.nodes import L4
 

@@ -11,11 +11,12 @@ from typing import Any, Self
 
 import pytest
 
-from rekindle import abilities, criu
-from rekindle.abilities import Abilities, probe
+from rekindle import criu
 from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
+from restore.decide import abilities
+from restore.decide.abilities import Abilities, probe
 
 CRIU = Criu(path=Path("/criu"), version="4.2.1")
 
@@ -134,7 +135,7 @@ def test_a_lack_of_criu_is_told_with_its_cause(node: Node, home: Home) -> None:
 PROBE = """
 import json, sys
 from pathlib import Path
-from rekindle.abilities import probe
+from restore.decide.abilities import probe
 from rekindle.home import Home
 able = probe(Home(Path(sys.argv[1])))
 print(json.dumps([able.criu.version if able.criu else None, dict(able.lacks)]))

@@ -13,18 +13,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from oci import cache, inventory, media_types
-from oci.cache import CacheImage
+from oci import media_types
+from oci.cache import image as cache_image
+from oci.cache import inventory, pack
+from oci.cache.image import CacheImage
+from oci.cache.inventory import Entry, Inventory, Target
+from oci.cache.names import Names
+from oci.cache.secret_search import refuse_secrets
 from oci.descriptor import Descriptor
-from oci.inventory import Entry, Inventory, Target
 from oci.layout import Layout
-from oci.names import Names
-from oci.secret_search import refuse_secrets
-from rekindle.caches import CacheKind, CacheRoot
 from rekindle.config import Limits
 from rekindle.digest import Digest
+from rekindle.engine.caches import CacheKind, CacheRoot
 from rekindle.errors import FormatError, IntegrityError, NotFoundError, SecretError, UsageError
-from rekindle.redact import sounds_secret
+from rekindle.secrets.redact import sounds_secret
 from tests.unit.cache_samples import CREATED, HIP_KEY, KEY, MTIME_NS, Inflated, triton, vllm, write
 from tests.unit.samples import memory_peak
 
@@ -38,8 +40,8 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def packed(layout: Layout, *roots: CacheRoot, **options: Any) -> CacheImage:
-    descriptor = cache.pack(roots, layout, created=CREATED, **options)
-    return cache.load(layout, descriptor, Limits())
+    descriptor = pack.pack(roots, layout, created=CREATED, **options)
+    return cache_image.load(layout, descriptor, Limits())
 
 
 def names(layout: Layout, image: CacheImage, layer: int) -> list[str]:
@@ -71,7 +73,7 @@ def test_a_cache_of_triton_is_as_mcv_reads_it(layout: Layout, tmp_path: Path) ->
 
 
 def test_the_image_is_an_ordinary_one(layout: Layout, tmp_path: Path) -> None:
-    descriptor = cache.pack([triton(tmp_path / "t")], layout, created=CREATED, architecture="aarch64")
+    descriptor = pack.pack([triton(tmp_path / "t")], layout, created=CREATED, architecture="aarch64")
     assert descriptor.media_type == media_types.MANIFEST
     assert descriptor.annotations == {"vnd.rekindle.role": "cache"}
     assert not descriptor.artifact_type
@@ -81,7 +83,7 @@ def test_the_image_is_an_ordinary_one(layout: Layout, tmp_path: Path) -> None:
     (layer,) = manifest["layers"]
     assert layer["mediaType"] == "application/vnd.oci.image.layer.v1.tar+gzip"
     assert layer["annotations"] == {"org.opencontainers.image.title": "triton.tar.gz"}
-    image = cache.load(layout, descriptor, Limits())
+    image = cache_image.load(layout, descriptor, Limits())
     config = json.loads(layout.read(image.config, limit_bytes=1 << 20))
     assert (config["architecture"], config["os"], config["created"]) == ("arm64", "linux", CREATED)
     assert len(config["history"]) == len(config["rootfs"]["diff_ids"]) == 1
@@ -107,7 +109,7 @@ def test_equal_trees_give_equal_images_on_any_number_of_cores(tmp_path: Path) ->
         for path in (tmp_path / f"t{number}").rglob("*"):
             os.utime(path, ns=(MTIME_NS, MTIME_NS))
         layout = Layout.create(tmp_path / f"layout{number}")
-        digests.add(cache.pack([root], layout, created=CREATED, workers=number + 1).digest)
+        digests.add(pack.pack([root], layout, created=CREATED, workers=number + 1).digest)
     assert len(digests) == 1
 
 
@@ -226,12 +228,12 @@ def test_an_entrys_digest_is_over_its_files(layout: Layout, tmp_path: Path) -> N
 
 
 def test_an_inventory_does_not_grow_without_bound(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cache, "ENTRIES_LIMIT", 1)
+    monkeypatch.setattr(cache_image, "ENTRIES_LIMIT", 1)
     image = packed(layout, triton(tmp_path / "t"))
     assert [entry.key for entry in image.inventory.roots[0].entries] == ["*", "*"]
     assert image.inventory.targets == [CUDA, HIP]
-    monkeypatch.setattr(cache, "ENTRIES_LIMIT", 1000)
-    monkeypatch.setattr(cache, "_CONFIG_LIMIT_BYTES", 10)
+    monkeypatch.setattr(cache_image, "ENTRIES_LIMIT", 1000)
+    monkeypatch.setattr(cache_image, "_CONFIG_LIMIT_BYTES", 10)
     assert {entry.key for entry in packed(layout, triton(tmp_path / "t")).inventory.roots[0].entries} == {"*"}
 
 
@@ -259,8 +261,8 @@ def test_nothing_to_pack_is_said(layout: Layout, tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_meanwhile_is_refused(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
     write(tmp_path / "c/a", bytes(3 << 20))
-    monkeypatch.setattr(cache, "SEARCHED_BYTES", 1 << 20)
-    monkeypatch.setattr(cache, "refuse_secrets", lambda *_: os.truncate(tmp_path / "c/a", 2 << 20))
+    monkeypatch.setattr(cache_image, "SEARCHED_BYTES", 1 << 20)
+    monkeypatch.setattr(cache_image, "refuse_secrets", lambda *_: os.truncate(tmp_path / "c/a", 2 << 20))
     with pytest.raises(IntegrityError, match="changed"):
         packed(layout, CacheRoot(kind=CacheKind.CUDA, path=tmp_path / "c", recorded="/c"))
     assert not list((layout.root / "blobs/sha256").iterdir())
@@ -361,24 +363,24 @@ def test_what_was_written_is_read(layout: Layout, tmp_path: Path) -> None:
 
 
 def test_the_cache_of_a_snapshot_is_found_in_its_index(layout: Layout, tmp_path: Path) -> None:
-    own = cache.pack([triton(tmp_path / "t")], layout, created=CREATED)
+    own = pack.pack([triton(tmp_path / "t")], layout, created=CREATED)
     other = dataclasses.replace(own, annotations={})
 
     def index(*manifests: Descriptor) -> Descriptor:
         document = {"schemaVersion": 2, "manifests": [each.to_json() for each in manifests]}
         return layout.put(json.dumps(document).encode(), media_types.INDEX)
 
-    assert cache.find(layout, index(other, own), Limits()) == own
-    assert cache.find(layout, own, Limits()) == own
+    assert cache_image.find(layout, index(other, own), Limits()) == own
+    assert cache_image.find(layout, own, Limits()) == own
     with pytest.raises(NotFoundError):
-        cache.find(layout, index(other), Limits())
+        cache_image.find(layout, index(other), Limits())
     with pytest.raises(FormatError):
-        cache.find(layout, index(own, own), Limits())
+        cache_image.find(layout, index(own, own), Limits())
 
 
 def spoiled(layout: Layout, tmp_path: Path, *path: Any, value: Any) -> Descriptor:
     """An image whose config differs in one place."""
-    descriptor = cache.pack([triton(tmp_path / "t")], layout, created=CREATED)
+    descriptor = pack.pack([triton(tmp_path / "t")], layout, created=CREATED)
     manifest = json.loads(layout.read(descriptor, limit_bytes=1 << 20))
     config = json.loads(layout.read(Descriptor.from_json(manifest["config"], "config"), limit_bytes=1 << 20))
     document = {"manifest": manifest, "config": config}
@@ -440,7 +442,7 @@ def test_a_malformed_image_is_refused(
     layout: Layout, tmp_path: Path, path: tuple[Any, ...], value: Any
 ) -> None:
     with pytest.raises(FormatError):
-        cache.load(layout, spoiled(layout, tmp_path, *path, value=value), Limits())
+        cache_image.load(layout, spoiled(layout, tmp_path, *path, value=value), Limits())
 
 
 @pytest.mark.parametrize("field", ["layer", "prefix", "recorded"])

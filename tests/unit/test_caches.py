@@ -5,8 +5,16 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from rekindle.caches import VARIABLES, CacheKind, environment_for, is_within, leaves_out, place, place_below
-from snapshot import caches
+from rekindle.engine.caches import (
+    VARIABLES,
+    CacheKind,
+    environment_for,
+    is_within,
+    leaves_out,
+    place,
+    place_below,
+)
+from snapshot import find_caches
 from tests.unit.cache_samples import KEY, triton, vllm, write
 
 HOME = {"HOME": "/home/ada", "USER": "ada"}
@@ -91,7 +99,7 @@ def test_caches_are_found_by_the_environment(tmp_path: Path) -> None:
     environment = HOME | {"HOME": str(tmp_path / "home")}
     environment |= {"TRITON_CACHE_DIR": "/in/t", "VLLM_CACHE_ROOT": "/in/v", "CUDA_CACHE_PATH": "/in/empty"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = "/in/none"
-    roots = caches.find(environment, [], lambda path: tmp_path / path.removeprefix("/in/"))
+    roots = find_caches.find(environment, [], lambda path: tmp_path / path.removeprefix("/in/"))
     assert [(root.kind, root.recorded) for root in roots] == [
         (CacheKind.VLLM, "/in/v"),
         (CacheKind.TRITON, "/in/t"),
@@ -115,7 +123,7 @@ def test_caches_are_found_by_the_environment(tmp_path: Path) -> None:
 )
 def test_caches_are_found_by_what_is_mapped(tmp_path: Path, kind: CacheKind, root: str, path: str) -> None:
     file = write(tmp_path / root / path)
-    (only,) = caches.find(
+    (only,) = find_caches.find(
         {"HOME": str(tmp_path / "nobody"), "TMPDIR": "/nowhere"}, [f"{file} (deleted)", "socket:[1]"], Path
     )
     assert (only.kind, only.recorded) == (kind, str(tmp_path / root))
@@ -126,7 +134,7 @@ def test_a_cache_within_another_is_no_second_one(tmp_path: Path) -> None:
     inner = write(tmp_path / "v/torch_compile_cache/h/rank_0_0/triton_cache" / KEY / "x.so")
     environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "VLLM_CACHE_ROOT": str(tmp_path / "v")}
     environment["TRITON_CACHE_DIR"] = str(inner.parent.parent)
-    (only,) = caches.find(environment, [str(inner)], Path)
+    (only,) = find_caches.find(environment, [str(inner)], Path)
     assert only.kind is CacheKind.VLLM
 
 
@@ -134,18 +142,21 @@ def test_models_are_no_cache_of_kernels(tmp_path: Path) -> None:
     write(tmp_path / "cache/huggingface/hub/model")
     write(tmp_path / "cache/torch_compile_cache/h/x")
     environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert caches.find(environment | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}, [], Path) == []
+    assert find_caches.find(environment | {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}, [], Path) == []
     (tmp_path / "hub").mkdir()
     triton(tmp_path / "hub/t")
     environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "HF_HOME": str(tmp_path / "hub")}
-    assert caches.find(environment | {"TRITON_CACHE_DIR": str(tmp_path / "hub/t")}, [], Path) == []
+    assert find_caches.find(environment | {"TRITON_CACHE_DIR": str(tmp_path / "hub/t")}, [], Path) == []
 
 
 def test_torch_extensions_are_one_cache_for_each_python(tmp_path: Path) -> None:
     for build in ("py311_cu129", "py312_cpu"):
         write(tmp_path / "torch_extensions" / build / "x/x.so")
     environment = {"HOME": "/nobody", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": str(tmp_path)}
-    assert [root.path.name for root in caches.find(environment, [], Path)] == ["py311_cu129", "py312_cpu"]
+    assert [root.path.name for root in find_caches.find(environment, [], Path)] == [
+        "py311_cu129",
+        "py312_cpu",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -167,13 +178,13 @@ def test_a_directory_is_recognised_by_what_is_in_it(
     tmp_path: Path, kind: CacheKind | None, path: str
 ) -> None:
     write(tmp_path / path)
-    assert caches.recognise(tmp_path) is kind
+    assert find_caches.recognise(tmp_path) is kind
 
 
 def test_a_cache_of_cuda_is_recognised_by_its_index(tmp_path: Path) -> None:
     write(tmp_path / "index")
     write(tmp_path / "a/b/c")
-    assert caches.recognise(tmp_path) is CacheKind.CUDA
+    assert find_caches.recognise(tmp_path) is CacheKind.CUDA
 
 
 def test_several_caches_below_a_directory(tmp_path: Path) -> None:
@@ -182,11 +193,11 @@ def test_several_caches_below_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "cuda-2/blob")
     write(tmp_path / "flashinfer/.cache/flashinfer/0.2/90/x")
     write(tmp_path / "else/picture.png")
-    assert {(root.kind, root.recorded) for root in caches.below(tmp_path)} == {
+    assert {(root.kind, root.recorded) for root in find_caches.below(tmp_path)} == {
         (CacheKind.TRITON, str(tmp_path / "anything")),
         (CacheKind.VLLM, str(tmp_path / "vllm")),
         (CacheKind.CUDA, str(tmp_path / "cuda-2")),
         (CacheKind.FLASHINFER, str(tmp_path / "flashinfer/.cache/flashinfer")),
     }
-    assert caches.below(tmp_path / "else") == []
-    assert [root.kind for root in caches.below(tmp_path / "else", CacheKind.CUDA)] == [CacheKind.CUDA]
+    assert find_caches.below(tmp_path / "else") == []
+    assert [root.kind for root in find_caches.below(tmp_path / "else", CacheKind.CUDA)] == [CacheKind.CUDA]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rekindle import criu_image
-from rekindle.criu_image import (
+from rekindle.criu import images as criu_images
+from rekindle.criu.images import (
     IMAGE_MAGIC,
     MAP_HUGETLB,
     MM_MAGIC,
@@ -256,7 +256,7 @@ def test_unknown_fields_are_passed_over(tmp_path: Path) -> None:
 def test_writing_and_reading_a_pagemap_agree(tmp_path: Path) -> None:
     path = tmp_path / "pagemap-7.img"
     wanted = [Stretch(address=0, pages=1, flags=4), Stretch(address=(1 << 64) - PAGE, pages=1, flags=6)]
-    criu_image.write_pagemap(path, 12345, wanted)
+    criu_images.write_pagemap(path, 12345, wanted)
     assert read_pagemap(path) == (12345, wanted)
 
 
@@ -294,7 +294,7 @@ def memories(draw: st.DrawFn) -> Memory:
 def test_restored_memory_is_what_was_dumped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Memory, buffer_bytes: int
 ) -> None:
-    monkeypatch.setattr(criu_image, "_READ_BYTES", buffer_bytes)
+    monkeypatch.setattr(criu_images, "_READ_BYTES", buffer_bytes)
     before: dict[int, bytes] = {}
     vmas, entries = [], []
     droppable: set[int] = set()

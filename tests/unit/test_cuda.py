@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import cuda
 from rekindle.cell import Cell, Command, Network
-from rekindle.cuda import Session, State
+from rekindle.cell.processes import host_pids
+from rekindle.cuda import search
+from rekindle.cuda.door import Door, State
+from rekindle.cuda.session import Session, holders, repair
 from rekindle.errors import CapabilityError, CudaError
-from rekindle.home import CUDA_JOURNAL, Home
-from rekindle.processes import host_pids
+from rekindle.home import Home
+from rekindle.journal import CUDA_JOURNAL, unfinished
 from tests.conftest import wait_for, workhorse
 from tests.fakes.cuda import UUID, FakeCuda, ordered
 from tests.unit.cuda_samples import built, clients, door, fake, home, session_command
@@ -52,7 +54,7 @@ def steps(fake: FakeCuda, pid: int) -> list[str]:
 
 
 def test_all_are_locked_before_any_is_checkpointed_and_restored_before_any_is_unlocked(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(seconds={"lock": 0.05, "checkpoint": 0.05, "restore": 0.05})
     with Session(door, pids, journal) as session:
@@ -70,7 +72,7 @@ def test_all_are_locked_before_any_is_checkpointed_and_restored_before_any_is_un
         assert steps(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
-def test_processes_are_dealt_with_at_once(fake: FakeCuda, door: cuda.Door, pids: list[int]) -> None:
+def test_processes_are_dealt_with_at_once(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     fake.describe(seconds={"checkpoint": 1.0})
     Session(door, pids).checkpoint_all(20)
     times = [each.time for each in fake.log() if each.step == "checkpoint"]
@@ -78,7 +80,7 @@ def test_processes_are_dealt_with_at_once(fake: FakeCuda, door: cuda.Door, pids:
 
 
 def test_the_journal_is_written_before_the_first_lock(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(seconds={"lock": 1.0})
     thread = threading.Thread(target=Session(door, pids, journal).checkpoint_all, args=[20])
@@ -95,20 +97,18 @@ def test_the_journal_is_written_before_the_first_lock(
     assert journal.stat().st_mode & 0o777 == 0o600
 
 
-def test_who_holds_cuda_is_told_by_the_restore_thread(
-    fake: FakeCuda, door: cuda.Door, pids: list[int]
-) -> None:
+def test_who_holds_cuda_is_told_by_the_restore_thread(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     with subprocess.Popen(["sleep", "1000"]) as coordinator:
         try:
             fake.describe(coordinators=[coordinator.pid])
             assert door.state(coordinator.pid) is State.RUNNING  # which is the trap
-            assert cuda.holders(door, [coordinator.pid, *pids, os.getpid(), 2**22 - 1]) == pids
+            assert holders(door, [coordinator.pid, *pids, os.getpid(), 2**22 - 1]) == pids
         finally:
             coordinator.kill()
 
 
 def test_a_lock_that_times_out_leaves_every_process_running(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(busy=[pids[2]])
     start = time.monotonic()
@@ -124,7 +124,7 @@ def test_a_lock_that_times_out_leaves_every_process_running(
 
 
 def test_a_checkpoint_that_fails_on_the_third_of_four_rolls_all_back(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "checkpoint", "nth": 3, "code": 2}])
     with pytest.raises(CudaError, match="could not checkpoint") as caught:
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_fails_on_the_third_of_four_rolls_all_back(
 
 @pytest.mark.parametrize("step", ["state", "lock", "checkpoint"])
 def test_a_failure_at_any_step_leaves_all_as_it_was(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], step: str
+    fake: FakeCuda, door: Door, pids: list[int], step: str
 ) -> None:
     fake.describe(faults=[{"step": step, "nth": 2, "code": 999}])
     with pytest.raises(CudaError, match=r"CUDA could not") as caught:
@@ -150,7 +150,7 @@ def test_a_failure_at_any_step_leaves_all_as_it_was(
 
 @pytest.mark.parametrize("step", ["restore", "unlock"])
 def test_a_restore_that_fails_leaves_all_checkpointed(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], step: str
+    fake: FakeCuda, door: Door, pids: list[int], step: str
 ) -> None:
     """As CRIU has restored them: each was found so."""
     for pid in pids:
@@ -161,7 +161,7 @@ def test_a_restore_that_fails_leaves_all_checkpointed(
     assert states(fake, pids) == {"checkpointed"}
 
 
-def test_every_failure_is_told(fake: FakeCuda, door: cuda.Door, pids: list[int]) -> None:
+def test_every_failure_is_told(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     fake.describe(faults=[{"step": "lock", "pid": pid, "code": 801} for pid in pids[1:3]])
     with pytest.raises(CudaError) as caught:
         Session(door, pids).checkpoint_all(20)
@@ -170,7 +170,7 @@ def test_every_failure_is_told(fake: FakeCuda, door: cuda.Door, pids: list[int])
     assert "managed memory" in caught.value.hint
 
 
-def test_a_checkpoint_without_effect_is_noticed(fake: FakeCuda, door: cuda.Door, pids: list[int]) -> None:
+def test_a_checkpoint_without_effect_is_noticed(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     """The classic: a dump that silently lacks what was on the GPU."""
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[1], "code": 0}])
     with pytest.raises(CudaError, match=f"could not checkpoint process {pids[1]}") as caught:
@@ -180,9 +180,7 @@ def test_a_checkpoint_without_effect_is_noticed(fake: FakeCuda, door: cuda.Door,
 
 
 @pytest.mark.parametrize("found", ["locked", "checkpointed"])
-def test_states_that_were_found_are_kept(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], found: str
-) -> None:
+def test_states_that_were_found_are_kept(fake: FakeCuda, door: Door, pids: list[int], found: str) -> None:
     fake.put(pids[0], found)
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[3], "code": 999}])
     with pytest.raises(CudaError):
@@ -201,7 +199,7 @@ def test_states_that_were_found_are_kept(
 
 
 def test_a_process_in_which_cuda_has_failed_is_refused_at_once(
-    fake: FakeCuda, door: cuda.Door, pids: list[int]
+    fake: FakeCuda, door: Door, pids: list[int]
 ) -> None:
     fake.put(pids[1], "failed")
     with pytest.raises(CudaError, match=f"process {pids[1]} has failed"):
@@ -210,7 +208,7 @@ def test_a_process_in_which_cuda_has_failed_is_refused_at_once(
 
 
 def test_what_cannot_be_rolled_back_is_told_and_stays_in_the_journal(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(
         faults=[
@@ -233,7 +231,7 @@ def test_what_cannot_be_rolled_back_is_told_and_stays_in_the_journal(
 
 
 def test_a_process_that_dies_meanwhile_does_not_keep_the_others(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     """As when the driver crashes it (NVIDIA/cuda-checkpoint#58)."""
     fake.describe(seconds={"checkpoint": 0.5})
@@ -252,7 +250,7 @@ def kill_when(fake: FakeCuda, step: str, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_process_that_has_ended_before_is_refused(fake: FakeCuda, door: cuda.Door) -> None:
+def test_a_process_that_has_ended_before_is_refused(fake: FakeCuda, door: Door) -> None:
     with fake.processes(1) as (pid,):
         pass
     with pytest.raises(CudaError, match="could not tell the state"):
@@ -266,7 +264,7 @@ def checkpoint_and_fail(session: Session) -> None:
 
 
 def test_leaving_with_an_exception_rolls_back_and_leaving_without_does_not(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     with pytest.raises(ZeroDivisionError):
         checkpoint_and_fail(Session(door, pids, journal))
@@ -279,7 +277,7 @@ def test_leaving_with_an_exception_rolls_back_and_leaving_without_does_not(
 
 
 def test_an_error_of_ours_tells_what_was_left_also_if_it_is_another(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2}])
     with pytest.raises(ZeroDivisionError) as caught:
@@ -292,7 +290,7 @@ def test_an_error_of_ours_tells_what_was_left_also_if_it_is_another(
 
 @pytest.mark.parametrize("step", ["state", "lock", "checkpoint"])
 def test_a_signal_in_the_middle_lets_what_is_going_on_finish_and_rolls_back(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int], step: str
+    fake: FakeCuda, door: Door, home: Home, pids: list[int], step: str
 ) -> None:
     fake.describe(seconds={step: 0.4})
     with session_command(home, pids) as command:
@@ -308,7 +306,7 @@ def test_a_signal_in_the_middle_lets_what_is_going_on_finish_and_rolls_back(
 
 
 def test_a_signal_while_it_is_checkpointed_rolls_back(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int]
+    fake: FakeCuda, door: Door, home: Home, pids: list[int]
 ) -> None:
     with session_command(home, pids) as command:
         assert command.stdout
@@ -319,7 +317,7 @@ def test_a_signal_while_it_is_checkpointed_rolls_back(
 
 
 def test_a_second_signal_does_not_cut_the_rollback_off(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int]
+    fake: FakeCuda, door: Door, home: Home, pids: list[int]
 ) -> None:
     fake.describe(seconds={"checkpoint": 0.3, "restore": 0.3, "unlock": 0.3})
     with session_command(home, pids) as command:
@@ -331,7 +329,7 @@ def test_a_second_signal_does_not_cut_the_rollback_off(
 
 
 def test_a_call_that_hangs_meets_the_deadline_and_the_others_are_rolled_back(
-    fake: FakeCuda, door: cuda.Door, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[1], "hang": True}])
     start = time.monotonic()
@@ -352,7 +350,7 @@ def test_what_was_late_is_waited_for_before_it_is_undone(
     """A large GPU takes its time; the driver is not interrupted, and then all is undone."""
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", "driver")
     fake.describe(seconds={"checkpoint": 2.0})
-    with contextlib.closing(cuda.find(home)) as door:
+    with contextlib.closing(search.find(home)) as door:
         with pytest.raises(CudaError, match="did not checkpoint"):
             Session(door, pids).checkpoint_all(1.5)
         assert states(fake, pids) == {"running"}
@@ -360,7 +358,7 @@ def test_what_was_late_is_waited_for_before_it_is_undone(
             assert steps(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
-def test_no_step_begins_after_the_deadline(fake: FakeCuda, door: cuda.Door, pids: list[int]) -> None:
+def test_no_step_begins_after_the_deadline(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     fake.describe(seconds={"state": 0.6})
     with pytest.raises(CudaError, match=r"did not lock process \d+ within 0.5 s"):
         Session(Slow(door), pids[:1]).checkpoint_all(0.5)
@@ -370,7 +368,7 @@ def test_no_step_begins_after_the_deadline(fake: FakeCuda, door: cuda.Door, pids
 class Slow:
     """A door that looks at no timeout."""
 
-    def __init__(self, door: cuda.Door) -> None:
+    def __init__(self, door: Door) -> None:
         self._door = door
 
     def state(self, pid: int, *, timeout_seconds: float) -> State:
@@ -386,7 +384,7 @@ def test_the_client_dies_in_the_middle(
     """What it was at is lost; a new one undoes what was done."""
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", "driver")
     fake.describe(seconds={"checkpoint": 1.0})
-    with contextlib.closing(cuda.find(home)) as door:
+    with contextlib.closing(search.find(home)) as door:
         (client,) = clients()
         thread = threading.Thread(target=kill_when, args=[fake, "checkpoint", client])
         thread.start()
@@ -401,7 +399,7 @@ def test_the_client_dies_in_the_middle(
 
 @pytest.mark.parametrize("step", ["lock", "checkpoint"])
 def test_a_command_that_was_killed_is_repaired(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int], step: str
+    fake: FakeCuda, door: Door, home: Home, pids: list[int], step: str
 ) -> None:
     fake.describe(seconds={step: 0.4})
     with session_command(home, pids) as command:
@@ -409,10 +407,10 @@ def test_a_command_that_was_killed_is_repaired(
         command.kill()
     (directory,) = home.run.iterdir()
     journal = directory / CUDA_JOURNAL
-    assert cuda.unfinished(journal)
+    assert unfinished(journal)
     fake.wait_for(step, "end", count=4)  # what the driver was at is finished
     assert states(fake, pids) <= {"locked", "checkpointed"}
-    done = cuda.repair(journal, lambda: cuda.find(home))
+    done = repair(journal, lambda: search.find(home))
     assert len(done) == 4
     was = {"lock": "locked", "checkpoint": "checkpointed"}[step]
     assert set(done) == {f"process {pid} was {was}, and is running again" for pid in pids}
@@ -425,10 +423,10 @@ def test_a_journal_of_the_dead_is_passed_over(
 ) -> None:
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", "utility")
 
-    def never() -> cuda.Door:
+    def never() -> Door:
         pytest.fail("there is nothing to do")
 
-    with contextlib.closing(cuda.find(home)) as door, fake.processes(2) as dead:
+    with contextlib.closing(search.find(home)) as door, fake.processes(2) as dead:
         session = Session(door, dead, journal)
         session.checkpoint_all(20)
         content = json.loads(journal.read_text())
@@ -441,48 +439,48 @@ def test_a_journal_of_the_dead_is_passed_over(
         {**content, "processes": [{"pid": "1"}]},
     ):
         journal.write_text(json.dumps(document))
-        assert not cuda.unfinished(journal)
-        assert cuda.repair(journal, never) == []
+        assert not unfinished(journal)
+        assert repair(journal, never) == []
         assert not journal.exists()
     for text in ("", "{", "\0" * 100):
         journal.write_text(text)
-        assert cuda.repair(journal, never) == []
-    assert cuda.repair(journal, never) == []  # there is none
+        assert repair(journal, never) == []
+    assert repair(journal, never) == []  # there is none
     assert states(fake, pids) == {"running"}
 
 
 def test_a_repair_does_what_it_can_and_again_what_is_left(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, home: Home, pids: list[int], journal: Path
 ) -> None:
     fake.put(pids[1], "locked")
     session = Session(door, pids, journal)
     session.checkpoint_all(20)
     fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2, "times": 1}])
-    first, *others = cuda.repair(journal, lambda: cuda.find(home))
+    first, *others = repair(journal, lambda: search.find(home))
     assert first == (
         f"process {pids[0]} could not be rolled back: CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"
     )
     assert len(others) == 3
     assert fake.state(pids[1]) == "locked"
     assert states(fake, pids[2:]) == {"running"}
-    assert cuda.unfinished(journal)
-    assert cuda.repair(journal, lambda: cuda.find(home)) == [
+    assert unfinished(journal)
+    assert repair(journal, lambda: search.find(home)) == [
         f"process {pids[0]} was checkpointed, and is running again"
     ]
     assert not journal.exists()
 
 
 def test_a_repair_without_a_door_leaves_the_journal(
-    fake: FakeCuda, door: cuda.Door, home: Home, pids: list[int], journal: Path
+    fake: FakeCuda, door: Door, home: Home, pids: list[int], journal: Path
 ) -> None:
     Session(door, pids, journal).checkpoint_all(20)
     fake.describe(library=False, utility=False)
     with pytest.raises(CapabilityError):
-        cuda.repair(journal, lambda: cuda.find(home))
-    assert cuda.unfinished(journal)
+        repair(journal, lambda: search.find(home))
+    assert unfinished(journal)
 
 
-def test_a_restore_onto_other_gpus(fake: FakeCuda, door: cuda.Door) -> None:
+def test_a_restore_onto_other_gpus(fake: FakeCuda, door: Door) -> None:
     fake.describe(gpus=[UUID, OTHER_UUID, THIRD_UUID])
     with fake.processes(2, uuids=[UUID, OTHER_UUID]) as pids:
         with Session(door, pids) as session:
@@ -502,7 +500,7 @@ def test_a_restore_onto_other_gpus(fake: FakeCuda, door: cuda.Door) -> None:
         {},  # and here are fewer
     ],
 )
-def test_a_device_map_that_does_not_fit(fake: FakeCuda, door: cuda.Door, device_map: dict[str, str]) -> None:
+def test_a_device_map_that_does_not_fit(fake: FakeCuda, door: Door, device_map: dict[str, str]) -> None:
     with fake.processes(2, uuids=[UUID, OTHER_UUID]) as pids:
         for pid in pids:
             fake.put(pid, "checkpointed")
@@ -515,14 +513,14 @@ def test_a_device_map_that_does_not_fit(fake: FakeCuda, door: cuda.Door, device_
 
 
 @pytest.mark.parametrize("uuid", ["0", "MIG-00000090-5ca1-ab1e-0000-000000000000", UUID + ",GPU-0=GPU-1"])
-def test_a_device_map_of_nonsense(fake: FakeCuda, door: cuda.Door, pids: list[int], uuid: str) -> None:
+def test_a_device_map_of_nonsense(fake: FakeCuda, door: Door, pids: list[int], uuid: str) -> None:
     with pytest.raises(CudaError) as caught:
         door.restore(pids[0], {UUID: uuid})
     assert "no UUID of a whole GPU" in caught.value.cause
     assert "restore" not in {each.step for each in fake.log()}
 
 
-def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, door: cuda.Door, pids: list[int]) -> None:
+def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, door: Door, pids: list[int]) -> None:
     Session(door, pids).checkpoint_all(20)
     Path(f"/dev/shm/fake-cuda-{pids[2]}").unlink()
     with pytest.raises(CudaError, match=f"process {pids[2]}"):
@@ -530,7 +528,7 @@ def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, door: cuda.Door, 
 
 
 def test_a_restore_of_processes_that_end_if_it_fails_goes_back_nowhere(
-    fake: FakeCuda, door: cuda.Door, pids: list[int]
+    fake: FakeCuda, door: Door, pids: list[int]
 ) -> None:
     Session(door, pids).checkpoint_all(20)
     fake.forget()
@@ -544,7 +542,7 @@ def test_a_restore_of_processes_that_end_if_it_fails_goes_back_nowhere(
 def test_two_doors_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: list[int]) -> None:
     from rekindle.cuda.utility import Utility
 
-    with contextlib.closing(cuda.find(home)) as driver:
+    with contextlib.closing(search.find(home)) as driver:
         assert driver.name == "driver"
         driver.lock(pids[0], 5)
         utility = Utility.find(home)
@@ -554,7 +552,7 @@ def test_two_doors_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: lis
 
 
 def test_a_server_in_a_cell_holds_its_state_there(
-    fake: FakeCuda, door: cuda.Door, port: int, tmp_path: Path
+    fake: FakeCuda, door: Door, port: int, tmp_path: Path
 ) -> None:
     command = Command(
         argv=workhorse(port, "cuda=100", "cuda-child"),
@@ -568,7 +566,7 @@ def test_a_server_in_a_cell_holds_its_state_there(
         cell.enter(Network.PRIVATE)
         inside = cell.spawn(command)
         wait_for(lambda: "serving" in (tmp_path / "log").read_text(), 20)
-        pids = cuda.holders(door, host_pids(cell))
+        pids = holders(door, host_pids(cell))
         assert len(pids) == 2
         assert inside not in pids
         assert (cell.root / f"dev/shm/fake-cuda-{inside}").exists()
@@ -585,8 +583,8 @@ def test_a_server_in_a_cell_holds_its_state_there(
 def test_nothing_of_it_is_imported_where_it_is_not_needed() -> None:
     heavy = {"ctypes", "subprocess", "pynvml", "concurrent.futures", "asyncio", "tempfile"}
     assert not imported_by("rekindle.cuda") & heavy
-    for name in ("verbs.restore", "verbs.doctor", "abilities", "home"):
-        assert not [each for each in imported_by(f"rekindle.{name}") if each.startswith("rekindle.cuda")]
+    for name in ("cli.restore", "cli.doctor", "restore.decide.abilities", "rekindle.home"):
+        assert not [each for each in imported_by(name) if each.startswith("rekindle.cuda")]
 
 
 def imported_by(name: str) -> set[str]:

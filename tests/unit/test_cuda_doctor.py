@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rekindle.gpu import Gpus
-from rekindle.home import CUDA_JOURNAL, Home
+from rekindle.home import Home
+from rekindle.journal import CUDA_JOURNAL
+from rekindle.node.gpu import Gpus
 from tests.conftest import Rekindle
 from tests.fakes import nodes
 from tests.fakes.cuda import FakeCuda

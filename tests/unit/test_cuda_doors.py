@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import abilities, cuda
-from rekindle.cuda import Candidate, Search, State
-from rekindle.cuda.door import INVALID_VALUE, NOT_INITIALIZED, Step, failure, holds_none
+from rekindle.cuda import search
+from rekindle.cuda.door import INVALID_VALUE, NOT_INITIALIZED, Door, State, Step, failure, holds_none
 from rekindle.cuda.driver import Driver
+from rekindle.cuda.search import Candidate, Search
+from rekindle.cuda.session import holders
 from rekindle.cuda.utility import Utility
 from rekindle.errors import CapabilityError, CudaError, UsageError
-from rekindle.gpu import Gpus
 from rekindle.home import Home
+from rekindle.node.gpu import Gpus
+from restore.decide import abilities
 from tests.conftest import ROOT, wait_for
 from tests.fakes.cuda import UUID, FakeCuda
 from tests.unit.cuda_samples import built, clients, door, fake, home
@@ -33,15 +35,15 @@ OTHER_UUID = UUID.replace("000000000000", "000000000001")
 
 def reasons(home: Home) -> str:
     with pytest.raises(CapabilityError) as caught:
-        cuda.find(home)
+        search.find(home)
     assert caught.value.hint
     return caught.value.cause
 
 
 def test_the_driver_comes_first(fake: FakeCuda, home: Home) -> None:
-    with contextlib.closing(cuda.find(home)) as door:
+    with contextlib.closing(search.find(home)) as door:
         assert door.name == "driver"
-    one, other = cuda.candidates(home)
+    one, other = search.candidates(home)
     assert one == Candidate(name="driver", detail="libcuda.so.1, CUDA 13.0", lack="", chosen=True)
     tool = f"{fake.place}/bin/cuda-checkpoint 580.65.06"
     assert other == Candidate(name="utility", detail=tool, lack="", chosen=False)
@@ -51,10 +53,10 @@ def test_the_driver_comes_first(fake: FakeCuda, home: Home) -> None:
 
 def test_an_older_driver_is_reached_by_the_utility(fake: FakeCuda, home: Home) -> None:
     fake.describe(driver="560.35.03")
-    with fake.processes(1) as (pid,), contextlib.closing(cuda.find(home)) as door:
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
         assert door.name == "utility"
         assert door.state(pid) is State.RUNNING
-    one, other = cuda.candidates(home)
+    one, other = search.candidates(home)
     assert (
         one.lack == "libcuda.so.1 has no cuCheckpointProcessGetRestoreThreadId: the driver is older than 570"
     )
@@ -67,7 +69,7 @@ def test_too_old_a_driver_has_no_door(fake: FakeCuda, home: Home) -> None:
     assert "older than 570" in cause
     assert "550.144.03 knows no --action: it is older than 555" in cause
     assert abilities.cuda_lack(home) == cause
-    assert not any(candidate.chosen for candidate in cuda.candidates(home))
+    assert not any(candidate.chosen for candidate in search.candidates(home))
 
 
 def test_without_a_driver_there_is_no_door(fake: FakeCuda, home: Home) -> None:
@@ -88,9 +90,9 @@ def test_a_driver_that_does_not_start_is_no_door_for_either(fake: FakeCuda, home
 @pytest.mark.parametrize("name", ["driver", "utility"])
 def test_a_door_can_be_forced(fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
-    with contextlib.closing(cuda.find(home)) as door:
+    with contextlib.closing(search.find(home)) as door:
         assert door.name == name
-    (only,) = cuda.candidates(home)
+    (only,) = search.candidates(home)
     assert only.name == name
     fake.describe(driver="550.144.03")
     assert reasons(home).startswith(f"{name}: ")
@@ -100,7 +102,7 @@ def test_a_door_can_be_forced(fake: FakeCuda, home: Home, monkeypatch: pytest.Mo
 def test_a_door_that_is_none(fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REKINDLE_CUDA_DOOR", "window")
     with pytest.raises(UsageError, match="window") as caught:
-        cuda.find(home)
+        search.find(home)
     assert "driver or utility" in caught.value.hint
 
 
@@ -138,7 +140,7 @@ def test_a_driver_before_580_restores_onto_the_same_gpus_only(
     fake.describe(driver=driver)
     for name in ("driver", "utility"):
         monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
-        with fake.processes(1) as (pid,), contextlib.closing(cuda.find(home)) as door:
+        with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
             fake.put(pid, "checkpointed")
             with pytest.raises(CudaError, match="cannot be restored onto other GPUs here") as caught:
                 door.restore(pid, {UUID: OTHER_UUID})
@@ -152,13 +154,13 @@ def test_a_new_utility_with_an_old_driver_restores_onto_the_same_gpus_only(
     fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That driver leaves the map unread (google/gvisor#14817)."""
-    monkeypatch.setattr("rekindle.gpu.probe", lambda: Gpus(driver="575.57.08"))
+    monkeypatch.setattr("rekindle.node.gpu.probe", lambda: Gpus(driver="575.57.08"))
     with pytest.raises(CudaError, match="onto other GPUs") as caught:
         Utility.find(home).restore(1, {UUID: OTHER_UUID})
     assert "575.57.08" in caught.value.cause
 
 
-def test_unlawful_steps_are_refused(fake: FakeCuda, door: cuda.Door) -> None:
+def test_unlawful_steps_are_refused(fake: FakeCuda, door: Door) -> None:
     with fake.processes(1) as (pid,):
         for act in (
             lambda: door.checkpoint(pid),
@@ -176,7 +178,7 @@ def test_unlawful_steps_are_refused(fake: FakeCuda, door: cuda.Door) -> None:
             door.lock(pid, 5)
 
 
-def test_a_process_that_holds_no_cuda(fake: FakeCuda, door: cuda.Door) -> None:
+def test_a_process_that_holds_no_cuda(fake: FakeCuda, door: Door) -> None:
     assert door.restore_thread(os.getpid()) is None
     assert door.restore_thread(2**22 - 1) is None
     with pytest.raises(CudaError) as caught:
@@ -186,9 +188,7 @@ def test_a_process_that_holds_no_cuda(fake: FakeCuda, door: cuda.Door) -> None:
 
 
 @pytest.mark.parametrize("code", [304, 999])
-def test_a_failure_is_not_taken_for_a_process_without_cuda(
-    fake: FakeCuda, door: cuda.Door, code: int
-) -> None:
+def test_a_failure_is_not_taken_for_a_process_without_cuda(fake: FakeCuda, door: Door, code: int) -> None:
     with fake.processes(1) as (pid,):
         fake.describe(faults=[{"step": "restore-thread", "code": code}])
         with pytest.raises(CudaError, match="restore thread"):
@@ -207,7 +207,7 @@ def test_a_driver_that_fails_to_start_says_nothing_of_a_process(fake: FakeCuda, 
         assert caught.value.command[0] == str(utility.path)
 
 
-def test_a_process_that_has_not_started_the_driver(fake: FakeCuda, door: cuda.Door) -> None:
+def test_a_process_that_has_not_started_the_driver(fake: FakeCuda, door: Door) -> None:
     fake.describe(faults=[{"step": "restore-thread", "code": 3}])
     assert door.restore_thread(os.getpid()) is None
 
@@ -350,13 +350,13 @@ def give_up(home: Home, fake: FakeCuda) -> None:
 
 
 def test_the_driver_starts_once_for_all_calls(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(3) as pids, contextlib.closing(cuda.find(home)) as door:
+    with fake.processes(3) as pids, contextlib.closing(search.find(home)) as door:
         for _ in range(2):
-            assert cuda.holders(door, pids) == pids
+            assert holders(door, pids) == pids
     assert sum(each.step == "init" for each in fake.log()) == 1
 
 
-def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, door: cuda.Door) -> None:
+def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, door: Door) -> None:
     fake.describe(seconds={"lock": 1.0})
     with fake.processes(4) as pids:
         start = time.monotonic()
@@ -370,7 +370,7 @@ def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, door: cuda.Do
 
 
 def test_a_call_waits_for_the_one_before_of_the_same_process(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(1) as (pid,), contextlib.closing(cuda.find(home)) as door:
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
         door.lock(pid, 5)
         fake.describe(seconds={"checkpoint": 1.0})
         with pytest.raises(CudaError, match="did not checkpoint") as caught:
@@ -383,7 +383,7 @@ def test_a_call_waits_for_the_one_before_of_the_same_process(fake: FakeCuda, hom
 
 
 def test_a_client_that_was_killed_is_started_anew(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(1) as (pid,), contextlib.closing(cuda.find(home)) as door:
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
         (client,) = clients()
         os.kill(client, signal.SIGKILL)
         wait_for(lambda: not Path(f"/proc/{client}/cmdline").read_bytes(), 5)  # it is a zombie now
@@ -402,19 +402,19 @@ def test_a_driver_that_crashes_the_client_is_told(fake: FakeCuda, home: Home) ->
 
 
 def test_the_client_goes_with_its_door(fake: FakeCuda, home: Home) -> None:
-    door = cuda.find(home)
+    door = search.find(home)
     assert clients()
     door.close()
     door.close()
     assert not clients()
     before = set(os.listdir("/proc/self/fd"))
-    cuda.find(home).close()
+    search.find(home).close()
     assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_client_outlives_the_thread_that_started_it(fake: FakeCuda, home: Home) -> None:
-    found: list[cuda.Door] = []
-    thread = threading.Thread(target=lambda: found.append(cuda.find(home)))
+    found: list[Door] = []
+    thread = threading.Thread(target=lambda: found.append(search.find(home)))
     thread.start()
     thread.join()
     with fake.processes(1) as (pid,), contextlib.closing(found[0]) as door:
@@ -426,9 +426,9 @@ def test_the_client_outlives_the_thread_that_started_it(fake: FakeCuda, home: Ho
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
-from rekindle import cuda
+from rekindle.cuda.search import find
 from rekindle.home import Home
-door = cuda.find(Home(Path(sys.argv[1])))
+door = find(Home(Path(sys.argv[1])))
 pid = int(sys.argv[2])
 door.state(pid)
 threading.Thread(target=door.lock, args=[pid, 10]).start()

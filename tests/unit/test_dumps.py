@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from oci import image as images
-from oci import layers, tree
+from oci import layers
 from oci.layout import Layout
 from oci.trust import verifier
 from oci.trust.verifier import Verified
+from rekindle import dump_tree
 from rekindle.digest import Digest
 from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
 from rekindle.home import Home
@@ -45,7 +46,7 @@ def make(place: Path, pages: bytes = PAGES) -> images.Image:
     (dump / "shm/link").symlink_to("deep/segment")
     os.mkfifo(dump / "shm/fifo")
     layout = Layout.create(place / "layout")
-    record = dataclasses.replace(RECORD, files=tree.scan(dump))
+    record = dataclasses.replace(RECORD, files=dump_tree.scan(dump))
     return images.build(layout, record, layers.pack(dump, record.files, layout, workers=1))
 
 

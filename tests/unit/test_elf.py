@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle import elf
-from rekindle.elf import build_id
+from rekindle.node import elf
+from rekindle.node.elf import build_id
 
 ID = bytes(range(20))
 FORMS = [("<", False), (">", False), ("<", True), (">", True)]

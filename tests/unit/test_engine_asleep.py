@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from rekindle.engine import Endpoint, Request, no_phase, restored
+from rekindle.engine import Endpoint, Request, no_phase
+from rekindle.engine.choose import Weights, as_compiled, asleep, restored
 from rekindle.engine.client import Client, Response
-from rekindle.engine.vllm import VllmEngine, Weights, as_compiled, asleep
+from rekindle.engine.vllm import VllmEngine
 from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 from rekindle.errors import FormatError, NotReadyError, OracleError, UsageError, WorkloadError
 from tests.unit.samples import RECORD

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.digest import Digest
-from rekindle.engine import Endpoint, Request, for_command, restored
+from rekindle.engine import Endpoint, Request
+from rekindle.engine.choose import for_command, restored
 from rekindle.engine.client import Response
 from rekindle.engine.http import HttpEngine
 from rekindle.errors import FormatError, OracleError, UsageError

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rekindle.engine import Endpoint, Request, for_command, restored
+from rekindle.engine import Endpoint, Request
+from rekindle.engine.choose import for_command, restored
 from rekindle.engine.client import Response
 from rekindle.engine.vllm import VllmEngine
 from rekindle.errors import FormatError, OracleError, UsageError

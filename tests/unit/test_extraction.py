@@ -18,16 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci import cache, extraction, media_types
-from oci.cache import CacheImage
+from oci import media_types
+from oci.cache import extract as extraction
+from oci.cache import image as cache_image
+from oci.cache import pack
+from oci.cache.extract import Extraction
+from oci.cache.image import CacheImage
+from oci.cache.tar_reader import LayerReader
 from oci.descriptor import Descriptor
-from oci.extraction import Extraction
 from oci.layout import Layout
-from oci.tar_reader import LayerReader
 from oci.trust.verifier import dangerously_skip
-from rekindle.caches import CacheKind, CacheRoot
 from rekindle.config import Limits
 from rekindle.digest import Digest
+from rekindle.engine.caches import CacheKind, CacheRoot
 from rekindle.errors import FormatError, IntegrityError, Interrupted, NotFoundError, SpaceError, UsageError
 from rekindle.files import try_lock
 from tests.unit.cache_samples import (
@@ -55,7 +58,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def packed(layout: Layout, *roots: CacheRoot) -> CacheImage:
-    return cache.load(layout, cache.pack(roots, layout, created=CREATED), LIMITS)
+    return cache_image.load(layout, pack.pack(roots, layout, created=CREATED), LIMITS)
 
 
 def extract(image: CacheImage, to: Path | None, **options: Any) -> Extraction:

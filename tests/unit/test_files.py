@@ -21,12 +21,12 @@ from rekindle.files import (
     copy_sparse_tree,
     data_extents,
     locked,
-    naming_full_disk,
     nonzero_runs,
     remove_tree,
     try_lock,
     write_atomically,
 )
+from rekindle.os_errors import naming_full_disk
 from tests.unit.samples import memory_peak, writable_up_to
 
 

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle import fingerprint
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
-from rekindle.fingerprint import Fingerprint, boot_id
-from rekindle.gpu import Gpu, Gpus
+from rekindle.node import fingerprint
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.gpu import Gpu, Gpus
+from rekindle.proc import boot_id
 from tests.fakes import nodes
 from tests.unit.samples import NODE
 
@@ -80,7 +81,7 @@ def test_a_boot_has_a_name() -> None:
 
 PROBE = """
 import json, sys, time
-from rekindle.fingerprint import Fingerprint
+from rekindle.node.fingerprint import Fingerprint
 times = []
 for _ in range(5):
     began = time.perf_counter()

@@ -18,7 +18,8 @@ import pytest
 from rekindle.cell import Cell
 from rekindle.engine import Endpoint
 from rekindle.errors import PortError
-from restore.forward import Forwarder, bind, listen
+from restore.serve.address import bind, listen
+from restore.serve.forward import Forwarder
 from tests.conftest import wait_for
 
 NOISE = random.Random(0).randbytes(3 << 20)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rekindle.gpu import Gpu, Gpus, probe
+from rekindle.node.gpu import Gpu, Gpus, probe
 from tests.fakes import nodes
 from tests.fakes.kfd import NODES, write, write_kfd
 from tests.fakes.nvml import (
@@ -30,7 +30,7 @@ from tests.fakes.nvml import (
 PROBE = """
 import ctypes, dataclasses, json, os, sys, time
 from pathlib import Path
-from rekindle.gpu import held_by, probe
+from rekindle.node.gpu import held_by, probe
 before = set(os.listdir("/proc/self/fd"))
 where, pids = json.loads(sys.argv[1])
 start = time.perf_counter()
@@ -432,7 +432,7 @@ def test_an_amd_gpu_that_is_not_given_to_us_is_no_lack(amd: Path, monkeypatch: p
             raise PermissionError(1, "Operation not permitted", str(path))
         return path.read_text().strip()
 
-    monkeypatch.setattr("rekindle.gpu._read", read)
+    monkeypatch.setattr("rekindle.node.gpu._read", read)
     assert probe(sysfs=amd) == dataclasses.replace(nodes.MI300X, gpus=nodes.MI300X.gpus[1:])
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from rekindle import journal as journals
 from rekindle.errors import FormatError, RekindleError, RestoreError, SpaceError, UsageError
-from rekindle.home import CUDA_JOURNAL, Home
+from rekindle.home import Home
+from rekindle.journal import CUDA_JOURNAL
 
 
 @pytest.fixture
@@ -130,12 +132,12 @@ def test_another_living_process_keeps_its_directory(home: Home) -> None:
 
 def journal(directory: Path, pid: int) -> Path:
     """The journal of a command that was killed while it was at this process."""
-    from rekindle.cuda import State, session
+    from rekindle.cuda.door import State
 
     path = directory / CUDA_JOURNAL
-    start = session.began(pid)
+    start = journals.began(pid)
     assert start
-    session._write(path, [session.Held(pid=pid, began=start, state=State.RUNNING)])
+    journals.write(path, [journals.Held(pid=pid, began=start, state=State.RUNNING)])
     return path
 
 

@@ -19,9 +19,9 @@ from rekindle.errors import (
     TrustError,
 )
 from rekindle.report import Report, Rung
-from restore.ladder import climb
-from restore.plan import Plan, Step
-from restore.rules import reason_for
+from restore.decide.plan import Plan, Step
+from restore.decide.rules import reason_for
+from restore.rungs.ladder import climb
 from restore.signals import DeadlinePassed
 
 PROCESS, CACHE, COLD = Rung.PROCESS, Rung.CACHE, Rung.COLD

@@ -22,10 +22,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oci import media_types, tree
+from oci import media_types
 from oci.descriptor import Descriptor
 from oci.layers import PIECE_BYTES, pack, read_pieces, unpack
 from oci.layout import Layout
+from rekindle import dump_tree
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.record import FileKind
@@ -151,7 +152,7 @@ def fill(root: Path) -> None:
 
 def test_a_tree_comes_back_as_it_was(source: Path, target: Path, layout: Layout) -> None:
     fill(source)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     layers = pack(source, files, layout, workers=2)
     unpack(layout, layers, files, target, workers=2)
     assert describe(target) == describe(source)
@@ -161,7 +162,7 @@ def test_a_tree_comes_back_as_it_was(source: Path, target: Path, layout: Layout)
 
 def test_every_kind_of_file_is_found(source: Path) -> None:
     fill(source)
-    kinds = {str(file.path): file.kind for file in tree.scan(source)}
+    kinds = {str(file.path): file.kind for file in dump_tree.scan(source)}
     assert kinds["shm/deep"] is FileKind.DIRECTORY
     assert kinds["shm/fifo"] is FileKind.FIFO
     assert kinds["shm/link-to-directory"] is FileKind.SYMLINK
@@ -172,11 +173,11 @@ def test_every_kind_of_file_is_found(source: Path) -> None:
 def test_sockets_are_left_out(source: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(source / "shm/socket"))
-    assert tree.scan(source) == []
+    assert dump_tree.scan(source) == []
 
 
 def test_an_empty_tree_has_no_layer(source: Path, target: Path, layout: Layout) -> None:
-    assert pack(source, tree.scan(source), layout, workers=1) == []
+    assert pack(source, dump_tree.scan(source), layout, workers=1) == []
     assert unpack(layout, [], [], target, workers=1) == 0
     assert describe(target) == {}
 
@@ -187,7 +188,7 @@ def test_an_empty_tree_has_no_layer(source: Path, target: Path, layout: Layout) 
 def test_files_of_every_size_come_back(source: Path, target: Path, layout: Layout, size: int) -> None:
     content = (NOISE * (size // len(NOISE) + 1))[:size]
     (source / "criu/file").write_bytes(content)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     written = unpack(layout, pack(source, files, layout, workers=1), files, target, workers=1)
     assert (target / "criu/file").read_bytes() == content
     assert written == size
@@ -196,7 +197,7 @@ def test_files_of_every_size_come_back(source: Path, target: Path, layout: Layou
 def test_zero_pieces_are_not_stored(source: Path, target: Path, layout: Layout) -> None:
     content = bytes(3 * PIECE_BYTES + 100)
     (source / "criu/zeros").write_bytes(content)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     layers = pack(source, files, layout, workers=1)
     assert [layer.size for layer in layers] == [0]
     assert unpack(layout, layers, files, target, workers=1) == 0
@@ -208,26 +209,26 @@ def test_zeros_around_a_piece_are_not_stored(source: Path, layout: Layout) -> No
     content[5 * 4096 : 5 * 4096 + 3] = b"abc"
     content[9 * 4096] = 1
     (source / "criu/file").write_bytes(content)
-    (layer,) = pack(source, tree.scan(source), layout, workers=1)
+    (layer,) = pack(source, dump_tree.scan(source), layout, workers=1)
     assert list(headers(content_of(layout, layer))) == [(0, 5 * 4096, 5 * 4096)]
 
 
 def test_holes_are_not_read(source: Path, layout: Layout) -> None:
     with open(source / "criu/file", "wb") as file:
         file.truncate(1 << 40)
-    assert pack(source, tree.scan(source), layout, workers=1) == []
+    assert pack(source, dump_tree.scan(source), layout, workers=1) == []
 
 
 def test_equal_trees_have_equal_digests(tmp_path: Path, source: Path, layout: Layout) -> None:
     fill(source)
-    first = pack(source, tree.scan(source), layout, workers=1)
-    again = pack(source, tree.scan(source), Layout.create(tmp_path / "other"), workers=4)
+    first = pack(source, dump_tree.scan(source), layout, workers=1)
+    again = pack(source, dump_tree.scan(source), Layout.create(tmp_path / "other"), workers=4)
     assert again == first
 
 
 def test_metadata_pages_and_shared_memory_are_layers_of_their_own(source: Path, layout: Layout) -> None:
     fill(source)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     for layer in pack(source, files, layout, workers=2):
         paths = {str(files[file].path) for file, _, _ in headers(content_of(layout, layer))}
         match layer.annotations["vnd.rekindle.role"]:
@@ -246,7 +247,7 @@ def test_many_pages_are_many_layers(
 ) -> None:
     monkeypatch.setattr("oci.layers._LAYER_BYTES", PIECE_BYTES)
     (source / "criu/pages-1.img").write_bytes(NOISE * 13)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     layers = pack(source, files, layout, workers=2)
     assert len(layers) == 4
     unpack(layout, layers, files, target, workers=2)
@@ -255,7 +256,7 @@ def test_many_pages_are_many_layers(
 
 def test_any_zstd_reader_can_decompress_a_layer(source: Path, layout: Layout) -> None:
     (source / "criu/pages-1.img").write_bytes(NOISE * 5)
-    (layer,) = pack(source, tree.scan(source), layout, workers=1)
+    (layer,) = pack(source, dump_tree.scan(source), layout, workers=1)
     stream = io.BytesIO(content_of(layout, layer))
     with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as reader:
         assert reader.read() == NOISE * 5
@@ -263,7 +264,7 @@ def test_any_zstd_reader_can_decompress_a_layer(source: Path, layout: Layout) ->
 
 def test_a_blob_is_named_by_its_digest(source: Path, layout: Layout) -> None:
     fill(source)
-    for layer in pack(source, tree.scan(source), layout, workers=2):
+    for layer in pack(source, dump_tree.scan(source), layout, workers=2):
         assert Digest.of_bytes(content_of(layout, layer)) == layer.digest
 
 
@@ -276,14 +277,14 @@ def test_a_file_that_shrinks_meanwhile_stops_the_packing(source: Path, tmp_path:
     layout = Meddling.create(tmp_path / "layout")
     (source / "criu/file").write_bytes(NOISE)
     with pytest.raises(IntegrityError, match="criu/file changed"):
-        pack(source, tree.scan(source), layout, workers=1)
+        pack(source, dump_tree.scan(source), layout, workers=1)
     assert not list((layout.root / "blobs/sha256").iterdir())
 
 
 def test_packing_and_unpacking_take_bounded_memory(source: Path, target: Path, layout: Layout) -> None:
     for number in range(1, 9):
         (source / f"criu/pages-{number}.img").write_bytes(NOISE * 16)
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     with memory_peak() as packing:
         layers = pack(source, files, layout, workers=2)
     with memory_peak() as unpacking:
@@ -446,7 +447,7 @@ def test_a_layer_of_many_files_needs_few_descriptors(
 ) -> None:
     for number in range(300):
         (source / f"criu/core-{number}.img").write_bytes(b"x")
-    files = tree.scan(source)
+    files = dump_tree.scan(source)
     with few_descriptors(100 if act == "pack" else 4096):
         layers = pack(source, files, layout, workers=1)
     with few_descriptors(100):
@@ -455,7 +456,7 @@ def test_a_layer_of_many_files_needs_few_descriptors(
 
 def test_a_disk_that_runs_full_is_no_success(target: Path) -> None:
     content = piece(0, 0, PIECE)
-    tree.make(ONE_FILE, target)
+    dump_tree.make(ONE_FILE, target)
     with writable_up_to(4000), pytest.raises(OSError):
         read(Unseekable(content, 4096), descriptor(content), target)
 
@@ -512,7 +513,7 @@ def test_sparse_files_come_back(tmp_path: Path, writes: list[tuple[int, bytes]])
             file.truncate(1 << 20)
             for page, content in writes:
                 os.pwrite(file.fileno(), content, page * 4096 * 5 + page)
-        layout, files = Layout.create(root / "layout"), tree.scan(source)
+        layout, files = Layout.create(root / "layout"), dump_tree.scan(source)
         unpack(layout, pack(source, files, layout, workers=1), files, target, workers=1)
         assert (target / "shm/file").read_bytes() == (source / "shm/file").read_bytes()
 
@@ -524,7 +525,7 @@ def descriptor(content: bytes) -> Descriptor:
 
 def read(stream: Unseekable, layer: Descriptor, target: Path) -> int:
     if not (target / "criu").exists():
-        tree.make(ONE_FILE, target)
+        dump_tree.make(ONE_FILE, target)
     return read_pieces(cast("BinaryIO", stream), layer, ONE_FILE, target, threading.Event())
 
 

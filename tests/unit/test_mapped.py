@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle import elf, mapped
 from rekindle.digest import Digest
-from rekindle.mapped import MappedFile, describe, difference, in_words
+from rekindle.node import elf, mapped
+from rekindle.node.mapped import MappedFile, describe, difference, in_words
 from tests.unit.test_elf import elf_file, note
 
 HOUR_NS = 3600 * 10**9

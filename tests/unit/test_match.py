@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from rekindle.abilities import Abilities
 from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, MismatchError, UsageError
-from rekindle.mapped import MappedFile
+from rekindle.node.mapped import MappedFile
 from rekindle.report import Reason, Rung
-from restore.match import device_map, look, process, require, same_command
-from restore.rules import RULES, Strictness
+from restore.decide.abilities import Abilities
+from restore.decide.match_process import device_map, look, process, same_command
+from restore.decide.plan import require_possible as require
+from restore.decide.rules import RULES, Strictness
 from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
 from tests.unit.samples import NODE, RECORD
 

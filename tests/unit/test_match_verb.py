@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from oci import cache, image, layers, tree
+from oci import image, layers
+from oci.cache import pack
 from oci.descriptor import Descriptor
 from oci.layout import Layout
-from rekindle.caches import CacheKind, CacheRoot
-from rekindle.fingerprint import Fingerprint
-from rekindle.mapped import describe
+from rekindle import dump_tree
+from rekindle.engine.caches import CacheKind, CacheRoot
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.mapped import describe
 from rekindle.record import Record
 from tests.conftest import Done, Rekindle
 from tests.unit.cache_samples import CREATED, write
@@ -33,7 +35,7 @@ def of_this_node(place: Path, **changes: Any) -> Record:
     library = describe(str(write(place / "lib/libx.so", b"a library")))
     assert library is not None
     node = dataclasses.replace(Fingerprint.probe(), **changes.pop("node", {}))
-    files = tree.scan(dump)
+    files = dump_tree.scan(dump)
     fields = {"node": node, "files": files, "mapped_files": [library], "criu_version": "3.0", **changes}
     return dataclasses.replace(RECORD, **fields)
 
@@ -54,13 +56,13 @@ def kernels_of(place: Path) -> Callable[[Layout], Descriptor]:
     """The cache of a server that was run on no GPU."""
     write(place / "made/fxgraph/ab/fabc/graph", b"graph")
 
-    def pack(layout: Layout) -> Descriptor:
+    def kernels(layout: Layout) -> Descriptor:
         root = CacheRoot(
             kind=CacheKind.INDUCTOR, path=place / "made", recorded=str(place / "caches/torchinductor_x")
         )
-        return cache.pack([root], layout, created=CREATED)
+        return pack.pack([root], layout, created=CREATED)
 
-    return pack
+    return kernels
 
 
 def codes(document: Any) -> dict[str, list[tuple[str, bool]]]:

@@ -20,27 +20,32 @@ from typing import Any
 
 import pytest
 
-from oci import cache, extraction, layers, transfer, tree
+from cli import _arguments
 from oci import image as images
+from oci import layers, resolve, transfer
+from oci.cache import extract, pack
+from oci.cache import image as cache_image
 from oci.layout import Layout
 from oci.reference import Reference, parse
 from oci.trust import verifier
 from oci.trust.verifier import Verified
-from rekindle import abilities
-from rekindle.abilities import Abilities
-from rekindle.caches import CacheKind, CacheRoot
+from rekindle import dump_tree
 from rekindle.config import Limits
 from rekindle.criu import Criu
-from rekindle.fingerprint import Fingerprint
-from rekindle.gpu import Gpu, Gpus
+from rekindle.engine.caches import CacheKind, CacheRoot
 from rekindle.home import Home
-from rekindle.mapped import MappedFile, describe
-from rekindle.redact import HIDDEN
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.gpu import Gpu, Gpus
+from rekindle.node.mapped import MappedFile, describe
 from rekindle.report import Report, Rung
-from rekindle.verbs import _arguments, _facts, _options
-from restore import dumps, match, plan, surroundings
-from restore.plan import Facts, Plan
-from restore.rules import Strictness
+from rekindle.secrets.redact import HIDDEN
+from restore import dumps
+from restore.decide import abilities, match_process, plan
+from restore.decide import facts as _facts
+from restore.decide.abilities import Abilities
+from restore.decide.plan import Facts, Plan
+from restore.decide.rules import Strictness
+from restore.rungs import place_cache
 from tests.conftest import wait_for
 from tests.fakes import nodes
 from tests.servers.registry.simulator import Registry
@@ -669,7 +674,7 @@ def made(case: Case, place: Place, layout: Layout) -> images.Image:
     }
     kernels = None
     if case.caches:
-        kernels = cache.pack(
+        kernels = pack.pack(
             [build[name]() for name in case.caches.split()],
             layout,
             created=CREATED,
@@ -686,7 +691,7 @@ def made(case: Case, place: Place, layout: Layout) -> images.Image:
     write(dump / "criu/core-7.img", os.urandom(700))
     write(dump / "criu/pages-1.img", os.urandom(PAGES_BYTES))
     write(dump / "shm/segment", os.urandom(5_000))
-    files = tree.scan(dump)
+    files = dump_tree.scan(dump)
     held = tuple(gpu.uuid for gpu in gpus[: len(gpus) if case.held is None else case.held])
     record = dataclasses.replace(
         RECORD,
@@ -737,7 +742,7 @@ class Node:
     def read_cache(self, facts: Facts) -> Facts:
         image = self.found.value
         assert image.cache is not None
-        read = cache.load(image.blobs, image.cache, image.limits)
+        read = cache_image.load(image.blobs, image.cache, image.limits)
         return dataclasses.replace(facts, cache=read, cache_unread=False)
 
     def act(self, facts: Facts, decided: Plan) -> None:
@@ -747,8 +752,8 @@ class Node:
             assert facts.cache is not None
             kernels = facts.cache
             chosen = [root for root in kernels.inventory.roots if root.name in first.roots]
-            where, _ = surroundings.places(chosen, {})
-            extraction.extract(self.found.map(lambda _: kernels), where, limits=Limits())
+            where, _ = place_cache.places(chosen, {})
+            extract.extract(self.found.map(lambda _: kernels), where, limits=Limits())
         if first is not None and first.rung is PROCESS:
             self.unpack()
 
@@ -763,7 +768,7 @@ def node_of(case: Case, name: str, home: Home) -> Iterator[Node]:
     parser = argparse.ArgumentParser()
     _arguments.add_registry(parser)
     reference = parse(name)
-    with _options.source(reference, home, parser.parse_args([])) as source:
+    with resolve.source(reference, home, parser.parse_args([])) as source:
         yield Node(case, home, reference, _facts.trusted(verifier.dangerously_skip(source)))
 
 
@@ -798,7 +803,7 @@ def test_a_snapshot_on_another_node(
 ) -> None:
     place, layout = Place(tmp_path), Layout.create(tmp_path / "layout")
     image = made(case, place, layout)
-    kernels = cache.load(layout, image.cache, Limits()) if image.cache else None
+    kernels = cache_image.load(layout, image.cache, Limits()) if image.cache else None
     there = f"{registry.host}/{tmp_path.name.lower()}:1"
     everything = transfer.explore(layout, image.index, Limits())
     transfer.into_registry(layout, everything, named(there), access_to())
@@ -840,7 +845,9 @@ def test_a_snapshot_on_another_node(
         assert not given_out(registry, Kind.MANIFEST)
         assert registry.sent_bytes == (first.fetch_bytes if first else 0)
         if case.rung is PROCESS and "rootfs-file" not in case.process:
-            assert match.look(image.record) == {}, "every file that the process has mapped is there now"
+            assert match_process.look(image.record) == {}, (
+                "every file that the process has mapped is there now"
+            )
 
         # `match` and `--plan` look at the kernel cache in any case.
         facts = here.read_cache(facts) if facts.cache_unread else facts

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import notify
 from rekindle.errors import UsageError
+from restore.serve import notify
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rekindle.caches import CacheKind
-from restore import observe
-from restore.observe import Made, Observed, ObservedRoot, Watch
+from rekindle.engine.caches import CacheKind
+from restore.rungs import observe
+from restore.rungs.observe import Made, Observed, ObservedRoot, Watch
 from tests.conftest import wait_for
 from tests.unit.cache_samples import write
 
@@ -633,6 +633,6 @@ def test_it_brings_nothing_heavy() -> None:
         "concurrent.futures",
         "email",
     }
-    program = "import sys, restore.observe; print(*sys.modules)"
+    program = "import sys, restore.rungs.observe; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not heavy & set(done.stdout.split())

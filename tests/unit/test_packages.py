@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.packages import versions
+from rekindle.node.packages import versions
 from tests.conftest import VLLM_BIN
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -445,7 +445,7 @@ def test_a_big_directory_takes_little_time(venv: Path) -> None:
 def test_a_directory_of_too_many_files_is_not_read_to_its_end(
     venv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rekindle.packages._ENTRIES_LIMIT", 0)
+    monkeypatch.setattr("rekindle.node.packages._ENTRIES_LIMIT", 0)
     assert versions([str(venv / "bin/python")], {}) == {"python": "3.11"}
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.picture import Bar, draw
+from cli._bench_picture import Bar, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = ["<script>", "a & b", "]]>", "'\"", "<!--", "-->", "&#0;", "é中☃", " ", "", "a" * 500, "%s {0} \\"]

@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci import media_types
-from oci.cache import CacheImage
+from oci.cache.image import CacheImage
+from oci.cache.inventory import Entry, Inventory, StoredRoot, Target
 from oci.descriptor import Descriptor
 from oci.image import Image
-from oci.inventory import Entry, Inventory, StoredRoot, Target
-from rekindle.abilities import Abilities
-from rekindle.caches import CacheKind
 from rekindle.config import Limits
 from rekindle.criu import Criu
 from rekindle.digest import Digest
-from rekindle.gpu import Gpus
-from rekindle.mapped import MappedFile
+from rekindle.engine.caches import CacheKind
+from rekindle.node.gpu import Gpus
+from rekindle.node.mapped import MappedFile
 from rekindle.record import Record
-from rekindle.redact import HIDDEN
 from rekindle.report import Reason, Rung
-from restore.plan import Facts, Plan, Step, make
-from restore.rules import RULES, Strictness
+from rekindle.secrets.redact import HIDDEN
+from restore.decide.abilities import Abilities
+from restore.decide.plan import Facts, Plan, Step, make
+from restore.decide.rules import RULES, Strictness
 from tests.fakes import nodes
 from tests.unit.samples import NODE, RECORD
 

@@ -14,8 +14,7 @@ from oci.reference import parse
 from oci.trust.keys import PrivateKey
 from oci.trust.policy import Identity, Policy, Rule, identity
 from rekindle.errors import FormatError, UsageError
-from rekindle.verbs._trust import name_of, strictness
-from restore.rules import Strictness
+from restore.decide.rules import Strictness, strictness
 
 KEY, OTHER = PrivateKey.generate(), PrivateKey.generate()
 
@@ -105,7 +104,7 @@ def test_the_first_rule_that_fits_counts_and_no_other() -> None:
 )
 def test_the_name_that_patterns_are_compared_with(text: str, name: str) -> None:
     """Without tag and digest, and a host as DNS takes it: else its letters would choose the rule."""
-    assert name_of(parse(text)) == name
+    assert parse(text).policy_name == name
 
 
 # A ladder of what is no policy.
@@ -197,7 +196,7 @@ def test_an_identity_is_never_one_part_alone_and_never_a_pattern(name: str, issu
     ],
 )
 def test_the_command_line_is_as_strict(given_flags: dict[str, Any]) -> None:
-    from rekindle.verbs._trust import _from_flags
+    from oci.resolve import _from_flags
 
     flags = {"certificate_identity": None, "certificate_oidc_issuer": None, "verify_key": [], "policy": None}
     args = argparse.Namespace(**{**flags, "trusted_root": None, **given_flags})

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from oci.inventory import Entry, StoredRoot
-from rekindle.caches import CacheKind
+from oci.cache.inventory import Entry, StoredRoot
 from rekindle.digest import Digest
 from rekindle.engine import Compiled
-from restore.observe import Made, Observed, ObservedRoot
-from restore.proof import Proof, Watched
+from rekindle.engine.caches import CacheKind
+from restore.rungs.observe import Made, Observed, ObservedRoot
+from restore.rungs.proof import Proof, Watched
 from tests.unit.cache_samples import write
 
 VLLM, TRITON, INDUCTOR = CacheKind.VLLM, CacheKind.TRITON, CacheKind.INDUCTOR

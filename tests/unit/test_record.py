@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oci import tree
+from rekindle import dump_tree
 from rekindle.cell import Network
 from rekindle.errors import FormatError
-from rekindle.fingerprint import Fingerprint
+from rekindle.node.fingerprint import Fingerprint
 from rekindle.record import RECORD_LIMIT_BYTES, FileKind, Record
 from tests.unit.samples import FULL_RECORD, NODE, RECORD, document, memory_peak
 
@@ -342,7 +342,7 @@ def test_a_path_of_half_a_character_is_refused() -> None:
 def test_a_strange_name_is_no_hostile_one(path: str, tmp_path: Path) -> None:
     record = parse(with_files(file(path)))
     assert record.files[0].path == PurePosixPath(path)
-    tree.make(record.files, tmp_path)
+    dump_tree.make(record.files, tmp_path)
     assert (tmp_path / path).is_file()
 
 

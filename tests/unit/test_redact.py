@@ -3,7 +3,7 @@
 
 import pytest
 
-from rekindle.redact import redact_command, redact_environment, sounds_secret
+from rekindle.secrets.redact import redact_command, redact_environment, sounds_secret
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rekindle.report import SCHEMA, Outcome, Reason, Report, Rung, process_age
+from rekindle.proc import process_age
+from rekindle.report import SCHEMA, Outcome, Reason, Report, Rung
 
 KEYS = [
     *("schema", "verb", "outcome", "asked", "image", "trust", "reasons", "phases", "seconds"),

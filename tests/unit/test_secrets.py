@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.errors import CapabilityError, SecretError, WorkloadError
-from rekindle.redact import redact_command, redact_environment
-from rekindle.secrets import FORMS, is_secret_value
-from snapshot import secrets
-from snapshot.secrets import Credentials, refuse, require_grep, search
+from rekindle.secrets.forms import FORMS, is_secret_value
+from rekindle.secrets.redact import redact_command, redact_environment
+from snapshot import secret_search
+from snapshot.secret_search import Credentials, refuse, require_grep, search
 from tests.unit.samples import memory_peak
 from tests.unit.test_criu_image import BASE, ONE, PAGE, entry, mapping, write_dump
 
@@ -256,7 +256,7 @@ def test_a_secret_across_pages_is_found(tree: Path, offset: int) -> None:
 @pytest.mark.parametrize("before", [0, 1, 8, 16, 17, 18, 40, 600, 1024, 1025])
 @pytest.mark.parametrize("value", [KEY, TOKENS["api-key"][1], "aB3" * 200])
 def test_a_secret_across_the_pieces_that_are_read_is_found(tree: Path, before: int, value: str) -> None:
-    hold(tree, b"\1" * (secrets._PIECE_BYTES - before) + value.encode() + b"\1" * PAGE)
+    hold(tree, b"\1" * (secret_search._PIECE_BYTES - before) + value.encode() + b"\1" * PAGE)
     assert names(tree, {"A_KEY": value}) == ["A_KEY"]
     assert names(tree) == (["api-key"] if value.startswith("sk-") else [])
 
@@ -301,7 +301,7 @@ def test_a_secret_is_found_exactly_where_memory_holds_it(
     tree: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
     """Pages with gaps; the secret anywhere in the file, in pieces of any size."""
-    monkeypatch.setattr(secrets, "_PIECE_BYTES", data.draw(st.sampled_from([700, PAGE, 3 * PAGE])))
+    monkeypatch.setattr(secret_search, "_PIECE_BYTES", data.draw(st.sampled_from([700, PAGE, 3 * PAGE])))
     gaps = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=6))
     at = data.draw(st.integers(0, len(gaps) * PAGE - len(KEY)))
     content = bytearray(b"\1" * (len(gaps) * PAGE))
@@ -449,7 +449,7 @@ def test_no_grep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("script", ["exit 2", "kill -9 $$", "cat >/dev/null 2>&1 </dev/null; exit 3"])
 def test_a_grep_that_fails_is_no_pass(tree: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     fake_grep(tree, monkeypatch, script)
-    monkeypatch.setattr(secrets, "require_grep", lambda: str(tree / "bin/grep"))
+    monkeypatch.setattr(secret_search, "require_grep", lambda: str(tree / "bin/grep"))
     hold(tree, b"\1" * (4 << 20))
     with pytest.raises(Exception, match="could not be searched"):
         search(tree, Credentials.of({}, []))

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from oci import cache
+from cli import sign
+from oci.cache import image as cache_image
+from oci.cache import pack
 from oci.layout import Layout
 from oci.trust import attachments
 from oci.trust.keys import PrivateKey
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.verbs import sign
 from tests.servers.registry.simulator import Registry
 from tests.unit.cache_samples import CREATED, triton
 
@@ -37,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def serve_cache(registry: Registry, place: Path) -> Digest:
     """The digest of a kernel cache that is now in a registry."""
     layout = Layout.create(place / "layout")
-    image = cache.load(layout, cache.pack([triton(place / "t")], layout, created=CREATED), Limits())
+    image = cache_image.load(layout, pack.pack([triton(place / "t")], layout, created=CREATED), Limits())
     for each in (image.config, *image.layers):
         registry.add_blob("a/b", layout.read(each, limit_bytes=1 << 20))
     content = layout.read(image.manifest, limit_bytes=1 << 20)

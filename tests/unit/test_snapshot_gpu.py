@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.errors import DumpError
-from snapshot.gpu import CudaState, available_bytes, require_state
+from snapshot.cuda_state import CudaState, available_bytes, require_state
 
 GIB = 1 << 30
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from rekindle.errors import UsageError
-from restore import start
-from restore.start import Started
+from restore.rungs import child as start
+from restore.rungs.child import Started
 from tests.conftest import wait_for
 
 Start = Callable[..., Started]
@@ -227,7 +227,7 @@ def test_output_to_what_does_not_block_is_passed_on_whole() -> None:
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from restore.start import Started
+from restore.rungs.child import Started
 server = Started([sys.executable, "-c", "import time; time.sleep(600)"], environment=dict(os.environ),
                  directory=Path("/"), stdout=2, stderr=2, listen=sys.argv[1] == "True")
 print(server.child(), flush=True)

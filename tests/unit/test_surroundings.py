@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from oci.inventory import StoredRoot
-from rekindle.caches import CacheKind
+from oci.cache.inventory import StoredRoot
+from rekindle.engine.caches import CacheKind
 from rekindle.record import Record
-from rekindle.redact import HIDDEN
 from rekindle.report import Rung
-from restore.surroundings import differences, environment, places
+from rekindle.secrets.redact import HIDDEN
+from restore.rungs.place_cache import differences, environment, places
 from tests.unit.samples import RECORD
 
 COMMAND = ["vllm", "serve", "m"]

@@ -9,9 +9,9 @@ import pytest
 
 from oci.trust import signer
 from rekindle.engine.vllm import VllmEngine
+from rekindle.engine.weights import identify
 from rekindle.errors import FormatError
 from rekindle.record import Record
-from rekindle.weights import identify
 from tests.unit.samples import RECORD
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The starts that `rekindle bench` measures, one after the other."""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oci import image as images
+from oci.layout import Layout
+from oci.trust.keys import PrivateKey
+from rekindle import criu
+from rekindle.cell import Cell, Command, Network
+from rekindle.engine import Engine, Request
+from rekindle.engine.client import Client
+from rekindle.errors import CapabilityError, OracleError, WorkloadError
+from rekindle.fields import JSON
+from rekindle.files import copy_sparse_tree, drop_from_page_cache, remove_tree, write_atomically, write_back
+from rekindle.home import Home
+from rekindle.record import Record
+from rekindle.run import run, spawn
+from snapshot.server import TEMPORARY, Server, make_temporary
+from snapshot.warm import wait_ready
+
+SCHEMA = "rekindle.bench/1"
+_STARTS = (
+    "cold",
+    "warm-cache",
+    "cache",
+    "process",
+    "process-cold-page-cache",
+    "process-registry",
+    "criu-plain",
+)
+
+
+_IMAGE = "bench"
+_START_SECONDS = 1800.0
+_RESTORE_SECONDS = 300.0
+_SETTLE_SECONDS = 1.0
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start. Its phases, `unaccounted` among them, add up to the time to the first token. Of one by
+    rekindle, with its report."""
+
+    phases: dict[str, float]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+
+class _Bench:
+    """One comparison. It has a store of its own within its work directory."""
+
+    def __init__(
+        self, args: argparse.Namespace, command: list[str], engine: Engine, home: Home, work: Path
+    ) -> None:
+        self._runs: int = args.runs
+        self._cold_runs: int = args.cold_runs or args.runs
+        self._args = args
+        self._command = command
+        self._engine = engine
+        self._work = work
+        self._home = Home(work / "home")
+        self._tool = criu.find(home)
+        self._registry: str | None = args.registry
+        self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
+        self._environment["REKINDLE_CRIU"] = str(self._tool.path)
+        self._environment["COSIGN_PASSWORD"] = ""
+        self._peaks: dict[str, int] = {}
+        self._answer: JSON = None
+        self._proof: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        starts: dict[str, list[Start]] = {}
+        caches = self._work / "caches"
+        for number in range(self._cold_runs):
+            caches = self._work / f"caches-{number}"
+            self._add(starts, "cold", self._command_start(caches))
+        for _ in range(self._cold_runs):
+            self._add(starts, "warm-cache", self._command_start(caches))
+        record, image_bytes, has_cache = self._snapshot(caches)
+        for _ in range(self._cold_runs if has_cache else 0):
+            self._add(starts, "cache", self._cache_start(record, caches))
+        dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
+        for directory in (dump, self._work / "plain"):
+            write_back(directory)
+        # Taken in turns, so that a change of the machine's mood meets all of them.
+        for _ in range(self._runs):
+            self._add(starts, "process", self._restore_start())
+            self._add(starts, "criu-plain", self._plain_start(record))
+        for _ in range(self._runs):
+            drop_from_page_cache(dump)
+            self._add(starts, "process-cold-page-cache", self._restore_start())
+        if self._registry:
+            self._push(self._registry)
+            for _ in range(self._runs):
+                self._add(starts, "process-registry", self._registry_start(self._registry))
+        return {
+            "schema": SCHEMA,
+            "n": self._runs,
+            "starts": {name: _summary(starts[name]) for name in _STARTS if name in starts},
+            "dump_bytes": record.dump_bytes,
+            "image_bytes": image_bytes,
+            "peak_rss_bytes": self._peaks,
+            "cache": self._proof,
+            "answer": record.oracle.answer,
+        }
+
+    def _add(self, starts: dict[str, list[Start]], name: str, start: Start) -> None:
+        starts.setdefault(name, []).append(start)
+        print(f"rekindle: {name} {start.seconds:.2f} s", file=sys.stderr, flush=True)
+        time.sleep(_SETTLE_SECONDS)
+
+    def _command_start(self, caches: Path) -> Start:
+        """The command as it is, in a cell only so that it can be ended with all that it started."""
+        logs = self._work / "logs"
+        for directory in (caches, caches / "tmp", logs):
+            directory.mkdir(exist_ok=True)
+        for log in logs.iterdir():
+            log.unlink()
+        environment = {**os.environ, **self._engine.cache_environment(caches)}
+        with Cell() as cell:
+            cell.enter(Network.PRIVATE)
+            self._keep_temporary(cell, caches / "tmp")
+            began = time.monotonic()
+            server = Server(cell, self._command, environment, Path.cwd(), logs)
+            client = Client(self._engine.endpoint, cell.connect)
+            clock = _Milestones(self._engine, server, began)
+            wait_ready(server, self._engine, client, _START_SECONDS, clock.look)
+            clock.mark("ready")
+            first = self._first_token(client, self._engine.oracle_request(client))
+            clock.mark("first token", at=first)
+            return Start(phases=clock.phases)
+
+    def _keep_temporary(self, cell: Cell, directory: Path) -> None:
+        """Puts a directory of the disk in TMPDIR's place, since compilers keep caches there too.
+
+        A mount, and not another TMPDIR: the path of a socket has room for 107 bytes.
+        """
+        make_temporary(cell)
+        argv = ["mount", "--bind", str(directory), str(TEMPORARY)]
+        if status := cell.run(Command(argv=argv, env=os.environ, cwd=Path("/")), _RESTORE_SECONDS):
+            raise CapabilityError(f"mount ended with status {status}", command=argv)
+
+    def _snapshot(self, caches: Path) -> tuple[Record, int, bool]:
+        environment = {**self._environment, **self._engine.cache_environment(caches)}
+        report = self._work / "snapshot.json"
+        options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
+        options += ["--sign-key", str(self._key())]
+        for name in os.environ:  # the image does not outlive the comparison
+            options += ["--allow-secret", name]
+        if self._args.ready_url:
+            options += ["--ready-url", self._args.ready_url]
+        if self._args.oracle_request:
+            options += ["--oracle-request", str(self._args.oracle_request)]
+        argv = [*_rekindle(), "snapshot", _IMAGE, *options, "--", *self._command]
+        done = run(argv, timeout=_START_SECONDS * 2, env=environment)
+        if done.status != 0:
+            raise WorkloadError("the snapshot failed", cause=done.output, command=argv)
+        self._peaks["snapshot"] = json.loads(report.read_bytes())["peak_rss_bytes"]
+        layout = Layout(self._home.store)
+        image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
+        return image.record, image.size_bytes, image.cache is not None
+
+    def _key(self) -> Path:
+        """A key to sign with, so that the image can be restored from a registry as well."""
+        key = PrivateKey.generate()
+        write_atomically(self._work / "bench.key", key.to_pem(), mode=0o600)
+        write_atomically(self._work / "bench.pub", key.public.to_pem())
+        return self._work / "bench.key"
+
+    def _push(self, registry: str) -> None:
+        report = self._work / "push.json"
+        argv = [*_rekindle(), "push", _IMAGE, registry, "--report", str(report)]
+        done = run(argv, timeout=_START_SECONDS, env=self._environment)
+        if done.status != 0:
+            raise WorkloadError("the push failed", cause=done.output, command=argv)
+        document = json.loads(report.read_bytes())
+        self._peaks["push"] = document["peak_rss_bytes"]
+        print(f"rekindle: push {document['seconds']:.2f} s", file=sys.stderr, flush=True)
+
+    def _registry_start(self, registry: str) -> Start:
+        """On a node that has nothing: neither a store nor what was found out about its CRIU."""
+        home = self._work / "empty"
+        try:
+            return self._restore_start(
+                registry,
+                {"REKINDLE_HOME": str(home)},
+                ["--verify-key", str(self._work / "bench.pub")],
+                peak="restore-registry",
+            )
+        finally:
+            remove_tree(home)
+
+    def _cache_start(self, record: Record, caches: Path) -> Start:
+        """On a node that has no kernel cache but that of the image, and cannot take the process."""
+        for name in self._engine.cache_environment(caches):
+            remove_tree(Path(record.environment[name]))
+        start = self._restore_start(
+            options=["--rung", "cache"], outcome="cache", peak="restore-cache", seconds=_START_SECONDS
+        )
+        proof = start.report["cache"] or {}
+        self._proof = {
+            name: proof.get(name) for name in ("verdict", "entries", "used", "made", "made_seconds")
+        }
+        return start
+
+    def _restore_start(
+        self,
+        image: str = _IMAGE,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        *,
+        peak: str = "restore",
+        outcome: str = "restored",
+        seconds: float = _RESTORE_SECONDS,
+    ) -> Start:
+        """`rekindle restore` as a user runs it; its report tells the phases."""
+        report = self._work / "restore.json"
+        report.unlink(missing_ok=True)
+        log = self._work / "restore.log"
+        argv = [*_rekindle(), "restore", image, "--report", str(report), *options]
+        with open(log, "wb") as output:
+            process = spawn(
+                argv,
+                env={**self._environment, **(environment or {})},
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+            )
+            try:
+                document = _await_report(report, process.poll, log, outcome, seconds)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
+                process.wait()
+        self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
+        first = float(document["first_token_seconds"])
+        phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
+        if "oracle" in phases:  # the first token comes before the answer's end
+            phases.pop("oracle")
+            phases["first token"] = float(document["oracle"]["first_token_seconds"])
+        phases["unaccounted"] = max(0.0, first - sum(phases.values()))
+        return Start(phases=phases, report=document)
+
+    def _plain_start(self, record: Record) -> Start:
+        """CRIU alone, in a cell like that of a restore."""
+        marks = [("", time.monotonic())]
+        with Cell() as cell:
+            cell.enter(record.process.network, record.process.clocks)
+            copy_sparse_tree(self._work / "plain" / "shm", cell.root / "dev/shm")
+            marks.append(("cell", time.monotonic()))
+            with open(self._work / "plain.log", "ab") as log:
+                output = {Path(name): log.fileno() for name in (record.process.stdout, record.process.stderr)}
+                criu.restore(self._tool, cell, self._work / "plain" / "criu", inherit=output, home=self._home)
+            marks.append(("restore", time.monotonic()))
+            client = Client(record.endpoint, cell.connect)
+            marks.append(("first token", self._first_token(client, record.oracle.request)))
+        pairs = itertools.pairwise(marks)
+        return Start(phases={name: at - before for (_, before), (name, at) in pairs})
+
+    def _first_token(self, client: Client, request: Request) -> float:
+        """Asks the oracle; returns when its answer began. Raises OracleError if it is not the usual one."""
+        response = client.ask(self._engine.authorize(request, os.environ), timeout=_START_SECONDS)
+        answer = self._engine.answer(response)
+        if self._answer is None:
+            self._answer = answer
+        if not self._engine.agree(self._answer, answer):
+            raise OracleError(
+                "two starts of the same server give two answers, so there is nothing to compare",
+                cause=f"first {json.dumps(self._answer)[:300]}, now {json.dumps(answer)[:300]}",
+            )
+        return response.first_byte
+
+
+class _Milestones:
+    """Divides a start into phases by what appears in the server's log."""
+
+    def __init__(self, engine: Engine, server: Server, began: float) -> None:
+        self._waiting = list(engine.milestones())
+        self._logs = (server.stdout, server.stderr)
+        self._last = began
+        self.phases: dict[str, float] = {}
+
+    def look(self) -> None:
+        if self._waiting:
+            text = "".join(path.read_text(errors="replace") for path in self._logs if path.exists())
+            while self._waiting and self._waiting[0][1] in text:
+                self.mark(self._waiting.pop(0)[0])
+
+    def mark(self, name: str, at: float | None = None) -> None:
+        now = time.monotonic() if at is None else at
+        self.phases[name] = now - self._last
+        self._last = now
+
+
+def _await_report(
+    report: Path, poll: Callable[[], int | None], log: Path, outcome: str, seconds: float
+) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds
+    while not report.exists():
+        ended = poll() is not None and not report.exists()
+        if ended or time.monotonic() > deadline:
+            raise WorkloadError("the restore failed", cause=log.read_text(errors="replace")[-4000:])
+        time.sleep(0.005)
+    document = json.loads(report.read_bytes())
+    if document["outcome"] != outcome:
+        raise WorkloadError("the restore failed", cause=str(document["error"] or document["reasons"]))
+    assert isinstance(document, dict)
+    return document
+
+
+def _rekindle() -> list[str]:
+    """This rekindle, as a command."""
+    return [sys.executable, "-m", "rekindle"]
+
+
+def _summary(runs: Sequence[Start]) -> dict[str, Any]:
+    """Medians. The phases are those of the run in the middle, so that they add up to its time."""
+    ordered = sorted(runs, key=lambda run: run.seconds)
+    seconds = [run.seconds for run in ordered]
+    middle = ordered[(len(ordered) - 1) // 2]
+    return {
+        "n": len(runs),
+        "first_token_seconds": {
+            "median": round(statistics.median(seconds), 4),
+            "min": round(seconds[0], 4),
+            "max": round(seconds[-1], 4),
+        },
+        "phases": {name: round(value, 4) for name, value in middle.phases.items()},
+    }

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan, as `match`, `restore --plan` and `inspect` print it. docs/format.md describes the document."""
+
+import json
+from typing import Any
+
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.report import Rung
+from rekindle.text import printable
+from restore.decide.plan import SCHEMA, Facts, Plan, Step
+
+
+def document(plan: Plan, facts: Facts, reference: str, digest: str) -> dict[str, Any]:
+    """The plan and what it depends on, as JSON."""
+    return {
+        "schema": SCHEMA,
+        "image": {"reference": reference, "digest": digest},
+        **plan.to_json(),
+        "recorded": facts.image.record.node.to_json() if facts.image else None,
+        "here": facts.node.to_json(),
+    }
+
+
+def show(plan: Plan, facts: Facts, reference: str, digest: str, *, as_json: bool) -> None:
+    """Prints it to the standard output."""
+    if as_json:
+        print(json.dumps(document(plan, facts, reference, digest), indent=2))
+        return
+    print(printable(f"{'image':<12}{reference} {digest}"))
+    for line in lines(plan):
+        print(printable(line))
+
+
+def lines(plan: Plan) -> list[str]:
+    """The rungs, and below each why it is not taken, or what differs and does no harm."""
+    found = []
+    first = plan.first
+    for step in plan.steps:
+        mark = "→" if step is first else "no" if not step.possible else "or"
+        found.append(f"{step.rung:<12}{mark:<3}{_told(step)}")
+        found += [
+            f"{'':<15}{'' if reason.hard else '(harmless) '}{reason}"
+            + (f" — {reason.advice}" if reason.hard and reason.advice else "")
+            + (" [by policy]" if reason.by_policy else "")
+            for reason in step.reasons
+        ]
+    found += [f"{'device map':<12}{old} → {new}" for old, new in plan.device_map.items()]
+    return found
+
+
+def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
+    """A node's facts beside those of another: `=` where they are equal."""
+    rows = {
+        name: (_value(name, recorded.to_json()[name]), _value(name, value))
+        for name, value in here.to_json().items()
+        if name != "cpu_features"
+    }
+    found = [f"{'':<15}{'recorded':<42} here"]
+    for name, (was, now) in rows.items():
+        if was or now:
+            found.append(
+                f"{name:<12} {'=' if was == now else '≠'} {was[:41]:<42} {'' if was == now else now[:60]}"
+            )
+    return [line.rstrip() for line in found]
+
+
+def _value(name: str, value: Any) -> str:
+    if name in {"xsave", "capabilities"}:
+        return f"{value:#x}"
+    if isinstance(value, dict):
+        return " ".join(f"{name} {version}" for name, version in sorted(value.items()))
+    if isinstance(value, list):
+        return ", ".join(str(each.get("name")) if isinstance(each, dict) else str(each) for each in value)
+    return "" if value in {False} else str(value)
+
+
+def _told(step: Step) -> str:
+    if not step.possible:
+        return "not here"
+    parts = [f"fetches {step.fetch_bytes:,} bytes"]
+    if step.seconds is not None:
+        parts.append(f"takes about {step.seconds:.1f} s")
+    if step.deadline_seconds is not None:
+        what = "if the cache is not in place" if step.rung is Rung.CACHE else ""
+        parts.append(f"is given up {what} after {step.deadline_seconds:.0f} s".replace("  ", " "))
+    return ", ".join(parts)

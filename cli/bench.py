@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle bench`: cold starts and restores of one server, side by side and by phase.
+
+Every start is timed to the first token of the oracle's answer, and is ended with SIGKILL:
+
+    cold                    the command, with empty kernel caches
+    warm-cache              the command again, with the caches that the cold start left
+    cache                   `rekindle restore --rung cache`, the kernel cache from the image, none on the disk
+    process                 `rekindle restore`, the dump in the page cache
+    process-cold-page-cache `rekindle restore`, the dump's pages dropped from the page cache
+    process-registry        `rekindle restore` with an empty $REKINDLE_HOME, from --registry
+    criu-plain              `criu restore` of CRIU's untouched dump in the same cell, without rekindle
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cli import _arguments, _bench_picture
+from cli._bench_starts import _Bench
+from oci import store
+from oci.reference import RegistryReference, parse
+from rekindle.engine.choose import for_command
+from rekindle.errors import UsageError
+from rekindle.files import (
+    write_atomically,
+)
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _arguments.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle bench",
+        usage="rekindle bench [options] -- COMMAND…",
+        description="Compare cold starts and restores of a server, by phase.",
+    )
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of every kind of start (3)")
+    parser.add_argument(
+        "--cold-runs", type=int, metavar="N", help="of the starts that take long, if other than --runs"
+    )
+    parser.add_argument(
+        "--registry",
+        metavar="HOST[:PORT]/REPOSITORY[:TAG]",
+        help="where to push the snapshot, to restore it from there with an empty store as well",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases (SVG)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to a file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--ready-url", metavar="URL", help="as for `rekindle snapshot`")
+    parser.add_argument("--oracle-request", type=Path, metavar="FILE", help="as for `rekindle snapshot`")
+    args = parser.parse_args(words)
+    if not command:
+        raise UsageError("there is no command", hint="rekindle bench -- vllm serve MODEL")
+    if args.registry and not isinstance(parse(args.registry), RegistryReference):
+        raise UsageError(f"--registry {args.registry} is no repository of a registry")
+    if args.runs < 1 or (args.cold_runs is not None and args.cold_runs < 1):
+        raise UsageError("--runs must be 1 or more")
+    engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
+    _arguments.require_root()
+    home = store.open_home()
+    with home.work("bench") as work:
+        bench = _Bench(args, command, engine, home, work)
+        document = bench.run()
+    if args.report:
+        write_atomically(args.report, (json.dumps(document, indent=2) + "\n").encode())
+    if args.picture:
+        write_atomically(args.picture, _picture(document).encode())
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print_table(document)
+        if args.picture:
+            print(f"picture: {args.picture}")
+    return 0
+
+
+def _print_table(document: dict[str, Any]) -> None:
+    starts = document["starts"]
+    cold = starts["cold"]["first_token_seconds"]["median"]
+    print(f"{'start':<26}{'n':>3}{'median':>10}{'min':>9}{'max':>9}{'cold/it':>9}   phases of the middle run")
+    for name, start in starts.items():
+        times = start["first_token_seconds"]
+        phases = ", ".join(f"{key} {value:.2f}" for key, value in start["phases"].items() if value >= 0.005)
+        print(
+            f"{name:<26}{start['n']:>3}{times['median']:>8.2f} s{times['min']:>7.2f} s{times['max']:>7.2f} s"
+            f"{cold / times['median']:>8.1f}x   {phases}"
+        )
+    process = starts["process"]["first_token_seconds"]["median"]
+    plain = starts["criu-plain"]["first_token_seconds"]["median"]
+    warm = starts["warm-cache"]["first_token_seconds"]["median"]
+    print(f"warm-cache / process      {warm / process:.1f}")
+    print(f"process / criu-plain      {process / plain:.2f}")
+    print(
+        f"image / dump              {document['image_bytes'] / document['dump_bytes']:.3f}"
+        f"   ({document['image_bytes']:,} of {document['dump_bytes']:,} bytes)"
+    )
+    peaks = ", ".join(f"{verb} {peak / 1e6:.0f} MB" for verb, peak in document["peak_rss_bytes"].items())
+    print(f"rekindle's own memory     {peaks}")
+    if proof := document["cache"]:
+        print(
+            f"kernel cache              {proof['verdict']}: {proof['used']} of {proof['entries']} entries "
+            f"used, {proof['made']} made anew"
+        )
+    answer = document["answer"]
+    answer = answer.get("tokens", answer)
+    print(f"every start answered      {json.dumps(answer)[:120]}")
+
+
+def _picture(document: dict[str, Any]) -> str:
+    bars = [
+        _bench_picture.Bar(name=name, phases=start["phases"]) for name, start in document["starts"].items()
+    ]
+    return _bench_picture.draw("seconds to the first token, by phase (the run in the middle)", bars)

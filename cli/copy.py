@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle copy`: an image from anywhere to anywhere."""
+
+import argparse
+from collections.abc import Sequence
+
+from cli import _transfer
+from oci.reference import parse
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle copy",
+        description="Copy an image between the local store, OCI layouts and registries, digests unchanged. "
+        "Between repositories of one registry, nothing passes through this machine.",
+    )
+    form = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag]"
+    parser.add_argument("source", metavar="SOURCE", help=form)
+    parser.add_argument("target", metavar="TARGET", help="as well")
+    _transfer.add_arguments(parser)
+    args = parser.parse_args(words)
+    return _transfer.run("copy", parse(args.source), parse(args.target), args)

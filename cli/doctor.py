@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle doctor`: what this node can do, tried rather than guessed, and what mends each lack.
+
+Imports the standard library and the kernel only, so that it runs where nothing is installed yet.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from oci import store
+from rekindle import criu
+from rekindle.cell import Cell, Clocks, Network
+from rekindle.criu import amx
+from rekindle.errors import CapabilityError, RekindleError
+from rekindle.home import Home
+from rekindle.journal import CUDA_JOURNAL
+from rekindle.node import gpu
+
+SCHEMA = "rekindle.doctor/1"
+_ROOM_BYTES = 8 << 30
+_NVIDIA_CONTROL = Path("/dev/nvidiactl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What was tried. `needed` says whether snapshot and restore do without it."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+    needed: bool = True
+    path: Path | None = None
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle doctor",
+        description="Try what snapshot and restore need on this node. Exit status 10 if there is a lack.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--check", choices=list(_CHECKS), metavar="NAME", help="only this one")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="first bring servers back that a killed command left without GPUs",
+    )
+    args = parser.parse_args(words)
+    home = Home.from_environment()
+    repaired, left = _repair(home) if args.repair else ([], False)
+    removed = store.sweep(home)
+    names = [args.check] if args.check else list(_CHECKS)
+    checks = [check for name in names for check in _CHECKS[name](home)]
+    ok = all(check.ok or not check.needed for check in checks) and not left
+    if args.json:
+        document = {
+            "schema": SCHEMA,
+            "ok": ok,
+            "kernel": platform.release(),
+            "checks": [
+                {
+                    "name": c.name,
+                    "ok": c.ok,
+                    "needed": c.needed,
+                    "detail": c.detail,
+                    "remedy": c.remedy,
+                    "path": c.path and str(c.path),
+                }
+                for c in checks
+            ],
+            "removed": [str(path) for path in removed],
+            "repaired": repaired,
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        for check in checks:
+            mark = "ok  " if check.ok else "LACK" if check.needed else "note"
+            print(f"{mark}  {check.name:<11}{check.detail}")
+            if check.remedy and not check.ok:
+                print(f"      {'':<11}→ {check.remedy}")
+        for line in repaired:
+            print(f"      {'':<11}{line}")
+        for path in removed:
+            print(f"      {'':<11}removed what a killed command left: {path}")
+    return 0 if ok else CapabilityError.exit_status
+
+
+def _root(_: Home) -> Iterator[Check]:
+    root = os.geteuid() == 0
+    yield Check(
+        name="root",
+        ok=root,
+        detail="yes" if root else f"no, this is user {os.geteuid()}",
+        remedy="run rekindle with sudo, or as root",
+    )
+
+
+def _cell(_: Home) -> Iterator[Check]:
+    try:
+        with Cell() as cell:
+            cell.enter(Network.PRIVATE, Clocks.now())
+    except RekindleError as error:
+        yield Check(name="cell", ok=False, detail=f"{error.message}: {error.cause}", remedy=error.hint)
+        return
+    yield Check(name="cell", ok=True, detail="own processes, mounts, IPC, clocks and network")
+
+
+def _criu(home: Home) -> Iterator[Check]:
+    remedy = "hack/get-criu, or set REKINDLE_CRIU to one that works"
+    works = False
+    try:
+        for candidate in criu.candidates(home):
+            works = works or not candidate.lack
+            lack = f" does not work here: {candidate.lack}" if candidate.lack else ""
+            yield Check(
+                name="criu",
+                ok=not candidate.lack,
+                needed=not candidate.lack,
+                detail=f"{candidate.version} ({candidate.path}){lack}",
+                remedy=remedy,
+                path=candidate.path,
+            )
+            if works:
+                return
+    except CapabilityError as error:
+        yield Check(name="criu", ok=False, detail=error.message, remedy=error.hint)
+        return
+    yield Check(name="criu", ok=False, detail="none that works", remedy=remedy)
+
+
+def _amx(home: Home) -> Iterator[Check]:
+    if not amx.present():
+        yield Check(name="amx", ok=True, detail="this processor has none, so nothing is to be done for it")
+        return
+    try:
+        yield Check(name="amx", ok=True, detail=f"permission by {amx.compiled(home.tools)}")
+    except CapabilityError as error:
+        yield Check(name="amx", ok=False, detail=error.message, remedy=error.hint)
+
+
+def _shell(_: Home) -> Iterator[Check]:
+    there = os.access("/bin/sh", os.X_OK)
+    yield Check(
+        name="shell", ok=there, detail="/bin/sh" if there else "no /bin/sh", remedy="install a POSIX shell"
+    )
+
+
+def _cuda(home: Home) -> Iterator[Check]:
+    yield from _cuda_journals(home)
+    try:
+        gpus = gpu.probe()
+        seen = any(each.vendor == "nvidia" for each in gpus.gpus) or _NVIDIA_CONTROL.exists()
+    except ImportError:  # there is NVML, and nothing installed to ask it
+        seen = True
+    if not seen:
+        yield Check(name="cuda", ok=False, needed=False, detail="this node has no NVIDIA GPU")
+        return
+
+    from rekindle.cuda import search
+
+    found = search.candidates(home)
+    opens = any(candidate.chosen for candidate in found)
+    for candidate in found:
+        works = candidate.detail + ("" if candidate.chosen else ", and is not needed")
+        yield Check(
+            name="cuda",
+            ok=not candidate.lack,
+            needed=not opens,
+            detail=f"{candidate.name}: {candidate.lack or works}",
+            remedy=candidate.hint,
+        )
+
+
+def _cuda_journals(home: Home) -> Iterator[Check]:
+    """The servers that a killed command may have left without their GPUs."""
+    with home.abandoned() as found:
+        for directory in found:
+            if (directory / CUDA_JOURNAL).exists():  # the sweep has left only those that are needed
+                yield Check(
+                    name="cuda",
+                    ok=False,
+                    needed=False,
+                    detail=f"a killed command may have left a server without its GPUs: {directory}",
+                    remedy="rekindle doctor --repair",
+                )
+
+
+def _repair(home: Home) -> tuple[list[str], bool]:
+    """Undoes what killed commands did to the CUDA processes of servers.
+
+    Returns a line for each process, and whether there is anything left to do.
+    """
+    done: list[str] = []
+    left = False
+    with home.abandoned() as found:
+        for directory in found:
+            journal = directory / CUDA_JOURNAL
+            if journal.exists():
+                from rekindle.cuda.search import find
+                from rekindle.cuda.session import repair
+
+                try:
+                    done += repair(journal, lambda: find(home))
+                except CapabilityError as error:
+                    done.append(f"what {journal} tells of cannot be undone: {error.cause or error.message}")
+                left = left or journal.exists()
+    return done, left
+
+
+def _disk(home: Home) -> Iterator[Check]:
+    free = shutil.disk_usage(home.root).free
+    yield Check(
+        name="disk",
+        ok=free > _ROOM_BYTES,
+        needed=False,
+        detail=f"{free / (1 << 30):.0f} GiB free in {home.root}",
+        remedy="a dump is as large as the server's memory: set REKINDLE_HOME to a larger disk",
+    )
+
+
+def _packages(_: Home) -> Iterator[Check]:
+    ours = Path(__file__).parents[2]
+    for name in ("oci", "snapshot", "restore"):
+        spec = importlib.util.find_spec(name)
+        where = Path(spec.origin).parents[1] if spec and spec.origin else None
+        if where != ours:
+            yield Check(
+                name="packages",
+                ok=False,
+                detail=f"`import {name}` finds {where or 'nothing'}, not rekindle's",
+                remedy="install rekindle into an environment of its own",
+            )
+            return
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check(name="packages", ok=True, detail=f"rekindle in {ours}, Python {version}")
+
+
+_CHECKS: dict[str, Callable[[Home], Iterator[Check]]] = {
+    "root": _root,
+    "cell": _cell,
+    "criu": _criu,
+    "amx": _amx,
+    "cuda": _cuda,
+    "shell": _shell,
+    "disk": _disk,
+    "packages": _packages,
+}

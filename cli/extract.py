@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle extract`: the kernel cache of an image, and nothing else. Made for init containers."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli import _arguments, _progress, _report
+from oci import resolve
+from oci.cache import extract
+from oci.cache import image as cache_image
+from oci.reference import parse
+from rekindle.engine.caches import CacheKind
+from rekindle.home import Home
+from rekindle.report import Outcome, Report, Rung
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle extract",
+        description="Extract the kernel cache of a snapshot, or of an image by `rekindle pack-cache`. The "
+        "variables that make a server use it are printed as shell commands.",
+    )
+    parser.add_argument(
+        "image", metavar="IMAGE", help="name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="extract to DIR/KIND (default: to where each cache was recorded)",
+    )
+    parser.add_argument(
+        "--kind",
+        type=CacheKind,
+        choices=list(CacheKind),
+        action="append",
+        help="only this kind; may be repeated",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace entries that are there with other content"
+    )
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
+    args = parser.parse_args(words)
+    report = Report(verb="extract", asked=Rung.CACHE, quiet=args.quiet)
+    with _report.reporting(report, args):
+        done = _extract(args, report)
+    report.outcome = Outcome.CACHE
+    report.write(args.report, to_stdout=args.json)
+    if not args.json:
+        for name, value in done.environment.items():
+            print(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
+    reference, home = parse(args.image), Home.from_environment()
+    with resolve.source(reference, home, args) as source:
+        with report.phase("resolve"):
+            verified = resolve.verified(source, reference, home, args, report)
+            image = verified.map(
+                lambda s: cache_image.load(s.blobs, cache_image.find(s.blobs, s.root, s.limits), s.limits)
+            )
+        report.image = {"reference": args.image, "digest": source.root.digest}
+        with report.phase("extract"), _progress.progress(source.tally, report):
+            done = extract.extract(
+                image, args.to, limits=source.limits, kinds=args.kind, overwrite=args.overwrite
+            )
+        # From a store or a layout nothing was fetched.
+        fetched = source.tally.fetched_bytes if source.tally else 0
+    report.bytes = {"fetched": fetched, "written": done.written_bytes}
+    for root in done.roots:
+        report.say(f"{root.kind}: {root.files:,} files, {root.bytes:,} bytes to {root.path}")
+        if root.kept:
+            some = ", ".join(root.kept[:5]) + (" …" if len(root.kept) > 5 else "")
+            report.say(f"{root.kind}: left as they were, with other content (see --overwrite): {some}")
+    return done

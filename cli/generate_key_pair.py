@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle generate-key-pair`: a key to sign with, in cosign's form."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cli import _signing
+from oci.trust.keys import PrivateKey
+from rekindle.errors import UsageError
+from rekindle.files import write_atomically
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle generate-key-pair",
+        description="Make a key pair, PREFIX.key and PREFIX.pub, as `cosign generate-key-pair` does. "
+        "The key is sealed with $COSIGN_PASSWORD, or with what you type.",
+    )
+    parser.add_argument("--output-key-prefix", default="cosign", metavar="PREFIX", help="(cosign)")
+    args = parser.parse_args(words)
+    private, public = Path(f"{args.output_key_prefix}.key"), Path(f"{args.output_key_prefix}.pub")
+    for path in (private, public):
+        if path.exists():
+            raise UsageError(f"{path} is there already", hint="choose another --output-key-prefix")
+    key = PrivateKey.generate()
+    try:
+        key.write(private, _signing.password(twice=True))
+        write_atomically(public, key.public.to_pem())
+    except OSError as error:
+        raise UsageError(f"{private} cannot be written", cause=str(error)) from None
+    print(f"{private}\n{public}")
+    return 0

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle inspect`: what is in a snapshot or a kernel cache, and for whom. Runs nothing."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from cli import _arguments, _plan
+from oci import image as images
+from oci import media_types, resolve
+from oci.cache import image as cache_image
+from oci.cache.image import CacheImage
+from oci.image import Image
+from oci.reference import parse
+from oci.resolve import Source
+from rekindle.errors import FormatError
+from rekindle.fields import JSON
+from rekindle.home import Home
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.report import Rung
+from rekindle.run import replay
+from rekindle.text import printable
+from restore.decide import match_process, plan, rules
+from restore.decide.abilities import Abilities
+from restore.decide.plan import Facts, Plan
+
+SCHEMA = "rekindle.inspect/1"
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle inspect", description="Show what is in an image, and whether it fits this node."
+    )
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    _arguments.add_registry(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    args = parser.parse_args(words)
+    reference = parse(args.image)
+    with resolve.source(reference, Home.from_environment(), args) as source:
+        kernels = _cache_itself(source)
+        if kernels is None:
+            image = images.load(source.blobs, source.root, source.limits)
+            if image.cache is not None:
+                kernels = cache_image.load(source.blobs, image.cache, source.limits)
+            _show_snapshot(
+                image, kernels, plan.make(_facts_of(image, kernels), strictness=rules.strictness()), args
+            )
+        else:
+            _show_cache(kernels, args)
+    return 0
+
+
+def _cache_itself(source: Source) -> CacheImage | None:
+    """The image, if it is a kernel cache and not a snapshot, which may hold one."""
+    if source.root.media_type != media_types.MANIFEST:
+        return None
+    try:
+        return cache_image.load(source.blobs, source.root, source.limits)
+    except FormatError:
+        return None
+
+
+def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
+    """What is known without trying what this node can do."""
+    return Facts(
+        node=Fingerprint.probe(image.record.command),
+        abilities=Abilities(),
+        image=image,
+        cache=kernels,
+        different=match_process.look(image.record),
+    )
+
+
+def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: argparse.Namespace) -> None:
+    first = made.first
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "schema": SCHEMA,
+                    "image": {"reference": args.image, "digest": image.index.digest},
+                    "process_image": {
+                        "digest": image.process.digest,
+                        "bytes": image.size_bytes,
+                        "layers": [layer.to_json() for layer in image.layers],
+                    },
+                    "cache": _cache_json(kernels) if kernels is not None else None,
+                    "record": json.loads(image.record.to_bytes()),
+                    "reasons": [reason.to_json() for reason in made.reasons],
+                    "plan": made.to_json(),
+                },
+                indent=2,
+            )
+        )
+        return
+    record = image.record
+    rows = {
+        "image": f"{args.image} {image.index.digest}",
+        "made": f"{record.created} by {record.made_by}, CRIU {record.criu_version}",
+        "engine": record.engine,
+        "command": replay(record.command),
+        "in": record.directory,
+        "listens on": str(record.endpoint),
+        "made on": f"{record.node.cpu_model}, {record.node.architecture}, Linux {record.node.kernel}",
+        "processes": f"{record.process.tasks} threads, network {record.process.network}",
+        "memory": f"{record.dump_bytes:,} bytes dumped, {record.stored_bytes:,} without zero pages",
+        "stored": f"{image.size_bytes:,} bytes in {len(image.layers)} layers",
+        "cache": _told(kernels) if kernels is not None else "none",
+        "needs": f"{len(record.mapped_files)} files of the node's file system",
+        "fits here": f"by its {first.rung}" if first and first.rung is not Rung.COLD else "no",
+    }
+    for name, value in rows.items():
+        print(printable(f"{name:<12}{value}"))
+    for line in _plan.lines(made):
+        print(printable(line))
+
+
+def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
+    if args.json:
+        image = {"reference": args.image, "digest": kernels.manifest.digest}
+        print(json.dumps({"schema": SCHEMA, "image": image, "cache": _cache_json(kernels)}, indent=2))
+        return
+    inventory = kernels.inventory
+    targets = ", ".join(f"{target.backend} {target.arch}" for target in inventory.targets)
+    rows = {
+        "image": f"{args.image} {kernels.manifest.digest}",
+        "made": f"{kernels.created} by {inventory.made_by}",
+        "holds": _told(kernels),
+        "made for": f"{targets or 'no kernel says what'}, {kernels.architecture}",
+        "stored": f"{kernels.size_bytes:,} bytes in {len(kernels.layers)} layers",
+    }
+    for name, value in rows.items():
+        print(printable(f"{name:<12}{value}"))
+    for root in inventory.roots:
+        print(printable(f"{root.kind:<12}{root.files:,} files, {root.bytes:,} bytes of {root.recorded}"))
+
+
+def _told(kernels: CacheImage) -> str:
+    roots = kernels.inventory.roots
+    kinds = ", ".join(sorted({root.kind for root in roots})) or "nothing"
+    return f"kernels: {kinds}; {sum(root.bytes for root in roots):,} bytes"
+
+
+def _cache_json(kernels: CacheImage) -> JSON:
+    inventory = kernels.inventory
+    return {
+        "digest": kernels.manifest.digest,
+        "bytes": kernels.size_bytes,
+        "created": kernels.created,
+        "made_by": inventory.made_by,
+        "architecture": kernels.architecture,
+        "targets": [target.to_json() for target in inventory.targets],
+        "roots": [
+            {"kind": root.kind, "recorded": root.recorded, "files": root.files, "bytes": root.bytes}
+            for root in inventory.roots
+        ],
+    }

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle match`: this node against a snapshot, field by field. Runs nothing, and fetches no layer."""
+
+import argparse
+from collections.abc import Sequence
+
+from cli import _arguments, _plan
+from oci import resolve
+from oci.reference import parse
+from rekindle.home import Home
+from rekindle.report import Report, Rung
+from rekindle.text import printable
+from restore.decide import facts as _facts
+from restore.decide import plan, rules
+
+
+def main(words: Sequence[str]) -> int:
+    words, command = _arguments.split_command(words)
+    parser = argparse.ArgumentParser(
+        prog="rekindle match",
+        usage="rekindle match IMAGE [options] [-- COMMAND…]",
+        description="Compare this node with a snapshot, field by field, and say which rungs a restore could "
+        "take. Exit status 3 if that is not the process.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
+    args = parser.parse_args(words)
+    reference, home = parse(args.image), Home.from_environment()
+    with resolve.source(reference, home, args) as source:
+        verified = resolve.verified(source, reference, home, args, Report(verb="match", quiet=True))
+        image = _facts.trusted(verified).value
+        facts = _facts.gather(image, reference, home, command, with_cache=True)
+    made = plan.make(facts, strictness=rules.strictness(args.policy))
+    if not args.json:
+        for line in _plan.fields(image.record.node, facts.node):
+            print(printable(line))
+    _plan.show(made, facts, args.image, image.index.digest, as_json=args.json)
+    return 0 if made.first is not None and made.first.rung is Rung.PROCESS else 3

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle pack-cache`: a kernel cache as an image of its own, without a process."""
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cli import _arguments, _report, _signing
+from oci import store
+from oci.cache import image as cache_image
+from oci.cache import pack
+from oci.layout import Layout
+from oci.reference import LayoutReference, parse
+from rekindle.config import Config
+from rekindle.engine.caches import CacheKind
+from rekindle.errors import UsageError
+from rekindle.report import Outcome, Report, Rung
+from snapshot import find_caches
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle pack-cache",
+        description="Make an image of a kernel cache, in the form that MCV and KServe read. What kind of "
+        "cache it is, its content tells; a directory of several is taken as it is, one below it for each.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="it, or several below it")
+    parser.add_argument(
+        "--kind", type=CacheKind, choices=list(CacheKind), help="what it is, where that is not to be seen"
+    )
+    _arguments.add_signing(parser)
+    _arguments.add_report(parser)
+    args = parser.parse_args(words)
+    reference = parse(args.image)
+    if not isinstance(reference, LayoutReference):
+        raise UsageError(
+            f"{args.image} is in a registry", hint="pack it under a local name, and `rekindle push` that"
+        )
+    report = Report(verb="pack-cache", asked=Rung.CACHE, quiet=args.quiet)
+    with _report.reporting(report, args):
+        _pack(reference, args, report)
+    report.outcome = Outcome.SAVED
+    report.say(f"saved {args.image} {report.image['digest']}, {report.bytes['written']:,} bytes")
+    report.write(args.report, to_stdout=args.json)
+    return 0
+
+
+def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) -> None:
+    if not args.dir.is_dir():
+        raise UsageError(f"{args.dir} is no directory")
+    with report.phase("look"):
+        roots = find_caches.below(args.dir, args.kind)
+    if not roots:
+        raise UsageError(
+            f"{args.dir} holds no kernel cache that is known here",
+            hint=f"--kind says what it is: {', '.join(CacheKind)}",
+        )
+    for root in roots:
+        report.say(f"{root.kind} in {root.path}")
+    home = store.open_home()
+    by = _signing.chosen(args)
+    with home.work("pack-cache") as work:
+        staging = Layout.create(work / "layout")
+        with report.phase("pack"):
+            created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            descriptor = pack.pack(roots, staging, created=created, say=report.say)
+            image = cache_image.load(staging, descriptor, Config.read(home.root).limits)
+        report.image = {"reference": args.image, "digest": descriptor.digest}
+        report.bytes = {
+            "packed": sum(root.bytes for root in image.inventory.roots),
+            "written": image.size_bytes,
+        }
+        with report.phase("sign"):
+            attested = {"created": created, "made_by": image.inventory.made_by}
+            own, given = _signing.sign(staging, [descriptor], attested, reference, by, home, report)
+        with report.phase("publish"):
+            layout = store.layout_of(reference, home, create=True)
+            with store.collecting(layout, reference):
+                layout.publish(
+                    staging,
+                    descriptor,
+                    reference.tag,
+                    [*given, *(own if reference.directory is None else [])],
+                )

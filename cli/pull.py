@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle pull`: an image of a registry to this machine."""
+
+import argparse
+from collections.abc import Sequence
+
+from cli import _arguments, _report, _transfer
+from cli._progress import shown
+from oci import image as images
+from oci import resolve, store
+from oci.reference import LayoutReference, RegistryReference, parse
+from rekindle.errors import UsageError
+from rekindle.report import Outcome, Report
+from restore import dumps
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle pull",
+        description="Fetch an image from a registry. What is here already is not fetched; a pull that was "
+        "interrupted goes on where it stopped. With --unpack, the dump is made ready for `restore` instead, "
+        "and no copy of the image is kept.",
+    )
+    parser.add_argument("source", metavar="IMAGE", help="HOST[:PORT]/repository[:tag][@digest]")
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="?", help="name[:tag] or oci:DIR[:tag] (default: as it is called)"
+    )
+    parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
+    _arguments.add_trust(parser)
+    _transfer.add_arguments(parser)
+    args = parser.parse_intermixed_args(words)  # TARGET may come after options
+    source = parse(args.source)
+    if not isinstance(source, RegistryReference):
+        raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
+    if args.unpack:
+        if args.target:
+            raise UsageError("--unpack stores no image", hint="leave out its name")
+        return _unpack(source, args)
+    if not args.target and source.digest is not None and not _names_tag(args.source):
+        raise UsageError(
+            f"{source} has no tag, and so no name here", hint="say how to call it: rekindle pull IMAGE TARGET"
+        )
+    target = parse(args.target or f"{source.repository.rpartition('/')[2]}:{source.tag}")
+    if not isinstance(target, LayoutReference):
+        raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
+    return _transfer.run("pull", source, target, args)
+
+
+def _names_tag(text: str) -> bool:
+    """Whether a reference to a registry has a tag of its own, and not only the one that is meant without."""
+    return ":" in text.partition("/")[2].partition("@")[0]
+
+
+def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:
+    """Layers are received, hashed, unpacked and written side by side, straight into the ready dump."""
+    report = Report(verb="pull", quiet=args.quiet)
+    with _report.reporting(report, args):
+        _arguments.require_root()
+        home = store.open_home()
+        with home.work("pull") as work, resolve.source(reference, home, args) as source:
+            with report.phase("resolve"):
+                verified = resolve.verified(source, reference, home, args, report)
+                found = verified.map(lambda s: images.load(s.blobs, s.root, s.limits))
+                image = found.value
+            report.image = {"reference": str(reference), "digest": image.index.digest}
+            assert source.tally is not None
+            source.tally.expect(sum(layer.size for layer in image.layers))
+            with shown(source.tally, quiet=report.quiet), dumps.ready(home, work, found, report):
+                report.bytes |= {"fetched": source.tally.fetched_bytes}
+    report.outcome = Outcome.SAVED
+    report.say(f"{reference} {image.index.digest} is ready to restore")
+    report.write(args.report, to_stdout=args.json)
+    return 0

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle push`: an image of this machine to a registry."""
+
+import argparse
+from collections.abc import Sequence
+
+from cli import _transfer
+from oci.reference import LayoutReference, RegistryReference, parse
+from rekindle.errors import UsageError
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle push",
+        description="Send an image to a registry. What is there already is not sent; the tag comes last.",
+    )
+    parser.add_argument("source", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
+    parser.add_argument("target", metavar="TARGET", help="HOST[:PORT]/repository[:tag]")
+    _transfer.add_arguments(parser)
+    args = parser.parse_args(words)
+    source, target = parse(args.source), parse(args.target)
+    if not isinstance(source, LayoutReference) or not isinstance(target, RegistryReference):
+        raise UsageError("push goes from this machine to a registry", hint="`rekindle copy` goes anywhere")
+    return _transfer.run("push", source, target, args)

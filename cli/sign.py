@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle sign`: says by whom an image is, in a form that cosign reads."""
+
+import argparse
+from collections.abc import Sequence
+
+from cli import _arguments, _report, _signing
+from oci import image as images
+from oci import media_types, resolve, store, transfer
+from oci.cache import image as cache_image
+from oci.descriptor import Descriptor
+from oci.layout import Layout
+from oci.progress import Tally
+from oci.reference import Reference, RegistryReference, parse
+from oci.registry.repository import Repository
+from oci.trust import attachments, signer
+from oci.trust.bundle import SimpleSignature
+from oci.trust.keys import PrivateKey
+from rekindle.errors import UsageError
+from rekindle.report import Outcome, Report
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle sign",
+        description="Sign an image by its digest, the kernel cache in it as well, and attach the signatures "
+        "to it as Sigstore bundles. `cosign verify` (2.6 and newer) and `rekindle verify` read them.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    parser.add_argument(
+        "--legacy-tag", action="store_true", help="also as cosign before 2.6 reads it (with --sign-key)"
+    )
+    _arguments.add_signing(parser)
+    _arguments.add_registry(parser)
+    _arguments.add_report(parser)
+    args = parser.parse_args(words)
+    report = Report(verb="sign", quiet=args.quiet)
+    with _report.reporting(report, args):
+        _sign(args, parse(args.image), report)
+    report.outcome = Outcome.SAVED
+    report.say(f"signed {args.image} {report.image['digest']}")
+    report.write(args.report, to_stdout=args.json)
+    return 0
+
+
+def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> None:
+    key = _signing.chosen_key(args)
+    by = _signing.chosen(args, key)
+    if by is None:
+        raise UsageError("with which key?", hint="--sign-key cosign.key, or --sign-keyless")
+    if args.legacy_tag and not (args.sign_key and isinstance(reference, RegistryReference)):
+        raise UsageError("--legacy-tag goes with --sign-key and an image in a registry")
+    home = store.open_home()
+    with home.work("sign") as work, resolve.source(reference, home, args) as source:
+        report.image = {"reference": args.image, "digest": source.root.digest}
+        staging = Layout.create(work / "layout")
+        signed: list[Descriptor] = [source.root]
+        if source.root.media_type == media_types.INDEX:
+            image = images.load(source.blobs, source.root, source.limits)
+            signed += [image.cache] if image.cache else []
+            attested = signer.predicate(image.record)
+        else:
+            found = cache_image.load(source.blobs, source.root, source.limits)
+            attested = {"created": found.created, "made_by": found.inventory.made_by}
+        with report.phase("sign"):
+            made = signer.sign(staging, signed, by, attested=attested)
+        with report.phase("attach"):
+            _attach(source, reference, staging, made, key if args.legacy_tag else None)
+
+
+def _attach(
+    source: resolve.Source,
+    reference: Reference,
+    staging: Layout,
+    made: Sequence[Descriptor],
+    legacy: PrivateKey | None,
+) -> None:
+    """Brings signatures to where their image is."""
+    if isinstance(source.blobs, Layout):
+        source.blobs.attach(staging, made)
+        return
+    assert isinstance(source.blobs, Repository)
+    tagged: list[tuple[Descriptor, str | None]] = [(each, None) for each in made]
+    if legacy is not None:
+        simple = SimpleSignature.sign(source.root.digest, reference.policy_name, legacy)
+        tag = attachments.simple_tag(source.root.digest)
+        tagged.append((attachments.store_simple(staging, [simple]), tag))
+    for each, name in tagged:
+        tree = transfer.explore(staging, each, source.limits)
+        transfer.copy(staging, tree, source.blobs, tag=name, jobs=1, tally=Tally())

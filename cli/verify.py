@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle verify`: whether an image is signed by somebody whom the policy accepts. Runs nothing."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from cli import _arguments
+from oci import resolve
+from oci.reference import parse
+from rekindle.home import Home
+from rekindle.report import Report
+from rekindle.text import printable
+
+SCHEMA = "rekindle.verify/1"
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rekindle verify",
+        description="Verify an image's signature, as `restore` does before it reads anything else.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    _arguments.add_trust(parser)
+    _arguments.add_registry(parser)
+    args = parser.parse_args(words)
+    reference, home = parse(args.image), Home.from_environment()
+    with resolve.source(reference, home, args) as source:
+        trust = resolve.verified(source, reference, home, args, Report(verb="verify", quiet=True)).trust
+    created = trust.created.isoformat() if trust.created else None
+    image = {"reference": args.image, "digest": source.root.digest}
+    if args.json:
+        document = {"schema": SCHEMA, "image": image, "by": trust.by, "created": created}
+        print(json.dumps(document, indent=2))
+    else:
+        print(printable(f"{args.image} {source.root.digest}"))
+        print(printable(f"signed by {trust.by}" if trust.by else "not verified"))
+        print(printable(f"made {created}" if created else "it does not say when it was made"))
+    return 0

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel cache as an OCI image: an ordinary one, in the form that MCV and KServe read.
+
+    manifest    application/vnd.oci.image.manifest.v1+json
+    config      application/vnd.oci.image.config.v1+json, with MCV's labels and our inventory
+    layers      application/vnd.oci.image.layer.v1.tar+gzip, one for each cache; what MCV reads is last
+
+Where a cache lies in its layer depends on what else there is (docs/adr/0005-kernel-cache-image.md):
+
+    with a cache of vLLM        io.vllm.cache/…, and the others below io.vllm.cache/KIND/…
+    with one of Triton          io.triton.cache/…, and the others below io.rekindle.cache/KIND/…
+    else                        io.rekindle.cache/KIND/…
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from oci import media_types
+from oci.cache.inventory import (
+    FIELD,
+    Inventory,
+)
+from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of
+from rekindle.config import Limits
+from rekindle.digest import Digest
+from rekindle.errors import FormatError, NotFoundError
+from rekindle.fields import Fields, text_item
+
+_LABELS_LIMIT = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheImage:
+    """A kernel cache: its descriptors, and its config once checked and parsed. No layer has been touched."""
+
+    blobs: Blobs
+    manifest: Descriptor
+    config: Descriptor
+    layers: Sequence[Descriptor]
+    diff_ids: Sequence[Digest]
+    labels: Mapping[str, str]
+    inventory: Inventory
+    created: str
+    architecture: str
+
+    @property
+    def size_bytes(self) -> int:
+        """What is stored, and what a node that has nothing fetches."""
+        return self.manifest.size + self.config.size + sum(layer.size for layer in self.layers)
+
+
+def find(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> Descriptor:
+    """The manifest of the cache that a descriptor names: itself, or that of a snapshot's index.
+
+    Raises NotFoundError for a snapshot without one.
+    """
+    if descriptor.media_type != media_types.INDEX:
+        return descriptor
+    index = Fields.parse(
+        blobs.read(descriptor, limit_bytes=limits.manifest_bytes), "index", limit_bytes=limits.manifest_bytes
+    )
+    cache = cache_among(manifests_of(index), descriptor.digest)
+    if cache is None:
+        raise NotFoundError(f"{descriptor.digest} holds no kernel cache")
+    return cache
+
+
+def load(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> CacheImage:
+    """Reads the manifest and the config of a cache, each checked against its digest; no layer is touched.
+
+    Raises IntegrityError for other bytes, FormatError for what is no cache image of ours.
+    """
+    where = f"{descriptor.digest}"
+    if descriptor.media_type != media_types.MANIFEST:
+        raise FormatError(f"{where} is no cache image", cause=f"it is of type {descriptor.media_type!r:.80}")
+    content = blobs.read(descriptor, limit_bytes=limits.manifest_bytes)
+    manifest = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
+    config = Descriptor.from_json(manifest.json("config"), "manifest.config")
+    layers = manifest.list_of("layers", Descriptor.from_json, at_most=limits.layers)
+    if config.media_type != media_types.IMAGE_CONFIG:
+        raise FormatError(f"{where} is no cache image", cause=f"its config is {config.media_type!r:.80}")
+    for layer in layers:
+        if layer.media_type != media_types.TAR_GZIP_LAYER:
+            raise FormatError(
+                f"{where} has a layer that this rekindle does not know", cause=f"{layer.media_type!r:.80}"
+            )
+    document = Fields.parse(
+        blobs.read(config, limit_bytes=limits.record_bytes), "config", limit_bytes=limits.record_bytes
+    )
+    if not document.has(FIELD):
+        raise FormatError(
+            f"{where} has no inventory, so it is no cache image of rekindle's",
+            hint="one that MCV made is extracted by `mcv --extract`",
+        )
+    inventory = Inventory.from_json(document.json(FIELD))
+    diff_ids = document.inner("rootfs").list_of("diff_ids", _digest, at_most=limits.layers)
+    if len(diff_ids) != len(layers):
+        raise FormatError(f"{where} has {len(layers)} layers and {len(diff_ids)} digests of their content")
+    if any(root.layer >= len(layers) for root in inventory.roots):
+        raise FormatError(f"the inventory of {where} names a layer that is not there")
+    settings = document.inner("config") if document.has("config") else Fields({}, "config")
+    labels = settings.text_map("Labels", {})
+    if len(labels) > _LABELS_LIMIT:
+        raise FormatError(f"{where} has {len(labels)} labels")
+    return CacheImage(
+        blobs=blobs,
+        manifest=descriptor,
+        config=config,
+        layers=tuple(layers),
+        diff_ids=tuple(diff_ids),
+        labels=labels,
+        inventory=inventory,
+        created=document.text("created", ""),
+        architecture=document.text("architecture"),
+    )
+
+
+def _digest(value: object, where: str) -> Digest:
+    try:
+        return Digest.parse(text_item(value, where))
+    except ValueError as error:
+        raise FormatError(f"{where} cannot be used", cause=str(error)) from None

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a kernel cache, entry by entry and for which hardware: a field of the cache image's config.
+
+    "vnd.rekindle.inventory": {
+      "schema": "rekindle.inventory/1", "made_by": "rekindle 0.1.0",
+      "roots": [{
+        "kind": "triton", "recorded": "/root/.triton/cache", "prefix": "io.vllm.cache/triton", "layer": 0,
+        "files": 16, "bytes": 52100,
+        "entries": [{
+          "key": "XTN6…", "targets": [{"backend": "hip", "arch": "gfx942", "warp_size": 64}],
+          "versions": {"triton": "3.9.0"}, "files": 8, "bytes": 26200, "digest": "sha256:…"}]}]}
+
+The layer of the manifest with that number holds the root, below the prefix. An entry's digest is the sha256
+over its files in the order of the archive: path within the root, a zero byte, size in decimal, a zero byte,
+content. A key of `*` stands for the entries of a root that were too many to be listed.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from rekindle.digest import Digest
+from rekindle.engine.caches import CacheKind
+from rekindle.errors import FormatError
+from rekindle.fields import JSON, Fields, text_item
+
+FIELD = "vnd.rekindle.inventory"
+SCHEMA = "rekindle.inventory/1"
+
+# containers/image, which skopeo and Podman are made of, reads configs of 4 MiB at most.
+ENTRIES_LIMIT = 5000
+ROOTS_LIMIT = 64
+_TARGETS_LIMIT = 64
+_VERSIONS_LIMIT = 16
+_TEXT_LIMIT = 255
+_PATH_LIMIT_BYTES = 2048  # below the directory that it goes to
+METADATA_LIMIT_BYTES = 1 << 20  # of an entry's own JSON
+
+_TRITON_KEY = re.compile(r"[A-Z2-7]{52}")
+PREFIXES = ("io.vllm.cache", "io.triton.cache", "io.rekindle.cache")
+_PREFIX = re.compile(r"io\.(vllm|triton|rekindle)\.cache(/[a-z0-9]+(-[a-z0-9]+)*)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Target:
+    """What a kernel was compiled for: `cuda`, `90`, 32 or `hip`, `gfx942`, 64; or, if C++ was compiled for
+    the machine's own processor, `cpu`, its architecture as the kernel names it, 0."""
+
+    backend: str
+    arch: str
+    warp_size: int
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"backend": self.backend, "arch": self.arch, "warp_size": self.warp_size}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What a server looks up by one key."""
+
+    key: str
+    targets: Sequence[Target]
+    versions: Mapping[str, str]
+    files: int
+    bytes: int
+    digest: Digest
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "key": self.key,
+            "targets": [target.to_json() for target in self.targets],
+            "versions": dict(self.versions),
+            "files": self.files,
+            "bytes": self.bytes,
+            "digest": self.digest,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRoot:
+    """A cache as the image holds it: where it was, and in which layer, below which prefix, it is."""
+
+    kind: CacheKind
+    recorded: str
+    prefix: str
+    layer: int
+    files: int
+    bytes: int
+    entries: Sequence[Entry]
+
+    @property
+    def name(self) -> str:
+        """What its directory is called where many are extracted to: `KIND`, `KIND-2`."""
+        return self.prefix.partition("/")[2] or self.kind
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "kind": self.kind,
+            "recorded": self.recorded,
+            "prefix": self.prefix,
+            "layer": self.layer,
+            "files": self.files,
+            "bytes": self.bytes,
+            "entries": [entry.to_json() for entry in self.entries],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    made_by: str
+    roots: Sequence[StoredRoot]
+
+    @property
+    def targets(self) -> list[Target]:
+        """All that there are kernels for."""
+        return sorted({target for root in self.roots for entry in root.entries for target in entry.targets})
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"schema": SCHEMA, "made_by": self.made_by, "roots": [root.to_json() for root in self.roots]}
+
+    @classmethod
+    def from_json(cls, value: object) -> "Inventory":
+        """Raises FormatError for anything but a well-formed inventory of a version known here."""
+        fields = Fields(value, "inventory")
+        schema = fields.text("schema")
+        if schema != SCHEMA:
+            raise FormatError(
+                f"the inventory's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
+                hint="use a newer rekindle" if schema.startswith("rekindle.inventory/") else "",
+            )
+        roots = fields.list_of("roots", _root, at_most=ROOTS_LIMIT)
+        for what in ("layer", "prefix", "recorded", "name"):
+            if len({getattr(root, what) for root in roots}) != len(roots):
+                raise FormatError(f"two roots of the inventory have one {what}")
+        return cls(made_by=fields.text("made_by"), roots=roots)
+
+
+def depends_on(kind: CacheKind) -> tuple[str, ...]:
+    """The packages whose versions are in the keys of a kind of cache."""
+    return {
+        CacheKind.VLLM: ("vllm", "torch"),
+        CacheKind.TRITON: ("triton",),
+        CacheKind.INDUCTOR: ("torch",),
+        CacheKind.FLASHINFER: ("flashinfer",),
+        CacheKind.DEEP_GEMM: ("deep-gemm",),
+        CacheKind.TORCH_EXTENSIONS: ("torch", "python"),
+        CacheKind.CUDA: (),
+    }[kind]
+
+
+def bounded(entries: Sequence[Entry], at_most: int) -> list[Entry]:
+    """The entries, or if they are too many, one for each combination of targets and versions."""
+    if len(entries) <= at_most:
+        return list(entries)
+    groups: dict[tuple[tuple[Target, ...], tuple[tuple[str, str], ...]], list[Entry]] = {}
+    for entry in entries:
+        group = (tuple(entry.targets), tuple(sorted(entry.versions.items())))
+        groups.setdefault(group, []).append(entry)
+    return [
+        dataclasses.replace(
+            first,
+            key="*",
+            files=sum(entry.files for entry in group),
+            bytes=sum(entry.bytes for entry in group),
+            digest=Digest.of_bytes("\n".join(entry.digest for entry in group).encode()),
+        )
+        for group in groups.values()
+        if (first := group[0])
+    ]
+
+
+def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
+    """Which entry of a cache a file belongs to; `.` for what is not kept by key."""
+    parts = path.parts
+    match kind:
+        case CacheKind.TRITON:
+            return parts[0] if len(parts) > 1 else "."
+        case CacheKind.VLLM:
+            if parts[0] != "torch_compile_cache" or len(parts) < 3:
+                return parts[0] if len(parts) > 1 else "."
+            depth = 3 if parts[1] == "torch_aot_compile" and len(parts) > 3 else 2
+            return "/".join(parts[:depth])
+        case CacheKind.INDUCTOR:
+            depth = {"triton": 3, "fxgraph": 3, "aotautograd": 2}.get(parts[0], 0)
+            return "/".join(parts[:depth]) if 0 < depth < len(parts) else "."
+        case CacheKind.DEEP_GEMM:
+            return "/".join(parts[:2]) if len(parts) > 2 else "."
+        case CacheKind.FLASHINFER:
+            return "/".join(parts[: 2 if parts[0].count(".") else 1]) if len(parts) > 2 else "."
+        case CacheKind.TORCH_EXTENSIONS:
+            return parts[0] if len(parts) > 1 else "."
+        case CacheKind.CUDA:
+            return "."
+
+
+@dataclass(slots=True)
+class Metadata:
+    """What is known of an entry from the names and the JSON in it, gathered file by file."""
+
+    targets: set[Target] = dataclasses.field(default_factory=set)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def look_at_name(self, root: CacheKind, path: PurePosixPath, recorded: str, machine: str) -> None:
+        """Kinds that say in a directory's name what they are for; and Inductor's C++ kernels, which are made
+        for the processor that they are compiled on. Triton's launchers are not: any of its kind runs them."""
+        if (
+            root in {CacheKind.VLLM, CacheKind.INDUCTOR}
+            and path.suffix == ".so"
+            and not any(_TRITON_KEY.fullmatch(part) for part in path.parts)
+        ):
+            self.targets.add(Target(backend="cpu", arch=machine, warp_size=0))
+        if root is CacheKind.FLASHINFER:
+            for part in path.parts[:2]:
+                if re.fullmatch(r"\d+\.\d+[\w.+]*", part):
+                    self.versions["flashinfer"] = part
+                elif re.fullmatch(r"\d{2,3}[a-z]?(_\d{2,3}[a-z]?)*", part):
+                    self.targets |= {
+                        Target(backend="cuda", arch=arch, warp_size=32) for arch in part.split("_")
+                    }
+        elif root is CacheKind.TORCH_EXTENSIONS and (
+            named := re.fullmatch(r"py(3)(\d+)\w*_(cu|rocm)(\d+)(\d)", PurePosixPath(recorded).name)
+        ):
+            self.versions |= {
+                "python": f"{named[1]}.{named[2]}",
+                "cuda" if named[3] == "cu" else "rocm": f"{named[4]}.{named[5]}",
+            }
+
+    def look_at_json(self, path: PurePosixPath, content: bytes) -> None:
+        """Triton's `NAME.json` and vLLM's `cache_key_factors.json`; others are none of our business."""
+        document = json_object(content)
+        if document is None:
+            return
+        if (target := triton_target(document)) is not None:
+            self.targets.add(target)
+            if isinstance(version := document.get("triton_version"), str):
+                self.versions["triton"] = version[:_TEXT_LIMIT]
+        elif path.name == "cache_key_factors.json":
+            factors = document.get("env")
+            if isinstance(factors, dict) and isinstance(cuda := factors.get("VLLM_MAIN_CUDA_VERSION"), str):
+                device = factors.get("VLLM_TARGET_DEVICE")
+                if device == "cuda":
+                    self.versions["cuda"] = cuda[:_TEXT_LIMIT]
+
+
+def json_object(content: bytes) -> dict[str, JSON] | None:
+    """A JSON object of a foreign file, or None: a cache may hold anything."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def triton_target(document: Mapping[str, JSON]) -> Target | None:
+    """What a kernel's JSON by Triton says that it is for."""
+    target = document.get("target")
+    if not isinstance(target, dict) or not isinstance(document.get("hash"), str):
+        return None
+    backend, arch, warp = target.get("backend"), target.get("arch"), target.get("warp_size")
+    if (
+        not isinstance(backend, str)
+        or not isinstance(arch, (str, int))
+        or not isinstance(warp, int)
+        or isinstance(arch, bool)
+        or not 0 < len(backend) <= _TEXT_LIMIT
+        or len(str(arch)) > _TEXT_LIMIT
+        or not 0 <= warp <= 1024
+    ):
+        return None
+    return Target(backend=backend, arch=str(arch), warp_size=int(warp))
+
+
+def _root(value: object, where: str) -> StoredRoot:
+    fields = Fields(value, where)
+    prefix = fields.text("prefix")
+    if not _PREFIX.fullmatch(prefix) or len(prefix) > _TEXT_LIMIT or prefix == "io.rekindle.cache":
+        raise FormatError(f"{where}.prefix is no place in a cache image", cause=f"{prefix!r:.120}")
+    return StoredRoot(
+        kind=_kind(fields.text("kind"), where),
+        recorded=_recorded(fields.text("recorded"), where),
+        prefix=prefix,
+        layer=fields.integer("layer", at_most=ROOTS_LIMIT),
+        files=fields.integer("files"),
+        bytes=fields.integer("bytes"),
+        entries=fields.list_of("entries", _entry, at_most=ENTRIES_LIMIT + _TARGETS_LIMIT),
+    )
+
+
+def _entry(value: object, where: str) -> Entry:
+    fields = Fields(value, where)
+    try:
+        digest = Digest.parse(fields.text("digest"))
+    except ValueError as error:
+        raise FormatError(f"{where}.digest cannot be used", cause=str(error)) from None
+    versions = fields.text_map("versions", {})
+    if len(versions) > _VERSIONS_LIMIT:
+        raise FormatError(f"{where}.versions names {len(versions)} things")
+    return Entry(
+        key=_short(fields.text("key"), f"{where}.key"),
+        targets=fields.list_of("targets", _target, at_most=_TARGETS_LIMIT),
+        versions={_short(name, where): _short(text, where) for name, text in versions.items()},
+        files=fields.integer("files"),
+        bytes=fields.integer("bytes"),
+        digest=digest,
+    )
+
+
+def _target(value: object, where: str) -> Target:
+    fields = Fields(value, where)
+    return Target(
+        backend=_short(fields.text("backend"), where),
+        arch=_short(fields.text("arch"), where),
+        warp_size=fields.integer("warp_size", at_most=1024),
+    )
+
+
+def _short(text: str, where: str) -> str:
+    text = text_item(text, where)
+    if len(text) > _TEXT_LIMIT:
+        raise FormatError(f"{where} is longer than {_TEXT_LIMIT} characters")
+    return text
+
+
+def _kind(text: str, where: str) -> CacheKind:
+    try:
+        return CacheKind(text)
+    except ValueError:
+        raise FormatError(
+            f"{where}.kind {text!r:.60} is not known here", hint="use a newer rekindle"
+        ) from None
+
+
+def _recorded(text: str, where: str) -> str:
+    """An absolute path in canonical form, short enough to have something below it."""
+    path = PurePosixPath(text)
+    if (
+        not path.is_absolute()
+        or str(path) != text
+        or text.startswith("//")
+        or len(path.parts) < 2
+        or ".." in path.parts
+        or any(not c.isprintable() for c in text)
+        or len(text.encode(errors="replace")) > _PATH_LIMIT_BYTES
+    ):
+        raise FormatError(f"{where}.recorded is no absolute path of a directory", cause=f"{text!r:.120}")
+    return text

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest image that was seen of each tag, so that an older one is not taken for it: seen.json."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from oci.reference import Reference, RegistryReference
+from oci.trust.verifier import Trust
+from rekindle.errors import FormatError, TrustError
+from rekindle.files import locked, write_atomically
+from rekindle.home import Home
+
+_SEEN_LIMIT = 10_000
+
+
+def refuse_older(reference: Reference, home: Home, trust: Trust) -> None:
+    """Remembers the newest creation time that was signed for a tag, and takes none before it."""
+    if isinstance(reference, RegistryReference) and reference.digest is not None:
+        return
+    tag = f"{reference.policy_name}:{reference.tag.rpartition(':')[2]}"
+    path = home.root / "seen.json"
+    with locked(home.root / "lock"):
+        seen = _seen(path)
+        newest = seen.get(tag)
+        if newest is not None and (trust.created is None or trust.created.isoformat() < newest):
+            made = f"{trust.created:%Y-%m-%d %H:%M}" if trust.created else "at an unknown time"
+            raise TrustError(
+                f"{reference} is older than what was here before",
+                cause=f"made {made}, and {newest} was seen already",
+                hint="--allow-rollback, if it is meant to be",
+            )
+        if trust.created is not None and trust.created.isoformat() != newest:
+            seen[tag] = trust.created.isoformat()
+            kept = dict(list(seen.items())[-_SEEN_LIMIT:])
+            write_atomically(path, json.dumps(kept, indent=1).encode(), mode=0o600)
+
+
+def _seen(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {
+            str(tag): datetime.fromisoformat(text).astimezone(UTC).isoformat()
+            for tag, text in content.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not as it should be", cause=str(error), hint="remove it") from None

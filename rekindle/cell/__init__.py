@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cell: the namespaces that a workload runs in, seen from the host.
+
+A cell has its own PIDs, mounts, System V IPC, clocks and, unless told otherwise, network, and a private
+/dev/shm. CRIU runs inside it too, so it sees a plain process tree and dumps no namespace, and one dump
+can be restored many times on one host. docs/adr/0001-cell.md says what each part is for.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rekindle.cell import init
+from rekindle.errors import CapabilityError, RestoreError
+from rekindle.run import TimeoutExpired, spawn
+
+_START_SECONDS = 20.0
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Network(StrEnum):
+    """Whose network a cell has: its own, with nothing but a loopback interface, or the host's."""
+
+    PRIVATE = "private"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clocks:
+    """What CLOCK_MONOTONIC and CLOCK_BOOTTIME read, in nanoseconds."""
+
+    monotonic_ns: int
+    boottime_ns: int
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(
+            monotonic_ns=time.clock_gettime_ns(time.CLOCK_MONOTONIC),
+            boottime_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What to start in a cell.
+
+    `files` are opened inside the cell (0 for reading, others for appending); `fds` are our own
+    descriptors, by the number that the command shall see. Every other descriptor is closed. A workload
+    is what will be snapshotted: it gets the PIDs, the system call filter and the memory layout for it.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: Path
+    files: Mapping[int, Path] = field(default_factory=dict)
+    fds: Mapping[int, int] = field(default_factory=dict)
+    workload: bool = False
+
+
+class Cell:
+    """A running cell. Leaving the context ends every process in it and drops its mounts.
+
+    It also ends when this process dies, even by SIGKILL; so it must be made by a thread that lives as
+    long as the cell shall. Several threads may `connect` at once; the rest is for one.
+    """
+
+    def __init__(self) -> None:
+        """Boots the launcher, which needs some 20 ms; `enter` makes the namespaces."""
+        self._exits: dict[int, int] = {}
+        self._spawned: list[int] = []
+        self._init = 0
+        self._ready = False
+        self._network: int | None = None
+        self.clocks_offset = Clocks(monotonic_ns=0, boottime_ns=0)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = [sys.executable, "-I", "-S", "-B", init.__file__]
+        try:
+            self._launcher = spawn(
+                [*program, str(theirs.fileno()), str(os.getpid())],
+                env={"PATH": os.defpath},
+                pass_fds=[theirs.fileno()],
+                stderr=2,
+            )
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+
+    def enter(self, network: Network, clocks: Clocks | None = None) -> Self:
+        """Makes the namespaces; with `clocks`, time goes on from there. Raises CapabilityError."""
+        self._send(
+            {
+                "op": "enter",
+                "network": network,
+                "monotonic": clocks and clocks.monotonic_ns,
+                "boottime": clocks and clocks.boottime_ns,
+            }
+        )
+        if clocks is not None:
+            now = Clocks.now()
+            self.clocks_offset = Clocks(
+                monotonic_ns=clocks.monotonic_ns - now.monotonic_ns,
+                boottime_ns=clocks.boottime_ns - now.boottime_ns,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while not (self._ready and self._init):  # said by init and by launcher, in either order
+            if not self._receive(deadline - time.monotonic()):
+                raise CapabilityError(
+                    "the cell did not start", hint="see `rekindle doctor` for what this node lacks"
+                )
+        if network is Network.PRIVATE:
+            self._network = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kills all that runs in the cell and waits until the kernel has taken it down. Idempotent."""
+        self._control.close()  # init and launcher take the end of it as their own
+        if self._init:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._init, signal.SIGKILL)
+        else:
+            self._launcher.kill()
+        self._launcher.wait()  # which waits for init, which waits for every process of the namespace
+        self._init = 0
+        if self._network is not None:
+            os.close(self._network)
+            self._network = None
+
+    @property
+    def root(self) -> Path:
+        """The cell's file system tree as the host sees it, private mounts included."""
+        return Path(f"/proc/{self._init}/root")
+
+    @property
+    def init_pid(self) -> int:
+        """The host's PID of the cell's PID 1."""
+        return self._init
+
+    @property
+    def launcher_pid(self) -> int:
+        """The PID of our child, which the cell ends with."""
+        return self._launcher.pid
+
+    def clocks(self) -> Clocks:
+        """What the clocks inside the cell read now."""
+        now = Clocks.now()
+        return Clocks(
+            monotonic_ns=now.monotonic_ns + self.clocks_offset.monotonic_ns,
+            boottime_ns=now.boottime_ns + self.clocks_offset.boottime_ns,
+        )
+
+    def spawn(self, command: Command) -> int:
+        """Starts a command and returns its PID in the cell. A program that is not there exits with 127."""
+        request = {
+            "op": "spawn",
+            "argv": list(command.argv),
+            "env": dict(command.env),
+            "cwd": str(command.cwd),
+            "files": {number: str(path) for number, path in command.files.items()},
+            "fds": list(command.fds),
+            "workload": command.workload,
+        }
+        # In a file: a message has room for some 200 kB, and environments can be larger.
+        with open(os.memfd_create("request"), "w+b", buffering=0) as file:
+            file.write(json.dumps(request).encode())
+            self._send({"op": "spawn"}, [file.fileno(), *command.fds.values()])
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._spawned:
+            if not self._receive(deadline - time.monotonic()):
+                raise CapabilityError(f"the cell did not start {command.argv[0]}")
+        return self._spawned.pop(0)
+
+    def wait(self, pid: int, timeout: float) -> int | None:
+        """The wait status of a process of the cell once it has ended; None if it lives on after `timeout`.
+
+        Works for what `spawn` started and for the root of a restored tree.
+        """
+        deadline = time.monotonic() + timeout
+        while pid not in self._exits:
+            if not self._receive(max(0.0, deadline - time.monotonic())):
+                return None
+        return self._exits[pid]
+
+    def run(self, command: Command, timeout: float) -> int | None:
+        """Runs a command to its end: its exit status as the shell counts, None when time is over."""
+        pid = self.spawn(command)
+        status = self.wait(pid, timeout)
+        if status is None:
+            self.signal(pid, signal.SIGKILL)
+            return None
+        return exit_status(status)
+
+    def signal(self, pid: int, signum: int) -> None:
+        """Sends a signal to a process by its PID in the cell; nothing happens if it is gone."""
+        self._send({"op": "signal", "pid": pid, "signal": signum})
+
+    def fileno(self) -> int:
+        """Readable when something happened in the cell; then call `wait` with a timeout of 0."""
+        return self._control.fileno()
+
+    def connect(self, host: str, port: int, timeout: float) -> socket.socket:
+        """A TCP connection to an address inside the cell. Raises OSError as socket.connect does."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = self.socket(family)
+        try:
+            sock.settimeout(timeout)
+            sock.connect((host, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        """A stream socket that belongs to the cell's network."""
+        if self._network is None:
+            return socket.socket(family, socket.SOCK_STREAM)
+        # setns moves the calling thread only, and a socket stays in the namespace it was made in.
+        ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(self._network)
+            try:
+                return socket.socket(family, socket.SOCK_STREAM)
+            finally:
+                _setns(ours)
+        finally:
+            os.close(ours)
+
+    def _send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+        try:
+            socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
+        except (BrokenPipeError, ConnectionResetError):
+            self._receive(0.0)
+            raise self._ended() from None
+
+    def _ended(self) -> RestoreError:
+        """The error for a cell that came to its end by itself."""
+        try:
+            cause = f"its launcher ended with status {self._launcher.wait(_START_SECONDS)}"
+        except TimeoutExpired:
+            cause = "its init closed the connection"
+        return RestoreError("the cell has ended", cause=cause, hint="was it killed, by lack of memory?")
+
+    def _receive(self, timeout: float) -> bool:
+        """Takes in one message; False if none came in time."""
+        self._control.settimeout(max(timeout, 0.000001))
+        try:
+            content = self._control.recv(init.MESSAGE_BYTES)
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            content = b""
+        if not content:
+            raise self._ended()
+        match json.loads(content):
+            case {"exited": int(pid), "status": int(status)}:
+                self._exits[pid] = status
+            case {"spawned": int(pid)}:
+                self._exits.pop(pid, None)
+                self._spawned.append(pid)
+            case {"init": int(pid)}:
+                self._init = pid
+            case {"ready": True}:
+                self._ready = True
+            case {"error": str(cause)}:
+                raise CapabilityError(
+                    "this node does not let us make a cell",
+                    cause=cause,
+                    hint="run as root (CAP_SYS_ADMIN) on Linux 5.6 or newer; `rekindle doctor` tells more",
+                )
+        return True
+
+
+def exit_status(wait_status: int) -> int:
+    """A wait status as the shell counts: the exit status, or 128 + the signal's number."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return code if code >= 0 else 128 - code
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, init.CLONE_NEWNET) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"setns: {os.strerror(number)}")

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PID 1 of a cell, and the launcher in front of it. A program of its own: `rekindle/cell` starts it.
+
+It runs by path under `python -I -S`, imports the standard library only and stays small, since it lives
+as long as the server does.
+
+    rekindle ── launcher ── init (PID 1 of the cell) ─┬─ workload, or the tree that CRIU restored
+                                                      └─ criu, while it dumps or restores
+
+rekindle talks to it over one SOCK_SEQPACKET socket, a JSON object a message:
+
+    to init                                                  from init
+    {"op": "enter", "network", "monotonic", "boottime"}      {"init": PID on the host}, {"ready": true}
+    {"op": "spawn"} + a file with {"argv", "env", "cwd",
+     "files", "fds", "workload"}, descriptors for "fds"      {"spawned": PID}
+    {"op": "signal", "pid", "signal"}                        -
+    -                                                        {"exited": PID, "status": wait status}
+    -                                                        {"error": text}
+
+The end of the socket is the end of the cell: when rekindle dies, so does init, and with it the kernel
+ends every process of its PID namespace and drops its mounts.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from select import POLLIN, poll
+
+CLONE_NEWTIME = 0x00000080
+CLONE_NEWNS = 0x00020000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+NVIDIA = "/proc/driver/nvidia"
+
+PR_SET_PDEATHSIG = 1
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+ADDR_NO_RANDOMIZE = 0x0040000
+
+# Room below the workload's first PID for init and for CRIU, so that neither takes a recorded PID.
+FIRST_WORKLOAD_PID = 1001
+
+MESSAGE_BYTES = 1 << 20
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> None:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def die_with_parent(parent: int) -> None:
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    check(
+        libc.mount(
+            source.encode(),
+            target.encode(),
+            None if kind is None else kind.encode(),
+            ctypes.c_ulong(flags),
+            None if data is None else data.encode(),
+        ),
+        f"mount {target}",
+    )
+
+
+def launch(control: socket.socket, parent: int) -> int:
+    """Makes the namespaces and the init within; waits for init's end and returns a status."""
+    die_with_parent(parent)
+    request = json.loads(control.recv(MESSAGE_BYTES) or b"{}")
+    if request.get("op") != "enter":
+        return 1
+    flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWTIME
+    if request["network"] == "private":
+        flags |= CLONE_NEWNET
+    check(libc.unshare(flags), "unshare")
+    for clock in ("monotonic", "boottime"):
+        if (target_ns := request[clock]) is not None:
+            set_clock(clock, target_ns)
+    pid = os.fork()
+    if pid == 0:
+        run_init(control, private_network=bool(flags & CLONE_NEWNET))
+    send(control, {"init": pid})
+    control.close()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def set_clock(name: str, target_ns: int) -> None:
+    """Makes a clock read `target_ns` from now on in the time namespace that our children will enter.
+
+    /proc/self/timens_offsets counts from the initial namespace, so an offset that we live in ourselves
+    is added.
+    """
+    clock = {"monotonic": 1, "boottime": 7}[name]
+    with open("/proc/self/timens_offsets") as file:
+        present = {fields[0]: int(fields[1]) * 10**9 + int(fields[2]) for fields in map(str.split, file)}
+    seconds, nanoseconds = divmod(present[name] + target_ns - read_clock(clock), 10**9)
+    with open("/proc/self/timens_offsets", "w") as file:
+        file.write(f"{name} {seconds} {nanoseconds}\n")
+
+
+def read_clock(clock: int) -> int:
+    import time
+
+    return time.clock_gettime_ns(clock)
+
+
+def run_init(control: socket.socket, *, private_network: bool) -> None:
+    try:
+        # getppid() is 0 here, since the launcher lives outside the namespace: ask only for the signal.
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
+        shown = open_own_mount(NVIDIA)
+        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        if shown >= 0:
+            mount(f"/proc/self/fd/{shown}", NVIDIA, None, MS_BIND | MS_REC)
+            os.close(shown)
+        mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
+        if private_network:
+            raise_loopback()
+        serve(control)
+    except OSError as error:
+        send(control, {"error": str(error)})
+    os._exit(1)
+
+
+def open_own_mount(path: str) -> int:
+    """A descriptor of a directory of /proc that something else is mounted on, or -1. NVIDIA's container
+    runtime puts one there that shows the container its own GPUs only; a new /proc would show all."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    with os.scandir("/proc") as proc:
+        if os.fstat(fd).st_dev == next(proc).stat().st_dev:
+            os.close(fd)
+            return -1
+    return fd
+
+
+def raise_loopback() -> None:
+    siocgifflags, siocsifflags, iff_up = 0x8913, 0x8914, 1
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sH14x", b"lo", 0)
+        flags = struct.unpack("16sH14x", fcntl.ioctl(sock, siocgifflags, request))[1]
+        fcntl.ioctl(sock, siocsifflags, struct.pack("16sH14x", b"lo", flags | iff_up))
+
+
+def serve(control: socket.socket) -> None:
+    """Answers rekindle and reaps, until rekindle is gone."""
+    wake_reader, wake_writer = os.pipe()
+    os.set_blocking(wake_writer, False)
+    os.set_blocking(wake_reader, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_writer)
+    poller = poll()
+    poller.register(control, POLLIN)
+    poller.register(wake_reader, POLLIN)
+    send(control, {"ready": True})
+    while True:
+        ready = [fd for fd, _ in poller.poll()]
+        if wake_reader in ready:
+            os.read(wake_reader, 4096)
+        if control.fileno() in ready:
+            message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 16)
+            if not message:
+                return
+            answer(control, json.loads(message), fds)
+        reap(control)
+
+
+def reap(control: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        send(control, {"exited": pid, "status": status})
+
+
+def answer(control: socket.socket, request: dict, fds: list) -> None:  # type: ignore[type-arg]
+    match request["op"]:
+        case "spawn":
+            content, *rest = fds
+            with open(content, "rb") as file:
+                file.seek(0)
+                pid = spawn(json.load(file), rest)
+            for fd in rest:
+                os.close(fd)
+            send(control, {"spawned": pid})
+        case "signal":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(request["pid"], request["signal"])
+
+
+def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
+    if request["workload"]:
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+            file.write(str(FIRST_WORKLOAD_PID - 1))
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.chdir(request["cwd"])
+        os.setsid()
+        open_files(request["files"], dict(zip(request["fds"], fds, strict=True)))
+        signal.set_wakeup_fd(-1)
+        for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(signum, signal.SIG_DFL)
+        if request["workload"]:
+            deny_io_uring()
+            check(libc.personality(ADDR_NO_RANDOMIZE), "personality")
+        os.execvpe(request["argv"][0], request["argv"], request["env"])  # noqa: S606
+    except OSError as error:
+        os.write(2, f"{request['argv'][0]}: {error}\n".encode())
+    os._exit(127)
+
+
+def open_files(paths: dict, received: dict) -> None:  # type: ignore[type-arg]
+    """Gives the process its descriptors, all others closed.
+
+    0, 1 and 2 of a workload are opened here, inside the cell: CRIU cannot dump a descriptor whose mount
+    is not in its own mount namespace.
+    """
+    # Out of the way first: a received descriptor may have the number that another is to get.
+    moved = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for target, fd in received.items()}
+    for target, path in paths.items():
+        flags = os.O_RDONLY if int(target) == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        moved[int(target)] = fcntl.fcntl(os.open(path, flags, 0o644), fcntl.F_DUPFD_CLOEXEC, 64)
+    for target, fd in moved.items():
+        os.dup2(fd, target)
+    first = 0
+    for target in [*sorted(moved), os.sysconf("SC_OPEN_MAX")]:
+        if first < target:  # closerange(0, 0) closes every descriptor there is (CPython 3.11)
+            os.closerange(first, target)
+        first = target + 1
+
+
+def deny_io_uring() -> None:
+    """Makes io_uring_setup answer ENOSYS, so that uvloop and libuv fall back to epoll.
+
+    CRIU cannot dump an io_uring; a filter needs no setting on the host, is inherited by every child,
+    and CRIU 4.2.1 dumps and restores it.
+    """
+    load_word, jump_if_equal, give = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET
+    io_uring_setup, enosys = 425, 38  # the same number on every architecture
+    allow, errno_action = 0x7FFF0000, 0x00050000
+    program = b"".join(
+        struct.pack("HBBI", *instruction)
+        for instruction in (
+            (load_word, 0, 0, 0),
+            (jump_if_equal, 0, 1, io_uring_setup),
+            (give, 0, 0, errno_action | enosys),
+            (give, 0, 0, allow),
+        )
+    )
+    code = ctypes.create_string_buffer(program)
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "prctl(PR_SET_SECCOMP)")
+
+
+def send(control: socket.socket, message: dict) -> None:  # type: ignore[type-arg]
+    try:
+        control.send(json.dumps(message).encode())
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(1)
+
+
+def main() -> int:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        return launch(control, parent=int(sys.argv[2]))
+    except OSError as error:
+        send(control, {"error": str(error)})
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU: found, tried, and called, always inside a cell."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle.cell import Cell, Command, Network
+from rekindle.criu import amx
+from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
+from rekindle.files import write_atomically
+from rekindle.home import Home
+from rekindle.os_errors import full_disk
+
+# The GPU processes that we are made for take longer than CRIU's ten seconds to come to rest.
+_TIMEOUT_SECONDS = 600
+# How large a deleted file may be that is still open and so becomes part of the dump. CRIU's is 1 MiB.
+GHOST_LIMIT_BYTES = 1 << 30
+_PROBE_SECONDS = 20.0
+_LEFTOVER_SECONDS = 0.1
+_INSTALL_HINT = "`hack/get-criu` installs a CRIU that works, or set REKINDLE_CRIU to yours"
+
+_COMMON = [
+    "--tcp-established",  # a server's parts talk to each other over loopback
+    "--ext-unix-sk",  # a datagram socket may be connected to the outside, as /dev/log is
+    "--link-remap",  # semaphores and shared memory are unlinked while in use
+    "--file-locks",  # compilers lock their caches
+    "--manage-cgroups=ignore",  # the workload belongs to the cgroup of whoever restores it
+    "--network-lock=skip",  # nothing reaches into a private network, so nothing can race
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criu:
+    """A CRIU that was tried and works on this kernel."""
+
+    path: Path
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A CRIU that was found. `lack` says what went wrong when it was tried; empty: it works."""
+
+    path: Path
+    version: str
+    lack: str
+
+
+def find(home: Home) -> Criu:
+    """The first CRIU that works: `$REKINDLE_CRIU`, one on PATH, one installed by hack/get-criu.
+
+    That one works is remembered until it or the kernel changes; that one does not is tried every time.
+    Raises CapabilityError if there is none.
+    """
+    known = home.tools / "criu-that-work.json"
+    remembered = _read_known(known)
+    tried = []
+    for path in _paths():
+        identity = _identity(path)
+        if identity in remembered:
+            return Criu(path=path, version=remembered[identity])
+        candidate = _try(home, path)
+        if not candidate.lack:
+            write_atomically(known, json.dumps({**remembered, identity: candidate.version}).encode())
+            return Criu(path=path, version=candidate.version)
+        tried.append(candidate)
+    if not tried:
+        raise CapabilityError("there is no CRIU on this machine", hint=_INSTALL_HINT)
+    last = tried[-1]
+    raise CapabilityError(
+        f"CRIU {last.version} ({last.path}) does not work on kernel {platform.release()}",
+        cause=last.lack,
+        hint=_INSTALL_HINT,
+    )
+
+
+def candidates(home: Home) -> Iterator[Candidate]:
+    """Every CRIU that can be found, each tried now."""
+    return (_try(home, path) for path in _paths())
+
+
+def _paths() -> list[Path]:
+    if chosen := os.environ.get("REKINDLE_CRIU"):
+        return [Path(chosen).absolute()]
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    prefix = os.environ.get("REKINDLE_PREFIX") or str(Path(cache, "rekindle"))
+    found = [shutil.which("criu"), shutil.which("criu", path=f"{prefix}/bin")]
+    return [Path(path).absolute() for path in dict.fromkeys(found) if path]
+
+
+def _identity(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {status.st_size} {status.st_mtime_ns} on {platform.release()}"
+
+
+def _read_known(path: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return {str(key): str(version) for key, version in json.loads(path.read_bytes()).items()}
+    return {}
+
+
+def _try(home: Home, path: Path) -> Candidate:
+    """Dumps and restores a small process with threads and a TCP listener."""
+    from rekindle.run import run
+
+    try:
+        match = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
+    except OSError as error:
+        return Candidate(path=path, version="unknown", lack=str(error))
+    version = match[1] if match else "unknown"
+    if os.geteuid() != 0:
+        raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
+    lack = ""
+    try:
+        with home.work("probe") as directory:
+            _round_trip(Criu(path=path, version=version), directory)
+    except (DumpError, RestoreError) as error:
+        lack = f"{error.message}: {error.cause}"
+    return Candidate(path=path, version=version, lack=lack)
+
+
+_PROBE_PORT = 1234
+_PROBE_PROGRAM = f"""
+import socket, threading
+for _ in range(3):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+server = socket.create_server(("127.0.0.1", {_PROBE_PORT}))
+asked = 0
+while True:
+    peer = server.accept()[0]
+    asked += 1
+    peer.sendall(str(asked).encode())
+    peer.close()
+"""
+
+
+def _round_trip(criu: Criu, directory: Path) -> None:
+    log = directory / "log"
+    program = Command(
+        argv=[sys.executable, "-I", "-S", "-c", _PROBE_PROGRAM],
+        env={},
+        cwd=Path("/"),
+        files={0: Path(os.devnull), 1: log, 2: log},
+        workload=True,
+    )
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        pid = cell.spawn(program)
+        _expect(_ask(cell), b"1")
+        dump(criu, cell, pid, directory, timeout=_PROBE_SECONDS)
+        clocks = cell.clocks()
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE, clocks)
+        restore(criu, cell, directory, timeout=_PROBE_SECONDS)
+        _expect(_ask(cell), b"2")
+
+
+def _ask(cell: Cell) -> bytes:
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while True:
+        try:
+            with cell.connect("127.0.0.1", _PROBE_PORT, timeout=1.0) as sock:
+                return sock.recv(16, socket.MSG_WAITALL)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RestoreError("the process restored as a trial does not answer") from error
+            time.sleep(0.01)
+
+
+def _expect(got: bytes, wanted: bytes) -> None:
+    if got != wanted:
+        raise RestoreError(f"the process restored as a trial answers {got!r} and not {wanted!r}")
+
+
+def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+    """Dumps the tree below a process of the cell into a directory, and ends it.
+
+    Raises DumpError; the tree runs on then, unless CRIU had to be killed.
+    """
+    argv = [
+        str(criu.path),
+        "dump",
+        f"--tree={pid}",
+        f"--images-dir={directory}",
+        "--log-file=dump.log",
+        "-v2",
+        f"--timeout={int(timeout)}",
+        f"--ghost-limit={GHOST_LIMIT_BYTES}",
+        *_COMMON,
+    ]
+    _call(cell, argv, directory, "dump.log", timeout, {}, DumpError("CRIU could not dump the server"))
+
+
+def restore(
+    criu: Criu,
+    cell: Cell,
+    directory: Path,
+    *,
+    inherit: Mapping[Path, int] | None = None,
+    log_directory: Path | None = None,
+    home: Home | None = None,
+    timeout: float = _TIMEOUT_SECONDS,
+) -> None:
+    """Restores a dump in a cell; its root becomes a child of the cell's init.
+
+    `inherit` names files that the tree had open, and our descriptors that it gets in their place.
+    Raises RestoreError; what was restored by then is gone with the cell.
+    """
+    log_directory = log_directory or directory
+    fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}
+    argv = [
+        str(criu.path),
+        "restore",
+        f"--images-dir={directory}",
+        f"--work-dir={log_directory}",
+        "--log-file=restore.log",
+        os.environ.get(
+            "CRIUV", "-v1"
+        ),  # every further level costs time: a vLLM tree logs 30,000 lines at -v4
+        "--restore-detached",
+        *_COMMON,
+    ]
+    for number, path in enumerate(inherit or {}):
+        argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
+    env = amx.environment(home.tools) if home else {}
+    failure = RestoreError("CRIU could not restore the server")
+    _call(cell, argv, log_directory, "restore.log", timeout, env, failure, fds)
+
+
+def _call(
+    cell: Cell,
+    argv: Sequence[str],
+    log_directory: Path,
+    log_name: str,
+    timeout: float,
+    env: Mapping[str, str],
+    failure: RekindleError,
+    fds: Mapping[int, int] | None = None,
+) -> None:
+    output = log_directory / "criu.out"
+    command = Command(
+        argv=argv,
+        env={"PATH": os.environ.get("PATH", os.defpath), **env},
+        cwd=Path("/"),
+        files={0: Path(os.devnull), 1: output, 2: output},
+        fds=fds or {},
+    )
+    status = cell.run(command, timeout)
+    if status == 0:
+        return
+    log = log_directory / log_name
+    cause = errors_in(log) or errors_in(output, every_line=True)
+    if status is None:
+        cause = f"not done after {timeout:.0f} s. {cause}"
+    if "No space left on device" in cause:
+        raise full_disk(log_directory, cause=cause)
+    failure.cause, failure.log, failure.command = cause, log, tuple(argv)
+    raise failure
+
+
+def remove_leftovers() -> None:
+    """Removes the directories that a killed CRIU leaves in /tmp. For when a command of ours was killed.
+
+    Where /run is no tmpfs, CRIU looks at every start what the kernel can do, and makes such a directory for
+    some milliseconds. One that stays longer, and is empty, belongs to nobody any more.
+    """
+    found = list(Path("/tmp").glob(".criu.*"))  # noqa: S108 - CRIU's choice
+    if found:
+        time.sleep(_LEFTOVER_SECONDS)
+    for path in found:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def errors_in(log: Path, *, every_line: bool = False, limit: int = 5) -> str:
+    """The first error lines of a CRIU log, or the lines at all; "" if there are none."""
+    try:
+        with open(log, errors="replace") as file:
+            # What CRIU says of rlimits is harmless, and the first thing it says where it may not set them.
+            lines = [
+                line.strip()
+                for line in file
+                if (every_line or "Error" in line) and "Can't setup RLIMIT_NOFILE for self" not in line
+            ]
+    except OSError:
+        return ""
+    return "; ".join(lines[:limit])

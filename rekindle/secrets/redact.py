@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must not get into a record: values whose names say that they are secrets, and tokens by their form.
+
+`command_secrets` and `environment_secrets` give what is hidden by name, so that it can be searched for
+elsewhere: see snapshot/secret_search.py.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rekindle.secrets import forms
+
+HIDDEN = forms.HIDDEN.decode()
+
+_WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|COOKIE)[\w.-]*"
+_NAME = re.compile(_WORD, re.IGNORECASE)
+# Not --max-num-batched-tokens and its like; but MINIO_SECRET_KEY.
+_COUNTS = r"(?:max|min|num|long)[-_]"
+_COUNT = re.compile(_COUNTS, re.IGNORECASE)
+_OPTION_WORD = rf"--(?!{_COUNTS}){_WORD}"
+_OPTION = re.compile(_OPTION_WORD, re.IGNORECASE)
+# Takes no value: what follows --return-tokens-as-token-ids is the model.
+_FLAG = re.compile(r"--(?:enable|disable|return|allow|skip|include|no)[-_]", re.IGNORECASE)
+# A whole argument is a value to its end; in a shell's command, up to the next option or word.
+_ARGUMENT = re.compile(rf"({_OPTION_WORD}|{_WORD})=(.*)", re.IGNORECASE | re.DOTALL)
+_ASSIGNMENT = re.compile(rf"(?<![\w-])({_OPTION_WORD}|(?!-){_WORD})=(\S*)", re.IGNORECASE)
+_OPTION_IN_TEXT = re.compile(rf"(({_OPTION_WORD})\s+)((?!--)(?:(?!\s--).)+)", re.IGNORECASE)
+# user:password, in which a password may hold what it should not; or a name or token alone.
+_USER_INFO = re.compile(r"(?<=://)(?:[^\s/@]*:\S*|[^\s/@]+)@")
+_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:([^\s/@]+)@")
+_LOOSE_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:(?!\d{1,5}/)(\S+)@")
+_OPTION_NAME = re.compile(r"--[\w.-]{1,80}")
+_SHELL_ENDS = re.compile(r"[;&|<>()]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """A value that is hidden, under the name of its variable or option.
+
+    `by_name`: for its name alone, so it may be none. A URL's password and a token by its form are one.
+    """
+
+    name: str
+    value: str
+    by_name: bool
+
+
+def sounds_secret(name: str) -> bool:
+    """Whether a name says that its value is a secret."""
+    return _NAME.search(name) is not None and _COUNT.match(name) is None
+
+
+def redact_environment(environment: Mapping[str, str], hide: Collection[str] = ()) -> dict[str, str]:
+    """The environment without such variables, without user and password in URLs, tokens, and `hide`."""
+    return {
+        name: _redact_text(value, hide)
+        for name, value in sorted(environment.items())
+        if not sounds_secret(name)
+    }
+
+
+def redact_command(argv: Sequence[str], hide: Collection[str] = ()) -> list[str]:
+    """The command with the values of such options and variables replaced, and tokens, and `hide`.
+
+    An option may take many values (vLLM's --api-key does), so all go up to the next option.
+    """
+    return _read_command(argv, hide, [])
+
+
+def environment_secrets(environment: Mapping[str, str]) -> list[Secret]:
+    """The values that a name, the form of a token or the syntax of a URL tells to be secrets."""
+    found = []
+    for name, value in environment.items():
+        if sounds_secret(name):
+            found.append(Secret(name=name, value=value, by_name=True))
+        found += _by_form(name, value)
+    return found
+
+
+def command_secrets(argv: Sequence[str]) -> list[Secret]:
+    """The same of a command. The name is that of the option or variable, or `argument`."""
+    found: list[Secret] = []
+    _read_command(argv, (), found)
+    return found
+
+
+def _read_command(argv: Sequence[str], hide: Collection[str], found: list[Secret]) -> list[str]:
+    """The command as it may be shown; what is not shown is added to `found`."""
+    out: list[str] = []
+    hiding = ""
+    last = ""
+    for word in argv:
+        if word.startswith("--"):
+            hiding = word if _OPTION.fullmatch(word) and not _FLAG.match(word) else ""
+            last = word.partition("=")[0]
+        elif hiding:
+            found.append(Secret(name=hiding, value=word, by_name=True))
+            found += _by_form(hiding, word)
+            out.append(HIDDEN)
+            continue
+        if whole := _ARGUMENT.fullmatch(word):
+            found += _values(whole[1], whole[2])
+            found += _by_form(whole[1], whole[2])
+            out.append(f"{whole[1]}={HIDDEN}")
+            continue
+        name = last if _OPTION_NAME.fullmatch(last) else "argument"
+        found += _by_form(name, word)
+        for each in _ASSIGNMENT.finditer(word):
+            found += _values(each[1], each[2])
+        shown = _ASSIGNMENT.sub(rf"\1={HIDDEN}", word)
+        for each in _OPTION_IN_TEXT.finditer(shown):
+            found += [Secret(name=each[2], value=value, by_name=True) for value in _shell_words(each[3])]
+        shown = _OPTION_IN_TEXT.sub(rf"\1{HIDDEN}", shown)
+        out.append(_redact_text(shown, hide))
+    return out
+
+
+def _values(name: str, text: str) -> Iterator[Secret]:
+    """A value, and its first word: a shell's command may go on after it."""
+    yield Secret(name=name, value=text, by_name=True)
+    if words := _shell_words(text):
+        yield Secret(name=name, value=words[0], by_name=True)
+
+
+def _by_form(name: str, text: str) -> Iterator[Secret]:
+    """Tokens and the passwords of URLs in a text."""
+    for value in (*forms.tokens_in(text), *_passwords(text)):
+        yield Secret(name=name, value=value, by_name=False)
+
+
+def _shell_words(text: str) -> list[str]:
+    """The words that a shell makes of a text, up to one of its operators."""
+    import shlex
+
+    try:
+        words = shlex.split(text)
+    except ValueError:  # an open quote
+        words = [word.strip("\"'") for word in text.split()]
+    out = []
+    for word in words:
+        end = _SHELL_ENDS.search(word)
+        if kept := word[: end.start()] if end else word:
+            out.append(kept)
+        if end:
+            break
+    return [word for word in out if HIDDEN not in word]
+
+
+def _passwords(text: str) -> Iterator[str]:
+    """The passwords of URLs, as they stand there and decoded."""
+    if "://" not in text:
+        return
+    from urllib.parse import unquote
+
+    for password in _PASSWORD.findall(text) or _LOOSE_PASSWORD.findall(text):
+        yield from {password, unquote(password)}
+
+
+def _redact_text(text: str, hide: Collection[str]) -> str:
+    text = _USER_INFO.sub(f"{HIDDEN}@", text)
+    for value in sorted(hide, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return forms.hide_tokens(text)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a snapshot's process can run on this node, and its kernel cache be used: field by field.
+
+Pure but for `look`. What each difference means, restore/decide/rules.py says.
+"""
+
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.gpu import Gpu
+from rekindle.node.mapped import MappedFile, difference, in_words
+from rekindle.node.packages import release
+from rekindle.record import Record
+from rekindle.report import Reason
+from rekindle.secrets.redact import redact_command
+from restore.decide.abilities import Abilities
+from restore.decide.rules import reason_for
+
+_ADDRESS = ("--host", "--port")
+
+
+def process(
+    record: Record,
+    node: Fingerprint,
+    abilities: Abilities,
+    different: Mapping[str, str],
+    command: Sequence[str] | None = None,
+) -> list[Reason]:
+    """What keeps the process from running here. `different` says of recorded files what is here instead;
+    `command` is the one that the process shall stand in for, if one was given."""
+    recorded = record.node
+    return [
+        *_command(record, command),
+        *_equal("architecture", "architecture", recorded.architecture, node.architecture),
+        *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
+        *_features("cpu-feature", recorded, node),
+        *_equal("cpu-vendor", "processor's vendor", recorded.cpu_vendor, node.cpu_vendor),
+        *_bits("xsave", "extended states", recorded.xsave, node.xsave),
+        *_bits("capabilities", "capabilities", recorded.capabilities, node.capabilities),
+        *_kernel(recorded.kernel, node.kernel),
+        *_equal("libc", "C library", recorded.libc, node.libc),
+        *_lacks(abilities, record),
+        *_gpus(record, node),
+        *(
+            reason_for("rootfs-file", file.path, in_words(file), different[file.path])
+            for file in record.mapped_files
+            if file.path in different
+        ),
+        *(
+            reason_for(
+                "model-reloaded" if record.reloads else "model-file", path, f"{size:,} bytes", different[path]
+            )
+            for path, size in model_files(record)
+            if path in different
+        ),
+    ]
+
+
+def model_files(record: Record) -> Iterator[tuple[str, int]]:
+    """The files of a model that lay in a directory: path, size in bytes."""
+    model, files = record.weights.get("model"), record.weights.get("files")
+    if isinstance(model, str) and model.startswith("/") and isinstance(files, list):
+        for file in files:
+            match file:
+                case {"name": str(name), "size": int(size)}:
+                    yield f"{model}/{name}", size
+
+
+def look(record: Record) -> dict[str, str]:
+    """What is here instead of the files that a snapshot depends on, by path; only of those that differ."""
+    found = {file.path: what for file in record.mapped_files if (what := difference(file))}
+    for path, size in model_files(record):
+        if what := difference(MappedFile(path=path, size=size)):
+            found[path] = what
+    return found
+
+
+def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
+    """Which GPU here takes the place of which recorded one, by UUID; empty if they are the same.
+
+    Those that are on both sides keep their places, the rest follow by position. If there are as many here as
+    there, all of a node's are named: a map of those that CUDA_VISIBLE_DEVICES left to the process was refused
+    (NVIDIA/cuda-python#1983).
+    """
+    held = list(record.process.gpus)
+    here = [gpu.uuid for gpu in node.devices.gpus]
+    if all(uuid in here for uuid in held):
+        return {}
+    recorded = [gpu.uuid for gpu in record.node.devices.gpus]
+    if len(recorded) != len(here) or not set(held) <= set(recorded):
+        recorded = held
+    free = [uuid for uuid in here if uuid not in recorded]
+    return {uuid: uuid if uuid in here else free.pop(0) for uuid in recorded if uuid in here or free}
+
+
+def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Reason]:
+    """A difference; what was not recorded, or cannot be told here, is none."""
+    if recorded != here and recorded != "" and here != "":
+        yield reason_for(code, name, recorded, here)
+
+
+def _command(record: Record, command: Sequence[str] | None) -> Iterator[Reason]:
+    if command is not None and not same_command(record.command, command):
+        yield reason_for("command", "command", " ".join(record.command), " ".join(redact_command(command)))
+
+
+def same_command(recorded: Sequence[str], given: Sequence[str]) -> bool:
+    """Whether two commands start the same server, be it at another address or by another path."""
+    return plain_command(recorded) == plain_command(redact_command(given))
+
+
+def plain_command(command: Sequence[str]) -> list[str]:
+    """A command without its address, and its program without the path."""
+    found = []
+    skip = False
+    for number, word in enumerate(command):
+        if skip:
+            skip = False
+        elif word in _ADDRESS:
+            skip = True
+        elif not word.startswith(tuple(f"{option}=" for option in _ADDRESS)):
+            found.append(posixpath.basename(word) if number == 0 else word)
+    return found
+
+
+def _features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Reason]:
+    if missing := recorded.cpu_features - here.cpu_features:
+        missing_here = f"missing on {here.cpu_model}"
+        yield reason_for(code, "processor features", " ".join(sorted(missing)), missing_here)
+
+
+def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Reason]:
+    """What is recorded and missing here, a bit each. More bits than recorded do no harm; none at all are not
+    known."""
+    if recorded & ~here and here:
+        yield reason_for(code, name, f"{recorded:#x}", f"{here:#x}")
+
+
+def _kernel(recorded: str, here: str) -> Iterator[Reason]:
+    if recorded != here:
+        older = release(here) < release(recorded)
+        yield reason_for("kernel-older" if older else "kernel", "kernel", recorded, here)
+
+
+def _lacks(abilities: Abilities, record: Record) -> Iterator[Reason]:
+    for code, lack in abilities.lacks.items():
+        if code != "cuda" or record.process.gpus:
+            yield reason_for(code, code, "", lack)
+    if abilities.criu is not None and release(abilities.criu.version) < release(record.criu_version):
+        yield reason_for("criu-version", "CRIU", record.criu_version, abilities.criu.version)
+
+
+def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
+    """Only of the GPUs that the process held: what else is in a node is nothing to it."""
+    if not record.process.gpus:
+        return
+    held = _held(record)
+    here = node.devices.gpus
+    if any(gpu.vendor != "nvidia" for gpu in held):
+        yield reason_for("gpu-unsupported", "GPU", held[0].name, _models(here))
+        return
+    if node.devices.lack:
+        yield reason_for("gpu-probe", "GPUs", _models(held), node.devices.lack)
+        return
+    if len(here) not in {len(record.process.gpus), len(record.node.devices.gpus)}:
+        yield reason_for("gpu-count", "GPUs", _models(held) or len(record.process.gpus), _models(here))
+    places = device_map(record, node) or {gpu.uuid: gpu.uuid for gpu in held}
+    by_uuid = {gpu.uuid: gpu for gpu in here}
+    pairs = [(gpu, by_uuid[places[gpu.uuid]]) for gpu in held if places.get(gpu.uuid) in by_uuid]
+    yield from _unequal("gpu-model", pairs, lambda gpu: f"{gpu.name} ({gpu.arch})", lambda a, b: a == b)
+    yield from _unequal(
+        "gpu-memory",
+        pairs,
+        lambda gpu: f"{gpu.memory_bytes / (1 << 30):.1f} GiB",
+        lambda a, b: _gib(b) >= _gib(a),
+    )
+    yield from _unequal("gpu-ecc", pairs, lambda gpu: "on" if gpu.ecc else "off", lambda a, b: a == b)
+    yield from _unequal("gpu-uuid", pairs, lambda gpu: gpu.uuid, lambda a, b: a == b)
+    yield from _either("mig", any(gpu.mig for gpu in held), any(gpu.mig for gpu in here))
+    yield from _either("mps", record.node.devices.mps, node.devices.mps)
+    if len(held) > 1:
+        was, now = " ".join(record.node.devices.links), " ".join(node.devices.links)
+        yield from _equal("gpu-topology", "links between the GPUs", was, now)
+    was, now = record.node.devices.driver, node.devices.driver
+    if was != now:
+        same_branch = was.partition(".")[0] == now.partition(".")[0]
+        yield reason_for("driver-version" if same_branch else "driver", "driver", was, now or "none")
+
+
+def _held(record: Record) -> list[Gpu]:
+    """The GPUs that the process held."""
+    return [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
+
+
+def _either(code: str, recorded: bool, here: bool) -> Iterator[Reason]:
+    """What must be off on both sides."""
+    if recorded or here:
+        yield reason_for(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
+
+
+def _unequal(
+    code: str,
+    pairs: Sequence[tuple[Gpu, Gpu]],
+    shown: Callable[[Gpu], str],
+    fits: Callable[[str, str], bool],
+) -> Iterator[Reason]:
+    """The first pair of GPUs that differ in something."""
+    for recorded, here in pairs:
+        if not fits(shown(recorded), shown(here)):
+            yield reason_for(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))
+            return
+
+
+def _gib(text: str) -> float:
+    return float(text.partition(" ")[0])
+
+
+def _models(gpus: Sequence[Gpu]) -> str:
+    counts = Counter(gpu.name for gpu in gpus)
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

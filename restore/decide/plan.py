@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restore will do: the rungs in order, why one is not taken, what each fetches and how long it takes.
+
+Pure and total: the same facts give the same plan, and every set of facts gives one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rekindle.engine.caches import is_within
+from rekindle.errors import CapabilityError, MismatchError
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.report import Reason, Rung
+from rekindle.secrets.redact import HIDDEN
+from restore.decide import match_cache, match_process
+from restore.decide.abilities import Abilities
+from restore.decide.rules import Strictness, reason_for
+
+if TYPE_CHECKING:
+    from oci.cache.image import CacheImage
+    from oci.image import Image
+
+SCHEMA = "rekindle.plan/1"
+
+# For estimates, on the slow side of what was measured; deadlines leave room above them.
+_FETCH_BYTES_PER_SECOND = 100e6
+_UNPACK_BYTES_PER_SECOND = 500e6
+_RESTORE_BYTES_PER_SECOND = 1.5e9
+_RESTORE_SECONDS = 0.6
+_DEADLINE_FACTOR = 5.0
+_DEADLINE_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """All that a plan depends on.
+
+    `image` is None if it could not be reached, which `unreached` then says why. `cache` is None if the image
+    has none, or if nobody has looked at it yet (`cache_unread`). `different` is what `match.look` gives.
+    `local`: nothing has to be fetched; `unpacked`: the dump is ready on this node. `given` is the command
+    that the user gave, if any; without one, a lower rung starts the recorded command.
+    """
+
+    node: Fingerprint
+    abilities: Abilities
+    image: "Image | None" = None
+    unreached: Reason | None = None
+    cache: "CacheImage | None" = None
+    cache_unread: bool = False
+    different: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    local: bool = False
+    unpacked: bool = False
+    given: Sequence[str] | None = None
+
+    @property
+    def command(self) -> Sequence[str] | None:
+        """What a lower rung starts; None if nobody says."""
+        if self.given:
+            return self.given
+        recorded = self.image.record.command if self.image else ()
+        return recorded if recorded and not any(HIDDEN in word for word in recorded) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One rung: whether it can be taken, and if so what it fetches, about how long it takes until the server
+    answers (None: nobody knows), and how long it may take until the server has been started.
+
+    `roots` are the names of the roots of the kernel cache that it needs.
+    """
+
+    rung: Rung
+    reasons: Sequence[Reason]
+    fetch_bytes: int = 0
+    seconds: float | None = None
+    deadline_seconds: float | None = None
+    roots: Sequence[str] = ()
+
+    @property
+    def possible(self) -> bool:
+        return not any(reason.hard for reason in self.reasons)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rung": self.rung,
+            "possible": self.possible,
+            "fetch_bytes": self.fetch_bytes,
+            "expected_seconds": self.seconds and round(self.seconds, 1),
+            "deadline_seconds": self.deadline_seconds and round(self.deadline_seconds, 1),
+            "reasons": [reason.to_json() for reason in self.reasons],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The rungs from the one that was asked for down to the cold start, in the order to be tried."""
+
+    asked: Rung
+    steps: Sequence[Step]
+    device_map: Mapping[str, str]
+
+    @property
+    def first(self) -> Step | None:
+        """The step that is taken if all goes well; None if none can be."""
+        return next((step for step in self.steps if step.possible), None)
+
+    @property
+    def reasons(self) -> list[Reason]:
+        return [reason for step in self.steps for reason in step.reasons]
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.first
+        return {
+            "asked": self.asked,
+            "rung": first.rung if first else None,
+            "device_map": dict(self.device_map),
+            "steps": [step.to_json() for step in self.steps],
+        }
+
+
+def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None = None) -> Plan:
+    """The plan for a restore that may begin at the rung `asked`."""
+    rungs = list(Rung)
+    strictness = strictness or Strictness()
+    steps: Mapping[Rung, Callable[[Facts], Step]] = {
+        Rung.PROCESS: _process,
+        Rung.CACHE: functools.partial(_cache, soft=strictness.soft),
+        Rung.COLD: _cold,
+    }
+    made = []
+    for rung in rungs[rungs.index(asked) :]:
+        step = steps[rung](facts)
+        made.append(dataclasses.replace(step, reasons=[strictness.of(reason) for reason in step.reasons]))
+    places = match_process.device_map(facts.image.record, facts.node) if facts.image else {}
+    return Plan(asked=asked, steps=made, device_map=places)
+
+
+def _process(facts: Facts) -> Step:
+    if facts.image is None:
+        return Step(rung=Rung.PROCESS, reasons=_unreached(facts, Rung.PROCESS))
+    record = facts.image.record
+    different = dict(facts.different)
+    roots: list[str] = []
+    fetched = 0
+    if facts.cache is not None:
+        inventory = facts.cache.inventory
+        roots = match_cache.cached(record.mapped_files, different, inventory)
+        for root in inventory.roots:
+            if root.name in roots:
+                fetched += facts.cache.layers[root.layer].size
+                for file in record.mapped_files:
+                    if different.get(file.path) == "missing" and is_within(file.path, root.recorded):
+                        del different[file.path]
+    if not facts.unpacked:
+        fetched += sum(layer.size for layer in facts.image.layers)
+    written = 0 if facts.unpacked else record.stored_bytes
+    fetched = 0 if facts.local else fetched
+    seconds = (
+        _RESTORE_SECONDS
+        + record.stored_bytes / _RESTORE_BYTES_PER_SECOND
+        + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
+    )
+    return Step(
+        rung=Rung.PROCESS,
+        reasons=match_process.process(record, facts.node, facts.abilities, different, facts.given),
+        fetch_bytes=fetched,
+        seconds=seconds,
+        deadline_seconds=_deadline(seconds, record.start_seconds),
+        roots=roots,
+    )
+
+
+def _cache(facts: Facts, soft: Collection[str]) -> Step:
+    if facts.image is None:
+        return Step(rung=Rung.CACHE, reasons=_unreached(facts, Rung.CACHE))
+    record = facts.image.record
+    if facts.cache_unread:
+        reasons = _no_command(facts, Rung.CACHE)
+        return Step(rung=Rung.CACHE, reasons=reasons, deadline_seconds=_deadline(0.0, record.start_seconds))
+    if facts.cache is None:
+        reason = reason_for("no-cache", "kernel cache", "", "the image holds no kernel cache")
+        return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
+    inventory = facts.cache.inventory
+    judged = match_cache.cache(inventory, record.node.architecture, record, facts.node, soft)
+    chosen = [root for root in inventory.roots if root.name in judged.roots]
+    fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)
+    written = sum(root.bytes for root in chosen)
+    seconds = fetched / _FETCH_BYTES_PER_SECOND + written / _UNPACK_BYTES_PER_SECOND
+    return Step(
+        rung=Rung.CACHE,
+        reasons=[*judged.reasons, *_no_command(facts, Rung.CACHE)],
+        fetch_bytes=fetched,
+        seconds=seconds + record.start_seconds if record.start_seconds else None,
+        deadline_seconds=_deadline(seconds, record.start_seconds),
+        roots=[root.name for root in chosen],
+    )
+
+
+def _cold(facts: Facts) -> Step:
+    known = facts.image.record.start_seconds if facts.image else 0.0
+    return Step(rung=Rung.COLD, reasons=_no_command(facts, Rung.COLD), seconds=known or None)
+
+
+def _no_command(facts: Facts, rung: Rung) -> list[Reason]:
+    if facts.command:
+        return []
+    here = "the recorded command lacks what was secret in it" if facts.image else "there is no command"
+    return [dataclasses.replace(reason_for("no-command", "command", "", here), rung=rung)]
+
+
+def _unreached(facts: Facts, rung: Rung) -> list[Reason]:
+    assert facts.unreached is not None
+    return [dataclasses.replace(facts.unreached, rung=rung)]
+
+
+def _deadline(seconds: float, cold: float) -> float:
+    """How long a rung may take before it is given up: some times what is expected, and if that is known no
+    longer than the cold start that it is to spare."""
+    patient = max(_DEADLINE_SECONDS, seconds * _DEADLINE_FACTOR)
+    return min(patient, max(_DEADLINE_SECONDS, cold)) if cold else patient
+
+
+_SHOWN = 12
+_CAPABILITIES = {"privileges", "criu", "criu-version", "cuda"}
+_CANNOT = {
+    Rung.PROCESS: "this node cannot run the snapshot's process",
+    Rung.CACHE: "this node cannot use the snapshot's kernel cache",
+    Rung.COLD: "there is nothing to start",
+}
+
+
+def require_possible(reasons: Sequence[Reason]) -> None:
+    """Raises CapabilityError or MismatchError if there is a hard reason."""
+    hard = [reason for reason in reasons if reason.hard]
+    if not hard:
+        return
+    shown = "\n".join(str(reason) for reason in hard[:_SHOWN])
+    more = f"\nand {len(hard) - _SHOWN} more" if len(hard) > _SHOWN else ""
+    kind = CapabilityError if hard[0].code in _CAPABILITIES else MismatchError
+    raise kind(_CANNOT[hard[0].rung], cause=shown + more, hint=hard[0].advice)

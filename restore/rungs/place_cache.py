@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server that is started on a recorded kernel cache must find: its environment, and the cache.
+
+A variable that is set here wins over the recorded one, since this node's operator set it; the recorded ones
+fill the gaps, but for those that are of one node, user or session.
+"""
+
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, place, place_below
+from rekindle.record import Record
+from rekindle.report import Reason
+from rekindle.secrets.redact import HIDDEN, redact_command, sounds_secret
+from restore.decide import match_process
+from restore.decide.rules import reason_for
+
+if TYPE_CHECKING:
+    from oci.cache.inventory import StoredRoot
+
+_OF_ONE_NODE = frozenset(
+    {
+        *("_", "HOME", "LOGNAME", "MAIL", "OLDPWD", "PATH", "PWD", "SHELL", "SHLVL", "USER"),
+        *("DISPLAY", "HOSTNAME", "LS_COLORS", "TEMP", "TERM", "TMP", "TMPDIR"),
+        *("INVOCATION_ID", "JOURNAL_STREAM", "NOTIFY_SOCKET"),
+        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    }
+)
+_OF_ONE_NODE_PREFIXES = ("KUBERNETES_", "LISTEN_", "REKINDLE_", "SSH_", "SUDO_", "XDG_RUNTIME", "XDG_SESSION")
+
+# What is hashed into the keys of caches: all of vLLM's own variables, and what compilers read.
+_IN_KEYS = ("VLLM_", "TORCH", "TRITON_", "FLASHINFER_", "DG_", "HF_HUB_OFFLINE", "CUDA_HOME")
+_NOT_IN_KEYS = frozenset({*VARIABLES.values(), "VLLM_LOGGING_LEVEL", "VLLM_PORT", "VLLM_HOST_IP"})
+_REASONS_LIMIT = 50
+
+
+def environment(record: Record | None, own: Mapping[str, str]) -> dict[str, str]:
+    """What the server gets: ours, and what of the recorded one is missing in it."""
+    found = {name: value for name, value in own.items() if name != "NOTIFY_SOCKET"}
+    if record is not None:
+        for name, value in record.environment.items():
+            if (
+                name not in _OF_ONE_NODE
+                and not name.startswith(_OF_ONE_NODE_PREFIXES)
+                and HIDDEN not in value
+            ):
+                found.setdefault(name, value)
+    return found
+
+
+def differences(record: Record, environment: Mapping[str, str], command: Sequence[str]) -> list[Reason]:
+    """What differs from the recorded start and may change the keys under which a server looks for kernels."""
+    found = []
+    for name in sorted({*record.environment, *environment}):
+        if not name.startswith(_IN_KEYS) or name in _NOT_IN_KEYS or sounds_secret(name):
+            continue
+        was, here = record.environment.get(name), environment.get(name)
+        if was != here and HIDDEN not in (was or ""):
+            found.append(reason_for("cache-environment", name, _shown(was), _shown(here)))
+    was_options, options = (
+        match_process.plain_command(record.command),
+        match_process.plain_command(redact_command(command)),
+    )
+    if was_options != options:
+        found.append(reason_for("cache-environment", "command", " ".join(was_options), " ".join(options)))
+    return found[:_REASONS_LIMIT]
+
+
+def places(
+    roots: Sequence["StoredRoot"], own: Mapping[str, str], directory: Path | None = None
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Where each cache is to be extracted, by the name of its root, and the variables that lead there.
+
+    That is where it was recorded, since some caches hold their own paths; but where a variable of this node
+    already says where a cache is to be, it is there, unless that is within another. Of several caches of one
+    kind, the variable is for that which is called by it. With `directory`, all of them go below it.
+    """
+    found: dict[str, Path] = {}
+    variables: dict[str, str] = {}
+    led: set[CacheKind] = set()
+    for root in sorted(roots, key=lambda root: root.name != root.kind):
+        path = Path(posixpath.normpath(_place(root, {} if root.kind in led else own, directory)))
+        if any(_nested(path, other) for other in found.values()):
+            path = Path(root.recorded)
+        found[root.name] = path
+        led.add(root.kind)
+        variables = environment_for(root.kind, str(path)) | variables
+    return found, variables
+
+
+def _place(root: "StoredRoot", own: Mapping[str, str], directory: Path | None) -> Path:
+    if directory is not None:
+        return place_below(root.kind, directory / root.name)
+    if own.get(VARIABLES[root.kind]) and root.kind is not CacheKind.TORCH_EXTENSIONS:
+        return Path(place(root.kind, own))
+    return Path(root.recorded)
+
+
+def _nested(path: Path, other: Path) -> bool:
+    return is_within(str(path), str(other)) or is_within(str(other), str(path))
+
+
+def _shown(value: str | None) -> str:
+    return "not set" if value is None else value[:200] or "empty"

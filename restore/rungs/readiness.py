@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waits, in a thread of its own, until a server that was started answers, and asks the oracle once."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rekindle.engine import Engine
+from rekindle.errors import RekindleError
+from rekindle.fields import JSON
+
+if TYPE_CHECKING:
+    from rekindle.engine.client import Client
+    from rekindle.record import Oracle
+
+_POLL_SECONDS = 0.05
+_ASK_SECONDS = 5.0
+_ORACLE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """When it was ready and when the oracle's answer began, by time.monotonic (None: it gave none), and the
+    answer, or why there is none."""
+
+    at: float
+    first_byte: float | None = None
+    answer: JSON = None
+    lack: str = ""
+
+
+class Waiting:
+    """The thread. `fileno` is readable once there is a `result`."""
+
+    def __init__(self, engine: Engine, oracle: "Oracle | None") -> None:
+        self.result: Ready | None = None
+        self._engine = engine
+        self._oracle = oracle
+        self._over = threading.Event()
+        self._reader, self._writer = os.pipe()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join(0.1)  # it may be in the middle of a request, of which nobody waits for the end
+        if not self._thread.is_alive():
+            os.close(self._writer)
+            os.close(self._reader)
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def _wait(self) -> None:
+        from rekindle.engine.client import Client
+
+        client = Client(self._engine.endpoint, _connect)
+        while not self._over.is_set():
+            with contextlib.suppress(Exception):  # whatever is answered there: it is not ready
+                if self._engine.ready(client, _ASK_SECONDS):
+                    self.result = self._ask(client, time.monotonic())
+                    with contextlib.suppress(OSError):
+                        os.write(self._writer, b"\n")
+                    return
+            self._over.wait(_POLL_SECONDS)
+
+    def _ask(self, client: "Client", at: float) -> Ready:
+        if self._oracle is None:
+            return Ready(at=at)
+        try:
+            request = self._engine.authorize(self._oracle.request, os.environ)
+            response = client.ask(request, timeout=_ORACLE_SECONDS)
+            return Ready(at=at, first_byte=response.first_byte, answer=self._engine.answer(response))
+        except RekindleError as error:  # another model's name, or another answer's form: told, no more
+            return Ready(at=at, lack=error.message)
+        except Exception as error:
+            return Ready(at=at, lack=repr(error))
+
+
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
+    return socket.create_connection((host, port), timeout)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published ports: connections to an address of the host are carried to the server."""
+
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rekindle.engine import Endpoint
+
+_BUFFER_BYTES = 256 * 1024
+_BREATH_SECONDS = 0.01
+
+
+@dataclass(slots=True, eq=False)
+class _Side:
+    """One end of a carried connection, with what is still to be written to it."""
+
+    sock: socket.socket
+    other: "_Side | None" = None
+    pending: bytearray = field(default_factory=bytearray)
+    connected: bool = True
+    read_closed: bool = False
+    write_closed: bool = False
+
+
+class Network(Protocol):
+    """Where a server can be reached: its cell, or the host."""
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        """A stream socket in that network."""
+
+
+class Forwarder:
+    """Carries connections, as part of somebody's selector loop. Holds 512 KiB a direction at most."""
+
+    def __init__(self, selector: selectors.BaseSelector, network: Network, target: Endpoint) -> None:
+        self._selector = selector
+        self._network = network
+        self._target = target
+        self._listener: socket.socket | None = None
+        self._sides: set[_Side] = set()
+
+    def accept_from(self, sock: socket.socket) -> None:
+        """Takes the connections to a listening socket from now on."""
+        sock.setblocking(False)
+        self._listener = sock
+        self._selector.register(sock, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        """Ends every connection."""
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+        for side in list(self._sides):
+            self._drop(side)
+
+    def _accept(self, _: int) -> None:
+        assert self._listener is not None
+        try:
+            client, _address = self._listener.accept()
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                time.sleep(_BREATH_SECONDS)  # it stays in the queue, and would wake us again at once
+            return
+        host = self._target.reachable_host
+        try:
+            server = self._network.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError:
+            client.close()
+            return
+        near, far = _Side(client), _Side(server, connected=False)
+        near.other, far.other = far, near
+        for side in (near, far):
+            side.sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sides.add(side)
+        number = server.connect_ex((host, self._target.port))
+        if number not in {0, errno.EINPROGRESS}:
+            self._drop(near)
+            return
+        self._watch(near)
+        self._watch(far)
+
+    def _watch(self, side: _Side) -> None:
+        """Asks for the events that a side waits for: room to write, or something to read."""
+        assert side.other is not None
+        events = 0
+        if side.pending or not side.connected:
+            events |= selectors.EVENT_WRITE
+        if side.connected and not side.read_closed and len(side.other.pending) < _BUFFER_BYTES:
+            events |= selectors.EVENT_READ
+        registered = side.sock in self._selector.get_map()
+        if not events:
+            if registered:
+                self._selector.unregister(side.sock)
+        elif registered:
+            self._selector.modify(side.sock, events, lambda mask: self._ready(side, mask))
+        else:
+            self._selector.register(side.sock, events, lambda mask: self._ready(side, mask))
+
+    def _ready(self, side: _Side, mask: int) -> None:
+        other = side.other
+        if side not in self._sides or other is None:
+            return
+        try:
+            if mask & selectors.EVENT_WRITE:
+                if not side.connected:
+                    if number := side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                        raise OSError(number, os.strerror(number))
+                    side.connected = True
+                self._flush(side)
+            if mask & selectors.EVENT_READ:
+                content = side.sock.recv(_BUFFER_BYTES)
+                if content:
+                    other.pending += content
+                else:
+                    side.read_closed = True
+                if other.connected:
+                    self._flush(other)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._drop(side)
+            return
+        if side.write_closed and other.write_closed:
+            self._drop(side)
+            return
+        self._watch(side)
+        self._watch(other)
+
+    def _flush(self, side: _Side) -> None:
+        """Writes what can be written; passes on the end of the stream after the last byte."""
+        assert side.other is not None
+        try:
+            while side.pending:
+                del side.pending[: side.sock.send(side.pending)]
+        except (BlockingIOError, InterruptedError):
+            return
+        if side.other.read_closed and not side.write_closed:
+            side.write_closed = True
+            side.sock.shutdown(socket.SHUT_WR)
+
+    def _drop(self, side: _Side) -> None:
+        for each in (side, side.other):
+            if each is not None and each in self._sides:
+                self._sides.discard(each)
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(each.sock)
+                each.sock.close()
