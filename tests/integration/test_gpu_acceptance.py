@@ -33,7 +33,7 @@ class Machine:
         libraries = [self.cuda.environment["LD_LIBRARY_PATH"], self.nvml.environment["LD_LIBRARY_PATH"]]
         environment = {**os.environ, **self.cuda.environment, **self.nvml.environment}
         environment |= {"LD_LIBRARY_PATH": ":".join(libraries)}
-        argv = [sys.executable, str(HACK / "gpu_acceptance.py"), str(self.out), "--stand-in", "--quick"]
+        argv = [str(HACK / "gpu-acceptance"), str(self.out), "--stand-in", "--quick"]
         done = subprocess.run(
             [*argv, "--python", sys.executable, *words],
             env=environment,
@@ -96,8 +96,8 @@ def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
     assert (proof["verdict"], proof["made"]) == ("hit", 0)
     assert proof["used"] == proof["entries"] > 0
     assert [reason["code"] for reason in steps["cache"]["reasons"]] == ["gpu-model"]
-    assert set(steps["doors"]["doors"]) == {"driver", "utility"}
-    assert all(len(door["runs"]) == 1 for door in steps["doors"]["doors"].values())
+    assert set(steps["backends"]["backends"]) == {"driver", "utility"}
+    assert all(len(door["runs"]) == 1 for door in steps["backends"]["backends"].values())
     assert "at most 1/10 of the cold start" in machine.page
     assert "stand-ins" in machine.page
     assert str(ROOT) not in machine.page
@@ -108,14 +108,14 @@ def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
 @pytest.mark.criu
 def test_a_step_that_fails_ends_neither_the_others_nor_without_its_reason(machine: Machine) -> None:
     machine.cuda.describe(utility=False)
-    assert machine.run("--only", "doors", "--only", "uncached") == 1
+    assert machine.run("--only", "backends", "--only", "uncached") == 1
     steps = machine.steps
-    assert steps["doors"]["status"] == "failed"
-    assert "cuda-checkpoint" in steps["doors"]["reason"]
-    assert steps["doors"]["doors"]["driver"]["runs"]
+    assert steps["backends"]["status"] == "failed"
+    assert "cuda-checkpoint" in steps["backends"]["reason"]
+    assert steps["backends"]["backends"]["driver"]["runs"]
     assert steps["uncached"]["status"] == "done"
     assert steps["rollback"] == {"status": "skipped", "reason": "not asked for, or not yet", "seconds": 0.0}
-    assert steps["doors"]["reason"][:40] in machine.page
+    assert steps["backends"]["reason"][:40] in machine.page
 
 
 @pytest.mark.criu
@@ -156,8 +156,9 @@ def test_a_second_run_goes_on_where_the_first_one_ended(machine: Machine, tmp_pa
 def test_the_kernels_of_the_server_compute_what_they_say() -> None:
     """By Triton's interpreter, and without graphs."""
     program = """
-import time, torch, gpu_torch
-model = gpu_torch.Decoder(0.0001, time.monotonic(), quick=True, device="cpu", size=256)
+import time, torch
+from hack.gpu import decoder
+model = decoder.Decoder(0.0001, time.monotonic(), quick=True, device="cpu", size=256)
 first = model.answer([1, 2], 4)
 assert first == model.answer([1, 2], 4)
 assert first != model.answer([1, 3], 4)
@@ -178,21 +179,22 @@ for _ in range(4):
 assert tokens == first["tokens"], (tokens, first)
 total = 0
 for number, weights in enumerate(model._weights):
-    words = weights.view(torch.int32).view(-1, min(gpu_torch.CHECKED, weights.numel() // 2)).long()
+    words = weights.view(torch.int32).view(-1, min(decoder.CHECKED, weights.numel() // 2)).long()
     total += (number + 1) * int((words * (torch.arange(words.shape[1]) % 251 + 1)).sum())
 assert total == first["checksum"]
 model._weights[1][0, 0] += 1
 assert model.answer([1, 2], 4)["checksum"] != total
 assert [model.count(), model.count()] == [1, 2]
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HACK)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     run_python(program, environment)
 
 
 @pytest.mark.vllm
 def test_the_kernels_of_the_server_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
     program = """
-import triton, gpu_torch
+import triton
+from hack.gpu import decoder
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 def compiled(kernel, types, constants, **options):
@@ -201,14 +203,14 @@ def compiled(kernel, types, constants, **options):
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-compiled(gpu_torch.fill, ["*bf16", "i32"], {"scale": 0.05, "block": 1024})
-compiled(gpu_torch.settle, ["*fp32", "*fp32"], {"size": gpu_torch.WIDTH})
-compiled(gpu_torch.checksum, ["*i32", "*i64"], {"block": gpu_torch.CHECKED})
-for height, width, warps in gpu_torch.VARIANTS:
-    sizes = {"size": gpu_torch.WIDTH, "height": height, "width": width}
-    compiled(gpu_torch.project, ["*fp32", "*bf16", "*fp32"], sizes, num_warps=warps)
+compiled(decoder.fill, ["*bf16", "i32"], {"scale": 0.05, "block": 1024})
+compiled(decoder.settle, ["*fp32", "*fp32"], {"size": decoder.WIDTH})
+compiled(decoder.checksum, ["*i32", "*i64"], {"block": decoder.CHECKED})
+for height, width, warps in decoder.VARIANTS:
+    sizes = {"size": decoder.WIDTH, "height": height, "width": width}
+    compiled(decoder.project, ["*fp32", "*bf16", "*fp32"], sizes, num_warps=warps)
 """
-    run_python(program, {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(HACK)})
+    run_python(program, {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)})
 
 
 def run_python(program: str, environment: dict[str, str]) -> None:

@@ -34,7 +34,7 @@ def render(document: Mapping[str, Any]) -> str:
         ("floor", "The floor, and what is above it", lambda _: _floor(steps)),
         ("rollback", "Failures, and whether the server answers afterwards", _rollback),
         ("cache", "The kernel cache, under a doctored record", _cache),
-        ("doors", "Both doors to the driver", _doors),
+        ("backends", "Both backends to the driver", _backends),
         ("load", "Restores beside a load", _restores),
         ("uncached", "Restores of a dump that is not in the page cache", lambda _: _uncached(steps)),
         ("vllm", "vLLM", _vllm),
@@ -221,7 +221,9 @@ def _rollback(step: Mapping[str, Any]) -> str:
         )
         for case in step["cases"]
     ]
-    return f"Door: {step['door']}.\n\n" + _table(("failure", "answers", "state", "took", "told as"), rows)
+    return f"Backend: {step['backend']}.\n\n" + _table(
+        ("failure", "answers", "state", "took", "told as"), rows
+    )
 
 
 def _cache(step: Mapping[str, Any]) -> str:
@@ -240,23 +242,23 @@ def _cache(step: Mapping[str, Any]) -> str:
     return text + f"The answer was the recorded one in {agreeing} of {len(runs)} runs.\n"
 
 
-def _doors(step: Mapping[str, Any]) -> str:
+def _backends(step: Mapping[str, Any]) -> str:
     text = ""
-    for name, door in step["doors"].items():
-        if "lack" in door:
-            text += f"- {name}: {_line(door['lack'])}\n"
+    for name, backend in step["backends"].items():
+        if "lack" in backend:
+            text += f"- {name}: {_line(backend['lack'])}\n"
             continue
         text += (
-            f"- {name}: opened in {door['open_seconds']:.2f} s; first token of a restore "
-            f"{_spread(door['runs'], 'seconds')} s (n = {len(door['runs'])})\n"
+            f"- {name}: opened in {backend['open_seconds']:.2f} s; first token of a restore "
+            f"{_spread(backend['runs'], 'seconds')} s (n = {len(backend['runs'])})\n"
         )
     rows = []
-    for name, door in step["doors"].items():
-        if "lack" not in door:
+    for name, backend in step["backends"].items():
+        if "lack" not in backend:
             for what in ("lock", "checkpoint", "restore", "unlock"):
-                seconds = [{"seconds": cycle[what]} for cycle in door["cycles"]]
+                seconds = [{"seconds": cycle[what]} for cycle in backend["cycles"]]
                 rows.append((name, what, str(len(seconds)), _spread(seconds, "seconds")))
-    return text + ("\n" + _table(("door", "step, of a server that runs", "n", ""), rows) if rows else "")
+    return text + ("\n" + _table(("backend", "step, of a server that runs", "n", ""), rows) if rows else "")
 
 
 def _vllm(step: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server of hack/gpu-acceptance, on the standard library, torch and Triton.
 
-    gpu_server.py serve PORT [--gib N] [--quick]     a small decoder on the GPU
-    gpu_server.py load STARTED UNTIL                 keeps GPU and processor busy until a file is there
-    gpu_server.py rates                              what can be copied a second, as JSON
+    server.py serve PORT [--gib N] [--quick]     a small decoder on the GPU
+    server.py load STARTED UNTIL                 keeps GPU and processor busy until a file is there
+    server.py rates                              what can be copied a second, as JSON
 
     GET  /health            200 once it is ready
     GET  /facts             what it holds, of what versions, and how long it took to start
@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 BEGAN = time.monotonic()
+
+# This file is run by its path, in a Python that knows nothing of this checkout. Its modules are found from
+# the root, as everywhere, and not beside this file, where their names would hide others.
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 class Model(Protocol):
@@ -96,21 +100,20 @@ def main() -> None:
     elif args.stand_in:
         print(json.dumps({}))
     else:
-        import gpu_torch
+        from hack.gpu import decoder
 
-        print(json.dumps({**gpu_torch.device_facts(), "rates": gpu_torch.copy_rates()}))
+        print(json.dumps({**decoder.device_facts(), "rates": decoder.copy_rates()}))
 
 
 def serve(args: argparse.Namespace) -> None:
     if args.stand_in:
-        sys.path.insert(0, str(Path(__file__).parents[1]))  # of the tests, for the fake driver
-        import gpu_stand_in
+        from hack.gpu import stand_in
 
-        Handler.model = gpu_stand_in.StandIn(args.gib, BEGAN, quick=args.quick)
+        Handler.model = stand_in.StandIn(args.gib, BEGAN, quick=args.quick)
     else:
-        import gpu_torch
+        from hack.gpu import decoder
 
-        Handler.model = gpu_torch.Decoder(args.gib, BEGAN, quick=args.quick)
+        Handler.model = decoder.Decoder(args.gib, BEGAN, quick=args.quick)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     server.daemon_threads = True
     print(json.dumps({"ready": True, **Handler.model.facts()}), flush=True)
@@ -129,9 +132,9 @@ def load(args: argparse.Namespace) -> None:
         while not args.until.exists():
             time.sleep(0.05)
     else:
-        import gpu_torch
+        from hack.gpu import decoder
 
-        gpu_torch.load(args.started, args.until)
+        decoder.load(args.started, args.until)
 
 
 def burn(until: Path) -> None:

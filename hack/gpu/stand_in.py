@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process that holds CUDA in the eyes of the fake driver (tests/fakes/cuda_engine.py), and nothing else:
-what hack/gpu_server.py computes with on a machine without a GPU.
+what hack/gpu/server.py computes with on a machine without a GPU.
 
 As with CUDA, nothing is computed while the process is locked or checkpointed, and kernels are compiled at
 the first start and read from Triton's cache afterwards.

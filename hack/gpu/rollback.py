@@ -2,8 +2,8 @@
 """A door to CUDA's checkpoints that fails where it is told, and measures what it does not fail at; and what
 must be true after each failure. For hack/gpu-acceptance.
 
-    gpu_rollback.py PID HOME     locks a process and waits for its own end, as a snapshot does that is killed
-                                 between lock and checkpoint
+    python -m hack.gpu.rollback PID HOME    locks a process and waits for its own end, as a snapshot does
+                                            that is killed between lock and checkpoint
 """
 
 import contextlib

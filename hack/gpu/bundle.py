@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs what hack/gpu-acceptance needs on a machine without a network; see hack/gpu-bundle.
 
-    DIR/unpack              hack/gpu_unpack.py: joins, verifies and installs
+    DIR/unpack              hack/gpu/unpack.py: joins, verifies and installs
     DIR/manifest.json       the pieces in order, with their sizes and sha256 sums
     DIR/bundle.000 …        one gzip tar, in pieces:
         source/             this checkout's tracked files, as they are now
@@ -29,7 +29,7 @@ from rekindle.files import remove_tree
 from rekindle.run import run
 
 SCHEMA = "rekindle.gpu-bundle/1"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # rekindle needs 3.11
 _GLIBC = 28  # the newest that wheels may ask for, as 2.N: that of 2018
 _GLIBC_OF_SERVERS = 39
@@ -77,7 +77,7 @@ def main() -> None:
             download(args.server_wheel, content / "server-wheels", pythons[0], _GLIBC_OF_SERVERS, "--no-deps")
         pieces = pack(content, out, args.piece_mib << 20)
         (out / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "pieces": pieces}, indent=1) + "\n")
-        shutil.copy(Path(__file__).with_name("gpu_unpack.py"), out / "unpack")
+        shutil.copy(Path(__file__).with_name("unpack.py"), out / "unpack")
         (out / "unpack").chmod(0o755)
         if target.exists():
             if not (target / "manifest.json").exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small decoder for hack/gpu_server.py, made to hold what a checkpoint of a GPU must keep: gigabytes of
+"""A small decoder for hack/gpu/server.py, made to hold what a checkpoint of a GPU must keep: gigabytes of
 weights, kernels that Triton compiled, CUDA graphs, and a counter that lives in device memory alone.
 
 Its numbers come from a fixed seed, and every sum has a fixed order: two starts on GPUs of one kind answer

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hack.gpu.errors import StepError
 from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import NotReadyError
@@ -26,10 +27,6 @@ _ANSWER_SECONDS = 120.0
 _AGAIN_SECONDS = 15.0  # of a server that has answered before
 # Nothing waits longer; a step's own deadline comes before.
 LONG_SECONDS = 3600.0
-
-
-class StepError(Exception):
-    """What was to be shown was not, in words for the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +63,8 @@ MARK = "REKINDLE_ACCEPTANCE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A server that is tried: `name` is its image's, `options` are what `rekindle snapshot` must be told."""
+    """A server that is tried: `name` is its image's, `options` are what `rekindle snapshot` must be told.
+    `own`: it is hack/gpu/server.py, which has /facts and /count."""
 
     name: str
     command: Sequence[str]
@@ -74,6 +72,7 @@ class Subject:
     caches: Path
     environment: Mapping[str, str]
     options: Sequence[str] = ()
+    own: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several steps do with a server, measured: starts, a snapshot, restores of its process and on its
+kernel cache. Everything raises StepError for what is not as it must be; what was found until then is in
+`found`, which is handed in for that reason."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hack.gpu.errors import StepError
+from hack.gpu.journal import Found
+from hack.gpu.starts import Lab, Started, Subject, marked, phases, rekindle, restored, started
+from oci import image as images
+from oci.layout import Layout
+from rekindle.home import Home
+
+_SETTLE_SECONDS = 10.0
+
+
+def starts(lab: Lab, subject: Subject, runs: int, found: list[Found], *, empty_caches: bool) -> None:
+    """Start the server by its command, so many times."""
+    for _ in range(runs):
+        with started(lab, subject, empty_caches=empty_caches) as server:
+            one: Found = {"seconds": server.seconds, "answer": server.answer}
+            if subject.own:
+                one["facts"] = server.ask("/facts")
+            found.append(one)
+
+
+def snapshot(
+    lab: Lab, subject: Subject, name: str, options: Sequence[str], *environments: Mapping[str, str]
+) -> Found:
+    """Take a snapshot of the server; return what the image and the report say of it."""
+    path = lab.work / "snapshot.json"
+    words = ["snapshot", name, "--report", str(path), *subject.options, *options, "--", *subject.command]
+    path.unlink(missing_ok=True)
+    status = rekindle(lab, words, subject.environment, *environments, log="snapshot")
+    report = json.loads(path.read_bytes()) if path.exists() else {"error": f"status {status}"}
+    if status != 0:
+        raise StepError(f"the snapshot failed: {report['error']}")
+    made = image(lab, name)
+    told = ("phases", "seconds", "bytes", "peak_rss_bytes", "oracle")
+    return {
+        "report": {field: report[field] for field in told},
+        "image_bytes": made.size_bytes,
+        "dump_bytes": made.record.dump_bytes,
+        "stored_bytes": made.record.stored_bytes,
+        "cuda_pids": list(made.record.process.cuda_pids),
+        "gpus": list(made.record.process.gpus),
+        "threads": made.record.process.tasks,
+        "command": list(made.record.command),
+    }
+
+
+def restores(
+    lab: Lab,
+    subject: Subject,
+    name: str,
+    runs: int,
+    found: list[Found],
+    *environments: Mapping[str, str],
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Restore the process, so many times, each after `kill -9` of the one before. A restored server must
+    answer as was recorded, and leave nothing behind."""
+    oracle = image(lab, name).record.oracle
+    for _ in range(runs):
+        before()
+        with restored(lab, subject, name, oracle, "restored", *environments) as server:
+            if not subject.engine.agree(oracle.answer, server.answer):
+                raise StepError(f"it answers {server.answer}, and was recorded with {oracle.answer}")
+            one = _measured(server)
+            if subject.own:
+                one["count"] = server.ask("/count", {})
+                if one["count"] != 1:
+                    raise StepError(f"the counter in device memory is {one['count']}, and not 1")
+            found.append(one)
+        _require_nothing_left(lab)
+
+
+def cache_starts(lab: Lab, subject: Subject, name: str, runs: int, found: Found) -> None:
+    """Restore the doctored snapshot, so many times: the kernel cache alone, on a node that has none, with
+    the proof that it was used."""
+    other, oracle = _doctored(lab, name), image(lab, name).record.oracle
+    found["runs"] = []
+    options = ["--verify-key", str(lab.work / "doctor.pub")]
+    for _ in range(runs):
+        with (
+            _without(subject.caches),
+            restored(lab, subject, other, oracle, "cache", subject.environment, options=options) as server,
+        ):
+            agrees = subject.engine.agree(oracle.answer, server.answer)
+            proof, reasons = server.report["cache"], server.report["reasons"]
+            found["runs"].append({**_measured(server), "agrees": agrees, "proof": proof})
+            found["reasons"] = [reason for reason in reasons if reason["hard"]]
+        if not proof or not proof["used"]:
+            raise StepError(f"no entry of the kernel cache was used: {proof}")
+
+
+def image(lab: Lab, name: str) -> images.Image:
+    """Return an image of the local store."""
+    layout = Layout(Home(lab.home).store)
+    return images.load(layout, layout.resolve(f"{name}:latest"))
+
+
+def dump(lab: Lab, name: str) -> Path:
+    """Return the directory of the dump that a restore of this image reads."""
+    found = [path for path in Home(lab.home).dumps.iterdir() if path.is_dir()]
+    wanted = image(lab, name).process.digest.rpartition(":")[2]
+    return next(path for path in found if path.name.startswith(wanted))
+
+
+def _doctored(lab: Lab, name: str) -> str:
+    """Store the same snapshot, as if it came from another GPU of the same capability: another record, and so
+    another image, signed with a key of its own. Return its name."""
+    doctored, key = f"{name}-doctored", lab.work / "doctor.key"
+    loaded = image(lab, name)
+    if not loaded.record.process.gpus:
+        raise StepError("the record names no GPU that could be doctored")
+    devices = loaded.record.node.devices
+    others = tuple(dataclasses.replace(each, name=f"{each.name} (doctored)") for each in devices.gpus)
+    node = dataclasses.replace(loaded.record.node, devices=dataclasses.replace(devices, gpus=others))
+    record = dataclasses.replace(loaded.record, node=node)
+    layout = Layout(Home(lab.home).store)
+    built = images.build(layout, record, loaded.layers, loaded.cache)
+    layout.publish(layout, built.index, f"{doctored}:latest")
+    no_password = {"COSIGN_PASSWORD": ""}
+    prefix = str(key.with_suffix(""))
+    if not key.exists() and rekindle(lab, ["generate-key-pair", "--output-key-prefix", prefix], no_password):
+        raise StepError("no key could be made")
+    if rekindle(lab, ["sign", doctored, "--sign-key", str(key)], no_password):
+        raise StepError("the doctored image could not be signed")
+    return doctored
+
+
+@contextmanager
+def _without(caches: Path) -> Iterator[None]:
+    """Put the kernel caches aside, and back."""
+    aside = caches.with_name(f"{caches.name}-aside")
+    caches.rename(aside)
+    try:
+        yield
+    finally:
+        shutil.rmtree(caches, ignore_errors=True)
+        aside.rename(caches)
+
+
+def _require_nothing_left(lab: Lab) -> None:
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while left := marked(lab):
+        if time.monotonic() > deadline:
+            raise StepError(f"processes are left after the server was killed: {left}")
+        time.sleep(0.05)
+
+
+def _measured(server: Started) -> Found:
+    first = server.report["first_token_seconds"]
+    return {"seconds": server.seconds, "first_token_seconds": first, "phases": phases(server)}

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each step of the acceptance does, and in which order."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hack.gpu import checkpoints, measure, subjects
+from hack.gpu.errors import StepError
+from hack.gpu.journal import Found
+from hack.gpu.starts import LONG_SECONDS
+from hack.gpu.trial import Trial
+from rekindle import __version__
+from rekindle.files import drop_from_page_cache, files_below, write_back
+from rekindle.node import gpu
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.run import end_group, run, spawn
+
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A step, and how long it may take. `act` fills the dictionary that goes into the report, so that there
+    is something if it breaks off. `needs` are the steps that must have been done before."""
+
+    name: str
+    seconds: float
+    act: Callable[[Trial, Found], None]
+    needs: tuple[str, ...] = ()
+
+
+def describe_machine(trial: Trial, found: Found) -> None:
+    """What this machine is. Nothing here can be wrong."""
+    devices = gpu.probe()
+    node = Fingerprint.probe(subjects.server(trial.options), os.environ)
+    with open("/proc/meminfo") as file:
+        memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    found |= {
+        "gpus": [
+            {"name": each.name, "arch": each.arch, "memory_bytes": each.memory_bytes} for each in devices.gpus
+        ],
+        "driver": devices.driver,
+        "cuda": devices.cuda,
+        "lack": devices.lack,
+        "mps": devices.mps,
+        "processor": node.cpu_model,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory["MemTotal"],
+        "available_bytes": memory["MemAvailable"],
+        "disk_free_bytes": shutil.disk_usage(trial.lab.work).free,
+        "kernel": platform.release(),
+        "packages": dict(node.packages),
+        "python": platform.python_version(),
+        "rekindle": __version__,
+    }
+
+
+def run_doctor(trial: Trial, found: Found) -> None:
+    out = trial.lab.work / "doctor.json"
+    argv = [sys.executable, "-m", "rekindle", "doctor", "--json"]
+    done = run(argv, timeout=LONG_SECONDS, env=trial.lab.built(), stdout=out)
+    try:
+        found["checks"] = json.loads(out.read_bytes())["checks"]
+    except ValueError:
+        raise StepError(f"rekindle doctor ended with status {done.status}: {done.output[-1000:]}") from None
+    lacks = [check for check in found["checks"] if check["needed"] and not check["ok"]]
+    if lacks:
+        raise StepError("; ".join(f"{check['name']}: {check['detail']}" for check in lacks))
+
+
+def start(trial: Trial, found: Found) -> None:
+    subject = subjects.decoder(trial)
+    found |= {"cold": [], "warm": []}
+    measure.starts(trial.lab, subject, trial.options.cold_runs, found["cold"], empty_caches=True)
+    measure.starts(trial.lab, subject, trial.options.cold_runs, found["warm"], empty_caches=False)
+    answers = {json.dumps(one["answer"]) for one in (*found["cold"], *found["warm"])}
+    if len(answers) > 1:
+        raise StepError(f"starts of the same server give {len(answers)} answers")
+
+
+def take_snapshot(trial: Trial, found: Found) -> None:
+    subject = subjects.decoder(trial)
+    found |= measure.snapshot(trial.lab, subject, subject.name, [])
+    if not found["cuda_pids"]:
+        raise StepError("the snapshot holds no CUDA state")
+
+
+def restore(trial: Trial, found: Found) -> None:
+    subject = subjects.decoder(trial)
+    found["runs"] = []
+    measure.restores(trial.lab, subject, subject.name, trial.options.runs, found["runs"])
+
+
+def measure_floor(trial: Trial, found: Found) -> None:
+    """What can be copied a second: the floor of a restore is its bytes at these rates."""
+    dump = measure.dump(trial.lab, "gpu")
+    write_back(dump)
+    drop_from_page_cache(dump)
+    found["dump_bytes"], from_disk = _read_all(dump)
+    found["disk_rate"] = found["dump_bytes"] / from_disk
+    found["page_cache_rate"] = found["dump_bytes"] / _read_all(dump)[1]
+    starts = trial.journal.results.get("cold", {}).get("cold") or [{}]
+    found["held_bytes"] = starts[0].get("facts", {}).get("held_bytes", 0)
+    out = trial.lab.work / "rates.json"
+    argv = subjects.server(trial.options, "rates")
+    done = run(argv, timeout=LONG_SECONDS, env=trial.lab.built(), stdout=out)
+    if done.status:
+        raise StepError(f"the copy rates could not be measured: {done.output[-1000:]}")
+    found["device"] = json.loads(out.read_bytes())
+
+
+def start_on_cache(trial: Trial, found: Found) -> None:
+    subject = subjects.decoder(trial)
+    measure.cache_starts(trial.lab, subject, subject.name, trial.options.few, found)
+
+
+def restore_beside_load(trial: Trial, found: Found) -> None:
+    """Restores while somebody else uses half of the processors, and the GPU."""
+    subject = subjects.decoder(trial)
+    begun, until = trial.lab.work / "load-began", trial.lab.work / "load-ends"
+    for path in (begun, until):
+        path.unlink(missing_ok=True)
+    # It is no restored server, so that it has a mark of its own.
+    other = dataclasses.replace(trial.lab, mark=f"{trial.lab.mark}-load")
+    log = trial.lab.log("load")
+    with open(log, "ab") as output:
+        argv = subjects.server(trial.options, "load", str(begun), str(until))
+        process = spawn(argv, env=other.built(), stdout=output.fileno(), stderr=output.fileno())
+    try:
+        while not begun.exists():
+            if process.poll() is not None:
+                raise StepError(f"the load ended: {log.read_text()[-1000:]}")
+            time.sleep(0.05)
+        found["runs"] = []
+        measure.restores(trial.lab, subject, subject.name, trial.options.few, found["runs"])
+    finally:
+        until.touch()
+        end_group(process)
+
+
+def restore_uncached(trial: Trial, found: Found) -> None:
+    """Restores of a dump that is on the disk only."""
+    subject, dump = subjects.decoder(trial), measure.dump(trial.lab, "gpu")
+    write_back(dump)
+    found["runs"] = []
+
+    def forget() -> None:
+        drop_from_page_cache(dump)
+
+    runs = trial.options.few
+    measure.restores(trial.lab, subject, subject.name, runs, found["runs"], before=forget)
+
+
+def try_vllm(trial: Trial, found: Found) -> None:
+    """The same with real vLLM, where the server's Python has it."""
+    subject = subjects.vllm(trial)
+    found |= {"command": subject.command, "cold": [], "warm": [], "runs": [], "cache": {}}
+    measure.starts(trial.lab, subject, 1, found["cold"], empty_caches=True)
+    measure.starts(trial.lab, subject, 1, found["warm"], empty_caches=False)
+    found["snapshot"] = measure.snapshot(trial.lab, subject, subject.name, [])
+    measure.restores(trial.lab, subject, subject.name, trial.options.runs, found["runs"])
+    measure.cache_starts(trial.lab, subject, subject.name, 1, found["cache"])
+
+
+def _read_all(directory: Path) -> tuple[int, float]:
+    """Reads every file once, one after the other: bytes, seconds."""
+    buffer = bytearray(_READ_BYTES)
+    total, began = 0, time.monotonic()
+    for path in files_below(directory):
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total, max(time.monotonic() - began, 1e-6)
+
+
+# In the order of what they are worth, since time may run out.
+STEPS = (
+    Step(name="machine", seconds=30, act=describe_machine),
+    Step(name="doctor", seconds=120, act=run_doctor),
+    Step(name="cold", seconds=300, act=start),
+    Step(name="snapshot", seconds=400, act=take_snapshot),
+    Step(name="restore", seconds=400, act=restore, needs=("snapshot",)),
+    Step(name="rollback", seconds=240, act=checkpoints.roll_back),
+    Step(name="cache", seconds=240, act=start_on_cache, needs=("snapshot",)),
+    Step(name="floor", seconds=90, act=measure_floor, needs=("snapshot",)),
+    Step(name="backends", seconds=400, act=checkpoints.try_backends, needs=("snapshot",)),
+    Step(name="load", seconds=150, act=restore_beside_load, needs=("snapshot",)),
+    Step(name="uncached", seconds=150, act=restore_uncached, needs=("snapshot",)),
+    Step(name="vllm", seconds=1500, act=try_vllm),
+)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers that the acceptance tries: the decoder of hack/gpu/server.py, and vLLM."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hack.gpu.errors import SkippedError, StepError
+from hack.gpu.journal import kept
+from hack.gpu.starts import LONG_SECONDS, Subject, free_port
+from hack.gpu.trial import Options, Trial
+from rekindle.engine.choose import for_command
+from rekindle.run import run
+
+ORACLE = {
+    "method": "POST",
+    "path": "/answer",
+    "body": {"prompt": [11, 22, 33], "count": 16},
+    "select": ["/tokens", "/checksum"],
+}
+_HACK = Path(__file__).parents[1]
+
+
+def server(options: Options, *words: str) -> Sequence[str]:
+    """Return a command line of hack/gpu/server.py."""
+    flags = ["--stand-in"] if options.stand_in else []
+    return [options.python, str(_HACK / "gpu/server.py"), *flags, *words]
+
+
+def decoder(trial: Trial) -> Subject:
+    """Return our own server; it listens on the same port in every run with this work directory."""
+    port, oracle = kept(trial.lab.work / "port", str(free_port())), trial.lab.work / "oracle.json"
+    oracle.write_text(json.dumps(ORACLE))
+    quick = ["--quick"] if trial.options.quick else []
+    command = server(trial.options, "serve", port, "--gib", str(trial.options.gib), *quick)
+    ready = f"http://127.0.0.1:{port}/health"
+    caches = trial.lab.work / "kernels"
+    return Subject(
+        name="gpu",
+        command=command,
+        engine=for_command(command, ready_url=ready, oracle_file=oracle),
+        caches=caches,
+        environment={"TRITON_CACHE_DIR": str(caches / "triton"), "CUDA_CACHE_PATH": str(caches / "cuda")},
+        options=["--ready-url", ready, "--oracle-request", str(oracle)],
+        own=True,
+    )
+
+
+def vllm(trial: Trial) -> Subject:
+    """Return vLLM with a model. Raises SkippedError if the server's Python has no vLLM, StepError if no model
+    can be made."""
+    python, model = trial.options.python, trial.options.vllm_model
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if run([python, "-c", look], timeout=60).status:
+        raise SkippedError("the server's Python has no vLLM")
+    if model is None:
+        model = trial.lab.work / "model"
+        if not model.exists():
+            made = run([python, str(_HACK / "tiny_model.py"), str(model)], timeout=LONG_SECONDS)
+            if made.status:
+                raise StepError(f"no model could be made: {made.output[-1000:]}")
+    script = Path(python).with_name("vllm")
+    program = [str(script)] if script.exists() else [python, "-m", "vllm.entrypoints.cli.main"]
+    command = [
+        *(*program, "serve", str(model)),
+        *("--served-model-name", "tiny"),
+        *("--host", "127.0.0.1", "--port", str(free_port())),
+        *("--max-model-len", "512", "--gpu-memory-utilization", "0.2"),
+    ]
+    engine = for_command(command)
+    caches = trial.lab.work / "vllm-kernels"
+    environment = {**engine.environment(), **engine.cache_environment(caches), "HF_HUB_OFFLINE": "1"}
+    return Subject(name="vllm", command=command, engine=engine, caches=caches, environment=environment)
