@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of CUDA's checkpointing share: the fake driver, doors to it, and commands that use them."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,10 +96,22 @@ def session_command(home: Home, pids: list[int], *, timeout: float = 20) -> "sub
 
 
 def clients(pid: int = 0) -> list[int]:
-    """The clients with a driver that this process, or another one, has started and that live."""
-    found = []
-    for thread in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            if b"cuda/client.py" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
+    """Return the live clients with a driver that this process, or another one, has started."""
+    # Not from /proc/PID/task/*/children: when a thread ends, its children move to another thread's list.
+    parent = pid or os.getpid()
+    return [
+        child for child in map(int, filter(str.isdecimal, os.listdir("/proc"))) if is_client(child, parent)
+    ]
+
+
+def is_client(pid: int, parent: int) -> bool:
+    with contextlib.suppress(OSError):
+        while True:
+            state, its_parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            if state in "ZX" or int(its_parent) != parent:
+                break
+            # It is empty for a moment after Popen has returned, until execve(2) has set the new one.
+            if command := Path(f"/proc/{pid}/cmdline").read_bytes():
+                return b"cuda/client.py" in command
+            time.sleep(0.001)
+    return False
