@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
+
+from hack.gpu import kernels
 
 WIDTH = 4096
 LAYER_BYTES = WIDTH * WIDTH * 2
@@ -29,45 +30,6 @@ _TOLERANCE = 1e-3
 _CYCLES_PER_SECOND = 2e9  # at most: a GPU that is slower is busy for longer
 _COPY_BYTES = 256 << 20
 _COPIES = 8
-
-
-@triton.jit(do_not_specialize=["seed"])
-def fill(into, seed, scale: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * block + tl.arange(0, block)
-    tl.store(into + at, (tl.rand(seed, at) - 0.5) * scale)
-
-
-@triton.jit
-def project(  # type: ignore[no-untyped-def]
-    state, weights, into, size: tl.constexpr, height: tl.constexpr, width: tl.constexpr
-):
-    """into = weights · state, a few rows by each program."""
-    member = tl.program_id(1) * size
-    rows = tl.program_id(0) * height + tl.arange(0, height)
-    total = tl.zeros([height], tl.float32)
-    for begin in range(0, size, width):
-        columns = begin + tl.arange(0, width)
-        part = tl.load(state + member + columns)
-        square = tl.load(weights + rows[:, None] * size + columns[None, :]).to(tl.float32)
-        total += tl.sum(square * part[None, :], axis=1)
-    tl.store(into + member + rows, total)
-
-
-@triton.jit
-def settle(state, change, size: tl.constexpr):  # type: ignore[no-untyped-def]
-    """state = normalised(state + silu(change))"""
-    at = tl.program_id(0) * size + tl.arange(0, size)
-    moved = tl.load(change + at)
-    value = tl.load(state + at) + moved * tl.sigmoid(moved)
-    tl.store(state + at, value * tl.rsqrt(tl.sum(value * value) / size + 1e-6))
-
-
-@triton.jit
-def checksum(words, into, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Integers, so that the order does not matter; each by its place, so that an exchange is seen."""
-    inside = tl.arange(0, block)
-    value = tl.load(words + tl.program_id(0).to(tl.int64) * block + inside).to(tl.int64)
-    tl.store(into + tl.program_id(0), tl.sum(value * (inside % 251 + 1)))
 
 
 class Decoder:
@@ -92,9 +54,9 @@ class Decoder:
             for _ in range(max(2, round(gib * (1 << 30) / (size * size * 2))))
         ]
         for seed, weights in enumerate(self._weights):
-            fill[(weights.numel() // 1024,)](weights, seed, 3.4641 / size**0.5, block=1024)
+            kernels.fill[(weights.numel() // 1024,)](weights, seed, 3.4641 / size**0.5, block=1024)
         self._table = torch.empty(size, size, dtype=torch.float32, device=device)
-        fill[(self._table.numel() // 1024,)](self._table, 1 << 20, 3.4641, block=1024)
+        kernels.fill[(self._table.numel() // 1024,)](self._table, 1 << 20, 3.4641, block=1024)
         self._sync()
         self._mark("weights")
         self.kernels = self._try_variants(QUICK_VARIANTS if quick else VARIANTS)
@@ -167,7 +129,7 @@ class Decoder:
         self, state: Any, weights: Any, into: Any, variant: tuple[int, int, int] = VARIANTS[0]
     ) -> None:
         rows, columns, warps = variant
-        project[(self._size // rows, into.shape[0])](
+        kernels.project[(self._size // rows, into.shape[0])](
             state, weights, into, size=self._size, height=rows, width=columns, num_warps=warps
         )
 
@@ -179,7 +141,7 @@ class Decoder:
             state = self._table.index_select(0, token)
             for weights in self._weights:
                 self._project(state, weights, change)
-                settle[(batch,)](state, change, size=self._size)
+                kernels.settle[(batch,)](state, change, size=self._size)
             self._project(state, self._weights[0], change)
             token.copy_(torch.argmax(change, dim=1))
 
@@ -202,7 +164,7 @@ class Decoder:
             words = weights.view(torch.int32).view(-1)
             block = min(CHECKED, words.numel())
             sums = torch.empty(words.numel() // block, dtype=torch.int64, device=self._device)
-            checksum[(sums.numel(),)](words, sums, block=block)
+            kernels.checksum[(sums.numel(),)](words, sums, block=block)
             total += (number + 1) * int(sums.sum().item())
         return total
 

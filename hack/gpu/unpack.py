@@ -13,6 +13,7 @@ the same bundle is installed in TARGET already; an interrupted run is begun anew
 """
 
 import hashlib
+import io
 import json
 import shlex
 import shutil
@@ -22,12 +23,13 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 SCHEMA = "rekindle.gpu-bundle/1"
 _SECONDS = 900
 
 
-def main(words):
+def main(words: list[str]) -> None:
     if not words:
         raise SystemExit(__doc__)
     here, target = Path(__file__).resolve().parent, Path(words[0]).resolve()
@@ -44,16 +46,17 @@ def main(words):
             shutil.rmtree(target)
         target.mkdir(parents=True)
         (target / ".bundle").touch()
-        with tarfile.open(fileobj=Joined(paths), mode="r|gz") as archive:
+        joined = io.BufferedReader(Joined(paths))
+        with joined, tarfile.open(fileobj=joined, mode="r|gz") as archive:
             # Older Pythons have no filters. The bytes are those of the manifest.
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(target, **safely)  # noqa: S202
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
+            archive.extractall(target)  # noqa: S202
         install(target)
         mark.write_text(stamp)
     print(f"{target}/gpu-acceptance OUT")
 
 
-def find(piece, directories):
+def find(piece: dict[str, str], directories: list[Path]) -> Path:
     """Where a piece lies; its bytes are those that the manifest tells of."""
     for directory in directories:
         path = directory / piece["name"]
@@ -65,29 +68,27 @@ def find(piece, directories):
     raise SystemExit(f"unpack: there is no {piece['name']} with the sha256 sum {piece['sha256']}")
 
 
-class Joined:
+class Joined(io.RawIOBase):
     """Files one after the other, to be read as one."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: list[Path]) -> None:
         self._paths = list(paths)
-        self._file = None
+        self._file: io.FileIO | None = None
 
-    def read(self, size):
-        found = b""
-        while len(found) < size:
-            if self._file is None:
-                if not self._paths:
-                    break
-                self._file = open(self._paths.pop(0), "rb")  # noqa: SIM115 - open until its end
-            part = self._file.read(size - len(found))
-            if not part:
-                self._file.close()
-                self._file = None
-            found += part
-        return found
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._file or self._paths:
+            self._file = self._file or io.FileIO(self._paths.pop(0))
+            if count := self._file.readinto(buffer):
+                return count
+            self._file.close()
+            self._file = None
+        return 0
 
 
-def install(target):
+def install(target: Path) -> None:
     """rekindle's environment, the server's, and what starts the acceptance."""
     source, wheels = target / "source", target / "wheels"
     with open(source / "pyproject.toml", "rb") as file:
@@ -121,24 +122,24 @@ def install(target):
     call(str(start), "--help")
 
 
-def environment(directory, *options):
+def environment(directory: Path, *options: str) -> Path:
     # Debian has Python without ensurepip; pip comes along.
     call(sys.executable, "-m", "venv", "--without-pip", *options, str(directory))
     return directory / "bin/python"
 
 
-def pip(python, wheels, found, *words):
+def pip(python: Path, wheels: Path, found: Path, *words: str) -> None:
     """Runs the pip of the bundle, from its wheel, without any index."""
     (wheel,) = wheels.glob("pip-*.whl")
     options = ["--isolated", "--disable-pip-version-check", "--no-cache-dir"]
     call(str(python), f"{wheel}/pip", *options, "install", "--no-index", "--find-links", str(found), *words)
 
 
-def directory_of_packages(python):
+def directory_of_packages(python: Path) -> Path:
     return Path(call(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
 
-def call(*argv):
+def call(*argv: str) -> str:
     done = subprocess.run(
         argv,
         stdin=subprocess.DEVNULL,

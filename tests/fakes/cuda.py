@@ -144,7 +144,7 @@ class FakeCuda:
 
     def put(self, pid: int, state: str) -> None:
         """Makes the state of a process another one, past all laws."""
-        cuda_engine.write_state(pid, {**cuda_engine.read_state(pid), "state": state})
+        cuda_engine.write_state(pid, {**self.held(pid), "state": state})
 
 
 def _end(process: "subprocess.Popen[bytes]", state: Path) -> None:

@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 CODES = {
     0: ("CUDA_SUCCESS", "no error"),
@@ -62,47 +63,50 @@ Options:
 """
 PARENT = os.getppid()
 
+# As in the files, which tests write.
+JSON = dict[str, Any]
 
-def configuration():
+
+def configuration() -> JSON:
     with suppress(KeyError, FileNotFoundError), open(os.environ["FAKE_CUDA"]) as file:
-        return json.load(file)
+        return dict(json.load(file))
     return {}
 
 
 class Log:
     """Locked while it is held, which also makes a step's transition one at a time."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Log":
         self.file = open(os.environ["FAKE_CUDA"] + ".log", "a+")
         fcntl.flock(self.file, fcntl.LOCK_EX)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def events(self):
+    def events(self) -> list[JSON]:
         self.file.seek(0)
         return [json.loads(line) for line in self.file]
 
-    def add(self, **event):
+    def add(self, **event: object) -> None:
         self.file.write(json.dumps({**event, "time": time.monotonic()}) + "\n")
 
 
-def state_path(pid):
+def state_path(pid: int) -> str:
     """Where the state of a process is, seen from here. Raises OSError if there is no such process."""
     with open(f"/proc/{pid}/status") as file:
         fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     return f"/proc/{pid}/root/dev/shm/fake-cuda-{fields['NStgid'].split()[-1]}"
 
 
-def read_state(pid):
+def read_state(pid: int) -> JSON | None:
     """None if the process holds no CUDA."""
     with suppress(OSError), open(state_path(pid)) as file:
-        return json.load(file)
+        return dict(json.load(file))
     return None
 
 
-def write_state(pid, state):
+def write_state(pid: int, state: JSON) -> None:
     path = state_path(pid)
     staged = f"{path}.{os.getpid()}"
     with open(staged, "w") as file:
@@ -110,7 +114,7 @@ def write_state(pid, state):
     os.rename(staged, path)
 
 
-def host_thread(pid, tid):
+def host_thread(pid: int, tid: int) -> int:
     """The thread of a process that it calls `tid`, as it is called here."""
     for thread in os.listdir(f"/proc/{pid}/task"):
         with suppress(OSError), open(f"/proc/{pid}/task/{thread}/status") as file:
@@ -119,7 +123,7 @@ def host_thread(pid, tid):
     return 0
 
 
-def wait(seconds, *, even_alone):
+def wait(seconds: float, *, even_alone: bool) -> bool:
     """False if our parent died meanwhile; what is in a process goes on only as long as that lives."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -129,7 +133,7 @@ def wait(seconds, *, even_alone):
     return True
 
 
-def fault_of(config, step, pid, events):
+def fault_of(config: JSON, step: str, pid: int, events: list[JSON]) -> tuple[int | None, JSON]:
     """The fault that this call meets; `events` are all before it."""
     count = 1 + sum(event["step"] == step and event["event"] == "begin" for event in events)
     for number, fault in enumerate(config.get("faults", [])):
@@ -140,7 +144,9 @@ def fault_of(config, step, pid, events):
     return None, {}
 
 
-def perform(step, pid, door, *, timeout_ms=0, device_map=None):
+def perform(
+    step: str, pid: int, door: str, *, timeout_ms: int = 0, device_map: dict[str, str] | None = None
+) -> tuple[int, int]:
     """One call: its result, and the value that it gives."""
     config = configuration()
     with Log() as log:
@@ -163,14 +169,14 @@ def perform(step, pid, door, *, timeout_ms=0, device_map=None):
             code, value = NOT_READY, 0
         else:
             code, value = transition(config, step, pid, device_map or {})
-        if "state" in fault:
-            write_state(pid, {**read_state(pid), "state": fault["state"]})
+        if "state" in fault and (held := read_state(pid)):
+            write_state(pid, {**held, "state": fault["state"]})
         after = (read_state(pid) or {}).get("state")
         log.add(event="end", step=step, pid=pid, door=door, code=code, before=before, after=after)
     return code, value
 
 
-def transition(config, step, pid, device_map):
+def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) -> tuple[int, int]:
     held = read_state(pid)
     if held is None:
         if step == "state" and pid in config.get("coordinators", []):
@@ -205,7 +211,7 @@ def transition(config, step, pid, device_map):
     return 0, 0
 
 
-def initialise(door):
+def initialise(door: str) -> int:
     """cuInit: its result."""
     config = configuration()
     with Log() as log:
@@ -214,35 +220,34 @@ def initialise(door):
     seconds = config.get("init_seconds", 0) + fault.get("seconds", 0)
     if not wait(HANG_SECONDS if fault.get("hang") else seconds, even_alone=False):
         sys.exit(1)
-    return fault.get("code", config.get("init", 0))
+    return int(fault["code"] if "code" in fault else config.get("init", 0))
 
 
-def major(config):
+def major(config: JSON) -> int:
     return int(config.get("driver", "580.65.06").partition(".")[0])
 
 
-def parse_map(text):
+def parse_map(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split(",")) if text else {}
 
 
-def as_driver(words):
+def as_driver(words: list[str]) -> int:
     """For cuda.c: prints the result and the value."""
     step, pid, argument = words[0], int(words[1]), words[2]
     if step == "init":
         known = [version for number, version in CUDA_VERSIONS.items() if number <= major(configuration())]
         print(initialise("driver"), known[-1])
         return 0
-    rest = {"timeout_ms": int(argument)} if step == "lock" else {}
-    if step == "restore":
-        rest = {"device_map": parse_map(argument)}
-        if rest["device_map"] and major(configuration()) < 580:
-            print(INVALID_VALUE, 0)  # what was reserved must be zero
-            return 0
-    print(*perform(step, pid, "driver", **rest))
+    device_map = parse_map(argument) if step == "restore" else {}
+    if device_map and major(configuration()) < 580:
+        print(INVALID_VALUE, 0)  # what was reserved must be zero
+        return 0
+    timeout_ms = int(argument) if step == "lock" else 0
+    print(*perform(step, pid, "driver", timeout_ms=timeout_ms, device_map=device_map))
     return 0
 
 
-def as_utility(words):
+def as_utility(words: list[str]) -> int:
     config = configuration()
     known = {"--pid", "--get-state", "--get-restore-tid", "--toggle", "--help"}
     operations = "--get-state --pid <pid>\n--toggle --pid <pid>\n--get-restore-tid --pid <pid>\n"

@@ -194,7 +194,7 @@ assert [model.count(), model.count()] == [1, 2]
 def test_the_kernels_of_the_server_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
     program = """
 import triton
-from hack.gpu import decoder
+from hack.gpu import decoder, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 def compiled(kernel, types, constants, **options):
@@ -203,12 +203,12 @@ def compiled(kernel, types, constants, **options):
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=values)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-compiled(decoder.fill, ["*bf16", "i32"], {"scale": 0.05, "block": 1024})
-compiled(decoder.settle, ["*fp32", "*fp32"], {"size": decoder.WIDTH})
-compiled(decoder.checksum, ["*i32", "*i64"], {"block": decoder.CHECKED})
+compiled(kernels.fill, ["*bf16", "i32"], {"scale": 0.05, "block": 1024})
+compiled(kernels.settle, ["*fp32", "*fp32"], {"size": decoder.WIDTH})
+compiled(kernels.checksum, ["*i32", "*i64"], {"block": decoder.CHECKED})
 for height, width, warps in decoder.VARIANTS:
     sizes = {"size": decoder.WIDTH, "height": height, "width": width}
-    compiled(decoder.project, ["*fp32", "*bf16", "*fp32"], sizes, num_warps=warps)
+    compiled(kernels.project, ["*fp32", "*bf16", "*fp32"], sizes, num_warps=warps)
 """
     run_python(program, {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)})
 

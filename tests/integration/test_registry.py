@@ -99,7 +99,7 @@ def test_others_read_list_and_copy_what_was_pushed(
     assert run(ORAS, "repo", "tags", "--plain-http", image).split() == ["1"]
     run(ORAS, "cp", "--from-plain-http", "--to-plain-http", f"{image}:1", f"{host}/team/oras:1")
 
-    skopeo = [SKOPEO, "--insecure-policy"]
+    skopeo = (SKOPEO, "--insecure-policy")
     raw = run(*skopeo, "inspect", "--raw", "--tls-verify=false", f"docker://{image}:1")
     assert Digest.of_bytes(raw.encode()) == digest
     assert json.loads(run(*skopeo, "list-tags", "--tls-verify=false", f"docker://{image}"))["Tags"] == ["1"]

@@ -34,7 +34,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 state = {"count": 0}
 memory = multiprocessing.shared_memory.SharedMemory(create=True, size=1 << 20)
-memory.buf[:5] = b"hello"
+assert memory.buf is not None
+shared = memory.buf
+shared[:5] = b"hello"
 lock = multiprocessing.get_context("spawn").Lock()  # a POSIX semaphore, unlinked while in use
 pair = socket.socketpair()
 zeros = bytearray(8 << 20)  # pages that are written and zero
@@ -110,9 +112,9 @@ def hold(what: str) -> object:
     if what == "device-of-another":
         return fork(lambda: open(BEHAVIOURS["path"], "rb"))
     if what == "dmabuf":  # by the name that the kernel gives it
-        file = open("/dmabuf:", "wb")
+        device = open("/dmabuf:", "wb")
         os.unlink("/dmabuf:")
-        return file
+        return device
     if what == "daemon":
         if os.fork() == 0:
             os.setsid()
@@ -174,7 +176,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "boottime": time.clock_gettime(time.CLOCK_BOOTTIME),
                     "io_uring_errno": io_uring_errno(),
                     "xcomp_permission": xcomp_permission() if platform.machine() == "x86_64" else 0,
-                    "shared": bytes(memory.buf[:5]).decode(),
+                    "shared": bytes(shared[:5]).decode(),
                     "zeros": not any(zeros),
                     "deleted": deleted.read().decode(),
                     "hash_seed": os.environ.get("PYTHONHASHSEED"),

@@ -10,9 +10,10 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -154,7 +155,9 @@ def within(seconds: float) -> Iterator[None]:
     assert time.monotonic() - began < seconds
 
 
-def expecting(error: type[RekindleError] | None) -> Any:
+def expecting(
+    error: type[RekindleError] | None,
+) -> AbstractContextManager[pytest.ExceptionInfo[RekindleError] | None]:
     return contextlib.nullcontext() if error is None else pytest.raises(error)
 
 
@@ -183,7 +186,12 @@ class Case:
     reference: str = "a/b:1"
 
 
-def parametrize(cases: list[Case]) -> Any:
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def parametrize(cases: Sequence[Named]) -> pytest.MarkDecorator:
     assert len({case.name for case in cases}) == len(cases)
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name.replace(" ", "-"))
 

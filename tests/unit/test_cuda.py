@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -371,10 +372,10 @@ class Slow:
     def __init__(self, door: Door) -> None:
         self._door = door
 
-    def state(self, pid: int, *, timeout_seconds: float) -> State:
+    def state(self, pid: int, *, timeout_seconds: float = 0.0) -> State:
         return self._door.state(pid)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._door, name)
 
 
@@ -430,14 +431,15 @@ def test_a_journal_of_the_dead_is_passed_over(
         session = Session(door, dead, journal)
         session.checkpoint_all(20)
         content = json.loads(journal.read_text())
-    for document in (
+    documents: tuple[object, ...] = (
         content,
         {**content, "processes": [{**content["processes"][0], "pid": pids[0]}]},  # the PID of another one
         {**content, "boot": "another", "processes": []},
         {**content, "schema": "another"},
         [],
         {**content, "processes": [{"pid": "1"}]},
-    ):
+    )
+    for document in documents:
         journal.write_text(json.dumps(document))
         assert not unfinished(journal)
         assert repair(journal, never) == []

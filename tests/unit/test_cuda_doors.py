@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -162,11 +163,12 @@ def test_a_new_utility_with_an_old_driver_restores_onto_the_same_gpus_only(
 
 def test_unlawful_steps_are_refused(fake: FakeCuda, door: Door) -> None:
     with fake.processes(1) as (pid,):
-        for act in (
+        acts: list[Callable[[], None]] = [
             lambda: door.checkpoint(pid),
             lambda: door.restore(pid, {}),
             lambda: door.unlock(pid),
-        ):
+        ]
+        for act in acts:
             with pytest.raises(CudaError) as caught:
                 act()
             assert caught.value.number == 401

@@ -121,6 +121,21 @@ def makes_a_file_of(path: Path) -> None:
     path.write_bytes(b"x")
 
 
+def comes_and_goes(path: Path) -> None:
+    path.write_bytes(b"x")
+    path.unlink()
+
+
+def leads_elsewhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def becomes_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a file that is written as it was": ("criu/pages-1.img", rewrites),
     "a file that is replaced by its equal": ("criu/pages-1.img", replaces),
@@ -132,12 +147,12 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a file that is gone": ("criu/core-1.img", Path.unlink),
     "a file that came": ("criu/netns-1.img", lambda path: path.write_bytes(b"x")),
     "a file that came in a deep place": ("shm/deep/deeper/x", lambda path: path.write_bytes(b"x")),
-    "a file that came and went": ("criu/x", lambda path: (path.write_bytes(b"x"), path.unlink())),
+    "a file that came and went": ("criu/x", comes_and_goes),
     "one more hard link": ("criu/core-1.img", lambda path: os.link(path, path.parents[2] / ".link")),
     "a file behind a link": ("criu/core-1.img", moves_behind_a_link),
     "a directory behind a link": ("criu", moves_behind_a_link),
     "a deep directory behind a link": ("shm/deep", moves_behind_a_link),
-    "a link that leads elsewhere": ("shm/link", lambda path: (path.unlink(), path.symlink_to("/etc/passwd"))),
+    "a link that leads elsewhere": ("shm/link", leads_elsewhere),
     "a pipe that is a file": ("shm/fifo", makes_a_file_of),
     "a directory that is gone": ("shm", shutil.rmtree),
     "no seal": ("ready.json", Path.unlink),
@@ -148,7 +163,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
         "ready.json",
         lambda path: path.write_bytes(b'{"boot": "", "bytes": 1e999, "seal": ""}'),
     ),
-    "a seal that is a directory": ("ready.json", lambda path: (path.unlink(), path.mkdir())),
+    "a seal that is a directory": ("ready.json", becomes_a_directory),
 }
 
 

@@ -361,18 +361,27 @@ def test_nothing_warms_it() -> None:
 def test_it_wakes_when_it_is_released(root: Path) -> None:
     engine = boundary(root, READY)
     release = root / "dev/shm/tmp/rekindle/release.json"
-    answers = iter([ConnectionRefusedError("closed"), NotReadyError("slow"), reply(b"", 503), reply(b"")])
+    said: list[Response | Exception] = [
+        *(ConnectionRefusedError("closed"), NotReadyError("slow")),
+        *(reply(b"", 503), reply(b"")),
+    ]
+    answers = iter(said)
 
-    def answer(path: str) -> Response | OSError:
+    def answer(path: str) -> Response:
         assert json.loads(release.read_text()) == {"release": True, "host": "0.0.0.0", "port": 8000}
         found = next(answers)
-        if isinstance(found, NotReadyError):
+        if isinstance(found, Exception):
             raise found
         return found
 
     client = FakeClient(root, answer)
     seen: list[str] = []
-    engine.wake(client, lambda name: seen.append(name) or contextlib.nullcontext())
+
+    def phase(name: str) -> contextlib.AbstractContextManager[None]:
+        seen.append(name)
+        return contextlib.nullcontext()
+
+    engine.wake(client, phase)
     assert client.paths == ["/health"] * 4
     assert seen == ["wake"]
 

@@ -11,7 +11,7 @@ import tarfile
 import threading
 import unicodedata
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -407,7 +407,7 @@ def test_directories_without_files_are_not_made(
     made = []
     real = extraction._Tree.make_directory
 
-    def make(self: Any, path: Path) -> None:
+    def make(self: Any, path: PurePosixPath) -> None:
         made.append(str(path))
         real(self, path)
 
@@ -641,6 +641,9 @@ class OneBlob:
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         return Unseekable(self.content, 100)
+
+    def referrers(self, digest: Digest) -> list[Descriptor]:
+        return []
 
     def cancel(self) -> None:
         pass

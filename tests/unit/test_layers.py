@@ -15,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import pytest
 import zstandard
@@ -526,7 +525,7 @@ def descriptor(content: bytes) -> Descriptor:
 def read(stream: Unseekable, layer: Descriptor, target: Path) -> int:
     if not (target / "criu").exists():
         dump_tree.make(ONE_FILE, target)
-    return read_pieces(cast("BinaryIO", stream), layer, ONE_FILE, target, threading.Event())
+    return read_pieces(stream, layer, ONE_FILE, target, threading.Event())
 
 
 @contextlib.contextmanager

@@ -553,6 +553,16 @@ def make_link(path: Path) -> None:
     path.symlink_to(path.parents[2] / "elsewhere")
 
 
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def make_socket(path: Path) -> None:
     path.unlink()
     os.mknod(path, stat.S_IFSOCK | 0o600)
@@ -560,12 +570,7 @@ def make_socket(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "plant",
-    [
-        lambda path: (path.unlink(), os.mkfifo(path)),
-        lambda path: (path.unlink(), path.mkdir()),
-        make_link,
-        make_socket,
-    ],
+    [make_pipe, make_directory, make_link, make_socket],
     ids=["pipe", "directory", "link", "socket"],
 )
 @pytest.mark.parametrize("content", [b"", b"content"])

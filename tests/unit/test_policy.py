@@ -198,8 +198,12 @@ def test_an_identity_is_never_one_part_alone_and_never_a_pattern(name: str, issu
 def test_the_command_line_is_as_strict(given_flags: dict[str, Any]) -> None:
     from oci.resolve import _from_flags
 
-    flags = {"certificate_identity": None, "certificate_oidc_issuer": None, "verify_key": [], "policy": None}
-    args = argparse.Namespace(**{**flags, "trusted_root": None, **given_flags})
+    flags: dict[str, object] = {
+        **dict.fromkeys(("certificate_identity", "certificate_oidc_issuer", "policy", "trusted_root")),
+        "verify_key": [],
+        **given_flags,
+    }
+    args = argparse.Namespace(**flags)
     with pytest.raises(UsageError):
         _from_flags(args, "x")
 

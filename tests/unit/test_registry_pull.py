@@ -90,6 +90,18 @@ def another_scope(value: str) -> Misbehave:
     return wrong.Misbehaviour(on=manifest(), act=act)
 
 
+def redirect(to: str) -> Make:
+    return lambda _: [wrong.redirects(blob(), to=to)]
+
+
+def challenge(value: str) -> Make:
+    return lambda _: [another_scope(value)]
+
+
+def token(content: bytes) -> Make:
+    return lambda _: [wrong.answers(TOKEN, content)]
+
+
 PULLS = [
     Case(name="nothing is wrong", look=each_byte_once),
     # Content.
@@ -351,7 +363,7 @@ PULLS = [
     *(
         Case(
             name=f"a redirect to {where}",
-            make=lambda _, where=where: [wrong.redirects(blob(), to=where)],
+            make=redirect(where),
             error=RegistryError,
             word="leads nowhere",
             seconds=1,
@@ -368,7 +380,7 @@ PULLS = [
     ),
     Case(
         name="a redirect to nobody",
-        make=lambda _: [wrong.redirects(blob(), to="http://127.0.0.1:1/")],
+        make=redirect("http://127.0.0.1:1/"),
         error=RegistryError,
         word="refused",
     ),
@@ -609,7 +621,7 @@ PULLS = [
     *(
         Case(
             name=f"401 with a challenge, {name}",
-            make=lambda _, value=value: [another_scope(value)],
+            make=challenge(value),
             error=error,
             word=word,
             seconds=1,
@@ -655,7 +667,7 @@ PULLS = [
     *(
         Case(
             name=f"a token that is {name}",
-            make=lambda _, content=content: [wrong.answers(TOKEN, content)],
+            make=token(content),
             auth=Auth.TOKEN,
             error=RegistryError,
             word=word,
@@ -715,7 +727,7 @@ def test_a_pull(case: Case, sample: Sample, tmp_path: Path, monkeypatch: pytest.
             pull(reference, target, access)
         case.look(registry, sample)
         assert registry.leaks == []
-        if case.error is None:
+        if raised is None:
             assert_all_there(target, sample.root, sample)
             return
         assert case.word in said(raised.value), said(raised.value)
@@ -813,8 +825,8 @@ MIRRORS = [
     Mirror(name="breaks midway", make=lambda _: [wrong.closes(blob(), after_bytes=100, skip=5)]),
     Mirror(name="no ranges", make=lambda _: [wrong.ignores_range()]),
     Mirror(name="no ranges midway", make=lambda _: [wrong.ignores_range(skip=4)]),
-    Mirror(name="a redirect to a file", make=lambda _: [wrong.redirects(blob(), to="file:///etc/passwd")]),
-    Mirror(name="a redirect to nobody", make=lambda _: [wrong.redirects(blob(), to="http://127.0.0.1:1/")]),
+    Mirror(name="a redirect to a file", make=redirect("file:///etc/passwd")),
+    Mirror(name="a redirect to nobody", make=redirect("http://127.0.0.1:1/")),
 ]
 
 
@@ -826,7 +838,7 @@ def assert_shared(mirror: Registry, registry: Registry, sample: Sample) -> None:
     assert 0 < sent(registry, sample) < sample.big.size
 
 
-@parametrize(MIRRORS)  # type: ignore[arg-type]
+@parametrize(MIRRORS)
 def test_a_pull_by_way_of_a_mirror(case: Mirror, sample: Sample, tmp_path: Path) -> None:
     target = Layout.create(tmp_path)
     with Registry(auth=Auth.TOKEN) as registry, Registry(misbehave=case.make(sample)) as mirror:

@@ -21,6 +21,7 @@ from tests.unit.registry_samples import (
     PATIENCE,
     WRONG,
     Case,
+    Make,
     Sample,
     access_to,
     expecting,
@@ -42,17 +43,21 @@ def upload_elsewhere(request: Request) -> bool:
     return request.elsewhere and request.kind is Kind.UPLOAD
 
 
+def location(form: str) -> Make:
+    return lambda _: [wrong.upload_location(form)]
+
+
 PUSHES = [
     Case(name="nothing is wrong"),
     Case(name="a token", auth=Auth.TOKEN, look=times_asked(2, Kind.TOKEN)),
     Case(name="a password", auth=Auth.BASIC),
     *(
-        Case(name=f"Location {form}", make=lambda _, form=form: [wrong.upload_location(form)], auth=auth)
+        Case(name=f"Location {form}", make=location(form), auth=auth)
         for form, auth in (("relative", Auth.TOKEN), ("absolute", Auth.TOKEN), ("query", Auth.BASIC))
     ),
     Case(
         name="Location elsewhere",
-        make=lambda _: [wrong.upload_location("elsewhere")],
+        make=location("elsewhere"),
         auth=Auth.TOKEN,
         look=lambda r, s: assert_elsewhere(r),
     ),
@@ -245,7 +250,7 @@ def test_a_push(case: Case, sample: Sample) -> None:
         registry.settle()  # the other blobs may be on their way still when one has failed
         case.look(registry, sample)
         assert registry.leaks == []
-        if case.error is None:
+        if raised is None:
             assert_pushed(registry, sample)
             return
         assert case.word in said(raised.value), said(raised.value)

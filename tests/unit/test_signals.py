@@ -5,6 +5,7 @@ import contextlib
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -36,7 +37,9 @@ def send(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def work(signals: Signals, *sent: int, seconds: float | None = None) -> None:
+def work(
+    signals: Signals, *sent: int, seconds: float | None = None, cleaned_up: threading.Event | None = None
+) -> None:
     """Work that is broken off, by the first of the signals or by time, and a clean-up in which the others
     come."""
     with signals.raising(seconds):
@@ -49,7 +52,8 @@ def work(signals: Signals, *sent: int, seconds: float | None = None) -> None:
         finally:
             for signum in sent[seconds is None :]:
                 send(signum)
-            signals.cleaned_up = True
+            if cleaned_up is not None:
+                cleaned_up.set()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
@@ -73,17 +77,19 @@ def test_outside_of_work_a_signal_is_kept() -> None:
 
 
 def test_a_second_signal_does_not_stop_what_follows_the_first() -> None:
+    cleaned_up = threading.Event()
     with Signals() as signals, pytest.raises(Interrupted) as caught:
-        work(signals, signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
-    assert signals.cleaned_up
+        work(signals, signal.SIGTERM, signal.SIGINT, signal.SIGALRM, cleaned_up=cleaned_up)
+    assert cleaned_up.is_set()
     assert caught.value.signum == signal.SIGTERM
 
 
 def test_a_deadline_passes_once() -> None:
+    cleaned_up = threading.Event()
     with Signals() as signals:
         with pytest.raises(DeadlinePassed) as caught:
-            work(signals, signal.SIGTERM, signal.SIGALRM, seconds=0.05)
-        assert signals.cleaned_up
+            work(signals, signal.SIGTERM, signal.SIGALRM, seconds=0.05, cleaned_up=cleaned_up)
+        assert cleaned_up.is_set()
         assert caught.value.seconds == 0.05
         with pytest.raises(Interrupted):
             signals.check()

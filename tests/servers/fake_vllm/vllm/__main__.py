@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from vllm.cli import main
+from .cli import main
 
 main()

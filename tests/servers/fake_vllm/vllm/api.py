@@ -6,13 +6,27 @@ import importlib
 import json
 import os
 import re
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .engine import Engine
+
+# ASGI 3.0; and what an endpoint gets (the query, the body) and returns (the status, JSON or pieces).
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+Query = dict[str, list[str]]
+Reply = tuple[int, dict[str, Any] | list[bytes]]
+Endpoint = Callable[[Query, Any], Awaitable[Reply]]
 
 REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 500: "Internal Server Error"}
 
 
 class Route:
-    def __init__(self, method, path, endpoint):
+    def __init__(self, method: str, path: str, endpoint: Endpoint) -> None:
         self.method = method
         self.path_regex = re.compile(f"^{path}$")
         self.endpoint = endpoint
@@ -21,7 +35,7 @@ class Route:
 class Api:
     """The ASGI application."""
 
-    def __init__(self, engine, args):
+    def __init__(self, engine: Engine, args: Namespace) -> None:
         self.engine = engine
         self.args = args
         self.name = (args.served_model_name or [args.model])[0]
@@ -38,20 +52,22 @@ class Api:
                 Route("POST", "/collective_rpc", of("serve.dev.rpc.api_router", self.collective_rpc)),
                 Route("GET", "/not_known_by_its_path", of("serve.dev.more.api_router", self.health)),
             ]
-        self._stack = self._route
+        self._stack: App = self._route
         for middleware in args.middleware:
             module, _, name = middleware.rpartition(".")
             self._stack = getattr(importlib.import_module(module), name)(self._stack)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         scope["app"] = self
         scope["root_path"] = self.args.root_path
         await self._stack(scope, receive, send)
 
-    async def _route(self, scope, receive, send):
+    async def _route(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
         key = self.args.api_key or os.environ.get("VLLM_API_KEY")
         given = dict(scope["headers"]).get(b"authorization", b"").decode()
+        status: int
+        content: dict[str, Any] | list[bytes]
         status, content = 404, {"detail": "Not Found"}
         if key and path.startswith("/v1") and given != f"Bearer {key}":
             status, content = 401, {"error": "Unauthorized"}
@@ -72,13 +88,13 @@ class Api:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def health(self, query, body):
+    async def health(self, query: Query, body: Any) -> Reply:
         return 200, {}
 
-    async def models(self, query, body):
+    async def models(self, query: Query, body: Any) -> Reply:
         return 200, {"data": [{"id": self.name, "max_model_len": self.args.max_model_len}]}
 
-    async def completions(self, query, body):
+    async def completions(self, query: Query, body: Any) -> Reply:
         if body["model"] not in {self.name, ""}:
             return 404, {"error": f"The model `{body['model']}` does not exist."}
         found = await self.engine.ask("generate", prompt=body["prompt"], tokens=body.get("max_tokens", 16))
@@ -95,42 +111,42 @@ class Api:
         lines = [json.dumps(event).encode() for event in events] + [b"[DONE]"]
         return 200, [b"data: " + line + b"\n\n" for line in lines]
 
-    async def sleep(self, query, body):
+    async def sleep(self, query: Query, body: Any) -> Reply:
         if not self.args.enable_sleep_mode:
             return 500, {"error": "Sleep mode is not enabled in the model config"}
         level = int(query.get("level", ["1"])[0])
         await self.engine.ask("sleep", level=level)
         return 200, {"status": "sleeping", "level": level}
 
-    async def wake_up(self, query, body):
+    async def wake_up(self, query: Query, body: Any) -> Reply:
         awake = await self.engine.ask("wake_up", tags=query.get("tags"))
         return 200, {"status": "awake" if awake else "sleeping", "tags": query.get("tags")}
 
-    async def is_sleeping(self, query, body):
+    async def is_sleeping(self, query: Query, body: Any) -> Reply:
         return 200, {"is_sleeping": await self.engine.ask("is_sleeping")}
 
-    async def collective_rpc(self, query, body):
+    async def collective_rpc(self, query: Query, body: Any) -> Reply:
         if body["method"] != "reload_weights":
             return 400, {"error": "this one knows no other method"}
         return 200, {"results": [await self.engine.ask("reload_weights")]}
 
 
-def of(module, endpoint):
+def of(module: str, endpoint: Endpoint) -> Endpoint:
     """An endpoint as if it stood in that module of vLLM."""
 
-    async def found(query, body):
+    async def found(query: Query, body: Any) -> Reply:
         return await endpoint(query, body)
 
     found.__module__ = f"vllm.entrypoints.{module}"
     return found
 
 
-def text_of(number):
+def text_of(number: int) -> str:
     return f" {number}"
 
 
-async def listen(app, host, port):
-    async def connected(reader, writer):
+async def listen(app: App, host: str, port: int) -> None:
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while await answer(app, reader, writer):
                 pass
@@ -144,7 +160,7 @@ async def listen(app, host, port):
     await server.serve_forever()
 
 
-async def answer(app, reader, writer):
+async def answer(app: App, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """Answers one request; False at the end of the connection."""
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head.decode("latin1").strip().split("\r\n")
@@ -154,10 +170,10 @@ async def answer(app, reader, writer):
     body = await reader.readexactly(int(dict(headers).get(b"content-length", 0)))
     url = urlsplit(target)
 
-    async def receive():
+    async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def send(message):
+    async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
             status = message["status"]
             kept = [(n, v) for n, v in message["headers"] if n != b"content-length"]

@@ -6,11 +6,11 @@ import asyncio
 import os
 import sys
 
-from vllm.api import Api, listen
-from vllm.engine import Engine
+from .api import Api, listen
+from .engine import Engine
 
 
-def parser(prog):
+def parser(prog: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
     made.add_argument("model_tag", nargs="?")
     made.add_argument("--model")
@@ -25,7 +25,7 @@ def parser(prog):
     return made
 
 
-def parse(argv, prog="vllm serve"):
+def parse(argv: list[str], prog: str = "vllm serve") -> argparse.Namespace:
     args = parser(prog).parse_args(argv)
     args.model = args.model_tag or args.model
     if args.enable_sleep_mode and "FAKE_CUDA" not in os.environ:
@@ -33,13 +33,13 @@ def parse(argv, prog="vllm serve"):
     return args
 
 
-async def serve(argv):
+async def serve(argv: list[str]) -> None:
     args = parse(argv)
     engine = await Engine.start(args.model)
     await listen(Api(engine, args), args.host or "0.0.0.0", args.port)
 
 
-def main():
+def main() -> None:
     if sys.argv[1:2] != ["serve"]:
         sys.exit("vllm: this one only serves")
     asyncio.run(serve(sys.argv[2:]))

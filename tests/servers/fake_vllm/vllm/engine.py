@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 KV_BYTES = 512 << 20
 CONTEXT_BYTES = 256 << 20
@@ -18,23 +19,30 @@ GARBAGE = b"what was in the memory before"
 class Engine:
     """One order at a time, as a line of JSON each way."""
 
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process  # asyncio kills one that nothing refers to
+        self._orders = process.stdin
+        self._answers = process.stdout
+        self._turn = asyncio.Lock()
+
     @classmethod
-    async def start(cls, model):
-        self = cls()
-        self._process = await asyncio.create_subprocess_exec(
+    async def start(cls, model: str) -> "Engine":
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vllm.engine", model),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        self._turn = asyncio.Lock()
-        await self.ask("ready")
-        return self
+        engine = cls(process)
+        await engine.ask("ready")
+        return engine
 
-    async def ask(self, order, **arguments):
+    async def ask(self, order: str, **arguments: object) -> Any:
         async with self._turn:
-            self._process.stdin.write(json.dumps([order, arguments]).encode() + b"\n")
-            await self._process.stdin.drain()
-            line = await self._process.stdout.readline()
+            self._orders.write(json.dumps([order, arguments]).encode() + b"\n")
+            await self._orders.drain()
+            line = await self._answers.readline()
         if not line:
             print("EngineCore died", file=sys.stderr, flush=True)
             os._exit(1)
@@ -45,21 +53,21 @@ class Engine:
 
 
 class Core:
-    def __init__(self, model):
+    def __init__(self, model: str) -> None:
         self._file = Path(model) / "model.safetensors"
-        self._weights = self._file.read_bytes()
-        self._saved = None
-        self._asleep = set()
+        self._weights: bytes | None = self._file.read_bytes()
+        self._saved: bytes | None = None
+        self._asleep: set[str] = set()
         self._salt = b""
         self._state = Path(f"/dev/shm/fake-cuda-{os.getpid()}") if "FAKE_CUDA" in os.environ else None
         self._tell_driver()
 
-    def ready(self):
-        return None
+    def ready(self) -> None:
+        pass
 
-    def generate(self, prompt, tokens):
+    def generate(self, prompt: object, tokens: int) -> list[tuple[int, float]]:
         """Numbers and logprobs, which follow from the weights and from the prompt."""
-        if self._asleep:
+        if self._asleep or self._weights is None:
             raise RuntimeError(f"asleep: {', '.join(sorted(self._asleep))}")
         found = []
         for number in range(tokens):
@@ -68,29 +76,29 @@ class Core:
             found.append((int.from_bytes(digest[:2]), -digest[2] / 256))
         return found
 
-    def sleep(self, level):
+    def sleep(self, level: int) -> None:
         self._saved = self._weights if level == 1 else None
         self._weights = None
         self._asleep = {"weights", "kv_cache"}
         if faults().get("drift"):
             self._salt = b"drift"
 
-    def wake_up(self, tags):
+    def wake_up(self, tags: list[str] | None) -> bool:
         for tag in tags or sorted(self._asleep):
             if tag == "weights" and tag in self._asleep:
                 self._weights = GARBAGE if faults().get("lose") else self._saved or GARBAGE
             self._asleep.discard(tag)
         return not self._asleep
 
-    def is_sleeping(self):
+    def is_sleeping(self) -> bool:
         return bool(self._asleep)
 
-    def reload_weights(self):
+    def reload_weights(self) -> None:
         if "weights" in self._asleep:
             raise RuntimeError("there is no memory for weights")
         self._weights = GARBAGE if faults().get("lose") else self._file.read_bytes()
 
-    def run(self):
+    def run(self) -> None:
         for line in sys.stdin:
             order, arguments = json.loads(line)
             self._wait_for_driver()
@@ -106,11 +114,11 @@ class Core:
             self._tell_driver()
             print(json.dumps(answer), flush=True)
 
-    def leave(self):
+    def leave(self) -> None:
         if self._state is not None:
             self._state.unlink(missing_ok=True)
 
-    def _tell_driver(self):
+    def _tell_driver(self) -> None:
         """What is on the GPU now, for tests/fakes/cuda_engine.py."""
         if self._state is None:
             return
@@ -123,14 +131,14 @@ class Core:
         staged.write_text(json.dumps({**known, "device_bytes": device_bytes}))
         staged.rename(self._state)
 
-    def _wait_for_driver(self):
+    def _wait_for_driver(self) -> None:
         while self._state is not None and json.loads(self._state.read_bytes())["state"] != "running":
             time.sleep(0.005)
 
 
-def faults():
+def faults() -> dict[str, Any]:
     try:
-        return json.loads(Path(os.environ["FAKE_VLLM"]).read_bytes())
+        return dict(json.loads(Path(os.environ["FAKE_VLLM"]).read_bytes()))
     except (KeyError, FileNotFoundError):
         return {}
 

@@ -12,25 +12,25 @@ import os
 import sys
 from pathlib import Path
 
-from vllm.api import Api, listen, text_of
-from vllm.cli import parse
-from vllm.engine import Engine
+from ..api import Api, listen, text_of
+from ..cli import parse
+from ..engine import Engine
 
 CANARY = "The capital of France is"
 
 
-async def canary(engine):
+async def canary(engine: Engine) -> dict[str, object]:
     ((number, logprob),) = await engine.ask("generate", prompt=CANARY, tokens=1)
     return {"sampled_token_logprob": logprob, "token_ids": [number], "text": text_of(number)}
 
 
-async def restore(engine):
+async def restore(engine: Engine) -> None:
     await engine.ask("wake_up", tags=["weights"])
     await engine.ask("reload_weights")
     await engine.ask("wake_up", tags=["kv_cache"])
 
 
-async def run(control, rest):
+async def run(control: argparse.Namespace, rest: list[str]) -> None:
     args = parse(rest, prog="python -m vllm.snapshot.server")
     if "FAKE_CUDA" not in os.environ:
         sys.exit("Sleep mode is not supported on current platform.")
@@ -62,7 +62,7 @@ async def run(control, rest):
     await listen(Api(engine, args), marker["host"], marker["port"])
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--ready-file", type=Path, required=True)
     parser.add_argument("--release-file", type=Path, required=True)
