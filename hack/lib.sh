@@ -37,7 +37,8 @@ unpack_debian() {
   state=$(mktemp -d "$PREFIX/apt.XXXXXX")
   mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
 
-  # The mirror that this machine already uses for Debian.
+  # The mirror that this machine already uses for Debian. apt-get expands the names in its format.
+  # shellcheck disable=SC2016
   mirror=${REKINDLE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
     awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')}
   [ -n "$mirror" ] || die "apt knows no Debian mirror: set REKINDLE_DEBIAN_MIRROR to the URL of one"
