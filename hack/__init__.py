@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tools of this checkout: shell commands, and the Python behind them.
+"""Tools for working on rekindle: shell commands, and the Python modules behind them.
 
-The Python runs as `python -m hack.NAME` in rekindle's environment, which has the checkout's root on its
-path. Three files run in the Python of another and by their path: `gpu/server.py` and `tiny_model.py` in that
-of a model server, `gpu/unpack.py` on a machine that has no checkout yet.
+The modules run as `python -m hack.NAME` in rekindle's environment, where the root of the checkout is on
+`sys.path`. Three files run by their path, in a Python without it: `gpu/server.py` and `tiny_model.py` in the
+environment of a model server, `gpu/unpack.py` on a machine that has no checkout yet.
 """

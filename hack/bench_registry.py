@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times pushes and pulls of one dump by the oras CLI and by rekindle; see hack/bench-registry.
+"""Time pushes and pulls of one dump by the oras CLI and by rekindle; see hack/bench-registry.
 
-A push by rekindle includes packing: from CRIU's files to blobs in the registry, as with oras. A pull
-includes unpacking: from an empty disk to files that CRIU can restore from.
+With both, a push starts from CRIU's files and ends with blobs in the registry: rekindle's includes packing. A
+pull starts from an empty disk and ends with files that CRIU can restore: rekindle's includes unpacking.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def compare(registry: str, name: str, dump: Path, runs: int, work: Path) -> None
 
 
 def have_memory() -> None:
-    """Makes sure that free memory is there. A virtual machine gives it back to its host after seconds, and
-    to get it anew takes up to 3 s for what a pull writes, whoever pulls."""
+    """Touch as much memory as a pull needs. A virtual machine returns free memory to its host after seconds,
+    and getting it back takes up to 3 s of any pull."""
     run([sys.executable, "-c", f"b'x' * {_MEMORY_BYTES}"], timeout=60)
 
 
@@ -99,14 +99,15 @@ def rekindle(words: list[str], home: Path) -> int:
 
 
 def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
-    """What `rekindle snapshot` does after the dump: zero pages out, pack, publish, push."""
+    """Do what `rekindle snapshot` does after the dump (drop zero pages, pack, publish), then push. Return the
+    peak memory in bytes."""
     home = work / "packed"
     sys.stdout.flush()
-    pid = os.fork()  # so that its memory can be told
+    pid = os.fork()  # a process of its own, whose peak memory can be measured
     if pid == 0:
         began = time.monotonic()
         pack(name, dump, Layout.create(home / "store"))
-        print(f"  of it, packing {time.monotonic() - began:.2f} s", file=sys.stderr)
+        print(f"  packing alone {time.monotonic() - began:.2f} s", file=sys.stderr)
         os._exit(0)
     _, status, usage = os.wait4(pid, 0)
     assert status == 0
@@ -126,7 +127,7 @@ def pack(name: str, dump: Path, layout: Layout) -> None:
 
 
 def throttled(name: str, runs: int, work: Path) -> None:
-    """Pulls from a registry that gives each request 80 MB/s: over one connection, and over many."""
+    """Time pulls from a registry that limits each request to 80 MB/s, over one connection and over many."""
     for jobs in (1, 8, 16):
         seconds = []
         for _ in range(runs):

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
-# Shared by the scripts beside it: where things are installed, and how to install all or nothing.
+# Functions for the scripts beside this file: messages, a lock, and installing Debian packages into a prefix.
 
-# Downloads and tools live in one place, outside the checkout, so that several checkouts share them.
+# Downloads and tools are outside the checkout, so that several checkouts share them.
 PREFIX=${REKINDLE_PREFIX:-${XDG_CACHE_HOME:-$HOME/.cache}/rekindle}
 
 say() { printf '%s\n' "${0##*/}: $*" >&2; }
 trap 'say "failed at ${BASH_SOURCE[0]##*/}:$LINENO: $BASH_COMMAND"' ERR
 die() { say "error: $*"; exit 1; }
 
-# Runs a command quietly; prints its output only if it fails.
+# Run a command; print its output only if it fails.
 quietly() {
   local log
   log=$(mktemp)
@@ -21,29 +21,30 @@ quietly() {
   rm -f "$log"
 }
 
-# One installer at a time: two shells that start together must not build the same directory.
+# Let only one installer run: two that start together must not build the same directory.
 take_lock() {
   mkdir -p "$PREFIX"
   exec 9>"$PREFIX/.lock"
   flock 9
 }
 
-# unpack_debian SUITE DESTINATION PACKAGE... - unpacks packages and all that they need, libc included,
-# below DESTINATION. The system's package database is neither read nor changed: apt gets a state of
-# its own, in which nothing is installed, so that its resolver names the whole closure.
+# unpack_debian SUITE DESTINATION PACKAGE...
+# Unpack packages with all their dependencies, libc included, below DESTINATION. The system's package database
+# is neither read nor changed: apt gets a state of its own in which nothing is installed, so that its resolver
+# names every dependency.
 unpack_debian() {
   local suite=$1 destination=$2 state mirror keyring
   shift 2
   state=$(mktemp -d "$PREFIX/apt.XXXXXX")
   mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
 
-  # The mirror that this machine already uses for Debian. apt-get expands the names in its format.
+  # Use the mirror that this machine already uses for Debian. apt-get expands the names in its format.
   # shellcheck disable=SC2016
   mirror=${REKINDLE_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)' 2>/dev/null |
     awk '$1 == "Debian" && $2 == "Debian" && $3 == "main" { print $4; exit }')}
-  [ -n "$mirror" ] || die "apt knows no Debian mirror: set REKINDLE_DEBIAN_MIRROR to the URL of one"
+  [ -n "$mirror" ] || die "no Debian mirror in apt's sources: set REKINDLE_DEBIAN_MIRROR to the URL of one"
   keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-  [ -e "$keyring" ] || die "no $keyring: install the package debian-archive-keyring"
+  [ -e "$keyring" ] || die "missing $keyring: install the package debian-archive-keyring"
   echo "deb [signed-by=$keyring] $mirror $suite main" >"$state/sources.list"
   cat >"$state/apt.conf" <<APT
 Dir::State "$state";
@@ -73,8 +74,8 @@ APT
   rm -rf "$state"
 }
 
-# wrap_program ROOT PROGRAM WRAPPER - writes a script that starts a program unpacked below ROOT with
-# the libraries and the dynamic loader that lie beside it.
+# wrap_program ROOT PROGRAM WRAPPER
+# Write a script that starts a program unpacked below ROOT with the libraries and the dynamic loader from there.
 wrap_program() {
   local root=$1 program=$2 wrapper=$3 loader triplet
   loader=$(find "$root" -name 'ld-linux*.so.*' -path '*-linux-gnu*' | head -n 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a tiny Llama (random bf16 weights) and a byte-level BPE tokenizer: `tiny_model.py DIR`.
 
-Runs in vLLM's environment, which has torch, transformers and tokenizers.
+Run it in vLLM's environment, which has torch, transformers and tokenizers.
 """
 
 import sys

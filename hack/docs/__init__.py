@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makers of the pages in docs/ that are generated from the code."""
+"""Generators of the pages in docs/ that follow from the code."""

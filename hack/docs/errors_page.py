@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/errors.md from rekindle/errors.py; with --check, fail if it is not up to date."""
+"""Write docs/errors.md from rekindle/errors.py; with --check, fail if the file differs."""
 
 import sys
 
@@ -24,7 +24,7 @@ TAIL = """\
 Once a server serves, `rekindle restore` ends with the server's own status, but 3 in place of 0 on a lower
 rung.
 """
-# Statuses of no error.
+# Exit statuses without an error class.
 OTHERS = {
     0: ("done as asked", ""),
     1: ("a bug in rekindle: a traceback is printed; please report it", "yes"),
@@ -33,7 +33,7 @@ OTHERS = {
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the text of the page."""
     rows = [(status, "", *others) for status, others in OTHERS.items()]
     for error in RekindleError.__subclasses__():
         meaning, descends = " ".join((error.__doc__ or "").split()), "yes" if error.descends else "no"

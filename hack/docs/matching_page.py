@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/matching.md from restore/decide/rules.py; with --check, fail if it is not up to date."""
+"""Write docs/matching.md from restore/decide/rules.py; with --check, fail if the file differs."""
 
 import sys
 
@@ -116,7 +116,7 @@ OWN = {"restore", "oracle"}  # restore/decide/rules.py gives them the first two 
 
 
 def page() -> str:
-    """The page's text."""
+    """Return the text of the page."""
     parts = [HEAD]
     for rung, (title, text) in TITLES.items():
         rows = [

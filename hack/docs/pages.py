@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of docs/ that are generated: written, or with --check only compared with what is there."""
+"""Write a generated page of docs/ or, with --check, compare it with the file."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def finish(name: str, text: str) -> int:
-    """Writes a page; with --check, returns 1 if it is not up to date."""
+    """Write a page and return 0; with --check, return 1 if the file differs and write nothing."""
     page = DOCS / name
     if "--check" not in sys.argv[1:]:
         page.write_text(text)
@@ -21,7 +21,7 @@ def finish(name: str, text: str) -> int:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [head, *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     written = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|\n" for line in lines]
     return written[0] + "|" + "---|" * len(head) + "\n" + "".join(written[1:])
