@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shows on a machine with an NVIDIA GPU that rekindle works there; see docs/gpu/README.md.
+"""The acceptance test of rekindle on a machine with an NVIDIA GPU; see docs/gpu/README.md.
 
-acceptance  the command line; the steps one after the other, each with its deadline
-steps       what each step does, and in which order
-measure     what several steps do: time starts, take snapshots, time restores
-starts      a server from its start to its first token, by its command and by `rekindle restore`
-subjects    the servers that are tried, and the options they depend on
-rollback    failures of a checkpoint, one by one
-journal     the results so far, and the report that is written from them
-report      the report's Markdown
-errors      how a step ends early
+    acceptance   the command line; runs the steps, each with its deadline
+    steps        the steps, in their order
+    checkpoints  steps that checkpoint a live server through the driver
+    rollback     the failures that one of those steps provokes
+    measure      operations that steps share: starts, snapshots, restores
+    starts       one start of a server, timed to its first token
+    subjects     the servers under test
+    trial        the options and directories of one run
+    journal      the results so far, and the files of the report
+    report       the Markdown of the report
+    errors       how a step can end early
 
-server      the server; runs in the Python that has torch, by its path
-decoder     what it computes with: torch and Triton
-stand_in    what takes the decoder's place without a GPU
+    server       the server; runs by its path, in a Python with torch
+    decoder      its model; kernels: the GPU kernels of that model
+    stand_in     the model without a GPU
 
-bundle      packs all of this for a machine without a network
-unpack      installs it there; runs alone, in any Python
+    bundle       packs everything for a machine without a network
+    unpack       installs that there; runs by its path, in any Python
+
+Steps are functions that share nothing but their `Trial`. What a later step or run needs is in the journal.
 """

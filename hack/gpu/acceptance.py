@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `rekindle` does with a GPU, shown on the machine that this runs on; see docs/gpu/README.md.
+"""Test rekindle on this machine's NVIDIA GPU; see docs/gpu/README.md.
 
-Every step can fail without ending the others, and ends at its deadline. The report is written anew after
-each, so that what was done by then is there whatever comes.
+A step that fails or passes its deadline does not stop the others. The report is rewritten after every step,
+so that an interrupted run keeps what it has.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from hack.gpu.trial import Options, Trial
 
 def main() -> int:
     args = _arguments()
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, _exit)
     with contextlib.ExitStack() as stack:
         base = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_large_disk())))
         work = base.absolute()
@@ -34,46 +34,56 @@ def main() -> int:
             directory.mkdir(parents=True, exist_ok=True)
         lab = Lab(work=work, mark=kept(work / "mark", os.urandom(8).hex()))
         options = _options(args)
-        told = {name: getattr(options, name) for name in ("gib", "runs", "quick", "stand_in")}
+        shown = {name: getattr(options, name) for name in ("gib", "runs", "quick", "stand_in")}
         names = [step.name for step in STEPS]
-        journal = Journal(work=work, out=args.out, logs=lab.logs, steps=names, options=told)
+        journal = Journal(work=work, out=args.out, logs=lab.logs, steps=names, options=shown)
         journal.load()
-        stack.callback(_end_all, lab)
-        os.environ[MARK] = lab.mark  # of what the kernel of rekindle starts within this process
+        stack.callback(_kill_all, lab)
+        os.environ[MARK] = lab.mark  # for processes that rekindle starts from within this one
         deadline = time.monotonic() + args.deadline
         journal.write()
         for step in _chosen(args.only, journal):
-            journal.results[step.name] = _do(Trial(options=options, lab=lab, journal=journal), step, deadline)
+            journal.results[step.name] = _run(
+                Trial(options=options, lab=lab, journal=journal), step, deadline
+            )
             journal.write()
-    wrong = [name for name in journal.results if journal.status(name) == "failed"]
-    print(f"gpu-acceptance: {args.out / 'report.md'}" + (f"; failed: {', '.join(wrong)}" if wrong else ""))
-    return 1 if wrong else 0
+    failed = [name for name in journal.results if journal.status(name) == "failed"]
+    print(f"gpu-acceptance: {args.out / 'report.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu-acceptance", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="where report.md, report.json and log.txt go")
-    parser.add_argument("--quick", action="store_true", help="little memory, few runs")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="directory for report.md, report.json and log.txt"
+    )
+    parser.add_argument("--quick", action="store_true", help="use little memory and few runs")
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         choices=[step.name for step in STEPS],
         metavar="STEP",
-        help="this step, and what it needs: " + ", ".join(step.name for step in STEPS),
+        help="run this step and the steps that it needs: " + ", ".join(step.name for step in STEPS),
     )
-    parser.add_argument("--gib", type=float, help="GiB of weights on the device (4, quick: 1)")
-    parser.add_argument("--runs", type=int, help="restores (10, quick: 3)")
-    parser.add_argument("--deadline", type=float, default=1500.0, metavar="S", help="for all (1500)")
-    parser.add_argument("--work", type=Path, help="keep everything here, and go on where it ended")
+    parser.add_argument("--gib", type=float, help="GiB of weights on the GPU (default: 4; with --quick: 1)")
+    parser.add_argument("--runs", type=int, help="number of restores (default: 10; with --quick: 3)")
+    parser.add_argument(
+        "--deadline", type=float, default=1500.0, metavar="S", help="seconds for all steps (default: 1500)"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="keep all files in this directory; a later run continues there"
+    )
     parser.add_argument(
         "--python",
         default=os.environ.get("SERVER_PYTHON") or shutil.which("python3"),
-        help="the server's, which has torch and Triton ($SERVER_PYTHON, python3)",
+        help="interpreter with torch and Triton for the server (default: $SERVER_PYTHON, or python3)",
     )
-    parser.add_argument("--vllm-model", type=Path, metavar="DIR", help="instead of a tiny one made here")
     parser.add_argument(
-        "--stand-in", action="store_true", help="against the tests' fake driver, without torch"
+        "--vllm-model", type=Path, metavar="DIR", help="model for vLLM, instead of a tiny one"
+    )
+    parser.add_argument(
+        "--stand-in", action="store_true", help="run against the tests' fake driver, without torch"
     )
     return parser.parse_args()
 
@@ -92,7 +102,7 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _chosen(only: list[str], journal: Journal) -> list[Step]:
-    """The steps to do: all that are not done yet, or those that were asked for and what they need."""
+    """Return the steps to run: all that are not done yet, or the requested ones and the steps they need."""
     done = {step.name for step in STEPS if journal.status(step.name) == "done"}
     if not only:
         return [step for step in STEPS if step.name not in done]
@@ -101,14 +111,15 @@ def _chosen(only: list[str], journal: Journal) -> list[Step]:
     return [s for s in STEPS if s.name in wanted or (s.name in needed and s.name not in done)]
 
 
-def _do(trial: Trial, step: Step, deadline: float) -> Found:
-    """One step, with its end: `done`, `failed` or `skipped`, the reason and the seconds."""
-    lost = [name for name in step.needs if trial.journal.status(name) != "done"]
-    if lost:
-        return {"status": "skipped", "reason": f"it needs {', '.join(lost)}", "seconds": 0.0}
+def _run(trial: Trial, step: Step, deadline: float) -> Found:
+    """Run one step. Return its findings, with `status` (`done`, `failed` or `skipped`), `reason` and
+    `seconds`."""
+    missing = [name for name in step.needs if trial.journal.status(name) != "done"]
+    if missing:
+        return {"status": "skipped", "reason": f"needs {', '.join(missing)}", "seconds": 0.0}
     left = deadline - time.monotonic()
     if left < 1:
-        return {"status": "skipped", "reason": "there was no time left", "seconds": 0.0}
+        return {"status": "skipped", "reason": "no time left", "seconds": 0.0}
     _say(f"{step.name} …")
     began = time.monotonic()
     found: Found = {}
@@ -122,7 +133,7 @@ def _do(trial: Trial, step: Step, deadline: float) -> Found:
         status, reason = "failed", in_words(error)
         with open(trial.lab.log("failures"), "a") as file:
             file.write(f"{step.name}:\n{traceback.format_exc()}\n")
-    _end_all(trial.lab)
+    _kill_all(trial.lab)
     seconds = time.monotonic() - began
     _say(f"{step.name} {status} after {seconds:.1f} s {reason[:300]}")
     return {**found, "status": status, "reason": reason, "seconds": seconds}
@@ -131,7 +142,7 @@ def _do(trial: Trial, step: Step, deadline: float) -> Found:
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     def late(*_: object) -> None:
-        raise LateError(f"it was not done after {seconds:.0f} s")
+        raise LateError(f"not done after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -142,20 +153,20 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _end(signum: int, _: object) -> None:
+def _exit(signum: int, _: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def _end_all(lab: Lab) -> None:
-    """Nothing that was started here is left running."""
+def _kill_all(lab: Lab) -> None:
+    """Kill every process of this run that is still there."""
     for pid in marked(lab):
-        _say(f"ending {pid}, which was left")
+        _say(f"killing leftover process {pid}")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def _large_disk() -> str | None:
-    """Dumps have gigabytes, and /tmp may be in memory."""
+    """Return a directory for gigabytes of dumps: /tmp may be in memory."""
     return "/var/tmp" if os.access("/var/tmp", os.W_OK) else None  # noqa: S108
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs what hack/gpu-acceptance needs on a machine without a network; see hack/gpu-bundle.
+"""Pack everything that hack/gpu-acceptance needs on a machine without a network; see hack/gpu-bundle.
 
-    DIR/unpack              hack/gpu/unpack.py: joins, verifies and installs
-    DIR/manifest.json       the pieces in order, with their sizes and sha256 sums
+    DIR/unpack              hack/gpu/unpack.py, which joins, verifies and installs
+    DIR/manifest.json       the pieces in order, with their sizes and sha256 digests
     DIR/bundle.000 …        one gzip tar, in pieces:
-        source/             this checkout's tracked files, as they are now
-        criu/               CRIU with its loader and libraries, started by bin/criu wherever it lies
-        wheels/             what rekindle depends on, for each version of Python, and pip
-        server-wheels/      what the server's environment gets beside the machine's torch and Triton
+        source/             the tracked files of this checkout, as they are now
+        criu/               CRIU with its loader and libraries; bin/criu starts it from any directory
+        wheels/             pip, and rekindle's dependencies for each version of Python
+        server-wheels/      packages for the server, in addition to the machine's torch and Triton
 
-Equal inputs make equal bytes.
+Equal inputs give equal bytes.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from rekindle.run import run
 SCHEMA = "rekindle.gpu-bundle/1"
 ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # rekindle needs 3.11
-_GLIBC = 28  # the newest that wheels may ask for, as 2.N: that of 2018
+_GLIBC = 28  # wheels may require glibc 2.28 (2018) at most
 _GLIBC_OF_SERVERS = 39
 _PIECE_LIMIT_MIB = 64
 _SECONDS = 1800.0
 _WRAPPER = """\
 #!/bin/sh
-# Starts CRIU with the libraries and the loader that lie beside it.
+# Start CRIU with the loader and the libraries beside it.
 here=$(dirname "$(dirname "$(readlink -f "$0")")")
 exec "$here/lib/{loader}" --library-path "$here/lib" "$here/sbin/criu" "$@"
 """
@@ -46,22 +46,28 @@ exec "$here/lib/{loader}" --library-path "$here/lib" "$here/sbin/criu" "$@"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="gpu-bundle")
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--criu", type=Path, required=True, help="the prefix that hack/get-criu made")
-    parser.add_argument("--piece-mib", type=int, default=48, metavar="N", help="of a piece at most (48)")
-    parser.add_argument("--python", action="append", help="versions of Python (" + ", ".join(PYTHONS) + ")")
+    parser.add_argument("--criu", type=Path, required=True, help="prefix that hack/get-criu installed")
+    parser.add_argument(
+        "--piece-mib", type=int, default=48, metavar="N", help="size of a piece at most (default: 48)"
+    )
+    parser.add_argument(
+        "--python",
+        action="append",
+        help="version of Python; may be repeated (default: " + ", ".join(PYTHONS) + ")",
+    )
     parser.add_argument(
         "--server-wheel",
         action="append",
         default=[],
         metavar="NAME==VERSION",
-        help="for the server's environment, without what it depends on; needs one --python",
+        help="package for the server, without its dependencies; needs exactly one --python",
     )
     args = parser.parse_args()
     pythons = args.python or list(PYTHONS)
     if not 1 <= args.piece_mib <= _PIECE_LIMIT_MIB:
         parser.error(f"--piece-mib must be from 1 to {_PIECE_LIMIT_MIB}")
     if args.server_wheel and len(pythons) != 1:
-        parser.error("--server-wheel needs the version of the server's Python: --python 3.12")
+        parser.error("--server-wheel needs the version of the server's Python, such as --python 3.12")
     target: Path = args.directory.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gpu-bundle-") as name:
@@ -81,7 +87,7 @@ def main() -> None:
         (out / "unpack").chmod(0o755)
         if target.exists():
             if not (target / "manifest.json").exists():
-                raise SystemExit(f"gpu-bundle: {target} is there, and is no bundle")
+                raise SystemExit(f"gpu-bundle: {target} exists and is not a bundle")
             remove_tree(target)
         out.rename(target)
     total = sum(int(piece["bytes"]) for piece in pieces)
@@ -89,7 +95,7 @@ def main() -> None:
 
 
 def requirements() -> list[str]:
-    """What rekindle depends on, and pip, which the other machine may lack."""
+    """Return rekindle's dependencies, and pip, which may be missing on the other machine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*map(str, project["dependencies"]), "pip"]
 
@@ -106,7 +112,7 @@ def stage_source(target: Path) -> None:
 
 
 def stage_criu(prefix: Path, target: Path) -> None:
-    """CRIU and the libraries that its loader finds for it, without the rest of their packages."""
+    """Copy CRIU and the libraries that its loader finds, without the rest of their packages."""
     program = prefix / "usr/sbin/criu"
     loader = next(path for path in prefix.rglob("ld-linux*.so.*") if "-linux-gnu" in path.parent.name)
     triplet = loader.parent.name
@@ -116,7 +122,7 @@ def stage_criu(prefix: Path, target: Path) -> None:
         (target / directory).mkdir(parents=True)
     for found in re.findall(r"=> (/\S+)", listed):
         if not Path(found).is_relative_to(prefix):
-            raise SystemExit(f"gpu-bundle: CRIU would use this machine's {found}")
+            raise SystemExit(f"gpu-bundle: CRIU would use {found} of this machine")
         shutil.copy(found, target / "lib")
     shutil.copy(loader, target / "lib")
     shutil.copy(program, target / "sbin/criu")
@@ -158,7 +164,7 @@ def pack(content: Path, out: Path, piece_bytes: int) -> list[dict[str, str | int
 
 
 class _Pieces:
-    """A file to write to, cut into pieces."""
+    """A file to write to, split into pieces."""
 
     def __init__(self, directory: Path, piece_bytes: int) -> None:
         self._directory = directory
@@ -173,7 +179,7 @@ class _Pieces:
         while rest:
             if self._file is None:
                 name = f"bundle.{len(self._done):03}"
-                self._file = open(self._directory / name, "wb")  # noqa: SIM115 - open until it is full
+                self._file = open(self._directory / name, "wb")  # noqa: SIM115 - stays open until it is full
                 self._left, self._digest = self._limit, hashlib.sha256()
             now, rest = rest[: self._left], rest[self._left :]
             self._file.write(now)
@@ -202,7 +208,7 @@ class _Pieces:
 def command(*argv: str, stdout: Path | None = None) -> str:
     done = run(list(argv), timeout=_SECONDS, stdout=stdout)
     if done.status:
-        raise SystemExit(f"gpu-bundle: {argv[0]} ended with status {done.status}: {done.output[-2000:]}")
+        raise SystemExit(f"gpu-bundle: {argv[0]} exited with status {done.status}: {done.output[-2000:]}")
     return done.output
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of the acceptance that checkpoint a live server through the driver, without CRIU: its failures, and
-both backends."""
+"""Steps of the acceptance test that checkpoint a live server through the driver, without CRIU."""
 
 import contextlib
 import json
@@ -24,7 +23,7 @@ from rekindle.run import run, spawn
 
 
 def roll_back(trial: Trial, found: Found) -> None:
-    """Each failure, after which the server must answer as before."""
+    """Provoke every failure in turn; the server must answer as before after each."""
     subject, home = subjects.decoder(trial), Home(trial.lab.home)
     waiting = list(rollback.CASES)
     found["cases"] = []
@@ -34,23 +33,21 @@ def roll_back(trial: Trial, found: Found) -> None:
             with started(trial.lab, subject) as server, home.work("acceptance") as work:
                 pids = _holders(backend, server)
                 while waiting:
-                    case = _rolled_back(waiting.pop(0), backend, pids, server, work / rollback.JOURNAL)
+                    case = _provoke(waiting.pop(0), backend, pids, server, work / rollback.JOURNAL)
                     found["cases"].append(case)
                     if not case["answers"]:
-                        break  # the next ones need a server that does
-    found["cases"].append(_killed_and_repaired(trial.lab, subject))
+                        break  # the other cases need a server that answers
+    found["cases"].append(_kill_and_repair(trial.lab, subject))
     lost = [case["name"] for case in found["cases"] if not (case["answers"] and case["failed"])]
     if lost:
         raise StepError("; ".join(lost))
 
 
-def _rolled_back(
-    case: rollback.Case, backend: Door, pids: list[int], server: Started, journal: Path
-) -> Found:
+def _provoke(case: rollback.Case, backend: Door, pids: list[int], server: Started, journal: Path) -> Found:
     if case.busy_seconds:
         server.ask("/busy", {"seconds": case.busy_seconds})
     began = time.monotonic()
-    told = rollback.fail(case, backend, pids, journal)
+    message = rollback.provoke(case, backend, pids, journal)
     seconds = time.monotonic() - began
     try:
         states = [str(backend.state(pid)) for pid in pids]
@@ -60,15 +57,15 @@ def _rolled_back(
     time.sleep(max(0.0, began + case.busy_seconds - time.monotonic()))
     return {
         "name": case.name,
-        "failed": case.told in told and bool(told),
-        "told": told,
+        "failed": bool(message) and case.expected in message,
+        "message": message,
         "seconds": seconds,
         "states": states,
         "answers": answers,
     }
 
 
-def _killed_and_repaired(lab: Lab, subject: Subject) -> Found:
+def _kill_and_repair(lab: Lab, subject: Subject) -> Found:
     with started(lab, subject) as server:
         log = lab.log("hold")
         argv = [sys.executable, "-m", "hack.gpu.rollback", str(server.pid), str(lab.home)]
@@ -77,7 +74,7 @@ def _killed_and_repaired(lab: Lab, subject: Subject) -> Found:
         try:
             while b"locked" not in log.read_bytes():
                 if process.poll() is not None:
-                    raise StepError(f"the process could not be locked: {log.read_text()[-1000:]}")
+                    raise StepError(f"could not lock the process: {log.read_text()[-1000:]}")
                 time.sleep(0.01)
         finally:
             process.kill()
@@ -88,9 +85,9 @@ def _killed_and_repaired(lab: Lab, subject: Subject) -> Found:
         done = run(argv, timeout=LONG_SECONDS, env=lab.built(), stdout=out)
         repaired = json.loads(out.read_bytes())["repaired"] if done.status == 0 else []
         return {
-            "name": "rekindle is killed between lock and checkpoint; `rekindle doctor --repair`",
+            "name": "rekindle is killed between lock and checkpoint, then `rekindle doctor --repair`",
             "failed": True,
-            "told": "; ".join(repaired) or done.output[-500:],
+            "message": "; ".join(repaired) or done.output[-500:],
             "seconds": time.monotonic() - began,
             "states": [],
             "answers": server.answers(),
@@ -98,17 +95,17 @@ def _killed_and_repaired(lab: Lab, subject: Subject) -> Found:
 
 
 def try_backends(trial: Trial, found: Found) -> None:
-    """Each backend for itself: the driver's steps one by one, a snapshot, and restores."""
+    """Use each backend alone: checkpoint a live server, take a snapshot, time restores."""
     subject = subjects.decoder(trial)
     found["backends"] = {"driver": {}, "utility": {}}
     for name, one in found["backends"].items():
         try:
             _try_backend(trial, subject, name, one)
         except (RekindleError, StepError) as error:
-            one["lack"] = in_words(error)
-    lacks = [f"{name}: {one['lack']}" for name, one in found["backends"].items() if "lack" in one]
-    if lacks:
-        raise StepError("; ".join(lacks))
+            one["problem"] = in_words(error)
+    problems = [f"{name}: {one['problem']}" for name, one in found["backends"].items() if "problem" in one]
+    if problems:
+        raise StepError("; ".join(problems))
 
 
 def _try_backend(trial: Trial, subject: Subject, name: str, found: Found) -> None:
@@ -125,7 +122,7 @@ def _try_backend(trial: Trial, subject: Subject, name: str, found: Found) -> Non
                 rollback.cycle(watched, pids, work / rollback.JOURNAL)
                 found["cycles"].append(watched.seconds)
                 if not server.answers():
-                    raise StepError("after a checkpoint and a restore the server does not answer")
+                    raise StepError("the server does not answer after a checkpoint and a restore")
     found["snapshot"] = measure.snapshot(trial.lab, subject, f"gpu-{name}", ["--no-prove"], only)
     measure.restores(trial.lab, subject, f"gpu-{name}", trial.options.few, found["runs"], only)
 
@@ -146,5 +143,5 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def _holders(backend: Door, server: Started) -> list[int]:
     found = holders(backend, [server.pid])
     if not found:
-        raise StepError("the server holds no CUDA, says the driver")
+        raise StepError("the driver reports no CUDA state in the server")
     return found

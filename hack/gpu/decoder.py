@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small decoder for hack/gpu/server.py, made to hold what a checkpoint of a GPU must keep: gigabytes of
-weights, kernels that Triton compiled, CUDA graphs, and a counter that lives in device memory alone.
+"""A small decoder for hack/gpu/server.py, which holds everything that a checkpoint of a GPU must keep:
+gigabytes of weights, GPU kernels that Triton compiled, CUDA graphs, and a counter in device memory alone.
 
-Its numbers come from a fixed seed, and every sum has a fixed order: two starts on GPUs of one kind answer
-alike. Runs in the environment of the machine, which has torch and Triton; not in rekindle's.
+Its numbers come from a fixed seed and every sum has a fixed order: all starts on GPUs of one model give the
+same answers. It runs in an environment with torch and Triton, not in rekindle's.
 """
 
 import itertools
@@ -22,24 +22,24 @@ from hack.gpu import kernels
 WIDTH = 4096
 LAYER_BYTES = WIDTH * WIDTH * 2
 BATCHES = (1, 2, 4, 8)
-CHECKED = 4096  # words that one program adds up
-# As an autotuner has them compiled and run; the answer is that of the first.
+CHECKED = 4096  # words that one program sums
+# Compiled and run as by an autotuner; answers use the first.
 VARIANTS = tuple(itertools.product((16, 8, 32, 64), (128, 64, 256), (4, 8)))
 QUICK_VARIANTS = VARIANTS[:6]
 _TOLERANCE = 1e-3
-_CYCLES_PER_SECOND = 2e9  # at most: a GPU that is slower is busy for longer
+_CYCLES_PER_SECOND = 2e9  # at most; a slower GPU is busy for longer
 _COPY_BYTES = 256 << 20
 _COPIES = 8
 
 
 class Decoder:
-    """The model on one device. Its methods may be called by several threads."""
+    """The model on one device. Several threads may call its methods."""
 
     def __init__(
         self, gib: float, began: float, *, quick: bool = False, device: str = "cuda", size: int = WIDTH
     ) -> None:
-        """`began` is when the process did, by time.monotonic. With the device `cpu`, Triton must interpret
-        (TRITON_INTERPRET=1), and there are no graphs."""
+        """`began` is the start of the process by time.monotonic. The device `cpu` needs Triton's interpreter
+        (TRITON_INTERPRET=1) and has no CUDA graphs."""
         self.phases: dict[str, float] = {}
         self._last = began
         self._mark("imports")
@@ -62,7 +62,7 @@ class Decoder:
         self.kernels = self._try_variants(QUICK_VARIANTS if quick else VARIANTS)
         self._mark("kernels")
         self._tokens = {batch: torch.zeros(batch, dtype=torch.int64, device=device) for batch in BATCHES}
-        # Graphs hold addresses, and keep nothing alive that was not allocated within them.
+        # Graphs hold addresses. They keep nothing alive that was not allocated within them.
         self._changes = {
             batch: torch.empty(batch, size, dtype=torch.float32, device=device) for batch in BATCHES
         }
@@ -71,7 +71,7 @@ class Decoder:
         self._mark("graphs")
 
     def answer(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
-        """Tokens and the checksum of all weights: what must be the same for ever."""
+        """Return tokens and the checksum of all weights. Equal prompts must always give equal answers."""
         with self._lock:
             token = self._tokens[1]
             for each in prompt:
@@ -89,7 +89,7 @@ class Decoder:
             return int(self._counter.item())
 
     def be_busy(self, seconds: float) -> None:
-        """Gives the GPU something that takes as long, and returns at once."""
+        """Give the GPU work for so long, and return at once."""
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(max(1, round(seconds * 10))):
                 torch.cuda._sleep(int(_CYCLES_PER_SECOND / 10))
@@ -116,7 +116,7 @@ class Decoder:
             torch.cuda.synchronize()
 
     def _try_variants(self, variants: Sequence[tuple[int, int, int]]) -> int:
-        """Compiles and runs each; raises AssertionError for one that computes something else."""
+        """Compile and run every variant; raises AssertionError if one computes another result."""
         state, wanted = self._table[0].contiguous(), None
         for rows, columns, warps in variants:
             got = torch.empty(1, self._size, dtype=torch.float32, device=self._device)
@@ -134,7 +134,7 @@ class Decoder:
         )
 
     def _captured(self, batch: int) -> Callable[[], None]:
-        """One token for each member of a batch, as a graph where there can be one."""
+        """Return a function that computes one token for each member of a batch; on a GPU, a CUDA graph."""
         token, change = self._tokens[batch], self._changes[batch]
 
         def step() -> None:
@@ -180,7 +180,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def load(started: Path, until: Path) -> None:
-    """Keeps the GPU busy with matrix products and copies until a file is there."""
+    """Keep the GPU busy with matrix products and copies until the file `until` exists."""
     one, other = (torch.randn(4096, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     host = torch.empty(_COPY_BYTES, dtype=torch.uint8).pin_memory()
     device = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
@@ -193,7 +193,7 @@ def load(started: Path, until: Path) -> None:
 
 
 def copy_rates() -> dict[str, float]:
-    """Bytes a second between host and device, and within the device (read and written): medians."""
+    """Return medians in bytes per second between host and device, and within the device (read and write)."""
     device = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(device)
     pageable = torch.ones(_COPY_BYTES, dtype=torch.uint8)

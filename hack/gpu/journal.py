@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of the acceptance knows so far, on the disk.
+"""The results of the acceptance test so far, on disk.
 
-    WORK/results.json       the result of every step that was tried; a later run with this directory reads it
-    OUT/report.json         the same as a document, without the paths of this machine
-    OUT/report.md           that document as Markdown
-    OUT/log.txt             the ends of all logs
+    WORK/results.json       the result of every step that ran; a later run with the same WORK reads it
+    OUT/report.json         all results, without paths of this machine
+    OUT/report.md           the same in Markdown
+    OUT/log.txt             the end of every log
 
-All of them are written anew after every step, so that an end at any time leaves what was done by then.
+All files are rewritten after every step, so that an interrupted run keeps what it has.
 """
 
 import json
@@ -23,12 +23,12 @@ _ROOT = Path(__file__).parents[2]
 _LOG_BYTES = 40_000  # of each log, in log.txt
 
 Found = dict[str, JSON]
-"""What a step has found out; JSON values only."""
+"""The findings of a step; JSON values only."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Journal:
-    """The results of the steps by their names. `options` are told in the report."""
+    """The results by the names of the steps. `options` appear in the report."""
 
     work: Path
     out: Path
@@ -38,18 +38,18 @@ class Journal:
     results: dict[str, Found] = field(default_factory=dict)
 
     def load(self) -> None:
-        """Take over what an earlier run with this work directory found."""
+        """Read the results of an earlier run with this work directory, if there was one."""
         known = self.work / "results.json"
         if known.exists():
             self.results = json.loads(known.read_bytes())
 
     def status(self, step: str) -> str:
-        """Return `done`, `failed` or `skipped`; empty for a step that was not tried."""
+        """Return `done`, `failed` or `skipped`, or "" if the step did not run."""
         return str(self.results.get(step, {}).get("status", ""))
 
     def write(self) -> None:
-        """Write all files as of now."""
-        unknown = {"status": "skipped", "reason": "not asked for, or not yet", "seconds": 0.0}
+        """Write the results and the report."""
+        unknown = {"status": "skipped", "reason": "not requested, or not run yet", "seconds": 0.0}
         document = {
             "schema": SCHEMA,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -68,7 +68,7 @@ class Journal:
 
 
 def kept(path: Path, text: str) -> str:
-    """Return what an earlier run wrote to the file; without one, write the text for later runs."""
+    """Return the text that an earlier run wrote to the file, or write this one for later runs."""
     if not path.exists():
         path.write_text(text)
     return path.read_text()

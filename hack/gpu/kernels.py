@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the decoder runs on the GPU, in Triton's language. It looks like Python, and is compiled for the GPU:
-its values have no types that Python knows."""
+"""The GPU kernels of the decoder in Triton's language, which looks like Python but has its own types."""
 
 import triton
 import triton.language as tl
@@ -14,7 +13,7 @@ def fill(into, seed, scale: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def project(state, weights, into, size: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
-    """into = weights · state, a few rows by each program."""
+    """into = weights · state; each program computes some rows."""
     member = tl.program_id(1) * size
     rows = tl.program_id(0) * height + tl.arange(0, height)
     total = tl.zeros([height], tl.float32)
@@ -37,7 +36,8 @@ def settle(state, change, size: tl.constexpr):
 
 @triton.jit
 def checksum(words, into, block: tl.constexpr):
-    """Integers, so that the order does not matter; each by its place, so that an exchange is seen."""
+    """Sum integers, so that the order does not matter, each weighted by its place, so that a swap is
+    noticed."""
     inside = tl.arange(0, block)
     value = tl.load(words + tl.program_id(0).to(tl.int64) * block + inside).to(tl.int64)
     tl.store(into + tl.program_id(0), tl.sum(value * (inside % 251 + 1)))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several steps do with a server, measured: starts, a snapshot, restores of its process and on its
-kernel cache. Everything raises StepError for what is not as it must be; what was found until then is in
-`found`, which is handed in for that reason."""
+"""Operations that steps share, timed: starts of a server, a snapshot, restores of its process and of its
+kernel cache. All of them raise StepError for a wrong result; `found` then has the results before it."""
 
 import dataclasses
 import json
@@ -22,7 +21,7 @@ _SETTLE_SECONDS = 10.0
 
 
 def starts(lab: Lab, subject: Subject, runs: int, found: list[Found], *, empty_caches: bool) -> None:
-    """Start the server by its command, so many times."""
+    """Time `runs` starts of the server by its command."""
     for _ in range(runs):
         with started(lab, subject, empty_caches=empty_caches) as server:
             one: Found = {"seconds": server.seconds, "answer": server.answer}
@@ -34,7 +33,7 @@ def starts(lab: Lab, subject: Subject, runs: int, found: list[Found], *, empty_c
 def snapshot(
     lab: Lab, subject: Subject, name: str, options: Sequence[str], *environments: Mapping[str, str]
 ) -> Found:
-    """Take a snapshot of the server; return what the image and the report say of it."""
+    """Take a snapshot of the server. Return figures of the image and of rekindle's report."""
     path = lab.work / "snapshot.json"
     words = ["snapshot", name, "--report", str(path), *subject.options, *options, "--", *subject.command]
     path.unlink(missing_ok=True)
@@ -43,9 +42,9 @@ def snapshot(
     if status != 0:
         raise StepError(f"the snapshot failed: {report['error']}")
     made = image(lab, name)
-    told = ("phases", "seconds", "bytes", "peak_rss_bytes", "oracle")
+    fields = ("phases", "seconds", "bytes", "peak_rss_bytes", "oracle")
     return {
-        "report": {field: report[field] for field in told},
+        "report": {field: report[field] for field in fields},
         "image_bytes": made.size_bytes,
         "dump_bytes": made.record.dump_bytes,
         "stored_bytes": made.record.stored_bytes,
@@ -65,26 +64,26 @@ def restores(
     *environments: Mapping[str, str],
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """Restore the process, so many times, each after `kill -9` of the one before. A restored server must
-    answer as was recorded, and leave nothing behind."""
+    """Time `runs` restores of the process, each after `kill -9` of the one before. A restored server must
+    give the recorded answer, and leave no process behind."""
     oracle = image(lab, name).record.oracle
     for _ in range(runs):
         before()
         with restored(lab, subject, name, oracle, "restored", *environments) as server:
             if not subject.engine.agree(oracle.answer, server.answer):
-                raise StepError(f"it answers {server.answer}, and was recorded with {oracle.answer}")
+                raise StepError(f"answered {server.answer} instead of {oracle.answer}")
             one = _measured(server)
             if subject.own:
                 one["count"] = server.ask("/count", {})
                 if one["count"] != 1:
-                    raise StepError(f"the counter in device memory is {one['count']}, and not 1")
+                    raise StepError(f"the counter in device memory is {one['count']} instead of 1")
             found.append(one)
         _require_nothing_left(lab)
 
 
 def cache_starts(lab: Lab, subject: Subject, name: str, runs: int, found: Found) -> None:
-    """Restore the doctored snapshot, so many times: the kernel cache alone, on a node that has none, with
-    the proof that it was used."""
+    """Time `runs` starts on the kernel cache of the image, on a node without one, with the proof that the
+    server used it. The record is doctored, so that the process cannot be restored here."""
     other, oracle = _doctored(lab, name), image(lab, name).record.oracle
     found["runs"] = []
     options = ["--verify-key", str(lab.work / "doctor.pub")]
@@ -102,7 +101,7 @@ def cache_starts(lab: Lab, subject: Subject, name: str, runs: int, found: Found)
 
 
 def image(lab: Lab, name: str) -> images.Image:
-    """Return an image of the local store."""
+    """Load an image of the local store."""
     layout = Layout(Home(lab.home).store)
     return images.load(layout, layout.resolve(f"{name}:latest"))
 
@@ -115,12 +114,12 @@ def dump(lab: Lab, name: str) -> Path:
 
 
 def _doctored(lab: Lab, name: str) -> str:
-    """Store the same snapshot, as if it came from another GPU of the same capability: another record, and so
-    another image, signed with a key of its own. Return its name."""
+    """Store the same snapshot under a record that names another GPU model of the same compute capability, and
+    sign that image with a key of its own. Return its name."""
     doctored, key = f"{name}-doctored", lab.work / "doctor.key"
     loaded = image(lab, name)
     if not loaded.record.process.gpus:
-        raise StepError("the record names no GPU that could be doctored")
+        raise StepError("the record names no GPU to doctor")
     devices = loaded.record.node.devices
     others = tuple(dataclasses.replace(each, name=f"{each.name} (doctored)") for each in devices.gpus)
     node = dataclasses.replace(loaded.record.node, devices=dataclasses.replace(devices, gpus=others))
@@ -131,15 +130,15 @@ def _doctored(lab: Lab, name: str) -> str:
     no_password = {"COSIGN_PASSWORD": ""}
     prefix = str(key.with_suffix(""))
     if not key.exists() and rekindle(lab, ["generate-key-pair", "--output-key-prefix", prefix], no_password):
-        raise StepError("no key could be made")
+        raise StepError("could not generate a key")
     if rekindle(lab, ["sign", doctored, "--sign-key", str(key)], no_password):
-        raise StepError("the doctored image could not be signed")
+        raise StepError("could not sign the doctored image")
     return doctored
 
 
 @contextmanager
 def _without(caches: Path) -> Iterator[None]:
-    """Put the kernel caches aside, and back."""
+    """Move the kernel caches aside, and back at the end."""
     aside = caches.with_name(f"{caches.name}-aside")
     caches.rename(aside)
     try:
@@ -153,7 +152,7 @@ def _require_nothing_left(lab: Lab) -> None:
     deadline = time.monotonic() + _SETTLE_SECONDS
     while left := marked(lab):
         if time.monotonic() > deadline:
-            raise StepError(f"processes are left after the server was killed: {left}")
+            raise StepError(f"processes left after the server was killed: {left}")
         time.sleep(0.05)
 
 

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Markdown of a run of hack/gpu-acceptance, from its JSON document alone."""
+"""Render the Markdown report from report.json alone."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-GOAL = 10.0  # times that a restore shall be faster than a cold start
+GOAL = 10.0  # a restore should be at least so many times as fast as a cold start
 _SHOWN_SECONDS = 0.0005
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The whole page. A step that was not done is named with its reason."""
+    """Return the page. It gives the reason for every step that is not done."""
     steps, options = document["steps"], document["options"]
     parts = ["# GPU acceptance\n"]
     if options["stand_in"]:
         parts.append(
-            "**The driver, NVML and the server were stand-ins: this shows that the script runs, and says "
+            "**The driver, NVML and the server were stand-ins: this shows that the test runs, and says "
             "nothing about a GPU.**\n"
         )
     parts += [
         f"{document['created']}, {options['gib']:g} GiB of weights"
         + (", quick" if options["quick"] else "")
-        + ". Times are medians in seconds, (fastest to slowest), n = runs.\n",
+        + ". Times are medians in seconds (fastest to slowest); n is the number of runs.\n",
         _verdicts(steps),
         _summary(steps),
     ]
@@ -30,12 +30,12 @@ def render(document: Mapping[str, Any]) -> str:
         ("doctor", "rekindle doctor", _doctor),
         ("cold", "Starts without rekindle", _starts),
         ("snapshot", "Snapshot", _snapshot),
-        ("restore", "Restores, each after `kill -9` of the last", _restores),
-        ("floor", "The floor, and what is above it", lambda _: _floor(steps)),
+        ("restore", "Restores, each after `kill -9` of the one before", _restores),
+        ("floor", "The floor, and the time above it", lambda _: _floor(steps)),
         ("rollback", "Failures, and whether the server answers afterwards", _rollback),
-        ("cache", "The kernel cache, under a doctored record", _cache),
-        ("backends", "Both backends to the driver", _backends),
-        ("load", "Restores beside a load", _restores),
+        ("cache", "The kernel cache, with a doctored record", _cache),
+        ("backends", "Both backends of the driver", _backends),
+        ("load", "Restores under load", _restores),
         ("uncached", "Restores of a dump that is not in the page cache", lambda _: _uncached(steps)),
         ("vllm", "vLLM", _vllm),
     )
@@ -49,7 +49,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _as_far_as_possible(written: Callable[[Mapping[str, Any]], str], step: Mapping[str, Any]) -> str:
-    """Of a step that broke off, what there is."""
+    """Return the section of a step; as much as there is, if the step failed."""
     if step["status"] == "done":
         return written(step)
     try:
@@ -61,7 +61,7 @@ def _as_far_as_possible(written: Callable[[Mapping[str, Any]], str], step: Mappi
 def _verdicts(steps: Mapping[str, Any]) -> str:
     lines = []
     for title, step_of_cold, step_of_runs in (
-        ("The server of the acceptance", "cold", "restore"),
+        ("The decoder", "cold", "restore"),
         ("vLLM", "vllm", "vllm"),
     ):
         cold, runs = steps[step_of_cold].get("cold"), steps[step_of_runs].get("runs")
@@ -76,9 +76,11 @@ def _verdicts(steps: Mapping[str, Any]) -> str:
             f"of the cold start: {'yes' if ratio >= GOAL else 'no'}**."
         )
     if (floor := _floor_seconds(steps)) and steps["restore"].get("runs"):
+        least = sum(floor.values())
+        above = _median(steps["restore"]["runs"], "seconds") - least
         lines.append(
-            f"- The floor of that restore, bytes at the rates of this machine: {sum(floor.values()):.2f} s; "
-            f"above it: {_median(steps['restore']['runs'], 'seconds') - sum(floor.values()):.2f} s."
+            f"- The floor of that restore (its bytes at this machine's copy rates): {least:.2f} s; "
+            f"above it: {above:.2f} s."
         )
     return "\n".join(lines) + "\n"
 
@@ -88,18 +90,18 @@ def _summary(steps: Mapping[str, Any]) -> str:
         (name, step["status"], f"{step['seconds']:.1f} s", _line(step["reason"]))
         for name, step in steps.items()
     ]
-    return _table(("step", "", "took", "why not"), rows)
+    return _table(("step", "", "took", "reason"), rows)
 
 
 def _machine(step: Mapping[str, Any]) -> str:
     gpus = [f"{each['name']} ({each['arch']}), {_gib(each['memory_bytes'])}" for each in step["gpus"]]
     rows = [
-        ("GPU", "; ".join(gpus) or f"none {step['lack']}"),
+        ("GPU", "; ".join(gpus) or f"none: {step['problem']}"),
         ("driver, newest CUDA", f"{step['driver']}, {step['cuda']}"),
         ("processor", f"{step['processor']}, {step['cores']} cores"),
-        ("memory", f"{_gib(step['memory_bytes'])}, {_gib(step['available_bytes'])} of it available"),
+        ("memory", f"{_gib(step['memory_bytes'])}, {_gib(step['available_bytes'])} available"),
         ("disk", f"{_gib(step['disk_free_bytes'])} free"),
-        ("kernel", step["kernel"]),
+        ("OS kernel", step["kernel"]),
         ("server's packages", ", ".join(f"{name} {value}" for name, value in step["packages"].items())),
         ("rekindle, Python", f"{step['rekindle']}, {step['python']}"),
     ]
@@ -110,7 +112,7 @@ def _doctor(step: Mapping[str, Any]) -> str:
     rows = [
         (
             check["name"],
-            "ok" if check["ok"] else "LACK" if check["needed"] else "note",
+            "ok" if check["ok"] else "MISSING" if check["needed"] else "note",
             _line(check["detail"]),
         )
         for check in step["checks"]
@@ -128,13 +130,13 @@ def _starts(step: Mapping[str, Any]) -> str:
     if facts:
         text += "\n" + _phase_table([one["phases"] for one in facts], "the server's own phases, cold")
         held = facts[-1].get("held_bytes", 0)
-        text += f"\n{facts[-1]['kernels']} kernels compiled; {_gib(held)} held on the device.\n"
+        text += f"\n{facts[-1]['kernels']} GPU kernels compiled; {_gib(held)} of device memory held.\n"
     return text
 
 
 def _snapshot(step: Mapping[str, Any]) -> str:
     rows = [
-        ("all", f"{step['report']['seconds']:.2f} s"),
+        ("total", f"{step['report']['seconds']:.2f} s"),
         ("processes with CUDA", str(len(step["cuda_pids"]))),
         ("threads", str(step["threads"])),
         ("dump by CRIU", _gib(step["dump_bytes"])),
@@ -150,17 +152,17 @@ def _restores(step: Mapping[str, Any]) -> str:
     runs = step["runs"]
     rows = [
         ("first token at our client", str(len(runs)), _spread(runs, "seconds")),
-        ("first token by rekindle's report", str(len(runs)), _spread(runs, "first_token_seconds")),
+        ("first token in rekindle's report", str(len(runs)), _spread(runs, "first_token_seconds")),
     ]
     return (
         _table(("", "n", ""), rows)
-        + "\nEach answered as before the snapshot, and nothing was left after its end.\n\n"
+        + "\nEach run gave the recorded answer and left no process behind.\n\n"
         + _phase_table([run["phases"] for run in runs], "phases")
     )
 
 
 def _floor_seconds(steps: Mapping[str, Any]) -> dict[str, float]:
-    """What a restore with the dump in the page cache cannot be faster than, by what it moves."""
+    """Return the least time of a restore with the dump in the page cache, by the bytes that it moves."""
     step = steps["floor"]
     if step["status"] != "done":
         return {}
@@ -184,7 +186,7 @@ def _floor(steps: Mapping[str, Any]) -> str:
     text += "\n" + _table(
         ("floor", ""),
         [
-            ("bytes of the dump, of the device", f"{_gib(step['dump_bytes'])}, {_gib(step['held_bytes'])}"),
+            ("bytes of the dump, on the device", f"{_gib(step['dump_bytes'])}, {_gib(step['held_bytes'])}"),
             *rows,
         ],
     )
@@ -199,14 +201,14 @@ def _floor(steps: Mapping[str, Any]) -> str:
         above["cuda"] -= floor.get("state to the device", 0.0)
     ordered = sorted(above.items(), key=lambda pair: -pair[1])
     named = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in ordered if seconds >= 0.005)
-    return f"{text}\nAbove the floor, by phase (medians, less what the floor says of that phase): {named}.\n"
+    return f"{text}\nTime above the floor by phase (medians, less the floor of that phase): {named}.\n"
 
 
 def _uncached(steps: Mapping[str, Any]) -> str:
     text = _restores(steps["uncached"])
     if steps["floor"]["status"] == "done":
         seconds = steps["floor"]["dump_bytes"] / steps["floor"]["disk_rate"]
-        text += f"\nThe dump alone takes {seconds:.2f} s to be read from this disk, by one thread.\n"
+        text += f"\nOne thread takes {seconds:.2f} s to read the dump from this disk.\n"
     return text
 
 
@@ -217,12 +219,12 @@ def _rollback(step: Mapping[str, Any]) -> str:
             "yes" if case["answers"] else "**no**",
             ", ".join(case["states"]),
             f"{case['seconds']:.2f} s",
-            _line(case["told"])[:200],
+            _line(case["message"])[:200],
         )
         for case in step["cases"]
     ]
     return f"Backend: {step['backend']}.\n\n" + _table(
-        ("failure", "answers", "state", "took", "told as"), rows
+        ("failure", "answers", "state", "took", "message"), rows
     )
 
 
@@ -230,23 +232,23 @@ def _cache(step: Mapping[str, Any]) -> str:
     runs = step["runs"]
     rows = [("first token at our client", str(len(runs)), _spread(runs, "seconds"))]
     text = _table(("", "n", ""), rows)
-    text += "\nWhy not the process: " + "; ".join(
+    text += "\nReasons against the process rung: " + "; ".join(
         f"`{each['code']}` (was {each['recorded']}, is {each['here']})" for each in step["reasons"]
     )
     proof = runs[-1]["proof"]
     text += (
-        f".\n\nProof, by what the server opened and made: **{proof['verdict']}**; {proof['used']} of "
-        f"{proof['entries']} entries used, {proof['made']} made anew.\n"
+        f".\n\nProof, from the files that the server opened and created: **{proof['verdict']}**; "
+        f"{proof['used']} of {proof['entries']} entries used, {proof['made']} compiled again.\n"
     )
     agreeing = sum(run["agrees"] for run in runs)
-    return text + f"The answer was the recorded one in {agreeing} of {len(runs)} runs.\n"
+    return text + f"{agreeing} of {len(runs)} runs gave the recorded answer.\n"
 
 
 def _backends(step: Mapping[str, Any]) -> str:
     text = ""
     for name, backend in step["backends"].items():
-        if "lack" in backend:
-            text += f"- {name}: {_line(backend['lack'])}\n"
+        if "problem" in backend:
+            text += f"- {name}: {_line(backend['problem'])}\n"
             continue
         text += (
             f"- {name}: opened in {backend['open_seconds']:.2f} s; first token of a restore "
@@ -254,11 +256,11 @@ def _backends(step: Mapping[str, Any]) -> str:
         )
     rows = []
     for name, backend in step["backends"].items():
-        if "lack" not in backend:
+        if "problem" not in backend:
             for what in ("lock", "checkpoint", "restore", "unlock"):
                 seconds = [{"seconds": cycle[what]} for cycle in backend["cycles"]]
                 rows.append((name, what, str(len(seconds)), _spread(seconds, "seconds")))
-    return text + ("\n" + _table(("backend", "step, of a server that runs", "n", ""), rows) if rows else "")
+    return text + ("\n" + _table(("backend", "step, on a live server", "n", ""), rows) if rows else "")
 
 
 def _vllm(step: Mapping[str, Any]) -> str:
@@ -304,7 +306,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _line(text: str) -> str:
-    """One line that can stand in a table."""
+    """Return the text as one line for a table."""
     return " ".join(str(text).split()).replace("|", "\\|")[:600]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A door to CUDA's checkpoints that fails where it is told, and measures what it does not fail at; and what
-must be true after each failure. For hack/gpu-acceptance.
+"""Failures of a CUDA checkpoint, provoked on a live server that must survive them.
 
-    python -m hack.gpu.rollback PID HOME    locks a process and waits for its own end, as a snapshot does
-                                            that is killed between lock and checkpoint
+    python -m hack.gpu.rollback PID HOME
+
+locks a process and waits to be killed, like a snapshot that is killed between lock and checkpoint.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from rekindle.home import Home
 
 JOURNAL = "cuda.json"
 _STEP_SECONDS = 60.0
-_PATIENCE_SECONDS = 30.0  # of a rollback: what hangs must not take the time of other steps
+_PATIENCE_SECONDS = 30.0  # for a rollback: one that hangs must not use up the time of other steps
 _LOCK_SECONDS = 2.0
 
 
 class When(StrEnum):
-    """Whether the driver is asked before the call is said to have failed."""
+    """Whether a call fails instead of reaching the driver, or after the driver has done it."""
 
     INSTEAD = "instead"
     AFTERWARDS = "afterwards"
@@ -35,7 +35,7 @@ class When(StrEnum):
 
 @dataclass(slots=True)
 class Watched:
-    """A door as it is, but that the first call of one step fails, and that all calls are timed."""
+    """A backend that times all calls. The first call of the step `fails_at` fails."""
 
     inner: Door
     fails_at: str = ""
@@ -77,65 +77,65 @@ class Watched:
     def _watching(self, step: str) -> Iterator[None]:
         fails, self.fails_at = self.fails_at == step, "" if self.fails_at == step else self.fails_at
         if fails and self.when is When.INSTEAD:
-            raise CudaError(f"{step} was made to fail")
+            raise CudaError(f"provoked failure of {step}")
         began = time.monotonic()
         yield
         self.seconds[step] = max(self.seconds.get(step, 0.0), time.monotonic() - began)
         if fails:
-            raise CudaError(f"{step} was made to fail after it was done")
+            raise CudaError(f"provoked failure of {step}, after it was done")
 
 
 class _DumpError(Exception):
     pass
 
 
-def cycle(door: Watched, pids: list[int], journal: Path) -> None:
-    """There and back."""
-    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+def cycle(backend: Watched, pids: list[int], journal: Path) -> None:
+    """Checkpoint the processes and restore them."""
+    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
         session.restore_all({}, _STEP_SECONDS)
 
 
-def _dump_fails(door: Watched, pids: list[int], journal: Path) -> None:
-    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+def _dump_fails(backend: Watched, pids: list[int], journal: Path) -> None:
+    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
-        raise _DumpError("the dump was made to fail, with everything checkpointed")
+        raise _DumpError("provoked failure of the dump, with everything checkpointed")
 
 
-def _lock_in_vain(door: Watched, pids: list[int], journal: Path) -> None:
-    with Session(door, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+def _lock_in_vain(backend: Watched, pids: list[int], journal: Path) -> None:
+    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
         session.checkpoint_all(_LOCK_SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A failure. `busy_seconds`: for so long the server's GPU has something to do; `told` is in the error."""
+    """A failure. The server's GPU is busy for `busy_seconds`; the error must contain `expected`."""
 
     name: str
     fails_at: str = ""
     when: When = When.INSTEAD
     act: Callable[[Watched, list[int], Path], None] = cycle
     busy_seconds: float = 0.0
-    told: str = "made to fail"
+    expected: str = "provoked failure"
 
 
 CASES = (
-    Case(name="the lock times out, since the GPU is busy", act=_lock_in_vain, busy_seconds=6.0, told="lock"),
-    Case(name="the lock fails", fails_at="lock"),
-    Case(name="the lock is done, and said to have failed", fails_at="lock", when=When.AFTERWARDS),
-    Case(name="the checkpoint fails", fails_at="checkpoint"),
-    Case(name="the checkpoint is done, and said to have failed", fails_at="checkpoint", when=When.AFTERWARDS),
-    Case(name="the dump fails", act=_dump_fails),
-    Case(name="the restore fails", fails_at="restore"),
-    Case(name="the restore is done, and said to have failed", fails_at="restore", when=When.AFTERWARDS),
-    Case(name="the unlock fails", fails_at="unlock"),
+    Case(name="lock times out, since the GPU is busy", act=_lock_in_vain, busy_seconds=6.0, expected="lock"),
+    Case(name="lock fails", fails_at="lock"),
+    Case(name="lock fails after it was done", fails_at="lock", when=When.AFTERWARDS),
+    Case(name="checkpoint fails", fails_at="checkpoint"),
+    Case(name="checkpoint fails after it was done", fails_at="checkpoint", when=When.AFTERWARDS),
+    Case(name="dump fails", act=_dump_fails),
+    Case(name="restore fails", fails_at="restore"),
+    Case(name="restore fails after it was done", fails_at="restore", when=When.AFTERWARDS),
+    Case(name="unlock fails", fails_at="unlock"),
 )
 
 
-def fail(case: Case, door: Door, pids: list[int], journal: Path) -> str:
-    """Does it; returns how it was told. Empty if nothing failed, which is wrong."""
+def provoke(case: Case, backend: Door, pids: list[int], journal: Path) -> str:
+    """Provoke the failure. Return the message of the error, or "" if there was none, which is wrong."""
     try:
-        case.act(Watched(door, case.fails_at, case.when), pids, journal)
+        case.act(Watched(backend, case.fails_at, case.when), pids, journal)
     except CudaError as error:
         return f"{error.message}: {error.cause}" if error.cause else error.message
     except _DumpError as error:
@@ -144,7 +144,7 @@ def fail(case: Case, door: Door, pids: list[int], journal: Path) -> str:
 
 
 class _Holding(Watched):
-    """Locks, says so, and goes no further."""
+    """A backend that locks, says so, and never checkpoints."""
 
     def checkpoint(self, pid: int, *, timeout_seconds: float = _STEP_SECONDS) -> None:  # noqa: ARG002
         print("locked", flush=True)
@@ -153,9 +153,9 @@ class _Holding(Watched):
 
 def main() -> None:
     pid, home = int(sys.argv[1]), Home(Path(sys.argv[2]))
-    door = search.find(home)
+    backend = search.find(home)
     with home.work("snapshot") as work:
-        cycle(_Holding(door), holders(door, [pid]), work / JOURNAL)
+        cycle(_Holding(backend), holders(backend, [pid]), work / JOURNAL)
 
 
 if __name__ == "__main__":

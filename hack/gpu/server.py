@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server of hack/gpu-acceptance, on the standard library, torch and Triton.
+"""The server of the acceptance test. It needs the standard library, torch and Triton.
 
-    server.py serve PORT [--gib N] [--quick]     a small decoder on the GPU
-    server.py load STARTED UNTIL                 keeps GPU and processor busy until a file is there
-    server.py rates                              what can be copied a second, as JSON
+    server.py serve PORT [--gib N] [--quick]    serve a small decoder on the GPU
+    server.py load STARTED UNTIL                keep GPU and processors busy until the file UNTIL exists
+    server.py rates                             print copy rates in bytes per second as JSON
 
-    GET  /health            200 once it is ready
-    GET  /facts             what it holds, of what versions, and how long it took to start
-    POST /answer            {"prompt", "count"}: tokens, and a checksum of all that is on the device
-    POST /count             adds one in device memory, and answers with the count
-    POST /busy              {"seconds"}: the GPU has something to do for as long; answers at once
+    GET  /health            200 once the server is ready
+    GET  /facts             what the server holds, its versions, and the phases of its start
+    POST /answer            {"prompt", "count"}: tokens, and a checksum of the weights
+    POST /count             add one to a counter in device memory; the count
+    POST /busy              {"seconds"}: keep the GPU busy for so long; answered at once
 
-With --stand-in, what computes is a process that holds CUDA only in the eyes of the tests' fake driver.
+With --stand-in, the model is a process that holds CUDA state only according to the tests' fake driver.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from typing import Any, Protocol
 
 BEGAN = time.monotonic()
 
-# This file is run by its path, in a Python that knows nothing of this checkout. Its modules are found from
-# the root, as everywhere, and not beside this file, where their names would hide others.
+# Python has put this file's directory on the path. Replace it by the root of the checkout: modules then have
+# the same names as everywhere, and hide none of torch's environment.
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 class Model(Protocol):
-    """What is asked of a model, real or stood in for."""
+    """A model, real or a stand-in."""
 
     def answer(self, prompt: list[int], count: int) -> dict[str, Any]: ...
 
@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/facts":
             self._reply({"pid": os.getpid(), **self.model.facts()})
         else:
-            self._reply("no such page", 404)
+            self._reply("not found", 404)
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
@@ -65,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.model.be_busy(asked["seconds"])
             self._reply("busy")
         else:
-            self._reply("no such page", 404)
+            self._reply("not found", 404)
 
     def _reply(self, value: object, status: int = 200) -> None:
         content = json.dumps(value).encode()
@@ -121,7 +121,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> None:
-    """As another tenant of the machine would be: half of the processors, and the GPU."""
+    """Load the machine as another tenant would: the GPU, and half of the processors."""
     for _ in range(max(1, (os.cpu_count() or 1) // 2) if not args.stand_in else 1):
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -138,7 +138,7 @@ def load(args: argparse.Namespace) -> None:
 
 
 def burn(until: Path) -> None:
-    """Touches memory, and computes; ends with its parent, too."""
+    """Use memory and processor until the file exists or the parent is gone."""
     parent, memory = os.getppid(), bytearray(64 << 20)
     while not until.exists() and os.getppid() == parent:
         for _ in range(20):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that holds CUDA in the eyes of the fake driver (tests/fakes/cuda_engine.py), and nothing else:
-what hack/gpu/server.py computes with on a machine without a GPU.
+"""A model without a GPU: it holds CUDA state only according to the fake driver (tests/fakes/cuda_engine.py).
 
-As with CUDA, nothing is computed while the process is locked or checkpointed, and kernels are compiled at
-the first start and read from Triton's cache afterwards.
+As with CUDA, it computes nothing while the process is locked or checkpointed. It compiles GPU kernels at the
+first start and reads them from Triton's cache afterwards.
 """
 
 import atexit
@@ -25,7 +24,7 @@ _GAVE_UP_SECONDS = 60.0
 
 
 class StandIn:
-    """The model. It takes as many MiB of host memory as a real one takes GiB of the device."""
+    """The model. It uses one MiB of host memory for each GiB of device memory of a real model."""
 
     def __init__(self, gib: float, began: float, *, quick: bool = False) -> None:
         self.phases: dict[str, float] = {}
@@ -55,7 +54,7 @@ class StandIn:
             return self._counter
 
     def be_busy(self, seconds: float) -> None:
-        """Has the fake driver take this process for one that does not come to rest."""
+        """Make the fake driver report this process as one that does not become idle."""
         self._tell_driver(busy=[os.getpid()])
         threading.Timer(seconds, self._tell_driver, kwargs={"busy": []}).start()
 
@@ -72,7 +71,7 @@ class StandIn:
         deadline = time.monotonic() + _GAVE_UP_SECONDS
         while json.loads(self._claim.read_bytes())["state"] != "running":
             if time.monotonic() > deadline:
-                raise TimeoutError("CUDA does not go on")
+                raise TimeoutError("CUDA does not resume")
             time.sleep(0.01)
 
     def _mark(self, name: str) -> None:
@@ -88,7 +87,7 @@ class StandIn:
 
 
 def _kernel(cache: Path, name: str) -> bytes:
-    """A kernel, from the cache or made anew, as Triton lays it down."""
+    """Return a GPU kernel from the cache; compile it first if it is not there. The files are Triton's."""
     digest = hashlib.sha256(name.encode()).digest()
     entry = cache / base64.b32encode(digest).decode().rstrip("=")
     group = entry / f"__grp__{name}.json"

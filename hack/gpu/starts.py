@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts of a server, by its command and by `rekindle restore`, timed from outside to the first token that a
-client gets. For hack/gpu-acceptance."""
+"""Start a server by its command or by `rekindle restore`, and time it from outside: from the start of the
+command to the first token at a client."""
 
 import contextlib
 import json
@@ -24,15 +24,15 @@ from rekindle.run import end_group, run, spawn
 
 _POLL_SECONDS = 0.005
 _ANSWER_SECONDS = 120.0
-_AGAIN_SECONDS = 15.0  # of a server that has answered before
-# Nothing waits longer; a step's own deadline comes before.
+_AGAIN_SECONDS = 15.0  # for a server that has answered before
+# A limit for commands; the deadline of a step is shorter.
 LONG_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """Where everything of a run lies. Every process that it starts has the mark in its environment, and every
-    restored one has it from its snapshot."""
+    """The directories of a run. Every process that the run starts has `mark` in its environment; a restored
+    process has it from its snapshot."""
 
     work: Path
     mark: str
@@ -47,14 +47,14 @@ class Lab:
         return self.work / "logs"
 
     def built(self, *more: Mapping[str, str]) -> dict[str, str]:
-        """The environment of a command."""
+        """Return the environment for a command."""
         built = {**os.environ, **self.environment, "REKINDLE_HOME": str(self.home), MARK: self.mark}
         for each in more:
             built |= each
         return built
 
     def log(self, name: str) -> Path:
-        """A file for what a command prints; those of one name come one after the other."""
+        """Return the file for the output of a command; commands of one name append to the same file."""
         return self.logs / f"{name}.log"
 
 
@@ -63,8 +63,8 @@ MARK = "REKINDLE_ACCEPTANCE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A server that is tried: `name` is its image's, `options` are what `rekindle snapshot` must be told.
-    `own`: it is hack/gpu/server.py, which has /facts and /count."""
+    """A server under test. `name` is also the name of its image; `options` are for `rekindle snapshot`.
+    `own` says that it is hack/gpu/server.py, which has /facts and /count."""
 
     name: str
     command: Sequence[str]
@@ -77,8 +77,9 @@ class Subject:
 
 @dataclass(slots=True, kw_only=True)
 class Started:
-    """A server that answers `request`. `seconds` are those from the start of its command to the first token
-    that we got, `report` is rekindle's, of a server that it brought."""
+    """A server that answers. `request` is the oracle's and `answer` the first answer to it; `seconds` are
+    from the start of the command to the first token. `report` is rekindle's; a start by the server's
+    command has none."""
 
     subject: Subject
     client: Client
@@ -89,17 +90,17 @@ class Started:
     report: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, path: str, body: JSON = None) -> Any:
-        """The answer to a question that is not the oracle's. Raises StepError if there is none."""
+        """Return the JSON at another path. Raises StepError for any status but 200."""
         method = "GET" if body is None else "POST"
         response = self.client.ask(
             Request(method=method, path=path, headers={}, body=body), timeout=_ANSWER_SECONDS
         )
         if response.status != 200:
-            raise StepError(f"{path} was answered with status {response.status}")
+            raise StepError(f"{path}: HTTP status {response.status}")
         return json.loads(response.body)
 
     def answers(self) -> bool:
-        """Whether it still gives the answer that it gave."""
+        """Return whether the server still gives its first answer."""
         try:
             again = self.client.ask(self.request, timeout=_AGAIN_SECONDS)
         except (OSError, NotReadyError):
@@ -108,11 +109,11 @@ class Started:
 
 
 def rekindle(lab: Lab, words: Sequence[str], *more: Mapping[str, str], log: str = "rekindle") -> int:
-    """Runs a command of rekindle's to its end; returns its status."""
+    """Run a rekindle command; return its exit status."""
     env = lab.built(*more)
     argv = [sys.executable, "-m", "rekindle", *words]
     if words[0] == "snapshot":
-        for name in env:  # the image does not outlive the run
+        for name in env:  # the image is deleted with the run
             argv[4:4] = ["--allow-secret", name]
     done = run(argv, timeout=LONG_SECONDS, env=env)
     with open(lab.log(log), "a") as file:
@@ -122,7 +123,7 @@ def rekindle(lab: Lab, words: Sequence[str], *more: Mapping[str, str], log: str 
 
 @contextlib.contextmanager
 def started(lab: Lab, subject: Subject, *, empty_caches: bool = False) -> Iterator[Started]:
-    """The command as it is, until it answers; it is ended afterwards. Raises StepError."""
+    """Run the server's command and wait for its first answer; end it afterwards. Raises StepError."""
     if empty_caches:
         remove_tree(subject.caches)
     subject.caches.mkdir(exist_ok=True)
@@ -159,9 +160,9 @@ def restored(
     *more: Mapping[str, str],
     options: Sequence[str] = (),
 ) -> Iterator[Started]:
-    """`rekindle restore`, until a client has an answer to the recorded question; it is killed afterwards if
-    it brought the process, and asked to end if its server is a child. Raises StepError, also for another
-    outcome."""
+    """Run `rekindle restore` and wait for a client's answer to the recorded question. Afterwards, kill it
+    if it restored the process, and terminate it if the server is its child. Raises StepError, also for any
+    other outcome than `outcome`."""
     report, log = lab.work / "report.json", lab.log("restore")
     report.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "rekindle", "restore", image, "--report", str(report), *options]
@@ -171,7 +172,7 @@ def restored(
         document = json.loads(report.read_bytes())
         if document["outcome"] != outcome:
             reasons = [reason for reason in document["reasons"] if reason["hard"]]
-            raise StepError(f"the outcome is {document['outcome']}: {document['error'] or reasons}")
+            raise StepError(f"the outcome was {document['outcome']}: {document['error'] or reasons}")
         client = Client(subject.engine.endpoint, _connect)
         request = subject.engine.authorize(oracle.request, os.environ)
         response: list[Response] = []
@@ -194,13 +195,13 @@ def restored(
 
 
 def phases(started: Started) -> dict[str, float]:
-    """Those of rekindle's report, and the rest until our client had its first token."""
+    """Return the phases of rekindle's report, and the time that is left until the client's first token."""
     found = {phase["name"]: float(phase["seconds"]) for phase in started.report["phases"]}
-    return {**found, "until a client is answered": max(0.0, started.seconds - sum(found.values()))}
+    return {**found, "until the first token": max(0.0, started.seconds - sum(found.values()))}
 
 
 def marked(lab: Lab) -> list[int]:
-    """Our processes that are still there, whoever their parents are now; not this one."""
+    """Return the PIDs of this run's processes, whoever their parents are now, without this process."""
     wanted = f"{MARK}={lab.mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -241,5 +242,5 @@ def _wait(condition: Callable[[], bool], poll: Callable[[], int | None], log: Pa
         status = poll()
         if status is not None and not condition():
             end = log.read_bytes()[-1500:].decode(errors="replace")
-            raise StepError(f"{what} ended with status {status}: {end}")
+            raise StepError(f"{what} exited with status {status}: {end}")
         time.sleep(_POLL_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each step of the acceptance does, and in which order."""
+"""The steps of the acceptance test, most valuable first, since time may run out."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ _READ_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A step, and how long it may take. `act` fills the dictionary that goes into the report, so that there
-    is something if it breaks off. `needs` are the steps that must have been done before."""
+    """A step and its deadline. `act` fills the dictionary that goes into the report, so that a failed step
+    also reports what it found before. `needs` names the steps that must be done first."""
 
     name: str
     seconds: float
@@ -38,7 +38,7 @@ class Step:
 
 
 def describe_machine(trial: Trial, found: Found) -> None:
-    """What this machine is. Nothing here can be wrong."""
+    """Describe this machine. There is nothing to fail."""
     devices = gpu.probe()
     node = Fingerprint.probe(subjects.server(trial.options), os.environ)
     with open("/proc/meminfo") as file:
@@ -49,7 +49,7 @@ def describe_machine(trial: Trial, found: Found) -> None:
         ],
         "driver": devices.driver,
         "cuda": devices.cuda,
-        "lack": devices.lack,
+        "problem": devices.lack,
         "mps": devices.mps,
         "processor": node.cpu_model,
         "cores": os.cpu_count(),
@@ -64,29 +64,32 @@ def describe_machine(trial: Trial, found: Found) -> None:
 
 
 def run_doctor(trial: Trial, found: Found) -> None:
+    """Run `rekindle doctor`; fail if something that rekindle needs is missing."""
     out = trial.lab.work / "doctor.json"
     argv = [sys.executable, "-m", "rekindle", "doctor", "--json"]
     done = run(argv, timeout=LONG_SECONDS, env=trial.lab.built(), stdout=out)
     try:
         found["checks"] = json.loads(out.read_bytes())["checks"]
     except ValueError:
-        raise StepError(f"rekindle doctor ended with status {done.status}: {done.output[-1000:]}") from None
-    lacks = [check for check in found["checks"] if check["needed"] and not check["ok"]]
-    if lacks:
-        raise StepError("; ".join(f"{check['name']}: {check['detail']}" for check in lacks))
+        raise StepError(f"rekindle doctor exited with status {done.status}: {done.output[-1000:]}") from None
+    missing = [check for check in found["checks"] if check["needed"] and not check["ok"]]
+    if missing:
+        raise StepError("; ".join(f"{check['name']}: {check['detail']}" for check in missing))
 
 
 def start(trial: Trial, found: Found) -> None:
+    """Time starts of the decoder with empty and with warm kernel caches; all must give one answer."""
     subject = subjects.decoder(trial)
     found |= {"cold": [], "warm": []}
     measure.starts(trial.lab, subject, trial.options.cold_runs, found["cold"], empty_caches=True)
     measure.starts(trial.lab, subject, trial.options.cold_runs, found["warm"], empty_caches=False)
     answers = {json.dumps(one["answer"]) for one in (*found["cold"], *found["warm"])}
     if len(answers) > 1:
-        raise StepError(f"starts of the same server give {len(answers)} answers")
+        raise StepError(f"the same server gave {len(answers)} different answers")
 
 
 def take_snapshot(trial: Trial, found: Found) -> None:
+    """Take the snapshot that later steps restore; it must hold CUDA state."""
     subject = subjects.decoder(trial)
     found |= measure.snapshot(trial.lab, subject, subject.name, [])
     if not found["cuda_pids"]:
@@ -94,13 +97,14 @@ def take_snapshot(trial: Trial, found: Found) -> None:
 
 
 def restore(trial: Trial, found: Found) -> None:
+    """Time restores of the process: the main figure."""
     subject = subjects.decoder(trial)
     found["runs"] = []
     measure.restores(trial.lab, subject, subject.name, trial.options.runs, found["runs"])
 
 
 def measure_floor(trial: Trial, found: Found) -> None:
-    """What can be copied a second: the floor of a restore is its bytes at these rates."""
+    """Measure copy rates. A restore takes at least as long as its bytes at these rates."""
     dump = measure.dump(trial.lab, "gpu")
     write_back(dump)
     drop_from_page_cache(dump)
@@ -113,22 +117,23 @@ def measure_floor(trial: Trial, found: Found) -> None:
     argv = subjects.server(trial.options, "rates")
     done = run(argv, timeout=LONG_SECONDS, env=trial.lab.built(), stdout=out)
     if done.status:
-        raise StepError(f"the copy rates could not be measured: {done.output[-1000:]}")
+        raise StepError(f"could not measure copy rates: {done.output[-1000:]}")
     found["device"] = json.loads(out.read_bytes())
 
 
 def start_on_cache(trial: Trial, found: Found) -> None:
+    """Time starts on the kernel cache of an image whose process cannot be restored here."""
     subject = subjects.decoder(trial)
     measure.cache_starts(trial.lab, subject, subject.name, trial.options.few, found)
 
 
 def restore_beside_load(trial: Trial, found: Found) -> None:
-    """Restores while somebody else uses half of the processors, and the GPU."""
+    """Time restores while another process uses the GPU and half of the processors."""
     subject = subjects.decoder(trial)
     begun, until = trial.lab.work / "load-began", trial.lab.work / "load-ends"
     for path in (begun, until):
         path.unlink(missing_ok=True)
-    # It is no restored server, so that it has a mark of its own.
+    # A mark of its own: this process must not count as left over from a restored server.
     other = dataclasses.replace(trial.lab, mark=f"{trial.lab.mark}-load")
     log = trial.lab.log("load")
     with open(log, "ab") as output:
@@ -137,7 +142,7 @@ def restore_beside_load(trial: Trial, found: Found) -> None:
     try:
         while not begun.exists():
             if process.poll() is not None:
-                raise StepError(f"the load ended: {log.read_text()[-1000:]}")
+                raise StepError(f"the load exited: {log.read_text()[-1000:]}")
             time.sleep(0.05)
         found["runs"] = []
         measure.restores(trial.lab, subject, subject.name, trial.options.few, found["runs"])
@@ -147,7 +152,7 @@ def restore_beside_load(trial: Trial, found: Found) -> None:
 
 
 def restore_uncached(trial: Trial, found: Found) -> None:
-    """Restores of a dump that is on the disk only."""
+    """Time restores of a dump that is not in the page cache."""
     subject, dump = subjects.decoder(trial), measure.dump(trial.lab, "gpu")
     write_back(dump)
     found["runs"] = []
@@ -160,7 +165,7 @@ def restore_uncached(trial: Trial, found: Found) -> None:
 
 
 def try_vllm(trial: Trial, found: Found) -> None:
-    """The same with real vLLM, where the server's Python has it."""
+    """Do all of this with vLLM, if the server's Python has it."""
     subject = subjects.vllm(trial)
     found |= {"command": subject.command, "cold": [], "warm": [], "runs": [], "cache": {}}
     measure.starts(trial.lab, subject, 1, found["cold"], empty_caches=True)
@@ -171,7 +176,7 @@ def try_vllm(trial: Trial, found: Found) -> None:
 
 
 def _read_all(directory: Path) -> tuple[int, float]:
-    """Reads every file once, one after the other: bytes, seconds."""
+    """Read every file once, one after the other; return the bytes and the seconds."""
     buffer = bytearray(_READ_BYTES)
     total, began = 0, time.monotonic()
     for path in files_below(directory):
@@ -181,7 +186,6 @@ def _read_all(directory: Path) -> tuple[int, float]:
     return total, max(time.monotonic() - began, 1e-6)
 
 
-# In the order of what they are worth, since time may run out.
 STEPS = (
     Step(name="machine", seconds=30, act=describe_machine),
     Step(name="doctor", seconds=120, act=run_doctor),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers that the acceptance tries: the decoder of hack/gpu/server.py, and vLLM."""
+"""The servers under test: the decoder of hack/gpu/server.py, and vLLM."""
 
 import json
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ _HACK = Path(__file__).parents[1]
 
 
 def server(options: Options, *words: str) -> Sequence[str]:
-    """Return a command line of hack/gpu/server.py."""
+    """Return the command that runs hack/gpu/server.py with these words."""
     flags = ["--stand-in"] if options.stand_in else []
     return [options.python, str(_HACK / "gpu/server.py"), *flags, *words]
 
 
 def decoder(trial: Trial) -> Subject:
-    """Return our own server; it listens on the same port in every run with this work directory."""
+    """Return the decoder. It listens on the same port in every run with this work directory."""
     port, oracle = kept(trial.lab.work / "port", str(free_port())), trial.lab.work / "oracle.json"
     oracle.write_text(json.dumps(ORACLE))
     quick = ["--quick"] if trial.options.quick else []
@@ -47,8 +47,8 @@ def decoder(trial: Trial) -> Subject:
 
 
 def vllm(trial: Trial) -> Subject:
-    """Return vLLM with a model. Raises SkippedError if the server's Python has no vLLM, StepError if no model
-    can be made."""
+    """Return vLLM with the model of the options or a tiny one. Raises SkippedError if the server's Python
+    has no vLLM, StepError if the tiny model cannot be created."""
     python, model = trial.options.python, trial.options.vllm_model
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if run([python, "-c", look], timeout=60).status:
@@ -58,7 +58,7 @@ def vllm(trial: Trial) -> Subject:
         if not model.exists():
             made = run([python, str(_HACK / "tiny_model.py"), str(model)], timeout=LONG_SECONDS)
             if made.status:
-                raise StepError(f"no model could be made: {made.output[-1000:]}")
+                raise StepError(f"could not create a model: {made.output[-1000:]}")
     script = Path(python).with_name("vllm")
     program = [str(script)] if script.exists() else [python, "-m", "vllm.entrypoints.cli.main"]
     command = [

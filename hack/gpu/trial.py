@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of the acceptance: what was asked for, where everything lies, and what is known so far."""
+"""One run of the acceptance test: its options, directories and results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,8 @@ from hack.gpu.starts import Lab
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What was asked for on the command line. `python` is the server's; `few` is the number of runs for all
-    but the main figure."""
+    """The options of the command line. `python` is the interpreter of the server. `runs` is the number of
+    restores that the main figure is taken from, `few` the number for other figures."""
 
     python: str
     gib: float
@@ -25,7 +25,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What is handed to every step."""
+    """The argument of every step."""
 
     options: Options
     lab: Lab

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Unpacks a bundle of hack/gpu-bundle and installs it, without a network.
+"""Unpack a bundle of hack/gpu-bundle and install it, without a network.
 
-    unpack TARGET [DIR…]        pieces that are not beside this file are looked for in the directories
+    unpack TARGET [DIR…]        look for pieces beside this file, then in the directories
 
-To be run by the Python that has torch and Triton, 3.11 or newer: the server will be, too. Nothing is done if
-the same bundle is installed in TARGET already; an interrupted run is begun anew.
+Run it with the Python (3.11 or newer) that has torch and Triton; the server will run with it, too. If TARGET
+holds the same bundle already, nothing is done. An interrupted run starts again.
 
-    TARGET/gpu-acceptance       the acceptance; takes what hack/gpu-acceptance takes
-    TARGET/source/.venv         rekindle's own environment, which sees nothing of the machine's
-    TARGET/server               only if the bundle brings wheels for it: an environment above the machine's
+    TARGET/gpu-acceptance       the command; takes the options of hack/gpu-acceptance
+    TARGET/source/.venv         rekindle's environment, isolated from the machine's packages
+    TARGET/server               the server's environment above the machine's, if the bundle has wheels for it
 """
 
 import hashlib
@@ -36,19 +36,19 @@ def main(words: list[str]) -> None:
     content = (here / "manifest.json").read_bytes()
     manifest = json.loads(content)
     if manifest["schema"] != SCHEMA:
-        raise SystemExit(f"unpack: {manifest['schema']} is not known here")
+        raise SystemExit(f"unpack: unknown schema {manifest['schema']}")
     mark, stamp = target / ".complete", f"{hashlib.sha256(content).hexdigest()} {sys.executable}\n"
     if not (mark.exists() and mark.read_text() == stamp):
         paths = [find(piece, [here, *map(Path, words[1:])]) for piece in manifest["pieces"]]
         if target.exists():
             if not (target / ".bundle").exists() and any(target.iterdir()):
-                raise SystemExit(f"unpack: {target} is there, and holds something else")
+                raise SystemExit(f"unpack: {target} exists and is not an unpacked bundle")
             shutil.rmtree(target)
         target.mkdir(parents=True)
         (target / ".bundle").touch()
         joined = io.BufferedReader(Joined(paths))
         with joined, tarfile.open(fileobj=joined, mode="r|gz") as archive:
-            # Older Pythons have no filters. The bytes are those of the manifest.
+            # Early releases of 3.11 have no filters. The manifest vouches for the bytes.
             archive.extraction_filter = getattr(tarfile, "data_filter", None)
             archive.extractall(target)  # noqa: S202
         install(target)
@@ -57,19 +57,19 @@ def main(words: list[str]) -> None:
 
 
 def find(piece: dict[str, str], directories: list[Path]) -> Path:
-    """Where a piece lies; its bytes are those that the manifest tells of."""
+    """Return the path of a piece with the digest of the manifest."""
     for directory in directories:
         path = directory / piece["name"]
         if path.exists():
             with open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == piece["sha256"]:
                     return path
-            print(f"unpack: {path} has another sha256 sum", file=sys.stderr)
-    raise SystemExit(f"unpack: there is no {piece['name']} with the sha256 sum {piece['sha256']}")
+            print(f"unpack: {path} has another sha256 digest", file=sys.stderr)
+    raise SystemExit(f"unpack: no {piece['name']} with the sha256 digest {piece['sha256']}")
 
 
 class Joined(io.RawIOBase):
-    """Files one after the other, to be read as one."""
+    """Several files as one stream."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = list(paths)
@@ -89,7 +89,7 @@ class Joined(io.RawIOBase):
 
 
 def install(target: Path) -> None:
-    """rekindle's environment, the server's, and what starts the acceptance."""
+    """Create rekindle's environment, the server's, and the command that starts the test."""
     source, wheels = target / "source", target / "wheels"
     with open(source / "pyproject.toml", "rb") as file:
         needed = tomllib.load(file)["project"]["dependencies"]
@@ -100,7 +100,7 @@ def install(target: Path) -> None:
     server = Path(sys.executable)
     if (target / "server-wheels").exists():
         server = environment(target / "server", "--system-site-packages")
-        # The machine's Python may be in an environment itself, which one above it would pass over.
+        # If the machine's Python is in an environment itself, one above it would not see its packages.
         theirs = [path for path in site.getsitepackages() if Path(path).is_dir()]
         lines = [f"import site; site.addsitedir({path!r})\n" for path in theirs]
         (directory_of_packages(server) / "machine.pth").write_text("".join(lines))
@@ -123,13 +123,13 @@ def install(target: Path) -> None:
 
 
 def environment(directory: Path, *options: str) -> Path:
-    # Debian has Python without ensurepip; pip comes along.
+    # Debian's Python may have no ensurepip; pip is in the bundle.
     call(sys.executable, "-m", "venv", "--without-pip", *options, str(directory))
     return directory / "bin/python"
 
 
 def pip(python: Path, wheels: Path, found: Path, *words: str) -> None:
-    """Runs the pip of the bundle, from its wheel, without any index."""
+    """Run pip from its wheel in the bundle, without an index."""
     (wheel,) = wheels.glob("pip-*.whl")
     options = ["--isolated", "--disable-pip-version-check", "--no-cache-dir"]
     call(str(python), f"{wheel}/pip", *options, "install", "--no-index", "--find-links", str(found), *words)
@@ -150,7 +150,9 @@ def call(*argv: str) -> str:
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"unpack: {shlex.join(argv)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        raise SystemExit(
+            f"unpack: {shlex.join(argv)} exited with status {done.returncode}:\n{done.stdout[-3000:]}"
+        )
     return done.stdout
 
 

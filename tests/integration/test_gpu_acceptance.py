@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hack/gpu-acceptance and hack/gpu-bundle on a machine without a GPU: the driver, NVML and the server are
-stand-ins, the rest is as it is where there is one."""
+"""hack/gpu-acceptance and hack/gpu-bundle without a GPU: the driver, NVML and the server are stand-ins."""
 
 import contextlib
 import json
@@ -23,7 +22,7 @@ HACK = ROOT / "hack"
 
 @dataclass(slots=True)
 class Machine:
-    """A machine with one GPU that is not there, and what a run of the acceptance leaves."""
+    """A machine with one GPU that is not there, and the output of a run of the acceptance test."""
 
     cuda: FakeCuda
     nvml: FakeNvml
@@ -66,7 +65,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def leftovers() -> list[str]:
-    """Processes of a run that are still there, and what says of a process that it holds CUDA."""
+    """Return processes of a run that are still there, and files of the fake driver."""
     found = [str(path) for path in Path("/dev/shm").glob("*fake-cuda-*")]
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -78,7 +77,7 @@ def leftovers() -> list[str]:
 
 @pytest.mark.criu
 @pytest.mark.timeout(300)
-def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
+def test_every_step_of_the_acceptance_test_is_done(machine: Machine) -> None:
     places = set(Path("/var/tmp").iterdir())
     assert machine.run() == 0, machine.page
     steps = machine.steps
@@ -97,7 +96,7 @@ def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
     assert proof["used"] == proof["entries"] > 0
     assert [reason["code"] for reason in steps["cache"]["reasons"]] == ["gpu-model"]
     assert set(steps["backends"]["backends"]) == {"driver", "utility"}
-    assert all(len(door["runs"]) == 1 for door in steps["backends"]["backends"].values())
+    assert all(len(each["runs"]) == 1 for each in steps["backends"]["backends"].values())
     assert "at most 1/10 of the cold start" in machine.page
     assert "stand-ins" in machine.page
     assert str(ROOT) not in machine.page
@@ -106,7 +105,7 @@ def test_every_step_of_the_acceptance_runs_to_its_end(machine: Machine) -> None:
 
 
 @pytest.mark.criu
-def test_a_step_that_fails_ends_neither_the_others_nor_without_its_reason(machine: Machine) -> None:
+def test_a_failed_step_is_reported_and_does_not_stop_the_others(machine: Machine) -> None:
     machine.cuda.describe(utility=False)
     assert machine.run("--only", "backends", "--only", "uncached") == 1
     steps = machine.steps
@@ -114,36 +113,40 @@ def test_a_step_that_fails_ends_neither_the_others_nor_without_its_reason(machin
     assert "cuda-checkpoint" in steps["backends"]["reason"]
     assert steps["backends"]["backends"]["driver"]["runs"]
     assert steps["uncached"]["status"] == "done"
-    assert steps["rollback"] == {"status": "skipped", "reason": "not asked for, or not yet", "seconds": 0.0}
+    assert steps["rollback"] == {
+        "status": "skipped",
+        "reason": "not requested, or not run yet",
+        "seconds": 0.0,
+    }
     assert steps["backends"]["reason"][:40] in machine.page
 
 
 @pytest.mark.criu
-def test_a_driver_that_checkpoints_nothing_is_told_and_not_hidden(machine: Machine) -> None:
+def test_a_driver_that_cannot_checkpoint_fails_the_steps_that_need_it(machine: Machine) -> None:
     machine.cuda.describe(faults=[{"step": "checkpoint", "code": 801}])
     assert machine.run("--only", "restore", "--only", "rollback") == 1
     steps = machine.steps
     assert "CUDA_ERROR_NOT_SUPPORTED" in json.dumps(steps["snapshot"]["reason"])
-    assert (steps["restore"]["status"], steps["restore"]["reason"]) == ("skipped", "it needs snapshot")
+    assert (steps["restore"]["status"], steps["restore"]["reason"]) == ("skipped", "needs snapshot")
     cases = steps["rollback"]["cases"]
-    # What fails both there and on the way back is told, and is for `rekindle doctor --repair`.
-    twice = [case for case in cases if "could not be rolled back" in case["told"]]
-    assert [case["name"] for case in twice] == ["the unlock fails"]
+    # A step that fails during the rollback, too, is reported, and left to `rekindle doctor --repair`.
+    twice = [case for case in cases if "could not be rolled back" in case["message"]]
+    assert [case["name"] for case in twice] == ["unlock fails"]
     once = [case for case in cases if case not in twice]
     assert all(case["answers"] for case in once)
-    assert not any(case["failed"] for case in once if "NOT_SUPPORTED" in case["told"])
+    assert not any(case["failed"] for case in once if "NOT_SUPPORTED" in case["message"])
 
 
 @pytest.mark.criu
-def test_what_hangs_ends_at_the_deadline_and_leaves_nothing(machine: Machine) -> None:
+def test_a_step_that_hangs_ends_at_its_deadline_and_leaves_no_process(machine: Machine) -> None:
     machine.cuda.describe(faults=[{"step": "checkpoint", "hang": True}])
     assert machine.run("--only", "snapshot", "--only", "vllm", "--deadline", "6") == 1
-    assert "it was not done after" in machine.steps["snapshot"]["reason"]
-    assert machine.steps["vllm"]["reason"] == "there was no time left"
+    assert "not done after" in machine.steps["snapshot"]["reason"]
+    assert machine.steps["vllm"]["reason"] == "no time left"
 
 
 @pytest.mark.criu
-def test_a_second_run_goes_on_where_the_first_one_ended(machine: Machine, tmp_path: Path) -> None:
+def test_a_second_run_continues_where_the_first_one_ended(machine: Machine, tmp_path: Path) -> None:
     work = str(tmp_path / "work")
     assert machine.run("--only", "snapshot", "--work", work) == 0
     made = machine.steps["snapshot"]
@@ -153,8 +156,8 @@ def test_a_second_run_goes_on_where_the_first_one_ended(machine: Machine, tmp_pa
 
 
 @pytest.mark.vllm
-def test_the_kernels_of_the_server_compute_what_they_say() -> None:
-    """By Triton's interpreter, and without graphs."""
+def test_the_gpu_kernels_compute_the_same_as_torch() -> None:
+    """In Triton's interpreter, and without CUDA graphs."""
     program = """
 import time, torch
 from hack.gpu import decoder
@@ -191,7 +194,7 @@ assert [model.count(), model.count()] == [1, 2]
 
 
 @pytest.mark.vllm
-def test_the_kernels_of_the_server_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
+def test_the_gpu_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
     program = """
 import triton
 from hack.gpu import decoder, kernels
@@ -227,7 +230,7 @@ def run_python(program: str, environment: dict[str, str]) -> None:
 
 @pytest.mark.criu
 @pytest.mark.timeout(300)
-def test_a_bundle_installs_itself_where_there_is_no_network(tmp_path: Path) -> None:
+def test_a_bundle_installs_without_a_network(tmp_path: Path) -> None:
     bundle, elsewhere, target = tmp_path / "bundle", tmp_path / "elsewhere", tmp_path / "target"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     words = [str(bundle), "--piece-mib", "8", "--python", version]
@@ -265,4 +268,4 @@ def test_a_bundle_installs_itself_where_there_is_no_network(tmp_path: Path) -> N
     first = bundle / names[0]
     first.write_bytes(bytes([first.read_bytes()[0] ^ 1]) + first.read_bytes()[1:])
     (target / ".complete").unlink()
-    assert "another sha256 sum" in unpack(str(elsewhere)).stderr
+    assert "another sha256 digest" in unpack(str(elsewhere)).stderr
