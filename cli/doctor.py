@@ -227,8 +227,8 @@ def _disk(home: Home) -> Iterator[Check]:
 
 
 def _packages(_: Home) -> Iterator[Check]:
-    ours = Path(__file__).parents[2]
-    for name in ("oci", "snapshot", "restore"):
+    ours = Path(__file__).parents[1]
+    for name in ("oci", "rekindle", "snapshot", "restore"):
         spec = importlib.util.find_spec(name)
         where = Path(spec.origin).parents[1] if spec and spec.origin else None
         if where != ours:
