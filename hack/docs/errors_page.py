@@ -11,24 +11,24 @@ HEAD = """\
 
 Generated from `rekindle/errors.py` by `make docs`; do not edit.
 
-An error prints what failed, the cause in the tool's own words, a hint, where the log is, and the command to
-replay. With `--json` or `--report FILE`, the report holds the same under `error`, with the code below.
+An error message says what failed, the cause in the tool's own words, a hint, where the log is, and the
+command to replay. With `--json` or `--report FILE`, the report has the same under `error`, with its code.
 
-The last column says what `restore` does: whether it may take a lower rung instead, or must end. Where the
-image itself cannot be had, the only lower rung is the cold start of a command that was given to it
+The last column says whether `restore` may fall back to a lower rung, or must fail. If the image cannot be
+read, the only lower rung is a cold start of the command that `restore` was given
 ([ADR 8](adr/0008-ladder.md)).
 
 """
 TAIL = """\
 
-Once a server serves, `rekindle restore` ends with the server's own status, but 3 in place of 0 on a lower
-rung.
+Once the server is ready, `rekindle restore` exits with the server's status; on a lower rung, it exits with 3
+instead of 0.
 """
 # Exit statuses without an error class.
 OTHERS = {
-    0: ("done as asked", ""),
-    1: ("a bug in rekindle: a traceback is printed; please report it", "yes"),
-    3: ("done, but on a lower rung than asked for; `match` and `restore --plan`: it would be", ""),
+    0: ("success", ""),
+    1: ("a bug in rekindle, with a traceback; please report it", "yes"),
+    3: ("success, but on a lower rung than requested; `match` and `restore --plan`: a restore would be", ""),
 }
 
 
@@ -38,8 +38,8 @@ def page() -> str:
     for error in RekindleError.__subclasses__():
         meaning, descends = " ".join((error.__doc__ or "").split()), "yes" if error.descends else "no"
         rows.append((error.exit_status, f"`{error.code}`", meaning, descends))
-    last = ("128 + n", "", "ended by signal n, after everything was cleaned up", "")
-    head = ("status", "code", "meaning", "may a lower rung be tried?")
+    last = ("128 + n", "", "terminated by signal n, after the clean-up", "")
+    head = ("status", "code", "meaning", "may fall back to a lower rung")
     return HEAD + pages.table(head, [*sorted(rows), last]) + TAIL
 
 

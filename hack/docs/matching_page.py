@@ -13,38 +13,38 @@ HEAD = """\
 
 Generated from `restore/decide/rules.py` by `make docs`; do not edit.
 
-Before `restore` fetches a layer, it compares this node with what the image says of the one that it was made
-on. `rekindle match IMAGE` prints what differs and does nothing. So does `restore --plan`; `inspect` does not
-try what this node can do, and asks no policy. The report has it under `reasons`, each with one of the codes
-below.
+Before `restore` fetches a layer, it compares this node with the one that the image records.
+`rekindle match IMAGE` and `restore --plan` print the differences and do nothing else. `inspect` neither tests
+what this node can do nor reads a policy. The report has the differences under `reasons`, each with one of
+these codes.
 
-- **Hard and soft.** A hard difference forbids its rung. A soft one is told, and does no harm.
-- **What was not recorded** is not compared, nor what this node does not tell.
-- **The process** is one whole: a single hard difference forbids it. Of the GPUs, only those count that it
-  held, and of files those that it had mapped or open.
-- **The kernel cache** is judged entry by entry. Its rung can be taken if any entry is of use; the others are
-  told as soft then, with how many they are. Only if none is, they are hard. Each kind of cache has a layer of
-  its own, and one without an entry of use is not fetched.
-- **Files that the cache brings.** A process may have files of the kernel cache mapped. Those that are missing
-  here are extracted from the image to where they were, before the process comes back, and count as there. A
-  file that is there and differs is a difference.
-- **The device map.** GPUs that are on both sides, by their UUIDs, keep their places; the other places are
-  taken by the other GPUs, in their order. If all recorded ones are here, there is no map.
+- **Hard and soft.** A hard difference forbids its rung. A soft one is only reported.
+- **Missing facts.** A fact that was not recorded, or that this node does not reveal, is not compared.
+- **The process** is a whole: one hard difference forbids it. Only GPUs that it held count, and only files
+  that it had mapped or open.
+- **The kernel cache** is compared entry by entry. One usable entry is enough for its rung; the differences of
+  the others are soft, and reported with their number. They are hard if no entry is usable. Each kind of cache
+  has a layer of its own, which is not fetched if none of its entries is usable.
+- **Files from the cache.** A process may have files of the kernel cache mapped. If such a file is missing
+  here, it is extracted from the image to its recorded path before the process is restored, and counts as
+  present. A file with other content is a difference.
+- **The device map.** GPUs that are on both nodes, by their UUIDs, keep their places; the remaining GPUs take
+  the other places in order. If all recorded GPUs are here, there is no map.
 
-## A policy may say otherwise
+## Policies
 
-In `policy.toml` ([trust.md](trust.md)), or the file that `--policy` names:
+A policy can change rules, in `policy.toml` ([trust.md](trust.md)) or the file that `--policy` names:
 
 ```toml
 [match]
-soft = ["driver"]       # is told, and forbids nothing any more
+soft = ["driver"]       # is only reported
 hard = ["kernel"]       # forbids its rung
 ```
 
-Such a reason says `by_policy`. What is called fixed below cannot be changed: without it, `restore` could do
-nothing, or nothing depends on it. What a policy makes soft is merely tried. CRIU still compares build ids,
-the driver still looks at its GPUs, and if they refuse, the next rung is taken. If they do not, it is for the
-oracle to find out.
+Reasons that follow from a policy say `by_policy`. Rules that are called fixed below cannot be changed: either
+`restore` cannot work without them, or nothing depends on them. A difference that a policy makes soft does not
+make the restore work: CRIU still compares build ids, and the driver still checks its GPUs. If they refuse,
+`restore` falls back to the next rung; if not, the oracle decides.
 
 ## An example
 
@@ -77,40 +77,40 @@ cold        or fetches 0 bytes, takes about 94.0 s
 device map  GPU-7d3c… → GPU-e10a…
 ```
 
-`→` is the rung that a restore would take, `or` one that is left if that fails, `no` one that cannot be taken.
-The process is given up if it does not answer in that time, the kernel cache if it is not in place; how long
-the server starts on it is up to the server. Exit status: 0 if the process could be restored, 3 if not.
+`→` marks the rung that a restore would take, `or` a fallback, `no` a rung that is not possible. The process
+is given up if it does not answer in the given time, the kernel cache if it is not in place by then; there is
+no limit for the start of the server on the cache. Exit status: 0 if the process can be restored, 3 if not.
 """
 TITLES = {
-    Rung.PROCESS: ("The process", "What forbids the process rung, or is told of it."),
+    Rung.PROCESS: ("The process", "Differences that forbid the process rung, or are reported for it."),
     Rung.CACHE: (
         "The kernel cache",
-        "Of each entry. An entry that says nothing of a field does not differ in it.",
+        "For each entry. A field that an entry does not record is not compared.",
     ),
     Rung.COLD: ("The command", "For the kernel cache and for the cold start."),
 }
 TAIL = """\
 
-## What comes up on the way
+## Failures
 
-A rung that was possible may fail. What has come of it until then is undone, and the reason has one of these
-codes. Its `field` is the phase in which that happened. No policy changes them.
+A rung that was possible can still fail. `restore` then undoes it and reports a reason with one of these
+codes, whose `field` is the phase that failed. No policy changes them.
 
 """
 HAPPENED = (
     ("`restore-failed`", "CRIU could not restore the process, or the restored server does not answer"),
-    ("`oracle-mismatch`", "it gives another answer than the one that was recorded"),
+    ("`oracle-mismatch`", "the restored server does not give the recorded answer"),
     (
         "`deadline`",
-        "it was not done in time: `--process-deadline`, `--cache-deadline`, or what the plan says",
+        "the rung was not done in time: `--process-deadline`, `--cache-deadline`, or the time in the plan",
     ),
-    ("`bug`", "an error in rekindle: its traceback is on the standard error"),
+    ("`bug`", "a bug in rekindle; its traceback is on standard error"),
 )
 LAST = """\
 
-If the image itself cannot be had, the reason has the code of that error, too, with `image` as its field, on
-each rung above the cold start. All other errors end everything: a signature that is missing or bad, a digest
-that does not match and a document that is malformed are never a reason to go on.
+If the image cannot be read, each rung above the cold start has a reason with the code of that error and the
+field `image`. After all other errors, `restore` fails: it never continues after a missing or bad signature, a
+digest that does not match, or a malformed document.
 """
 OWN = {"restore", "oracle"}  # restore/decide/rules.py gives them the first two of these names
 
@@ -127,7 +127,10 @@ def page() -> str:
         head = ("code", "kind", "why", "what to do", "source")
         parts.append(f"\n## {title}\n\n{text}\n\n{pages.table(head, rows)}")
     codes = [f"`{e.code}`" for e in RekindleError.__subclasses__() if e.descends and e.code not in OWN]
-    others = (", ".join(codes), "an error of that class ([errors.md](errors.md)), as in fetching a layer")
+    others = (
+        ", ".join(codes),
+        "an error of that class ([errors.md](errors.md)), for example while fetching a layer",
+    )
     return "".join(parts) + TAIL + pages.table(("code", "meaning"), [*HAPPENED, others]) + LAST
 
 
