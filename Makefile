@@ -5,6 +5,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+SCRIPTS = hack/lib.sh $(shell grep -ls "^\#!.*bash" .ci/* hack/*)
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +36,7 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/shellcheck $(SCRIPTS)
 	@$(BIN)/python -m hack.docs.errors_page --check
 	@$(BIN)/python -m hack.docs.matching_page --check
 
