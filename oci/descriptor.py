@@ -10,6 +10,7 @@ from oci import media_types
 from rekindle.digest import Digest
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
+from rekindle.verified_stream import VerifiedStream
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
@@ -86,7 +87,7 @@ class Blobs(Protocol):
         """A small blob, whole and checked against its digest. Raises IntegrityError, FormatError."""
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
-        """A blob's bytes, in order and *unchecked*: whoever reads them must hash them."""
+        """A blob's bytes, in order and *unchecked*; see `open_verified`."""
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
         """The manifests that say that they refer to this one: signatures and the like. Each one's own
@@ -97,3 +98,14 @@ class Blobs(Protocol):
 
     def distrust(self) -> bool:
         """After bytes that were not those of their digest: whether another try reads them elsewhere."""
+
+
+def verified(stream: io.RawIOBase, descriptor: Descriptor, *, kind: str = "blob") -> VerifiedStream:
+    """Return a blob's bytes as a stream that checks them. `kind` is what errors call it."""
+    name = f"{kind} {descriptor.digest}"
+    return VerifiedStream(stream, digest=descriptor.digest, size=descriptor.size, name=name)
+
+
+def open_verified(blobs: Blobs, descriptor: Descriptor, *, kind: str = "blob") -> VerifiedStream:
+    """Open a blob as a stream that checks it while it is read."""
+    return verified(blobs.open_blob(descriptor), descriptor, kind=kind)

@@ -29,7 +29,7 @@ from typing import BinaryIO, Self, cast
 import zstandard
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor
+from oci.descriptor import Blobs, Descriptor, verified
 from oci.layout import Layout
 from rekindle import dump_tree as tree_of
 from rekindle.config import Limits
@@ -37,6 +37,7 @@ from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, write_at
 from rekindle.record import FileKind, StoredFile
+from rekindle.verified_stream import VerifiedStream
 
 PIECE_BYTES = 4 << 20
 
@@ -47,7 +48,6 @@ _COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than z
 
 _LAYER_BYTES = 256 << 20  # of raw content: what is sent again when an upload breaks
 _LAYERS_LIMIT = 100  # registries take about 127
-_REMEDY = "make the snapshot anew, or fetch it again"
 _DEFAULTS = Limits()
 _LEVEL = 1  # 0.5 to 1 GB/s a core; level 3 takes twice as long for a tenth less
 
@@ -137,7 +137,7 @@ def _write_layer(
                 hasher.update(part)
                 staged.write(part)
                 size += len(part)
-        digest = Digest("sha256:" + hasher.hexdigest())
+        digest = Digest.of_hash(hasher)
         blob(digest)
     return Descriptor(
         media_type=media_types.DUMP_LAYER, digest=digest, size=size, annotations={"vnd.rekindle.role": role}
@@ -218,12 +218,13 @@ def read_pieces(
     limits: Limits = _DEFAULTS,
 ) -> int:
     """Reads a layer to its end and writes its pieces; returns the bytes written."""
-    source = _Source(stream, layer)
+    checked = verified(stream, layer, kind="layer")
+    source = _Source(checked, layer)
     decompressor = zstandard.ZstdDecompressor()
     content = memoryview(bytearray(PIECE_BYTES))
     written, most = 0, limits.expanded_bytes(layer.size)
     with _Opened(tree, files, "r+b") as opened:
-        while source.left and not stop.is_set():
+        while checked.left and not stop.is_set():
             magic, content_bytes, index, compressed, offset, length = _HEADER.unpack(
                 source.read(_HEADER.size)
             )
@@ -248,7 +249,7 @@ def read_pieces(
                 raise source.verdict()
             written += write_at(opened.fileno(index), piece, offset)
     if not stop.is_set():
-        source.finish()
+        checked.finish()
     return written
 
 
@@ -268,48 +269,26 @@ def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, con
 
 
 class _Source:
-    """The bytes of a layer, hashed as they come."""
+    """The bytes of a layer, piece by piece."""
 
-    def __init__(self, stream: io.RawIOBase, layer: Descriptor) -> None:
+    def __init__(self, stream: VerifiedStream, layer: Descriptor) -> None:
         self._stream = stream
         self._layer = layer
-        self._hasher = hashlib.sha256()
         self._buffer = memoryview(bytearray(_COMPRESSED_LIMIT_BYTES))
-        self.left = layer.size
 
     def read(self, length: int) -> memoryview:
-        """The next bytes, valid until the next call."""
-        into = self._buffer[: min(length, self.left)]
-        count = self._fill(into)
-        self._hasher.update(into[:count])
-        self.left -= count
-        if count < len(into):
-            raise IntegrityError(f"layer {self._layer.digest} is cut off", hint=_REMEDY)
-        if count < length:
+        """Return the next bytes, valid until the next call."""
+        if length > self._stream.left:
             raise self.verdict()
+        into = self._buffer[:length]
+        self._stream.fill(into)
         return into
 
-    def verdict(self) -> FormatError | IntegrityError:
-        """What is wrong with a layer that makes no sense. Most often its bytes are not those of its digest,
-        which only all of them can tell."""
-        while self.left and (count := self._fill(self._buffer[: min(len(self._buffer), self.left)])):
-            self._hasher.update(self._buffer[:count])
-            self.left -= count
-        if "sha256:" + self._hasher.hexdigest() == self._layer.digest:
-            return FormatError(f"layer {self._layer.digest} is not of the form that its type says")
-        return IntegrityError(
-            f"the bytes of layer {self._layer.digest} are not those of its digest", hint=_REMEDY
-        )
+    def verdict(self) -> FormatError:
+        """Return what is wrong with a layer that makes no sense.
 
-    def finish(self) -> None:
-        """Raises IntegrityError unless the stream ends here, and its bytes are those of the digest."""
-        if self._stream.read(1):
-            raise IntegrityError(f"layer {self._layer.digest} is longer than its descriptor says")
-        if "sha256:" + self._hasher.hexdigest() != self._layer.digest:
-            raise self.verdict()
-
-    def _fill(self, into: memoryview) -> int:
-        count = 0
-        while count < len(into) and (got := self._stream.readinto(into[count:])):
-            count += got
-        return count
+        Raises IntegrityError if its bytes are not those of its digest, which only all of them can tell, and
+        which is the reason most often.
+        """
+        self._stream.finish()
+        return FormatError(f"layer {self._layer.digest} is not of the form that its type says")

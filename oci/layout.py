@@ -15,7 +15,6 @@ DIR/
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor
+from oci.descriptor import Blobs, Descriptor, open_verified
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import JSON, Fields
@@ -224,27 +223,17 @@ class Layout:
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether a blob is there, and whole: its name alone does not say so."""
-        with contextlib.suppress(OSError, IntegrityError), self.open_blob(descriptor) as file:
-            return Digest.of_stream(file) == descriptor.digest
+        with contextlib.suppress(OSError, IntegrityError), open_verified(self, descriptor) as stream:
+            stream.finish()
+            return True
         return False
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:
         """Takes over a blob. Nothing of it is there until its digest has matched. Raises IntegrityError."""
-        hasher = hashlib.sha256()
-        size = 0
         buffer = memoryview(bytearray(READ_BYTES))
-        with source.open_blob(descriptor) as stream, self.staging() as (staged, finish):
+        with open_verified(source, descriptor) as stream, self.staging() as (staged, finish):
             while count := stream.readinto(buffer):
-                size += count
-                if size > descriptor.size:
-                    break
-                hasher.update(buffer[:count])
                 staged.write(buffer[:count])
-            if size != descriptor.size or "sha256:" + hasher.hexdigest() != descriptor.digest:
-                raise IntegrityError(
-                    f"the bytes of blob {descriptor.digest} are not those of its digest",
-                    cause=f"{size} bytes came, of {descriptor.size}",
-                )
             finish(descriptor.digest)
 
     def attach(self, source: "Layout", attached: Sequence[Descriptor]) -> None:

@@ -25,7 +25,12 @@ class Digest(str):
 
     @classmethod
     def of_bytes(cls, content: bytes) -> Self:
-        return cls("sha256:" + hashlib.sha256(content).hexdigest())
+        return cls.of_hash(hashlib.sha256(content))
+
+    @classmethod
+    def of_hash(cls, hasher: "hashlib._Hash") -> Self:
+        """Return the digest of what a sha256 hasher was given."""
+        return cls("sha256:" + hasher.hexdigest())
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
@@ -39,7 +44,7 @@ class Digest(str):
         buffer = memoryview(bytearray(READ_BYTES))
         while count := stream.readinto(buffer):
             hasher.update(buffer[:count])
-        return cls("sha256:" + hasher.hexdigest())
+        return cls.of_hash(hasher)
 
     @property
     def hex(self) -> str:

@@ -62,10 +62,7 @@ class GzipTar:
         while self._jobs:
             self._put(self._jobs.popleft().result())
         self._put(_LAST_BLOCK + struct.pack("<II", self._crc, self._raw_size & 0xFFFFFFFF))
-        return (
-            Digest("sha256:" + self._compressed.hexdigest()),
-            Digest("sha256:" + self._raw.hexdigest()),
-        )
+        return Digest.of_hash(self._compressed), Digest.of_hash(self._raw)
 
     def _info(self, path: PurePosixPath, mode: int, mtime_ns: int) -> tarfile.TarInfo:
         info = tarfile.TarInfo(str(path))

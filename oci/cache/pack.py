@@ -264,7 +264,7 @@ def _entry(key: str, gathered: _Gathering, versions: Mapping[str, str]) -> Entry
         versions=dict(sorted({**versions, **gathered.metadata.versions}.items())),
         files=gathered.files,
         bytes=gathered.bytes,
-        digest=Digest("sha256:" + gathered.hasher.hexdigest()),
+        digest=Digest.of_hash(gathered.hasher),
     )
 
 
