@@ -178,7 +178,6 @@ def _refuse_what_cannot_be(options: Options) -> None:
             f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
             hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
         )
-    secret_search.require_grep()
     for word in (str(Path.cwd()), *options.argv):
         if word.startswith("/dev/shm/"):  # noqa: S108
             raise UsageError(

@@ -1,34 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks for credentials in a dump before it is packed. Values are never shown. See docs/secrets.md.
+"""Search a dump for credentials before it is packed. See docs/secrets.md.
 
-GNU grep searches for many strings at once several times faster than anything in Python does. It gets the
-values and the beginnings of tokens; what it finds is looked at here. Nothing secret is written to a disk
-or an argument: strings and bytes go to grep by memory and pipes.
+Hyperscan searches for the values and the beginnings of tokens at once; Python judges what it finds. Values
+are never shown, and never leave this process's memory.
 
-What grep reads is cut into pieces with a line feed after each, for two reasons. Bytes that are neighbours
-in a pages file but not in memory must not be read as one; and grep keeps a line in memory, which may have
-gigabytes. Pieces of one stretch of memory overlap by more than a string's length. Lines must not end with
-zero bytes (`--null-data`): grep 3.8 passes over buffers full of them and does not count them in its offsets.
+Pages that are neighbours in a file may be far apart in memory. So the search goes through extents: bytes
+that follow one another in memory, too. Threads share them in pieces. A hit belongs to the piece that it
+begins in, and a piece is read with what stands around it: a string across a border is found, once.
 """
 
 import contextlib
-import fcntl
 import os
 import re
-import shutil
 import stat
 import threading
-from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from io import FileIO, RawIOBase
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from rekindle import run
+import hyperscan
+
 from rekindle.criu import images as criu_images
-from rekindle.errors import CapabilityError, DumpError, FormatError, RekindleError, SecretError
+from rekindle.errors import DumpError, FormatError, RekindleError, SecretError
 from rekindle.files import PAGE_BYTES, data_extents
 from rekindle.secrets.forms import FORMS, Form, find_token, is_secret_value
 from rekindle.secrets.redact import HIDDEN, Secret, command_secrets, environment_secrets
@@ -37,21 +32,17 @@ from rekindle.secrets.redact import HIDDEN, Secret, command_secrets, environment
 _ALONE_CHARACTERS = 6
 _DISTINCT_CHARACTERS = 3  # so that no stretch of equal bytes is a million hits
 _STRING_LIMIT_BYTES = 512
-_OVERLAP_BYTES = 2 * _STRING_LIMIT_BYTES
-_AROUND_BYTES = 64, 1024  # what is looked at before and after a token's beginning
-_PIECE_BYTES = 1 << 20
-_READ_BYTES = 64 << 10
-_TIMEOUT_SECONDS = 600.0
+_AROUND_BYTES = _STRING_LIMIT_BYTES, 1024  # what is read before and behind the beginning of a hit
+_PIECE_BYTES = 512 << 10  # stays in a core's cache
 _WORKERS_LIMIT = 8
 _CORE_MAGIC = 0x55053847
-_TRIAL = bytes(100) + b"a\0a\n\xff"
-_LINE_FEED = 10
 _END_OF_WORD = b"\0 \t\r\n\"',;&"
+_ENDS = frozenset({b"", *(bytes([byte]) for byte in _END_OF_WORD)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A string that must not be found, the names that it has, and whether a word must end behind it."""
+    """A string that must not be found. `ends`: only where a word ends behind it."""
 
     names: frozenset[str]
     content: bytes
@@ -59,11 +50,14 @@ class Text:
 
     @property
     def needle(self) -> bytes:
-        """What grep looks for: it can do so within a line, and its file of strings has no zero bytes."""
+        """Return the longest line, up to a limit.
+
+        It has no zero byte: the binding would end the string there (`strlen`, python-hyperscan 0.9.1).
+        """
         return max(re.split(rb"[\r\n\0]", self.content), key=len)[:_STRING_LIMIT_BYTES]
 
     def is_at(self, content: bytes, position: int) -> bool:
-        """Whether this is where the needle was found. Of what is long, the needle is enough."""
+        """Return whether the text is where its needle was found. Of a long text, the needle is enough."""
         if not self.ends:
             return True
         start = position - self.content.index(self.needle)
@@ -73,7 +67,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A credential in a dump: its name or kind, and where it was found first."""
+    """A credential in a dump: its name or kind, and the first place where it is."""
 
     name: str
     title: str
@@ -82,18 +76,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What a server was given: the strings to look for, and those that may be found."""
+    """The secrets that a server was given: strings to search for, and those that are allowed."""
 
     texts: Sequence[Text]
     allowed: Sequence[bytes]
-    kinds: frozenset[str]  # of tokens that may be found
-    values: frozenset[str]  # of all of them, to keep them out of what is told
+    kinds: frozenset[str]  # of tokens that are allowed
+    values: frozenset[str]  # all that stand alone, to keep them out of messages
 
     @classmethod
     def of(
         cls, environment: Mapping[str, str], argv: Sequence[str], allow: Collection[str] = ()
     ) -> "Credentials":
-        """`allow` has names of variables, options (dashes or not) and kinds of tokens."""
+        """Collect them. `allow`: names of variables, of options (with or without dashes), kinds of tokens."""
         allow = {_plain(name) for name in allow}
         secrets = [
             secret
@@ -119,7 +113,7 @@ class Credentials:
 
     @contextlib.contextmanager
     def kept_out_of_errors(self) -> Iterator[None]:
-        """Takes the values out of errors that pass through, and of the logs that these name."""
+        """Hide the values in errors that pass through, and in the logs that they name."""
         try:
             yield
         except RekindleError as error:
@@ -148,7 +142,7 @@ def _stands_alone(value: str) -> bool:
 
 
 def _forms_of(secret: Secret) -> Iterator[tuple[bytes, bool]]:
-    """How a value lies in memory, and whether a word must end behind it."""
+    """Yield how a value may stand in memory, and whether a word must end behind it."""
     name, value = os.fsencode(secret.name), os.fsencode(secret.value)
     if _stands_alone(secret.value):
         yield value, False
@@ -166,7 +160,7 @@ def _hide_in_file(path: Path, values: Sequence[bytes]) -> None:
 
 
 def refuse(tree: Path, credentials: Credentials) -> None:
-    """Raises SecretError, which names all that was found in `tree/{criu,shm}` and where, or returns."""
+    """Search `tree/{criu,shm}`. Raises SecretError, which names all that was found and where; DumpError."""
     found = search(tree, credentials)
     if not found:
         return
@@ -179,49 +173,42 @@ def refuse(tree: Path, credentials: Credentials) -> None:
     )
 
 
-def require_grep() -> str:
-    """Where GNU grep is. Raises CapabilityError if there is none, or another that lacks what it must do."""
-    path = shutil.which("grep")
-    if path is not None:
-        with (
-            _memory(b"needle\n") as strings,
-            _memory(_TRIAL + b"needle\0a\n") as content,
-            _memory(b"") as out,
-        ):
-            argv = _grep(path, strings, content)
-            process = run.spawn(argv, env=_ENVIRONMENT, stdout=out, pass_fds=(strings, content))
-            try:
-                status = process.wait(_TIMEOUT_SECONDS)
-            finally:
-                if process.poll() is None:
-                    run.end_group(process)
-            if status == 0 and os.pread(out, 100, 0) == b"%d:needle\n" % len(_TRIAL):
-                return path
-    raise CapabilityError(
-        "the dump cannot be searched for secrets",
-        cause=f"{path} is not GNU grep" if path else "there is no grep",
-        hint="install GNU grep (Debian: apt-get install grep)",
-    )
-
-
 def search(tree: Path, credentials: Credentials) -> list[Found]:
-    """What of the credentials, and which kinds of tokens, a dump holds: each name once."""
-    grep = require_grep()
+    """Return the credentials and the kinds of tokens that a dump holds, each name once.
+
+    Raises DumpError if any part of the dump cannot be searched.
+    """
     needles = _Needles(credentials)
+    if not needles:
+        return []
     pieces = _Shared(_pieces(tree))
     stop = threading.Event()
     workers = min(_WORKERS_LIMIT, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_search, grep, pieces, needles, stop) for _ in range(workers)]
+        jobs = [pool.submit(_search, pieces, needles, stop) for _ in range(workers)]
         try:
             found = list(chain.from_iterable(job.result() for job in jobs))
-        except BaseException:
+        except (OSError, hyperscan.error) as error:
+            raise DumpError("the dump could not be searched for secrets", cause=str(error)) from error
+        finally:
             stop.set()
-            raise
     first: dict[str, Found] = {}
     for each in sorted(found, key=lambda each: (each.name, each.place)):
         first.setdefault(each.name, each)
     return list(first.values())
+
+
+def _search(pieces: "_Shared", needles: "_Needles", stop: threading.Event) -> Collection[Found]:
+    """Search as many pieces as this thread gets. Reading and scanning release the GIL."""
+    scratch = needles.scratch()
+    buffer = memoryview(bytearray(_AROUND_BYTES[0] + _PIECE_BYTES + _AROUND_BYTES[1]))
+    found: dict[str, Found] = {}
+    for piece in pieces:
+        if stop.is_set():
+            break
+        for name, title in needles.search(piece.read(buffer), piece.own, scratch):
+            found.setdefault(name, Found(name=name, title=title, place=piece.extent.place))
+    return found.values()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,17 +223,30 @@ class _Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
+    """A part of an extent, and what is read of the extent to judge it."""
+
     extent: _Extent
-    offset: int
+    start: int  # of what is read, in the file
     length: int
+    own: range  # of the part itself, in what is read
+
+    def read(self, buffer: memoryview) -> memoryview:
+        """Return the bytes, in the buffer. Raises OSError, DumpError if the file ends too soon."""
+        with open(self.extent.path, "rb", buffering=0) as file:
+            length = os.preadv(file.fileno(), [buffer[: self.length]], self.start)
+        if length != self.length:
+            raise DumpError("the dump could not be searched for secrets", cause=f"{file.name} is too short")
+        return buffer[:length]
 
 
 def _pieces(tree: Path) -> Iterator[_Piece]:
     for extent in chain(_memory_extents(tree / "criu"), _file_extents(tree)):
-        end = extent.offset + extent.length
-        for offset in range(extent.offset, end, _PIECE_BYTES):
-            length = min(_PIECE_BYTES + _OVERLAP_BYTES, end - offset)
-            yield _Piece(extent=extent, offset=offset, length=length)
+        extent_end = extent.offset + extent.length
+        for offset in range(extent.offset, extent_end, _PIECE_BYTES):
+            start = max(extent.offset, offset - _AROUND_BYTES[0])
+            end = min(extent_end, offset + _PIECE_BYTES + _AROUND_BYTES[1])
+            own = range(offset - start, offset - start + _PIECE_BYTES)
+            yield _Piece(extent=extent, start=start, length=end - start, own=own)
 
 
 def _memory_extents(dump: Path) -> Iterator[_Extent]:
@@ -268,7 +268,7 @@ def _memory_extents(dump: Path) -> Iterator[_Extent]:
 
 
 def _process(dump: Path, pid: str) -> str:
-    """Words for the process whose memory a pagemap describes."""
+    """Return words for the process whose memory a pagemap describes."""
     if not pid.isdecimal():
         return "in shared memory"
     core = dump / f"core-{pid}.img"
@@ -282,7 +282,7 @@ def _process(dump: Path, pid: str) -> str:
 
 
 def _file_extents(tree: Path) -> Iterator[_Extent]:
-    """All other files: pipes, sockets and deleted files as CRIU stored them, and /dev/shm."""
+    """Yield all other files: pipes, sockets and deleted files as CRIU stored them, and /dev/shm."""
     seen: set[int] = set()
     for top, place in (("criu", "in what CRIU stored in {}"), ("shm", "in /dev/shm/{}")):
         for path in sorted((tree / top).rglob("*")):
@@ -303,7 +303,7 @@ def _redacted(name: str) -> str:
 
 
 class _Shared:
-    """Pieces for several threads, each to one of them."""
+    """Hand out each piece to one of several threads."""
 
     def __init__(self, pieces: Iterator[_Piece]) -> None:
         self._pieces = pieces
@@ -319,7 +319,7 @@ class _Shared:
 
 
 class _Needles:
-    """The strings for grep, and what each may be the beginning of."""
+    """The strings that are searched for, and what each may be the beginning of."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._allowed = [value for value in credentials.allowed if len(value) >= _ALONE_CHARACTERS]
@@ -330,135 +330,58 @@ class _Needles:
         for form in FORMS:
             if _plain(form.name) not in credentials.kinds:
                 self._forms |= dict.fromkeys(form.anchors, form)
+        self._strings = list(self._texts.keys() | self._forms.keys())
+        self._database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
+        if self._strings:
+            self._database.compile(self._strings, elements=len(self._strings), literal=True)
 
-    def lines(self) -> bytes:
-        return b"".join(needle + b"\n" for needle in (*self._texts, *self._forms))
+    def __bool__(self) -> bool:
+        return bool(self._strings)
 
-    def look(self, needle: bytes, content: bytes, at: int) -> Iterator[tuple[str, str]]:
-        """The names and titles of what is at `at` in `content`, where grep found a needle."""
-        for text in self._texts.get(needle, ()):
-            if text.is_at(content, at):
-                for name in text.names:
-                    yield name, f"the value of {name}"
-        if (form := self._forms.get(needle)) and (drawn := form.token_at(content, at)):
-            behind = content[at:]
-            if not any(drawn in value or behind.startswith(value) for value in self._allowed):
+    def scratch(self) -> hyperscan.Scratch:
+        """Return what each thread that searches needs for itself."""
+        return hyperscan.Scratch(self._database)
+
+    def search(
+        self, content: memoryview, own: range, scratch: hyperscan.Scratch
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the names and titles of the credentials that begin in a part of `content`.
+
+        A token within a value is told by the value's name alone.
+        """
+        value_end = 0
+        for at, length, needle in self._hits(content, scratch):
+            start = max(0, at - _AROUND_BYTES[0])
+            around = bytes(content[start : at + _AROUND_BYTES[1]])
+            form = self._forms.get(needle) if at in own and at >= value_end else None
+            if form and self._is_token(form, around, at - start):
                 yield form.name, form.title
+            for text in self._texts.get(needle, ()):
+                if text.is_at(around, at - start):
+                    value_end = max(value_end, at + length)
+                    if at in own:
+                        for name in text.names:
+                            yield name, f"the value of {name}"
 
+    def _hits(self, content: memoryview, scratch: hyperscan.Scratch) -> list[tuple[int, int, bytes]]:
+        """Return each string in the content: (place, length, string), the longest first at one place."""
+        ends: list[tuple[int, int]] = []
 
-_ENDS = frozenset({b"", *(bytes([byte]) for byte in _END_OF_WORD)})
-_ENVIRONMENT = {"LC_ALL": "C"}
+        def note(string: int, _: int, end: int, *__: object) -> None:
+            ends.append((string, end))
 
-
-def _grep(path: str, strings: int, content: int) -> list[str]:
-    return [
-        path,
-        *("--text", "--only-matching", "--byte-offset", "--no-filename"),
-        *("--fixed-strings", "--file", f"/proc/self/fd/{strings}"),
-        *("--", f"/proc/self/fd/{content}"),
-    ]
-
-
-@contextlib.contextmanager
-def _memory(content: bytes) -> Iterator[int]:
-    fd = os.memfd_create("rekindle")
-    try:
-        os.write(fd, content)
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Stream:
-    """What was written to a grep: where in the stream each piece began. One thread writes, one reads."""
-
-    starts: list[int] = field(default_factory=list)
-    pieces: list[_Piece] = field(default_factory=list)
-    error: OSError | None = None
-
-    def feed(self, pieces: _Shared, fd: int, stop: threading.Event) -> None:
-        """Writes pieces, each with a line feed after it, and closes `fd`."""
-        buffer = memoryview(bytearray(_PIECE_BYTES + _OVERLAP_BYTES + 1))
-        position = 0
-        try:
-            for piece in pieces:
-                if stop.is_set():
-                    return
-                with open(piece.extent.path, "rb", buffering=0) as file:
-                    length = os.preadv(file.fileno(), [buffer[: piece.length]], piece.offset)
-                buffer[length] = _LINE_FEED
-                self.pieces.append(piece)
-                self.starts.append(position)
-                position += length + 1
-                rest = buffer[: length + 1]
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-        except OSError as error:
-            self.error = error
-        finally:
-            os.close(fd)
-
-    def around(self, position: int) -> tuple[_Piece, bytes, int]:
-        """The piece at a position of the stream, bytes around that, and where in them it is."""
-        index = bisect_right(self.starts, position) - 1
-        piece = self.pieces[index]
-        extent = piece.extent
-        at = piece.offset + position - self.starts[index]
-        start = max(extent.offset, at - _AROUND_BYTES[0])
-        end = min(extent.offset + extent.length, at + _AROUND_BYTES[1])
-        with open(extent.path, "rb", buffering=0) as file:
-            return piece, os.pread(file.fileno(), end - start, start), at - start
-
-
-def _search(grep: str, pieces: _Shared, needles: _Needles, stop: threading.Event) -> set[Found]:
-    """Runs one grep over as many pieces as it gets."""
-    found: dict[str, Found] = {}
-    stream = _Stream()
-    with _memory(needles.lines()) as strings, contextlib.ExitStack() as stack:
-        reader, writer = os.pipe()
-        out_reader, out_writer = os.pipe()
-        results = stack.enter_context(FileIO(out_reader))
-        try:
-            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIECE_BYTES)
-            argv = _grep(grep, strings, reader)
-            process = run.spawn(argv, env=_ENVIRONMENT, stdout=out_writer, pass_fds=(strings, reader))
-        except BaseException:
-            os.close(writer)
-            raise
-        finally:
-            os.close(reader)
-            os.close(out_writer)
-        feeder = threading.Thread(target=stream.feed, args=(pieces, writer, stop))
-        feeder.start()
-        try:
-            for position, needle in _hits(results):
-                piece, content, at = stream.around(position)
-                if not content.startswith(needle, at):
-                    raise DumpError("the dump could not be searched for secrets", cause="grep counts wrongly")
-                for name, title in needles.look(needle, content, at):
-                    found.setdefault(name, Found(name=name, title=title, place=piece.extent.place))
-                if stop.is_set():
-                    break
-            status = process.wait(_TIMEOUT_SECONDS)
-        finally:
-            if process.poll() is None:
-                run.end_group(process)  # so the feeder's pipe breaks
-            feeder.join()
-    if not stop.is_set() and (stream.error or status not in {0, 1}):
-        raise DumpError(
-            "the dump could not be searched for secrets",
-            cause=str(stream.error) if stream.error else f"grep ended with status {status}",
+        # The stub allows str and bytes; the code takes all that has a buffer.
+        self._database.scan(content, match_event_handler=note, scratch=scratch)  # type: ignore[type-var]
+        hits = (
+            (end - len(needle), len(needle), needle)
+            for string, end in ends
+            if (needle := self._strings[string])
         )
-    return set(found.values())
+        return sorted(hits, key=lambda hit: (hit[0], -hit[1]))
 
-
-def _hits(results: RawIOBase) -> Iterator[tuple[int, bytes]]:
-    """What grep prints: the position, a colon, the string, a line feed."""
-    rest = b""
-    while content := results.read(_READ_BYTES):
-        *lines, rest = (rest + content).split(b"\n")
-        for line in lines:
-            position, _, needle = line.partition(b":")
-            yield int(position), needle
+    def _is_token(self, form: Form, content: bytes, at: int) -> bool:
+        drawn = form.token_at(content, at)
+        if drawn is None:
+            return False
+        behind = content[at:]
+        return not any(drawn in value or behind.startswith(value) for value in self._allowed)

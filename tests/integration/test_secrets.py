@@ -104,14 +104,3 @@ def test_a_server_that_tells_its_secret_and_dies(rekindle: Rekindle, port: int, 
     assert list((rekindle.home / "logs").iterdir())
     assert KEY not in done.stdout + done.stderr + report.read_text()
     assert not holds(rekindle.home, KEY)
-
-
-def test_without_grep_nothing_is_started(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "grep").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "bin" / "grep").chmod(0o755)
-    rekindle.env["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-    done = rekindle.snapshot_workhorse("horse", port)
-    assert done.status == 10, done.stderr
-    assert "GNU grep" in done.stderr
-    assert "workhorse: serving" not in done.stderr

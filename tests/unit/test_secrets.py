@@ -8,15 +8,16 @@ import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import hyperscan
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.errors import CapabilityError, SecretError, WorkloadError
+from rekindle.errors import DumpError, SecretError, WorkloadError
 from rekindle.secrets.forms import FORMS, is_secret_value
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import secret_search
-from snapshot.secret_search import Credentials, refuse, require_grep, search
+from snapshot.secret_search import Credentials, refuse, search
 from tests.unit.samples import memory_peak
 from tests.unit.test_criu_image import BASE, ONE, PAGE, entry, mapping, write_dump
 
@@ -334,6 +335,53 @@ def test_links_and_fifos_in_shm_are_passed_over(tree: Path) -> None:
     assert names(tree, {"A_KEY": KEY}) == []
 
 
+# Values in values, and tokens in values
+
+
+def test_a_token_within_a_value_is_told_by_the_name_of_the_value(tree: Path) -> None:
+    token = TOKENS["api-key"][0]
+    for value in (token, f"key:{token}", "x" * 300 + token):
+        hold(tree, value.encode())
+        assert names(tree, {"A_KEY": value}) == ["A_KEY"]
+        hold(tree, value.encode() + b"\0" + token.encode())
+        assert "A_KEY" in names(tree, {"A_KEY": value})
+
+
+@pytest.mark.parametrize("before", [0, 1, 100, 511, 512])
+def test_that_holds_where_a_piece_ends_within_the_value(tree: Path, before: int) -> None:
+    value = "x" * 312 + "a" * 150 + "/" + TOKENS["api-key"][4]
+    hold(tree, b"\1" * (secret_search._PIECE_BYTES - before) + value.encode() + b"\0")
+    assert names(tree, {"A_PASSWORD": value}) == ["A_PASSWORD"]
+
+
+def test_a_value_within_another_is_told_too(tree: Path) -> None:
+    hold(tree, f"redis://{KEY}-and-more".encode())
+    assert names(tree, {"A_KEY": KEY, "B_KEY": f"{KEY}-and-more"}) == ["A_KEY", "B_KEY"]
+
+
+def test_a_short_value_that_is_not_there_hides_no_token(tree: Path) -> None:
+    hold(tree, TOKENS["aws-secret-key"][1].encode())
+    short = TOKENS["aws-secret-key"][1].partition("=")[2][:3]
+    assert names(tree, {"AWS_SECRET_ACCESS_KEY": short}) == ["aws-secret-key"]
+
+
+def test_overlapping_beginnings_are_all_looked_at(tree: Path) -> None:
+    token = TOKENS["hugging-face-token"][0]
+    hold(tree, b"hf_" * 50 + b" " + token.encode() + b"\0api_org_hf_")
+    assert names(tree) == ["hugging-face-token"]
+
+
+def test_thousands_of_values_are_found(tree: Path) -> None:
+    values = {f"S{index}_KEY": drawn(8 + index % 40) for index in range(3000)}
+    hold(tree, "\0".join(values.values()).encode())
+    assert names(tree, values) == sorted(values)
+
+
+def test_with_nothing_to_search_for_nothing_is_found(tree: Path) -> None:
+    hold(tree, TOKENS["api-key"][0].encode())
+    assert names(tree, allow=[form.name for form in FORMS]) == []
+
+
 # What is told
 
 
@@ -414,45 +462,44 @@ def test_which_values_are_secrets(name: str, value: str, wanted: bool) -> None:
     assert is_secret_value(name, value) is wanted
 
 
-# grep
+# What must not pass
 
 
-def fake_grep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/grep").write_text(f"#!/bin/sh\n{script}\n")
-    (tmp_path / "bin/grep").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}")
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        "exit 0",
-        "echo 4:needle",
-        "exec /usr/bin/env grep -c x",
-        "echo 99:needle",
-        "echo 'invalid option' >&2; exit 2",
-    ],
-)
-def test_another_grep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    fake_grep(tmp_path, monkeypatch, script)
-    with pytest.raises(CapabilityError, match="searched"):
-        require_grep()
-
-
-def test_no_grep_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CapabilityError, match="searched"):
-        require_grep()
-
-
-@pytest.mark.parametrize("script", ["exit 2", "kill -9 $$", "cat >/dev/null 2>&1 </dev/null; exit 3"])
-def test_a_grep_that_fails_is_no_pass(tree: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    fake_grep(tree, monkeypatch, script)
-    monkeypatch.setattr(secret_search, "require_grep", lambda: str(tree / "bin/grep"))
+def test_a_dump_that_is_cut_off_is_no_pass(tree: Path) -> None:
     hold(tree, b"\1" * (4 << 20))
-    with pytest.raises(Exception, match="could not be searched"):
-        search(tree, Credentials.of({}, []))
+    os.truncate(tree / "criu/pages-1.img", (4 << 20) - 1)
+    with pytest.raises(DumpError, match="could not be searched") as raised:
+        names(tree)
+    assert "pages-1.img is too short" in raised.value.cause
+
+
+def test_a_dump_without_its_pages_is_no_pass(tree: Path) -> None:
+    (tree / "criu/pages-1.img").unlink()
+    with pytest.raises(DumpError, match="could not be searched"):
+        names(tree)
+
+
+def test_a_scan_that_fails_is_no_pass(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise hyperscan.error("no memory")
+
+    monkeypatch.setattr(hyperscan, "Scratch", fail)
+    with pytest.raises(DumpError, match="could not be searched"):
+        names(tree)
+
+
+def test_hyperscan_raises_what_its_callback_raised() -> None:
+    database = hyperscan.Database()
+    database.compile(["sk-"], elements=1, literal=True)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        database.scan(b"a sk- b", match_event_handler=fail)
+
+
+# What it costs
 
 
 def test_a_gigabyte_without_a_zero_byte_takes_little_memory(tree: Path) -> None:
