@@ -5,8 +5,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rekindle.errors import CapabilityError
+
+if TYPE_CHECKING:
+    from oci.options import RegistryOptions
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 
@@ -73,6 +77,18 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
         "--mirror", action="append", default=[], metavar="URL", help="ask here first; the digest is the judge"
     )
     group.add_argument("--plain-http", action="store_true", default=None, help="speak no TLS")
+
+
+def registry(args: argparse.Namespace) -> "RegistryOptions":
+    """Return how registries are to be reached."""
+    from oci.options import RegistryOptions
+
+    return RegistryOptions(
+        jobs=args.jobs,
+        limit_rate=args.limit_rate,
+        mirrors=tuple(args.mirror),
+        plain_http=args.plain_http,
+    )
 
 
 def _rate(text: str) -> float:

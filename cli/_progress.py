@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 
 from oci.progress import Tally
-from rekindle.report import Report
 
 _LOOK_SECONDS = 0.1
 _LINE_SECONDS = 10.0
@@ -74,10 +73,6 @@ def _lines(tally: Tally, over: threading.Event) -> None:
         before = now
 
 
-def progress(tally: "Tally | None", report: Report) -> contextlib.AbstractContextManager[None]:
-    """Shows what is fetched, if anything is."""
-    if tally is None:
-        return contextlib.nullcontext()
-    from cli._progress import shown
-
-    return shown(tally, quiet=report.quiet)
+def progress(tally: Tally | None, *, quiet: bool) -> contextlib.AbstractContextManager[None]:
+    """Show what is fetched, if anything is."""
+    return contextlib.nullcontext() if tally is None else shown(tally, quiet=quiet)

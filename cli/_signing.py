@@ -5,22 +5,13 @@ import argparse
 import getpass
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from oci import media_types
 from oci.descriptor import Descriptor
-from oci.image import Image
-from oci.layout import Layout
-from oci.reference import Reference
-from oci.resolve import in_store
-from oci.trust import signer, verifier
+from oci.reference import LayoutReference, Reference
+from oci.trust import signer
 from oci.trust.keys import PrivateKey
-from oci.trust.machine import machine_key
-from oci.trust.policy import Rule
-from oci.trust.verifier import Verified
 from rekindle.errors import UsageError
-from rekindle.fields import JSON
-from rekindle.home import Home
 from rekindle.report import Report
 
 VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
@@ -61,32 +52,8 @@ def password(*, twice: bool = False) -> bytes:
     return typed.encode()
 
 
-def sign(
-    staging: Layout,
-    subjects: Sequence[Descriptor],
-    attested: Mapping[str, JSON],
-    reference: Reference,
-    by: signer.Sign | None,
-    home: Home,
-    report: Report,
-) -> tuple[list[Descriptor], list[Descriptor]]:
-    """Signs images that were made here, in the layout that they are in, and attaches the signatures to them.
-    Returns those by this machine's key, which are for the local store alone, and those by the user's."""
-    own = signer.sign(
-        staging,
-        subjects,
-        signer.by_key(machine_key(home)),
-        attested=attested,
-        annotations={media_types.SIGNER: media_types.MACHINE},
-    )
-    given = signer.sign(staging, subjects, by, attested=attested) if by is not None else []
-    if not given and not in_store(reference):
+def advise(report: Report, reference: Reference, given: Sequence[Descriptor]) -> None:
+    """Say what is missing if an image leaves this machine's store unsigned."""
+    in_store = isinstance(reference, LayoutReference) and reference.in_store
+    if not given and not in_store:
         report.say(f"nobody will trust it before `rekindle sign {reference}`")
-    staging.attach(staging, [*own, *given])
-    return own, given
-
-
-def made_here(image: Image, staging: Layout, home: Home) -> Verified[Image]:
-    """An image that was just made, verified as every other is."""
-    rule = Rule(name="", keys=(machine_key(home).public,))
-    return verifier.verify(image, staging, image.index, rule, image.limits)

@@ -5,7 +5,6 @@ import argparse
 from collections.abc import Sequence
 
 from cli import _transfer
-from oci.reference import parse
 
 
 def main(words: Sequence[str]) -> int:
@@ -19,4 +18,4 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("target", metavar="TARGET", help="as well")
     _transfer.add_arguments(parser)
     args = parser.parse_args(words)
-    return _transfer.run("copy", parse(args.source), parse(args.target), args)
+    return _transfer.run("copy", args.source, args.target, args)

@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import _arguments, _progress, _report
+from cli import _arguments, _progress, _report, _trust
 from oci import resolve
 from oci.cache import extract
 from oci.cache import image as cache_image
 from oci.reference import parse
 from rekindle.engine.caches import CacheKind
 from rekindle.home import Home
-from rekindle.report import Outcome, Report, Rung
+from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
 
 
 def main(words: Sequence[str]) -> int:
@@ -45,11 +45,10 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     args = parser.parse_args(words)
-    report = Report(verb="extract", asked=Rung.CACHE, quiet=args.quiet)
+    report = _report.begin("extract", args, asked=Rung.CACHE)
     with _report.reporting(report, args):
         done = _extract(args, report)
-    report.outcome = Outcome.CACHE
-    report.write(args.report, to_stdout=args.json)
+    _report.finish(report, args, Outcome.CACHE)
     if not args.json:
         for name, value in done.environment.items():
             print(f"export {name}={shlex.quote(value)}")
@@ -58,20 +57,22 @@ def main(words: Sequence[str]) -> int:
 
 def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
     reference, home = parse(args.image), Home.from_environment()
-    with resolve.source(reference, home, args) as source:
+    trust = _trust.options(args)
+    with resolve.source(reference, home, _arguments.registry(args)) as source:
         with report.phase("resolve"):
-            verified = resolve.verified(source, reference, home, args, report)
+            verified = resolve.verified(source, reference, home, trust)
+            report.trusted_by = verified.trust.by
             image = verified.map(
                 lambda s: cache_image.load(s.blobs, cache_image.find(s.blobs, s.root, s.limits), s.limits)
             )
-        report.image = {"reference": args.image, "digest": source.root.digest}
-        with report.phase("extract"), _progress.progress(source.tally, report):
+        report.image = ImageName(reference=args.image, digest=source.root.digest)
+        with report.phase("extract"), _progress.progress(source.tally, quiet=args.quiet):
             done = extract.extract(
                 image, args.to, limits=source.limits, kinds=args.kind, overwrite=args.overwrite
             )
         # From a store or a layout nothing was fetched.
         fetched = source.tally.fetched_bytes if source.tally else 0
-    report.bytes = {"fetched": fetched, "written": done.written_bytes}
+    report.bytes = ByteCounts(fetched=fetched, written=done.written_bytes)
     for root in done.roots:
         report.say(f"{root.kind}: {root.files:,} files, {root.bytes:,} bytes to {root.path}")
         if root.kept:

@@ -12,7 +12,7 @@ from oci.cache import image as cache_image
 from oci.cache.image import CacheImage
 from oci.image import Image
 from oci.reference import parse
-from oci.resolve import Source
+from oci.resolve import FoundImage
 from rekindle.errors import FormatError
 from rekindle.fields import JSON
 from rekindle.home import Home
@@ -20,7 +20,8 @@ from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
-from restore.decide import match_process, plan, rules
+from restore.decide import facts as gathering
+from restore.decide import match_process, plan
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan
 
@@ -36,21 +37,21 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
     reference = parse(args.image)
-    with resolve.source(reference, Home.from_environment(), args) as source:
+    with resolve.source(reference, Home.from_environment(), _arguments.registry(args)) as source:
         kernels = _cache_itself(source)
         if kernels is None:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
                 kernels = cache_image.load(source.blobs, image.cache, source.limits)
             _show_snapshot(
-                image, kernels, plan.make(_facts_of(image, kernels), strictness=rules.strictness()), args
+                image, kernels, plan.make(_facts_of(image, kernels), strictness=gathering.strictness()), args
             )
         else:
             _show_cache(kernels, args)
     return 0
 
 
-def _cache_itself(source: Source) -> CacheImage | None:
+def _cache_itself(source: FoundImage) -> CacheImage | None:
     """The image, if it is a kernel cache and not a snapshot, which may hold one."""
     if source.root.media_type != media_types.MANIFEST:
         return None

@@ -4,14 +4,14 @@
 import argparse
 from collections.abc import Sequence
 
-from cli import _arguments, _plan
+from cli import _arguments, _plan, _trust
 from oci import resolve
 from oci.reference import parse
 from rekindle.home import Home
-from rekindle.report import Report, Rung
+from rekindle.report import Rung
 from rekindle.text import printable
-from restore.decide import facts as _facts
-from restore.decide import plan, rules
+from restore.decide import facts as gathering
+from restore.decide import plan
 
 
 def main(words: Sequence[str]) -> int:
@@ -28,13 +28,14 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     args = parser.parse_args(words)
     reference, home = parse(args.image), Home.from_environment()
-    with resolve.source(reference, home, args) as source:
-        verified = resolve.verified(source, reference, home, args, Report(verb="match", quiet=True))
-        image = _facts.trusted(verified).value
-        facts = _facts.gather(image, reference, home, command, with_cache=True)
-    made = plan.make(facts, strictness=rules.strictness(args.policy))
+    trust = _trust.options(args)
+    with resolve.source(reference, home, _arguments.registry(args)) as source:
+        verified = resolve.verified(source, reference, home, trust)
+        image = gathering.load(verified)
+        facts, _ = gathering.gather(image, reference, home, command, with_cache=True)
+    made = plan.make(facts, strictness=gathering.strictness(args.policy))
     if not args.json:
-        for line in _plan.fields(image.record.node, facts.node):
+        for line in _plan.fields(image.value.record.node, facts.node):
             print(printable(line))
-    _plan.show(made, facts, args.image, image.index.digest, as_json=args.json)
+    _plan.show(made, facts, args.image, image.value.index.digest, as_json=args.json)
     return 0 if made.first is not None and made.first.rung is Rung.PROCESS else 3

@@ -10,12 +10,14 @@ from cli import _arguments, _report, _signing
 from oci import store
 from oci.cache import image as cache_image
 from oci.cache import pack
+from oci.cache.image import CacheImage
 from oci.layout import Layout
 from oci.reference import LayoutReference, parse
+from oci.trust import machine
 from rekindle.config import Config
 from rekindle.engine.caches import CacheKind
 from rekindle.errors import UsageError
-from rekindle.report import Outcome, Report, Rung
+from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
 from snapshot import find_caches
 
 
@@ -38,16 +40,15 @@ def main(words: Sequence[str]) -> int:
         raise UsageError(
             f"{args.image} is in a registry", hint="pack it under a local name, and `rekindle push` that"
         )
-    report = Report(verb="pack-cache", asked=Rung.CACHE, quiet=args.quiet)
+    report = _report.begin("pack-cache", args, asked=Rung.CACHE)
     with _report.reporting(report, args):
-        _pack(reference, args, report)
-    report.outcome = Outcome.SAVED
-    report.say(f"saved {args.image} {report.image['digest']}, {report.bytes['written']:,} bytes")
-    report.write(args.report, to_stdout=args.json)
+        image = _pack(reference, args, report)
+    saved = f"saved {args.image} {image.manifest.digest}, {image.size_bytes:,} bytes"
+    _report.finish(report, args, Outcome.SAVED, saved)
     return 0
 
 
-def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) -> None:
+def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) -> CacheImage:
     if not args.dir.is_dir():
         raise UsageError(f"{args.dir} is no directory")
     with report.phase("look"):
@@ -67,14 +68,14 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
             created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             descriptor = pack.pack(roots, staging, created=created, say=report.say)
             image = cache_image.load(staging, descriptor, Config.read(home.root).limits)
-        report.image = {"reference": args.image, "digest": descriptor.digest}
-        report.bytes = {
-            "packed": sum(root.bytes for root in image.inventory.roots),
-            "written": image.size_bytes,
-        }
+        report.image = ImageName(reference=args.image, digest=descriptor.digest)
+        report.bytes = ByteCounts(
+            packed=sum(root.bytes for root in image.inventory.roots), written=image.size_bytes
+        )
         with report.phase("sign"):
             attested = {"created": created, "made_by": image.inventory.made_by}
-            own, given = _signing.sign(staging, [descriptor], attested, reference, by, home, report)
+            own, given = machine.sign(staging, [descriptor], attested, by, home)
+            _signing.advise(report, reference, given)
         with report.phase("publish"):
             layout = store.layout_of(reference, home, create=True)
             with store.collecting(layout, reference):
@@ -84,3 +85,4 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
                     reference.tag,
                     [*given, *(own if reference.directory is None else [])],
                 )
+    return image

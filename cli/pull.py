@@ -4,13 +4,13 @@
 import argparse
 from collections.abc import Sequence
 
-from cli import _arguments, _report, _transfer
+from cli import _arguments, _report, _transfer, _trust
 from cli._progress import shown
 from oci import image as images
 from oci import resolve, store
 from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.errors import UsageError
-from rekindle.report import Outcome, Report
+from rekindle.report import ImageName, Outcome
 from restore import dumps
 
 
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
     target = parse(args.target or f"{source.repository.rpartition('/')[2]}:{source.tag}")
     if not isinstance(target, LayoutReference):
         raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
-    return _transfer.run("pull", source, target, args)
+    return _transfer.run("pull", str(source), str(target), args)
 
 
 def _names_tag(text: str) -> bool:
@@ -53,21 +53,21 @@ def _names_tag(text: str) -> bool:
 
 def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:
     """Layers are received, hashed, unpacked and written side by side, straight into the ready dump."""
-    report = Report(verb="pull", quiet=args.quiet)
+    report = _report.begin("pull", args)
     with _report.reporting(report, args):
+        trust = _trust.options(args)
         _arguments.require_root()
         home = store.open_home()
-        with home.work("pull") as work, resolve.source(reference, home, args) as source:
+        with home.work("pull") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
             with report.phase("resolve"):
-                verified = resolve.verified(source, reference, home, args, report)
+                verified = resolve.verified(source, reference, home, trust)
+                report.trusted_by = verified.trust.by
                 found = verified.map(lambda s: images.load(s.blobs, s.root, s.limits))
                 image = found.value
-            report.image = {"reference": str(reference), "digest": image.index.digest}
+            report.image = ImageName(reference=str(reference), digest=image.index.digest)
             assert source.tally is not None
             source.tally.expect(sum(layer.size for layer in image.layers))
-            with shown(source.tally, quiet=report.quiet), dumps.ready(home, work, found, report):
-                report.bytes |= {"fetched": source.tally.fetched_bytes}
-    report.outcome = Outcome.SAVED
-    report.say(f"{reference} {image.index.digest} is ready to restore")
-    report.write(args.report, to_stdout=args.json)
+            with shown(source.tally, quiet=args.quiet), dumps.ready(home, work, found, report):
+                report.bytes.fetched = source.tally.fetched_bytes
+    _report.finish(report, args, Outcome.SAVED, f"{reference} {image.index.digest} is ready to restore")
     return 0

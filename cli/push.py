@@ -21,4 +21,4 @@ def main(words: Sequence[str]) -> int:
     source, target = parse(args.source), parse(args.target)
     if not isinstance(source, LayoutReference) or not isinstance(target, RegistryReference):
         raise UsageError("push goes from this machine to a registry", hint="`rekindle copy` goes anywhere")
-    return _transfer.run("push", source, target, args)
+    return _transfer.run("push", str(source), str(target), args)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import _arguments
-from rekindle.errors import UsageError
 from rekindle.report import Rung
 
 
@@ -62,14 +61,10 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     args = parser.parse_args(words)
-    required = args.require or Rung.COLD
-    if list(Rung).index(args.rung) > list(Rung).index(required):
-        raise UsageError(f"--rung {args.rung} is below --require {required}")
-    if args.ready_url and not command:
-        raise UsageError("--ready-url goes with a COMMAND", hint="the record knows the recorded server")
-    from restore import restore  # most of the start's time, which --help need not take
+    # The rest is most of the start's time, which --help need not take.
+    from cli._restoring import run
 
-    return restore.run(args, command, required)
+    return run(args, command)
 
 
 def _seconds(text: str) -> float:

@@ -16,8 +16,9 @@ from oci.registry.repository import Repository
 from oci.trust import attachments, signer
 from oci.trust.bundle import SimpleSignature
 from oci.trust.keys import PrivateKey
+from rekindle.digest import Digest
 from rekindle.errors import UsageError
-from rekindle.report import Outcome, Report
+from rekindle.report import ImageName, Outcome, Report
 
 
 def main(words: Sequence[str]) -> int:
@@ -34,16 +35,15 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     args = parser.parse_args(words)
-    report = Report(verb="sign", quiet=args.quiet)
+    report = _report.begin("sign", args)
     with _report.reporting(report, args):
-        _sign(args, parse(args.image), report)
-    report.outcome = Outcome.SAVED
-    report.say(f"signed {args.image} {report.image['digest']}")
-    report.write(args.report, to_stdout=args.json)
+        digest = _sign(args, parse(args.image), report)
+    _report.finish(report, args, Outcome.SAVED, f"signed {args.image} {digest}")
     return 0
 
 
-def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> None:
+def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Digest:
+    """Return the digest of the image that was signed."""
     key = _signing.chosen_key(args)
     by = _signing.chosen(args, key)
     if by is None:
@@ -51,8 +51,8 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Non
     if args.legacy_tag and not (args.sign_key and isinstance(reference, RegistryReference)):
         raise UsageError("--legacy-tag goes with --sign-key and an image in a registry")
     home = store.open_home()
-    with home.work("sign") as work, resolve.source(reference, home, args) as source:
-        report.image = {"reference": args.image, "digest": source.root.digest}
+    with home.work("sign") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
+        report.image = ImageName(reference=args.image, digest=source.root.digest)
         staging = Layout.create(work / "layout")
         signed: list[Descriptor] = [source.root]
         if source.root.media_type == media_types.INDEX:
@@ -66,10 +66,11 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Non
             made = signer.sign(staging, signed, by, attested=attested)
         with report.phase("attach"):
             _attach(source, reference, staging, made, key if args.legacy_tag else None)
+        return source.root.digest
 
 
 def _attach(
-    source: resolve.Source,
+    source: resolve.FoundImage,
     reference: Reference,
     staging: Layout,
     made: Sequence[Descriptor],

@@ -5,11 +5,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from cli import _arguments
-from oci import resolve
-from oci.reference import parse
-from rekindle.home import Home
-from rekindle.report import Report
+from cli import _arguments, _trust
+from oci.flow import verify
 from rekindle.text import printable
 
 SCHEMA = "rekindle.verify/1"
@@ -25,16 +22,14 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     args = parser.parse_args(words)
-    reference, home = parse(args.image), Home.from_environment()
-    with resolve.source(reference, home, args) as source:
-        trust = resolve.verified(source, reference, home, args, Report(verb="verify", quiet=True)).trust
+    digest, trust = verify(args.image, trust=_trust.options(args), registry=_arguments.registry(args))
     created = trust.created.isoformat() if trust.created else None
-    image = {"reference": args.image, "digest": source.root.digest}
+    image = {"reference": args.image, "digest": digest}
     if args.json:
         document = {"schema": SCHEMA, "image": image, "by": trust.by, "created": created}
         print(json.dumps(document, indent=2))
     else:
-        print(printable(f"{args.image} {source.root.digest}"))
+        print(printable(f"{args.image} {digest}"))
         print(printable(f"signed by {trust.by}" if trust.by else "not verified"))
         print(printable(f"made {created}" if created else "it does not say when it was made"))
     return 0

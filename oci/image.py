@@ -4,6 +4,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of, platform_of
@@ -32,6 +33,10 @@ class Image:
     layers: Sequence[Descriptor]
     cache: Descriptor | None
     record: Record
+
+    def fetched_from(self, blobs: Blobs) -> Self:
+        """Return the same image, its layers fetched from other blobs."""
+        return replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:

@@ -360,7 +360,7 @@ class Layout:
 
 
 class Arrival:
-    """An image on its way into a layout. Implements `oci.transfer.Target`."""
+    """An image on its way into a layout. Implements `oci.transfer.Destination`."""
 
     def __init__(self, layout: Layout, incoming: Layout, lock: Path) -> None:
         self._layout = layout

@@ -11,7 +11,7 @@ from oci.reference import LayoutReference
 from rekindle import criu
 from rekindle.errors import UsageError
 from rekindle.home import Home
-from rekindle.os_errors import _FORBIDDEN, _FULL
+from rekindle.os_errors import FORBIDDEN, FULL
 
 
 def open_home() -> Home:
@@ -32,7 +32,7 @@ def sweep(home: Home) -> list[Path]:
         if store.has_garbage():
             store.collect_garbage()
     except OSError as error:
-        if error.errno not in _FORBIDDEN:
+        if error.errno not in FORBIDDEN:
             raise
         return []  # somebody else's home, or a read-only one: its owner's commands will do it
     return removed
@@ -46,7 +46,7 @@ def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> La
         try:
             layout = Layout.create(image.directory)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise
             raise UsageError(
                 f"{image.directory} cannot be used as an OCI image layout", cause=str(error)

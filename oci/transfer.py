@@ -26,7 +26,7 @@ _ATTACHMENTS_LIMIT = 64
 _LISTED_LIMIT = 1000  # of those that a list of attachments names; the rest is not looked at
 
 
-class Target(Protocol):
+class Destination(Protocol):
     """What images can be brought to: a layout, or a repository of a registry."""
 
     def has(self, descriptor: Descriptor) -> bool:
@@ -196,7 +196,7 @@ def into_registry(
 def copy(
     source: Blobs,
     tree: Tree,
-    target: Target,
+    target: Destination,
     *,
     tag: str | None,
     jobs: int,
@@ -254,7 +254,7 @@ def _bring_all(
     blobs: Sequence[Descriptor],
     bring: Callable[[Descriptor], None],
     source: Blobs,
-    target: Target,
+    target: Destination,
     jobs: int,
 ) -> bool:
     """Brings blobs side by side. False if the source gave wrong bytes and has another place to try."""

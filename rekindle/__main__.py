@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return _PIPE_STATUS
-        from rekindle.os_errors import from_outside
+        from rekindle.os_errors import from_os_error
 
-        if failure := from_outside(error):
+        if failure := from_os_error(error):
             _tell(failure)
             return failure.exit_status
         traceback.print_exc()

@@ -60,6 +60,10 @@ class RekindleError(Exception):
         self.log = log
         self.command = tuple(command)
 
+    def to_json(self) -> dict[str, str]:
+        """Return the error as reports and other documents hold it."""
+        return {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
+
 
 class UsageError(RekindleError):
     """The command line, or a file that it names, asks for something that makes no sense."""

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rekindle.errors import RekindleError, SpaceError, UsageError
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_ELSEWHERE = _FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_ELSEWHERE = FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
 
 
-def from_outside(error: OSError) -> RekindleError | None:
-    """What the system refuses, as an error of ours; None for what is a bug until somebody shows otherwise."""
-    if error.errno in _FULL:
+def from_os_error(error: OSError) -> RekindleError | None:
+    """Return what the system refuses as an error of ours; None for what counts as a bug."""
+    if error.errno in FULL:
         return full_disk(error.filename or "here", cause=str(error))
     if error.errno in _ELSEWHERE and error.filename:
         return UsageError(f"{error.filename} cannot be used", cause=str(error))
@@ -31,10 +31,11 @@ def naming_full_disk(place: Path | str, *, hint: str = _DISK_HINT) -> Iterator[N
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in FULL:
             raise
         raise full_disk(place, cause=str(error), hint=hint) from error
 
 
 def full_disk(place: Path | str, *, cause: str, hint: str = _DISK_HINT) -> SpaceError:
+    """Return the error for a disk that is full."""
     return SpaceError(f"no space left below {place}", cause=cause, hint=hint)

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command did: phases with their times, reasons, bytes, and the oracle's word. See docs/format.md.
 
-A command tells a Report what it is doing; the Report tells people (lines on stderr) and, at the end,
-machines (one JSON document). Phases and `unaccounted` add up to the wall time since the process began.
+A Report measures and holds; it writes nothing. Whoever made it is told a line about each step (`tell`) and
+writes the document (`to_json`) where it belongs. Phases and `unaccounted` add up to the wall time since the
+process began.
 """
 
 import contextlib
-import json
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
 
-from rekindle.files import write_atomically
+from rekindle.errors import Interrupted, RekindleError
+from rekindle.fields import JSON
+from rekindle.os_errors import from_os_error
 from rekindle.proc import peak_rss_bytes, process_age
-from rekindle.text import printable
 
 SCHEMA = "rekindle.report/1"
 
@@ -53,7 +51,7 @@ class Reason:
     advice: str = ""
     by_policy: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         return {
             "rung": self.rung,
             "code": self.code,
@@ -71,30 +69,86 @@ class Reason:
         return f"{self.code}: {self.field} was {self.recorded}, is {self.here}"
 
 
+def _keep_silent(_: str) -> None:
+    pass
+
+
 @dataclass(slots=True, kw_only=True)
 class Phase:
     name: str
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageName:
+    """An image as the user called it, and the digest that was found under that name (empty: none yet)."""
+
+    reference: str
+    digest: str = ""
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"reference": self.reference, **({"digest": self.digest} if self.digest else {})}
+
+
+@dataclass(slots=True, kw_only=True)
+class ByteCounts:
+    """How many bytes a command moved; None for what it has nothing to do with.
+
+    `dump` is CRIU's dump, `packed` a kernel cache before compression; `written` went to this machine's disk.
+    """
+
+    dump: int | None = None
+    packed: int | None = None
+    fetched: int | None = None
+    sent: int | None = None
+    reused: int | None = None
+    written: int | None = None
+
+    def to_json(self) -> dict[str, JSON]:
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OracleAnswer:
+    """What the oracle answered beside what was recorded. `problem` says why there is no answer.
+
+    `first_token_seconds` counts from the question.
+    """
+
+    expected: JSON
+    got: JSON
+    match: bool
+    first_token_seconds: float | None = None
+    problem: str = ""
+
+    def to_json(self) -> dict[str, JSON]:
+        found: dict[str, JSON] = {"expected": self.expected, "got": self.got, "match": self.match}
+        if self.first_token_seconds is not None:
+            found["first_token_seconds"] = round(self.first_token_seconds, 6)
+        if self.problem:
+            found["lack"] = self.problem
+        return found
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """Filled by a command while it runs."""
+    """Filled by a command while it runs. `tell` is called with a line for people at each step."""
 
     verb: str
     asked: Rung = Rung.PROCESS
     outcome: Outcome = Outcome.FAILED
-    quiet: bool = False
-    image: dict[str, str] = field(default_factory=dict)
+    tell: Callable[[str], None] = _keep_silent
+    image: ImageName | None = None
     reasons: list[Reason] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
-    bytes: dict[str, int] = field(default_factory=dict)
-    oracle: dict[str, Any] = field(default_factory=dict)
-    cache: dict[str, Any] | None = None
+    bytes: ByteCounts = field(default_factory=ByteCounts)
+    oracle: OracleAnswer | None = None
+    cache: Mapping[str, JSON] | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
     pid: int | None = None
-    error: dict[str, Any] | None = None
+    error: Mapping[str, JSON] | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
@@ -104,7 +158,7 @@ class Report:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a step. Phases do not nest."""
+        """Time a step. Phases do not nest."""
         begin = time.monotonic()
         phase = Phase(name=name, seconds=0.0)
         self.phases.append(phase)
@@ -115,34 +169,44 @@ class Report:
         self.say(f"{name} {phase.seconds:.2f} s")
 
     def split_phase(self, name: str, *, at: float) -> None:
-        """Divides the phase that has just ended: from `at`, by time.monotonic, it was one of that name."""
+        """Divide the phase that has just ended: from `at` on, by time.monotonic, it counts as `name`."""
         last = self.phases[-1]
         rest = min(last.seconds, max(0.0, time.monotonic() - at))
         last.seconds -= rest
         self.phases.append(Phase(name=name, seconds=rest))
 
     def say(self, text: str) -> None:
-        """Tells a person."""
-        if not self.quiet:
-            with contextlib.suppress(OSError):
-                print(printable(f"rekindle: {text}"), file=sys.stderr, flush=True)
+        """Tell people something about the step that is under way."""
+        self.tell(text)
 
-    def to_json(self) -> dict[str, Any]:
+    def fail(self, error: BaseException) -> None:
+        """Hold the error that ended the command."""
+        told = from_os_error(error) if isinstance(error, OSError) else error
+        match told:
+            case RekindleError():
+                self.error = told.to_json()
+            case Interrupted():
+                self.error = interrupted(told.signum)
+            case _:
+                self.error = {"code": "bug", "message": repr(error)}
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the document, as docs/format.md describes it."""
         seconds = time.monotonic() - self.began
         return {
             "schema": SCHEMA,
             "verb": self.verb,
             "outcome": self.outcome,
             "asked": self.asked,
-            "image": self.image,
+            "image": self.image.to_json() if self.image else {},
             "trust": {"verified": self.trusted_by is not None, "by": self.trusted_by},
             "reasons": [reason.to_json() for reason in self.reasons],
             "phases": [{"name": p.name, "seconds": round(p.seconds, 6)} for p in self.phases],
             "seconds": round(seconds, 6),
             "unaccounted_seconds": round(seconds - sum(p.seconds for p in self.phases), 6),
             "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 6),
-            "bytes": self.bytes,
-            "oracle": self.oracle,
+            "bytes": self.bytes.to_json(),
+            "oracle": self.oracle.to_json() if self.oracle else {},
             "cache": self.cache,
             "endpoint": self.endpoint,
             "pid": self.pid,
@@ -151,10 +215,7 @@ class Report:
             "error": self.error,
         }
 
-    def write(self, path: Path | None, *, to_stdout: bool) -> None:
-        """Writes the document where it was asked for."""
-        text = json.dumps(self.to_json(), indent=2) + "\n"
-        if path is not None:
-            write_atomically(path, text.encode())
-        if to_stdout:
-            print(text, end="", flush=True)
+
+def interrupted(signum: int) -> dict[str, JSON]:
+    """Return the report's error for a command that a signal ended."""
+    return {"code": "interrupted", "message": f"ended by signal {signum}"}

@@ -1,2 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Using a snapshot: match, unpack, restore, serve."""
+"""Bring a saved server back: decide, climb down the ladder, serve.
+
+    from restore import Options, restore
+
+    status = restore(Options(image="tiny", publish="8001"))
+
+docs/library.md shows more. What a name stands for is imported when it is first asked for: a program that
+looks at one module pays for that module alone.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from restore.flow import plan, restore
+    from restore.options import Listener, Options, Output
+
+__all__ = ["Listener", "Options", "Output", "plan", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"plan", "restore"}:
+        from restore import flow
+
+        return getattr(flow, name)
+    if name in {"Listener", "Options", "Output"}:
+        from restore import options
+
+        return getattr(options, name)
+    raise AttributeError(f"module 'restore' has no attribute {name!r}")

@@ -128,7 +128,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
             remove_tree(staged)
             if not image.blobs.distrust():
                 raise
-    report.bytes["written"] = written
+    report.bytes.written = written
     (staged / "ready.json").write_text(
         json.dumps({"boot": boot_id(), "bytes": written, "seal": _seal(staged, image)})
     )

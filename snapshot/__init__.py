@@ -1,2 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a snapshot: start, warm, ask, check, dump, record."""
+"""Make a snapshot of a server: start, warm, ask, check, dump, pack, sign, prove, publish.
+
+    from snapshot import SnapshotOptions, snapshot
+
+    image = snapshot(SnapshotOptions(image="tiny", command=("vllm", "serve", "MODEL")))
+
+docs/library.md shows more. What a name stands for is imported when it is first asked for: a program that
+looks at one module pays for that module alone.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snapshot.flow import snapshot
+    from snapshot.options import Progress, SnapshotOptions
+
+__all__ = ["Progress", "SnapshotOptions", "snapshot"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"snapshot"}:
+        from snapshot import flow
+
+        return getattr(flow, name)
+    if name in {"Progress", "SnapshotOptions"}:
+        from snapshot import options
+
+        return getattr(options, name)
+    raise AttributeError(f"module 'snapshot' has no attribute {name!r}")

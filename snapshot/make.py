@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole way from a command to a dump with its record. Nothing is published here."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from rekindle.report import Report
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import find_caches, secret_search
 from snapshot.cuda_state import checkpointed, require_state
-from snapshot.describe import Made, _endpoint, _mapped_files, _opened, _readable
+from snapshot.describe import Dumped, Seen, listened_endpoint, mapped_files, opened_files, readable_path
 from snapshot.obstacles import check
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
@@ -36,71 +37,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a user may choose; `find_door` gives the door to CUDA, where there is an NVIDIA GPU."""
+class ServerSpec:
+    """The server to snapshot, and how it is brought up. `find_door` gives the backend of CUDA's checkpoints,
+    where there is an NVIDIA GPU."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]
     network: Network
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
-    credentials: secret_search.Credentials
+    credentials: secret_search.KnownSecrets
     find_door: "Callable[[], Door] | None" = None
 
 
 def make(
-    options: Options,
+    spec: ServerSpec,
     engine: Engine,
     tool: Criu,
     work: Path,
     report: Report,
     scan: Callable[[Path], list[StoredFile]],
     keep_untouched: Callable[[Path], None] | None = None,
-) -> Made:
-    """Starts the server, dumps it into `work/dump/{criu,shm}`, and says what came of it.
+) -> Dumped:
+    """Start the server, dump it into `work/dump/{criu,shm}`, and describe it.
 
-    Raises SecretError for a dump that holds a credential which was not allowed.
-
-    `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of
-    it. The server is gone afterwards, whatever happens.
+    `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of it.
+    The server is gone afterwards, whatever happens. Raises SecretError for a dump that holds a credential
+    which was not allowed.
     """
-    _refuse_what_cannot_be(options)
+    _refuse_what_cannot_be(spec)
     tree = work / "dump"
     for directory in (tree, tree / "criu", tree / "shm"):
         directory.mkdir(mode=0o700)
     with Cell() as cell:
-        with report.phase("cell"):
-            cell.enter(options.network)
-        make_temporary(cell)
-        engine.enter(cell.root)
-        argv, environment = engine.launch(options.argv, options.environment)
-        server = Server(cell, argv, environment, Path.cwd(), work)
-        client = Client(engine.endpoint, cell.connect)
-        with report.phase("ready"):
-            began = time.monotonic()
-            wait_ready(server, engine, client, options.ready_timeout)
-            start_seconds = time.monotonic() - began
-        with report.phase("warm"):
-            batches = options.warm_requests
-            warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
-        with report.phase("oracle"):
-            oracle = _oracle(server, engine, client)
-        if engine.options().get("asleep"):
-            with report.phase("quiesce"):
-                asked = engine.authorize(oracle.request, os.environ)
-                engine.quiesce(client, oracle.answer, asked)
+        server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
         with report.phase("check"):
-            own = (server.stdout, server.stderr)
-            has_gpus = options.find_door is not None
-            check(cell, server.root_pid, options.network, own=own, work=work, gpus=has_gpus)
-            endpoint = _endpoint(cell, engine)
-            tasks = processes.tree(cell, server.root_pid)
-            threads = sum(processes.threads(cell, pid) for pid in tasks)
-            opened = _opened(cell, tasks) - {str(path) for path in own}
-            server_pid = server.server_pid
-            _drop_disposable(cell, tasks, engine.disposable())
+            seen = _look(cell, server, spec, engine, work)
         with (
-            checkpointed(cell, options.find_door, work, report) as cuda,
+            checkpointed(cell, spec.find_door, work, report) as cuda,
             report.phase("dump"),
             naming_full_disk(work),
         ):
@@ -108,7 +82,7 @@ def make(
             clocks = cell.clocks()
             copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
     with report.phase("compact"):
-        dump_bytes = sum(path.stat().st_size for path in (tree / "criu").iterdir())
+        dump_bytes = _size_bytes(tree / "criu")
         require_state(cuda, dump_bytes)
         if keep_untouched:
             keep_untouched(tree)
@@ -116,51 +90,101 @@ def make(
             (tree / "criu" / leftover).unlink(missing_ok=True)
         criu_images.drop_zero_pages(tree / "criu")
         files = scan(tree)
-        mapped = _mapped_files(opened)
+        mapped = mapped_files(seen.opened)
     with report.phase("search for secrets"):
-        secret_search.refuse(tree, options.credentials)
+        secret_search.refuse(tree, spec.credentials)
     with report.phase("find caches"):
-        roots = find_caches.find(
-            server.environment,
-            opened,
-            lambda path: _readable(path, tree),
-            usual_places=engine.compiles,
-        )
-    weights: dict[str, JSON] = {}
-    if model := engine.model(options.argv):
-        with report.phase("identify weights"):
-            weights = identify(*model, options.environment)
+        readable = functools.partial(readable_path, tree=tree)
+        roots = find_caches.find(server.environment, seen.opened, readable, usual_places=engine.compiles)
+    process = Process(
+        root_pid=server.root_pid,
+        server_pid=seen.server_pid,
+        tasks=seen.threads,
+        network=spec.network,
+        clocks=clocks,
+        stdout=str(server.stdout),
+        stderr=str(server.stderr),
+        gpus=cuda.gpus,
+        cuda_pids=cuda.pids,
+    )
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
         engine=engine.name,
         engine_options=engine.options(),
-        command=redact_command(options.argv, options.credentials.values),
+        command=redact_command(spec.argv, spec.credentials.values),
         directory=str(Path.cwd()),
-        environment=redact_environment({**options.environment, **server.added}, options.credentials.values),
-        endpoint=endpoint,
+        environment=redact_environment({**spec.environment, **server.added}, spec.credentials.values),
+        endpoint=seen.endpoint,
         oracle=oracle,
-        node=Fingerprint.probe(options.argv, server.environment),
+        node=Fingerprint.probe(spec.argv, server.environment),
         criu_version=tool.version,
-        process=Process(
-            root_pid=server.root_pid,
-            server_pid=server_pid,
-            tasks=threads,
-            network=options.network,
-            clocks=clocks,
-            stdout=str(server.stdout),
-            stderr=str(server.stderr),
-            gpus=cuda.gpus,
-            cuda_pids=cuda.pids,
-        ),
+        process=process,
         mapped_files=mapped,
         dump_bytes=dump_bytes,
-        stored_bytes=sum(path.stat().st_size for path in (tree / "criu").iterdir()),
+        stored_bytes=_size_bytes(tree / "criu"),
         files=files,
-        weights=weights,
+        weights=_weights(engine, spec, report),
         start_seconds=round(start_seconds, 3),
     )
-    return Made(record=record, caches=roots)
+    return Dumped(record=record, caches=roots)
+
+
+def _bring_up(
+    cell: Cell, spec: ServerSpec, engine: Engine, work: Path, report: Report
+) -> tuple[Server, float, Oracle]:
+    """Start the server in the cell, warm it, ask the oracle, and put it to sleep if it can.
+
+    Returns it with the seconds that it took to get ready, and the oracle.
+    """
+    with report.phase("cell"):
+        cell.enter(spec.network)
+    make_temporary(cell)
+    engine.enter(cell.root)
+    argv, environment = engine.launch(spec.argv, spec.environment)
+    server = Server(cell, argv, environment, Path.cwd(), work)
+    client = Client(engine.endpoint, cell.connect)
+    with report.phase("ready"):
+        began = time.monotonic()
+        wait_ready(server, engine, client, spec.ready_timeout)
+        start_seconds = time.monotonic() - began
+    with report.phase("warm"):
+        batches = spec.warm_requests
+        warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
+    with report.phase("oracle"):
+        oracle = _oracle(server, engine, client)
+    if engine.options().get("asleep"):
+        with report.phase("quiesce"):
+            engine.quiesce(client, oracle.answer, engine.authorize(oracle.request, os.environ))
+    return server, start_seconds, oracle
+
+
+def _look(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> Seen:
+    """Refuse what cannot be dumped, describe the rest, and remove what the server can do without."""
+    own = (server.stdout, server.stderr)
+    check(cell, server.root_pid, spec.network, own=own, work=work, gpus=spec.find_door is not None)
+    pids = processes.tree(cell, server.root_pid)
+    seen = Seen(
+        endpoint=listened_endpoint(cell, engine),
+        server_pid=server.server_pid,
+        threads=sum(processes.threads(cell, pid) for pid in pids),
+        opened=opened_files(cell, pids) - {str(path) for path in own},
+    )
+    _drop_disposable(cell, pids, engine.disposable())
+    return seen
+
+
+def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:
+    """Describe the model that the command loads, if that can be told."""
+    model = engine.model(spec.argv)
+    if model is None:
+        return {}
+    with report.phase("identify weights"):
+        return identify(*model, spec.environment)
+
+
+def _size_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def _oracle(server: Server, engine: Engine, client: Client) -> Oracle:
@@ -171,14 +195,14 @@ def _oracle(server: Server, engine: Engine, client: Client) -> Oracle:
     return ask_twice(server, engine, client)
 
 
-def _refuse_what_cannot_be(options: Options) -> None:
+def _refuse_what_cannot_be(spec: ServerSpec) -> None:
     """Raises UsageError, CapabilityError for what would fail only after the server has started."""
     if os.sysconf("SC_PAGE_SIZE") != PAGE_BYTES:
         raise CapabilityError(
             f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
             hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
         )
-    for word in (str(Path.cwd()), *options.argv):
+    for word in (str(Path.cwd()), *spec.argv):
         if word.startswith("/dev/shm/"):  # noqa: S108
             raise UsageError(
                 f"the server cannot see {word}",

@@ -75,7 +75,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
+class KnownSecrets:
     """The secrets that a server was given: strings to search for, and those that are allowed."""
 
     texts: Sequence[Text]
@@ -86,7 +86,7 @@ class Credentials:
     @classmethod
     def of(
         cls, environment: Mapping[str, str], argv: Sequence[str], allow: Collection[str] = ()
-    ) -> "Credentials":
+    ) -> "KnownSecrets":
         """Collect them. `allow`: names of variables, of options (with or without dashes), kinds of tokens."""
         allow = {_plain(name) for name in allow}
         secrets = [
@@ -159,7 +159,7 @@ def _hide_in_file(path: Path, values: Sequence[bytes]) -> None:
     path.write_bytes(content)
 
 
-def refuse(tree: Path, credentials: Credentials) -> None:
+def refuse(tree: Path, credentials: KnownSecrets) -> None:
     """Search `tree/{criu,shm}`. Raises SecretError, which names all that was found and where; DumpError."""
     found = search(tree, credentials)
     if not found:
@@ -173,7 +173,7 @@ def refuse(tree: Path, credentials: Credentials) -> None:
     )
 
 
-def search(tree: Path, credentials: Credentials) -> list[Found]:
+def search(tree: Path, credentials: KnownSecrets) -> list[Found]:
     """Return the credentials and the kinds of tokens that a dump holds, each name once.
 
     Raises DumpError if any part of the dump cannot be searched.
@@ -321,7 +321,7 @@ class _Shared:
 class _Needles:
     """The strings that are searched for, and what each may be the beginning of."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: KnownSecrets) -> None:
         self._allowed = [value for value in credentials.allowed if len(value) >= _ALONE_CHARACTERS]
         self._texts: dict[bytes, list[Text]] = {}
         self._forms: dict[bytes, Form] = {}

@@ -13,7 +13,8 @@ Where a cache lies in its layer depends on what else there is (docs/adr/0005-ker
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from oci import media_types
 from oci.cache.inventory import (
@@ -42,6 +43,10 @@ class CacheImage:
     inventory: Inventory
     created: str
     architecture: str
+
+    def fetched_from(self, blobs: Blobs) -> Self:
+        """Return the same image, its layers fetched from other blobs."""
+        return replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:

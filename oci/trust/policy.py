@@ -41,7 +41,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class TrustRule:
     """Who may have signed an image, any one of them, and how long ago it may have been made."""
 
     name: str
@@ -56,11 +56,11 @@ class Rule:
 class Policy:
     """Rules, in order; and the codes of differences between nodes that are told only, or that forbid."""
 
-    rules: Sequence[Rule] = ()
+    rules: Sequence[TrustRule] = ()
     soft: frozenset[str] = frozenset()
     hard: frozenset[str] = frozenset()
 
-    def rule_for(self, name: str) -> Rule | None:
+    def rule_for(self, name: str) -> TrustRule | None:
         """The rule for an image, by its name without tag and digest."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.name)), None)
 
@@ -89,7 +89,7 @@ class Policy:
         matching = fields.inner("match")
         matching.only({"soft", "hard"})
 
-        def rule(value: object, where: str) -> Rule:
+        def rule(value: object, where: str) -> TrustRule:
             return _rule(value, where, directory)
 
         return cls(
@@ -99,7 +99,7 @@ class Policy:
         )
 
 
-def _rule(value: object, where: str, directory: Path) -> Rule:
+def _rule(value: object, where: str, directory: Path) -> TrustRule:
     given = Fields(value, where)
     given.only(_FIELDS)
     paths = given.list_of("keys", _path, at_most=_SIGNERS_LIMIT) if given.has("keys") else []
@@ -111,7 +111,7 @@ def _rule(value: object, where: str, directory: Path) -> Rule:
     logged = given.truth("transparency_log", default=False)
     if logged and paths:
         raise FormatError(f"{where} accepts keys, whose signatures are in no transparency log")
-    return Rule(
+    return TrustRule(
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),
         identities=tuple(identities),

@@ -5,12 +5,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Generic, TypeVar
+from types import FunctionType
+from typing import Generic, Protocol, Self, TypeVar
 
 from oci.descriptor import Blobs, Descriptor
 from oci.trust import attachments
 from oci.trust.bundle import Bundle, SimpleSignature
-from oci.trust.policy import Rule
+from oci.trust.policy import TrustRule
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from rekindle.config import Limits
 from rekindle.errors import FormatError, IntegrityError, TrustError
@@ -18,6 +19,16 @@ from rekindle.text import printable
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+class Fetchable(Protocol):
+    """What names its content by digests and fetches it from `blobs`."""
+
+    def fetched_from(self, blobs: Blobs) -> Self:
+        """Return the same, fetched from other blobs."""
+
+
+F = TypeVar("F", bound=Fetchable)
 
 _SEAL = object()
 _SHOWN = 6
@@ -53,15 +64,25 @@ class Verified(Generic[T]):
         return self._trust
 
     def map(self, read: Callable[[T], U]) -> "Verified[U]":
-        """What is read, digest by digest, from something that was verified."""
+        """Return what a plain function reads, digest by digest, from the value that was verified.
+
+        The function sees that value and nothing else: one that brings anything of its own (a closure, a
+        default, a bound method or a partial) could bless whatever it likes. Raises TypeError for such a one.
+        """
+        if not isinstance(read, FunctionType) or read.__closure__ or read.__defaults__ or read.__kwdefaults__:
+            raise TypeError(f"{read!r} may bring something that was not verified")
         return Verified(read(self._value), self._trust, _SEAL)
+
+    def fetched_from(self: "Verified[F]", blobs: Blobs) -> "Verified[F]":
+        """Return the same value, fetched from elsewhere: each read is checked against its digest."""
+        return Verified(self._value.fetched_from(blobs), self._trust, _SEAL)
 
 
 def verify(
     value: T,
     blobs: Blobs,
     root: Descriptor,
-    rule: Rule,
+    rule: TrustRule,
     limits: Limits,
     *,
     tagged: Callable[[str], Descriptor | None] | None = None,
@@ -104,7 +125,7 @@ def dangerously_skip(value: T) -> Verified[T]:
 def _accepted(
     blobs: Blobs,
     root: Descriptor,
-    rule: Rule,
+    rule: TrustRule,
     limits: Limits,
     tagged: Callable[[str], Descriptor | None] | None,
     refused: list[str],
@@ -125,7 +146,7 @@ def _accepted(
 
 
 def _by_key(
-    signed: Bundle | SimpleSignature, rule: Rule, refused: list[str], hint: str
+    signed: Bundle | SimpleSignature, rule: TrustRule, refused: list[str], hint: str
 ) -> Iterator[tuple[str, Statement]]:
     if rule.transparency_log:
         refused.append("a key signed it, without an entry in a transparency log, which the policy wants")
@@ -142,7 +163,7 @@ def _by_key(
     refused.append(f"the key {_shown(hint)} is not accepted, or its signature is wrong")
 
 
-def _keyless(bundle: Bundle, rule: Rule, refused: list[str]) -> Iterator[tuple[str, Statement]]:
+def _keyless(bundle: Bundle, rule: TrustRule, refused: list[str]) -> Iterator[tuple[str, Statement]]:
     if not rule.identities:
         refused.append("a certificate signed it, and the policy accepts keys only")
         return
@@ -168,7 +189,7 @@ def _shown(text: str) -> str:
     return printable(text[:_SHOWN_LETTERS])
 
 
-def _require_age(root: Descriptor, rule: Rule, trust: Trust) -> None:
+def _require_age(root: Descriptor, rule: TrustRule, trust: Trust) -> None:
     now = datetime.now(UTC)
     if trust.created is not None and trust.created > now + _CLOCKS_APART:
         raise TrustError(f"{root.digest} was made in the future", cause=f"{trust.created:%Y-%m-%d %H:%M} UTC")

@@ -13,7 +13,7 @@ from rekindle.cell import Cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Listener:
+class ListeningSocket:
     """A listening TCP socket."""
 
     host: str
@@ -109,7 +109,7 @@ def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
                 yield fields[5]
 
 
-def listeners(cell: Cell) -> Iterator[Listener]:
+def listeners(cell: Cell) -> Iterator[ListeningSocket]:
     """The TCP sockets that listen in the cell's network."""
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def listeners(cell: Cell) -> Iterator[Listener]:
                 local, state = line.split()[1], line.split()[3]
                 if state == "0A":
                     host, port = address(local)
-                    yield Listener(host=host, port=port)
+                    yield ListeningSocket(host=host, port=port)
 
 
 def address(text: str) -> tuple[str, int]:

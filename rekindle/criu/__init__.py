@@ -48,7 +48,7 @@ class Criu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class CriuCandidate:
     """A CRIU that was found. `lack` says what went wrong when it was tried; empty: it works."""
 
     path: Path
@@ -84,7 +84,7 @@ def find(home: Home) -> Criu:
     )
 
 
-def candidates(home: Home) -> Iterator[Candidate]:
+def candidates(home: Home) -> Iterator[CriuCandidate]:
     """Every CRIU that can be found, each tried now."""
     return (_try(home, path) for path in _paths())
 
@@ -112,14 +112,14 @@ def _read_known(path: Path) -> dict[str, str]:
     return {}
 
 
-def _try(home: Home, path: Path) -> Candidate:
+def _try(home: Home, path: Path) -> CriuCandidate:
     """Dumps and restores a small process with threads and a TCP listener."""
     from rekindle.run import run
 
     try:
         match = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
     except OSError as error:
-        return Candidate(path=path, version="unknown", lack=str(error))
+        return CriuCandidate(path=path, version="unknown", lack=str(error))
     version = match[1] if match else "unknown"
     if os.geteuid() != 0:
         raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
@@ -129,7 +129,7 @@ def _try(home: Home, path: Path) -> Candidate:
             _round_trip(Criu(path=path, version=version), directory)
     except (DumpError, RestoreError) as error:
         lack = f"{error.message}: {error.cause}"
-    return Candidate(path=path, version=version, lack=lack)
+    return CriuCandidate(path=path, version=version, lack=lack)
 
 
 _PROBE_PORT = 1234

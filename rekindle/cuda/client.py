@@ -80,7 +80,7 @@ class LackError(Exception):
         self.started = started
 
 
-class Driver:
+class LoadedDriver:
     """libcuda. ctypes lets other threads run during a call."""
 
     def __init__(self) -> None:
@@ -137,20 +137,20 @@ def uuid(text: str) -> "ctypes.Array[ctypes.c_ubyte]":
     return (ctypes.c_ubyte * 16)(*bytes.fromhex(text.removeprefix("GPU-").replace("-", "")))
 
 
-class Client:
+class BackendClient:
     """Answers rekindle: a thread for each call."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._under_way = threading.Semaphore(0)
         self._begun = 0
-        self._driver: Driver | None = None
+        self._driver: LoadedDriver | None = None
         self._settled = threading.Event()
 
     def start(self) -> None:
         """Starts the driver, and says how that went."""
         try:
-            driver = Driver()
+            driver = LoadedDriver()
             self._say({"loaded": True})
             version = driver.start()
             self._driver = driver
@@ -199,7 +199,7 @@ def receive(control: socket.socket) -> bytes:
 def look() -> int:
     """Prints why the driver cannot be used, as far as it shows without starting it."""
     try:
-        Driver()
+        LoadedDriver()
     except LackError as lack:
         print(lack, flush=True)
         return 1
@@ -214,7 +214,7 @@ def main() -> int:
     gone = os.pidfd_open(parent)
     if os.getppid() != parent:
         return 1
-    client = Client(control)
+    client = BackendClient(control)
     threading.Thread(target=client.start, daemon=True).start()
     poller = poll()
     poller.register(control, POLLIN)

@@ -29,7 +29,7 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-class Step(StrEnum):
+class Action(StrEnum):
     """What can be asked of the driver for a process."""
 
     STATE = "state"
@@ -76,12 +76,12 @@ class Door(Protocol):
 
 
 _WORDS = {
-    Step.STATE: "tell the state of",
-    Step.RESTORE_THREAD: "tell the restore thread of",
-    Step.LOCK: "lock",
-    Step.CHECKPOINT: "checkpoint",
-    Step.RESTORE: "restore",
-    Step.UNLOCK: "unlock",
+    Action.STATE: "tell the state of",
+    Action.RESTORE_THREAD: "tell the restore thread of",
+    Action.LOCK: "lock",
+    Action.CHECKPOINT: "checkpoint",
+    Action.RESTORE: "restore",
+    Action.UNLOCK: "unlock",
 }
 _HINTS = {
     INVALID_VALUE: "it holds no CUDA, or it has ended",
@@ -94,15 +94,18 @@ _HINTS = {
 }
 _HINTS_OF_STEPS = {
     (
-        Step.CHECKPOINT,
+        Action.CHECKPOINT,
         OUT_OF_MEMORY,
     ): "as much of the host's memory must be free as the process holds on GPUs",
-    (Step.RESTORE, INVALID_VALUE): "a device map must name every GPU that the process had at its checkpoint, "
+    (
+        Action.RESTORE,
+        INVALID_VALUE,
+    ): "a device map must name every GPU that the process had at its checkpoint, "
     "and one like it for each; without a map, there must be as many here as there were",
 }
 
 
-def failure(step: Step, pid: int, number: int, name: str, text: str) -> CudaError:
+def failure(step: Action, pid: int, number: int, name: str, text: str) -> CudaError:
     """The error for what the driver answered."""
     error = CudaError(
         f"CUDA could not {_WORDS[step]} process {pid}",
@@ -113,7 +116,7 @@ def failure(step: Step, pid: int, number: int, name: str, text: str) -> CudaErro
     return error
 
 
-def late(step: Step, pid: int, seconds: float, cause: str = "") -> CudaError:
+def late(step: Action, pid: int, seconds: float, cause: str = "") -> CudaError:
     """The error for no answer in time."""
     return CudaError(
         f"CUDA did not {_WORDS[step]} process {pid} within {seconds:.3g} s",
@@ -126,7 +129,7 @@ def checked(device_map: Mapping[str, str], pid: int) -> dict[str, str]:
     """The map, of UUIDs in the form that the driver prints."""
     for uuid in (*device_map, *device_map.values()):
         if not _UUID.fullmatch(uuid):
-            raise failure(Step.RESTORE, pid, 0, "", f"{uuid!r} is no UUID of a whole GPU")
+            raise failure(Action.RESTORE, pid, 0, "", f"{uuid!r} is no UUID of a whole GPU")
     return dict(device_map)
 
 

@@ -16,8 +16,8 @@ from rekindle.cuda import client
 from rekindle.cuda.door import (
     ANSWER_SECONDS,
     STEP_SECONDS,
+    Action,
     State,
-    Step,
     checked,
     failure,
     holds_none,
@@ -74,37 +74,37 @@ class Driver:
         return self._client.version
 
     def state(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> State:
-        value = self._ask(Step.STATE, pid, timeout_seconds)
+        value = self._ask(Action.STATE, pid, timeout_seconds)
         if not 0 <= value < len(_STATES):
-            raise failure(Step.STATE, pid, 0, "", f"it is in the state {value}, which is not known here")
+            raise failure(Action.STATE, pid, 0, "", f"it is in the state {value}, which is not known here")
         return _STATES[value]
 
     def restore_thread(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> int | None:
         try:
-            return self._ask(Step.RESTORE_THREAD, pid, timeout_seconds)
+            return self._ask(Action.RESTORE_THREAD, pid, timeout_seconds)
         except CudaError as error:
             if holds_none(pid, error.number):
                 return None
             raise
 
     def lock(self, pid: int, timeout_seconds: float) -> None:
-        self._ask(Step.LOCK, pid, timeout_seconds)
+        self._ask(Action.LOCK, pid, timeout_seconds)
 
     def checkpoint(self, pid: int, *, timeout_seconds: float = STEP_SECONDS) -> None:
-        self._ask(Step.CHECKPOINT, pid, timeout_seconds)
+        self._ask(Action.CHECKPOINT, pid, timeout_seconds)
 
     def restore(
         self, pid: int, device_map: Mapping[str, str], *, timeout_seconds: float = STEP_SECONDS
     ) -> None:
-        self._ask(Step.RESTORE, pid, timeout_seconds, map=list(checked(device_map, pid).items()))
+        self._ask(Action.RESTORE, pid, timeout_seconds, map=list(checked(device_map, pid).items()))
 
     def unlock(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
-        self._ask(Step.UNLOCK, pid, timeout_seconds)
+        self._ask(Action.UNLOCK, pid, timeout_seconds)
 
     def close(self) -> None:
         self._client.close()
 
-    def _ask(self, step: Step, pid: int, seconds: float, **rest: Any) -> int:
+    def _ask(self, step: Action, pid: int, seconds: float, **rest: Any) -> int:
         deadline = time.monotonic() + seconds
         with self._lock:
             if self._client.ended:
@@ -128,7 +128,7 @@ class Driver:
 class _Call:
     """One that was sent to the client. Without an answer, the client has ended."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Action) -> None:
         self.step = step
         self.over = threading.Event()
         self.answer: dict[str, Any] | None = None
@@ -169,12 +169,12 @@ class _Client:
         """Waits until the driver has started, or said why it cannot; False if time is over."""
         return self._settled.wait(seconds)
 
-    def ask(self, step: Step, pid: int, deadline: float, seconds: float, rest: Mapping[str, Any]) -> int:
+    def ask(self, step: Action, pid: int, deadline: float, seconds: float, rest: Mapping[str, Any]) -> int:
         """The value that a call gives."""
         number, call = self._enter(step, pid, deadline, seconds)
         left = max(0.001, deadline - time.monotonic())
         message: dict[str, Any] = {"id": number, "call": step, "pid": pid, **rest}
-        if step is Step.LOCK:
+        if step is Action.LOCK:
             message["timeout_ms"] = max(1, int(left * 1000))
             left += _SLACK_SECONDS
         with contextlib.suppress(OSError):  # then it has ended, as the reader finds, too
@@ -187,7 +187,7 @@ class _Client:
             raise failure(step, pid, status, call.answer["name"], call.answer["text"])
         return int(call.answer["value"])
 
-    def _enter(self, step: Step, pid: int, deadline: float, seconds: float) -> tuple[int, _Call]:
+    def _enter(self, step: Action, pid: int, deadline: float, seconds: float) -> tuple[int, _Call]:
         """A call of one's own, once the one before for that process is over."""
         while True:
             with self._lock:

@@ -36,7 +36,7 @@ _HINT = "update the NVIDIA driver to 580 or newer; `rekindle doctor` tells more"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class BackendCandidate:
     """A door that was tried. `lack` says why it does not open; empty: it does. `chosen` is the one for us."""
 
     name: str
@@ -56,10 +56,10 @@ def find(home: Home) -> "Door":
         return search.door()
 
 
-def candidates(home: Home) -> list[Candidate]:
+def candidates(home: Home) -> list[BackendCandidate]:
     """Every door, each tried now."""
     with Search(home) as search:
-        found: list[Candidate] = []
+        found: list[BackendCandidate] = []
         for candidate, door in search.tried():
             first = door is not None and not any(each.chosen for each in found)
             found.append(replace(candidate, chosen=first))
@@ -130,7 +130,7 @@ class Search:
             lacks.append(f"utility: {candidate.lack}")
         return "; ".join(lacks)
 
-    def tried(self) -> "Iterator[tuple[Candidate, Door | None]]":
+    def tried(self) -> "Iterator[tuple[BackendCandidate, Door | None]]":
         """Each candidate, and the door if it opens."""
         in_vain = False
         for name in self._names:
@@ -158,28 +158,28 @@ class Search:
     def _was_started(self) -> bool:
         return self._driver is not None and self._driver.started
 
-    def _try_driver(self) -> "tuple[Candidate, Door | None]":
+    def _try_driver(self) -> "tuple[BackendCandidate, Door | None]":
         assert self._driver is not None
         driver = self._driver
         driver.wait()
         if driver.lack:
-            return Candidate(name="driver", detail="libcuda.so.1", lack=driver.lack, hint=_HINT), None
+            return BackendCandidate(name="driver", detail="libcuda.so.1", lack=driver.lack, hint=_HINT), None
         self._driver = None
         known = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
-        return Candidate(name="driver", detail=f"libcuda.so.1, {known}", lack=""), driver
+        return BackendCandidate(name="driver", detail=f"libcuda.so.1, {known}", lack=""), driver
 
-    def _try_utility(self, *, in_vain: bool) -> "tuple[Candidate, Door | None]":
+    def _try_utility(self, *, in_vain: bool) -> "tuple[BackendCandidate, Door | None]":
         from rekindle.cuda.utility import Utility
 
         try:
             utility = Utility.find(self._home)
         except CapabilityError as error:
-            return Candidate(name="utility", detail="", lack=error.message, hint=error.hint), None
+            return BackendCandidate(name="utility", detail="", lack=error.message, hint=error.hint), None
         detail = f"{utility.path} {utility.version}"
         if in_vain:
             lack = "it starts the same driver"
-            return Candidate(name="utility", detail=detail, lack=lack, hint=_HINT), None
-        return Candidate(name="utility", detail=detail, lack=""), utility
+            return BackendCandidate(name="utility", detail=detail, lack=lack, hint=_HINT), None
+        return BackendCandidate(name="utility", detail=detail, lack=""), utility
 
 
 def _names() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from rekindle import journal as journals
-from rekindle.cuda.door import STEP_SECONDS, Door, State, Step, failure, late
+from rekindle.cuda.door import STEP_SECONDS, Action, Door, State, failure, late
 from rekindle.errors import CudaError, RekindleError
 from rekindle.journal import Held, began
 
@@ -25,14 +25,14 @@ PATIENCE_SECONDS = 120.0
 
 # The steps from what a process is in to what it was found in. A rollback takes the first of them for every
 # process that needs it, then the next.
-_STEPS_BACK = (Step.RESTORE, Step.UNLOCK, Step.LOCK, Step.CHECKPOINT)
+_STEPS_BACK = (Action.RESTORE, Action.UNLOCK, Action.LOCK, Action.CHECKPOINT)
 _WAYS_BACK = {
-    (State.CHECKPOINTED, State.RUNNING): (Step.RESTORE, Step.UNLOCK),
-    (State.CHECKPOINTED, State.LOCKED): (Step.RESTORE,),
-    (State.LOCKED, State.RUNNING): (Step.UNLOCK,),
-    (State.LOCKED, State.CHECKPOINTED): (Step.CHECKPOINT,),
-    (State.RUNNING, State.LOCKED): (Step.LOCK,),
-    (State.RUNNING, State.CHECKPOINTED): (Step.LOCK, Step.CHECKPOINT),
+    (State.CHECKPOINTED, State.RUNNING): (Action.RESTORE, Action.UNLOCK),
+    (State.CHECKPOINTED, State.LOCKED): (Action.RESTORE,),
+    (State.LOCKED, State.RUNNING): (Action.UNLOCK,),
+    (State.LOCKED, State.CHECKPOINTED): (Action.CHECKPOINT,),
+    (State.RUNNING, State.LOCKED): (Action.LOCK,),
+    (State.RUNNING, State.CHECKPOINTED): (Action.LOCK, Action.CHECKPOINT),
 }
 
 
@@ -68,15 +68,15 @@ class Session:
             deadline = _Deadline(timeout_seconds)
             states = self._begin(deadline)
             running = [pid for pid, state in states.items() if state is State.RUNNING]
-            _together(running, lambda pid: self._door.lock(pid, deadline.left(Step.LOCK, pid)))
+            _together(running, lambda pid: self._door.lock(pid, deadline.left(Action.LOCK, pid)))
             ready = [pid for pid, state in states.items() if state is not State.CHECKPOINTED]
             _together(
                 ready,
-                lambda pid: self._door.checkpoint(pid, timeout_seconds=deadline.left(Step.CHECKPOINT, pid)),
+                lambda pid: self._door.checkpoint(pid, timeout_seconds=deadline.left(Action.CHECKPOINT, pid)),
             )
             for pid, state in self._states(deadline).items():
                 if state is not State.CHECKPOINTED:
-                    raise failure(Step.CHECKPOINT, pid, 0, "", f"it is {state} all the same")
+                    raise failure(Action.CHECKPOINT, pid, 0, "", f"it is {state} all the same")
 
     def restore_all(
         self,
@@ -97,13 +97,13 @@ class Session:
             _together(
                 checkpointed,
                 lambda pid: self._door.restore(
-                    pid, device_map, timeout_seconds=deadline.left(Step.RESTORE, pid)
+                    pid, device_map, timeout_seconds=deadline.left(Action.RESTORE, pid)
                 ),
             )
             locked = [pid for pid, state in states.items() if state is not State.RUNNING]
             _together(
                 locked,
-                lambda pid: self._door.unlock(pid, timeout_seconds=deadline.left(Step.UNLOCK, pid)),
+                lambda pid: self._door.unlock(pid, timeout_seconds=deadline.left(Action.UNLOCK, pid)),
             )
             self._settle()
 
@@ -178,7 +178,7 @@ class Session:
             found = []
             for pid, start in starts.items():
                 if start is None:
-                    raise failure(Step.STATE, pid, 0, "", "it has ended")
+                    raise failure(Action.STATE, pid, 0, "", "it has ended")
                 found.append(Held(pid=pid, began=start, state=states[pid]))
             self._found = tuple(found)
             self._rolled_back = False
@@ -188,7 +188,7 @@ class Session:
 
     def _states(self, deadline: "_Deadline") -> dict[int, State]:
         return _ask(
-            self._pids, lambda pid: self._door.state(pid, timeout_seconds=deadline.left(Step.STATE, pid))
+            self._pids, lambda pid: self._door.state(pid, timeout_seconds=deadline.left(Action.STATE, pid))
         )
 
     def _settle(self) -> None:
@@ -246,7 +246,7 @@ class _Rollback:
             states[pid] = self._door.state(pid, timeout_seconds=self._seconds)
 
         self._try(look, list(self._found))
-        ways: dict[int, tuple[Step, ...]] = {}
+        ways: dict[int, tuple[Action, ...]] = {}
         for pid, state in states.items():
             wanted = State(self._found[pid].state)
             if state is State.FAILED:
@@ -271,16 +271,16 @@ class _Rollback:
                 words = error.cause or error.message if isinstance(error, RekindleError) else repr(error)
                 self.left[pid] = words
 
-    def _action(self, step: Step) -> Callable[[int], None]:
+    def _action(self, step: Action) -> Callable[[int], None]:
         seconds = self._seconds
         match step:
-            case Step.RESTORE:
+            case Action.RESTORE:
                 return lambda pid: self._door.restore(pid, {}, timeout_seconds=seconds)
-            case Step.UNLOCK:
+            case Action.UNLOCK:
                 return lambda pid: self._door.unlock(pid, timeout_seconds=seconds)
-            case Step.LOCK:
+            case Action.LOCK:
                 return lambda pid: self._door.lock(pid, seconds)
-            case Step.CHECKPOINT:
+            case Action.CHECKPOINT:
                 return lambda pid: self._door.checkpoint(pid, timeout_seconds=seconds)
             case _:
                 raise AssertionError(step)
@@ -293,7 +293,7 @@ class _Deadline:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
 
-    def left(self, step: Step, pid: int) -> float:
+    def left(self, step: Action, pid: int) -> float:
         """The seconds that are left. Raises CudaError if there are none."""
         left = self._end - time.monotonic()
         if left <= 0:

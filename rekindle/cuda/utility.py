@@ -18,8 +18,8 @@ from typing import Self
 from rekindle.cuda.door import (
     ANSWER_SECONDS,
     STEP_SECONDS,
+    Action,
     State,
-    Step,
     checked,
     failure,
     holds_none,
@@ -85,15 +85,15 @@ class Utility:
         return "utility"
 
     def state(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> State:
-        output = self._call(Step.STATE, pid, ["--get-state"], timeout_seconds)
+        output = self._call(Action.STATE, pid, ["--get-state"], timeout_seconds)
         for line in reversed(output.splitlines()):  # the driver may have something to say, too
             with contextlib.suppress(ValueError):
                 return State(line.strip())
-        raise failure(Step.STATE, pid, 0, "", f"it printed {output.strip()!r}")
+        raise failure(Action.STATE, pid, 0, "", f"it printed {output.strip()!r}")
 
     def restore_thread(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> int | None:
         try:
-            output = self._call(Step.RESTORE_THREAD, pid, ["--get-restore-tid"], timeout_seconds)
+            output = self._call(Action.RESTORE_THREAD, pid, ["--get-restore-tid"], timeout_seconds)
         except CudaError as error:
             if holds_none(pid, error.number):
                 return None
@@ -101,14 +101,14 @@ class Utility:
         for line in reversed(output.splitlines()):
             if line.strip().isdecimal():
                 return int(line)
-        raise failure(Step.RESTORE_THREAD, pid, 0, "", f"it printed {output.strip()!r}")
+        raise failure(Action.RESTORE_THREAD, pid, 0, "", f"it printed {output.strip()!r}")
 
     def lock(self, pid: int, timeout_seconds: float) -> None:
         words = ["--action", "lock", "--timeout", str(max(1, int(timeout_seconds * 1000)))]
-        self._call(Step.LOCK, pid, words, timeout_seconds + _START_SECONDS)
+        self._call(Action.LOCK, pid, words, timeout_seconds + _START_SECONDS)
 
     def checkpoint(self, pid: int, *, timeout_seconds: float = STEP_SECONDS) -> None:
-        self._call(Step.CHECKPOINT, pid, ["--action", "checkpoint"], timeout_seconds)
+        self._call(Action.CHECKPOINT, pid, ["--action", "checkpoint"], timeout_seconds)
 
     def restore(
         self, pid: int, device_map: Mapping[str, str], *, timeout_seconds: float = STEP_SECONDS
@@ -118,10 +118,10 @@ class Utility:
             pairs = [f"{old}={new}" for old, new in checked(device_map, pid).items()]
             self._require_maps(pid)
             words += ["--device-map", ",".join(pairs)]
-        self._call(Step.RESTORE, pid, words, timeout_seconds)
+        self._call(Action.RESTORE, pid, words, timeout_seconds)
 
     def unlock(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
-        self._call(Step.UNLOCK, pid, ["--action", "unlock"], timeout_seconds)
+        self._call(Action.UNLOCK, pid, ["--action", "unlock"], timeout_seconds)
 
     def close(self) -> None:
         pass
@@ -137,7 +137,7 @@ class Utility:
                 hint="update the driver and cuda-checkpoint to 580 or newer, or restore onto the same GPUs",
             )
 
-    def _call(self, step: Step, pid: int, words: list[str], seconds: float) -> str:
+    def _call(self, step: Action, pid: int, words: list[str], seconds: float) -> str:
         """What it printed."""
         argv = [str(self.path), *words, "--pid", str(pid)]
         try:

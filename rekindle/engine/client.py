@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rekindle.engine import Endpoint, Request
+from rekindle.engine.address import Endpoint, Request
 from rekindle.errors import NotReadyError
 
 _BODY_LIMIT_BYTES = 64 << 20

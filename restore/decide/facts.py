@@ -4,21 +4,24 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oci import image as images
 from oci.reference import LayoutReference, Reference
-from oci.resolve import Source
+from oci.resolve import FoundImage
+from oci.trust.policy import Policy
 from oci.trust.verifier import Verified
-from rekindle import os_errors
-from rekindle.errors import CapabilityError, UsageError
+from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
 from restore.decide import abilities, match_process
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
+from restore.decide.rules import Strictness
+from restore.decide.source import read_kernels
 
 if TYPE_CHECKING:
     from oci.cache.image import CacheImage
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def gather(
-    found: images.Image,
+    verified: Verified[images.Image],
     reference: Reference,
     home: Home,
     given: Sequence[str],
@@ -34,32 +37,30 @@ def gather(
     with_cache: bool,
     with_abilities: bool = True,
     starting: "Search | None" = None,
-) -> Facts:
-    """The facts about an image whose record was read. The kernel cache's config is read only with
-    `with_cache`, or if the process needs files that it may bring. With a driver that is `starting`, what is
-    known of it before it has started must do."""
+) -> "tuple[Facts, Verified[CacheImage] | None]":
+    """Return the facts about an image whose record was read, and its kernel cache if that was looked at.
+
+    That is done only with `with_cache`, or if the process needs files that the cache may bring. With a driver
+    that is `starting`, what is known of it before it has started must do.
+    """
+    found = verified.value
     record = found.record
     different = match_process.look(record)
     lacking = any(different.get(file.path) == "missing" for file in record.mapped_files)
     read = found.cache is not None and (with_cache or lacking)
-    return Facts(
+    kernels = read_kernels(verified) if read else None
+    facts = Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
         abilities=_abilities(found, home, starting) if with_abilities else Abilities(),
         image=found,
-        cache=_cache(found) if read else None,
+        cache=kernels.value if kernels else None,
         cache_unread=found.cache is not None and not read,
         different=different,
         local=isinstance(reference, LayoutReference),
         unpacked=dumps.is_ready(home, found),
         given=list(given) or None,
     )
-
-
-def _cache(found: images.Image) -> "CacheImage":
-    from oci.cache import image as cache_image  # most restores need none
-
-    assert found.cache is not None
-    return cache_image.load(found.blobs, found.cache, found.limits)
+    return facts, kernels
 
 
 def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Abilities:
@@ -71,28 +72,22 @@ def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Ab
     return able
 
 
-def of_nothing(given: Sequence[str]) -> Facts:
-    """The facts where no image can be reached: this node, and the command."""
+def without_image(given: Sequence[str]) -> Facts:
+    """Return the facts where no image can be reached: this node, and the command."""
     return Facts(node=Fingerprint.probe(), abilities=Abilities(), given=list(given) or None)
 
 
-def trusted(source: Verified[Source]) -> Verified[images.Image]:
-    """The image of a source that was verified: its manifests and its record. No layer is touched."""
+def load(source: Verified[FoundImage]) -> Verified[images.Image]:
+    """Return the image of a source that was verified: its manifests and its record. No layer is touched."""
     return source.map(lambda each: images.load(each.blobs, each.root, each.limits))
 
 
-_DECIDE_SECONDS = 30.0  # for who can start without the image, as registries may be patient
-
-
-@contextlib.contextmanager
-def _naming_lacks() -> Iterator[None]:
-    """What the system refuses us within is a lack of this node."""
-    try:
-        yield
-    except OSError as error:
-        told = os_errors.from_outside(error)
-        if told is None:
-            raise
-        if isinstance(told, UsageError):
-            told = CapabilityError(told.message, cause=told.cause)
-        raise told from error
+def strictness(path: Path | None = None) -> Strictness:
+    """What a policy, or that of $REKINDLE_HOME, says of differences between nodes. Raises UsageError for a
+    rule that there is none."""
+    if path is None:
+        with contextlib.suppress(UsageError):  # where nothing can be written, there is no policy either
+            home = Home.from_environment()
+            path = home.policy if home.policy.exists() else None
+    policy = Policy.read(path) if path else Policy()
+    return Strictness(soft=policy.soft, hard=policy.hard)

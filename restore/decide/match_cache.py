@@ -12,7 +12,8 @@ from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import MappedFile
 from rekindle.record import Record
 from rekindle.report import Reason
-from restore.decide.match_process import _features, _held
+from restore.decide.difference import Difference
+from restore.decide.match_process import held_gpus, missing_features
 from restore.decide.rules import reason_for
 
 if TYPE_CHECKING:
@@ -61,15 +62,18 @@ def cache(
     with a record, it is known which processor its C++ kernels, and which GPUs its graphs were compiled for.
     An entry that differs in nothing but what a policy calls `soft` is of use, too."""
     if architecture != node.architecture:
-        reason = reason_for("cache-architecture", "architecture", architecture, node.architecture)
+        found = Difference("cache-architecture", "architecture", architecture, node.architecture)
+        reason = reason_for(found)
         return Judged(reasons=[reason], entries=sum(len(root.entries) for root in inventory.roots))
-    counts: Counter[_Lack] = Counter()
+    counts: Counter[Difference] = Counter()
     roots: list[str] = []
     entries = fitting = usable = 0
     for root in inventory.roots:
-        looked_at = [(entry, list(_entry_lacks(root.kind, entry, record, node))) for entry in root.entries]
-        for _, lacks in looked_at:
-            counts.update([lack for lack in lacks if lack.code not in soft][:1] or lacks[:1])
+        looked_at = [
+            (entry, list(_entry_differences(root.kind, entry, record, node))) for entry in root.entries
+        ]
+        for _, differences in looked_at:
+            counts.update([each for each in differences if each.code not in soft][:1] or differences[:1])
         useful = _useful(looked_at, soft)
         if useful or not root.entries:
             roots.append(root.name)
@@ -77,45 +81,38 @@ def cache(
         fitting += _useful(looked_at)
         usable += useful
     reasons = []
-    for lack, count in counts.items():
-        was = f"{lack.recorded} ({count} of {entries} entries)"
-        hard = (fitting if lack.code in soft else usable) == 0
-        reason = reason_for(lack.code, lack.field, was, lack.here)
+    for difference, count in counts.items():
+        was = f"{difference.recorded} ({count} of {entries} entries)"
+        hard = (fitting if difference.code in soft else usable) == 0
+        reason = reason_for(dataclasses.replace(difference, recorded=was))
         reasons.append(dataclasses.replace(reason, hard=hard))
     return Judged(reasons=reasons, roots=roots, entries=entries, usable=usable)
 
 
-def _useful(looked_at: "Sequence[tuple[Entry, Sequence[_Lack]]]", soft: Collection[str] = ()) -> int:
+def _useful(looked_at: "Sequence[tuple[Entry, Sequence[Difference]]]", soft: Collection[str] = ()) -> int:
     """How many entries of a root are worth fetching it. None, if C++ for another processor is among them:
     it comes with the others, and nothing keeps a server from loading it."""
-    left = [(entry, [lack.code for lack in lacks if lack.code not in soft]) for entry, lacks in looked_at]
+    left = [
+        (entry, [each.code for each in differences if each.code not in soft])
+        for entry, differences in looked_at
+    ]
     if any("cache-cpu-feature" in codes for _, codes in left):
         return 0
     kernels = [each for each in left if each[0].key not in _NOTES]
     return sum(not codes for _, codes in kernels or left)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Lack:
-    """Why an entry of a kernel cache is of no use here."""
-
-    code: str
-    field: str
-    recorded: str
-    here: str
-
-
-def _entry_lacks(
+def _entry_differences(
     kind: CacheKind, entry: "Entry", record: Record | None, node: Fingerprint
-) -> Iterator[_Lack]:
-    """What an entry lacks here, the gravest first."""
+) -> Iterator[Difference]:
+    """Yield what speaks against an entry here, the gravest first."""
     kernels = {
         (_BACKENDS.get(target.backend, target.backend), target.arch, target.warp_size)
         for target in entry.targets
         if target.backend != "cpu"
     }
     if record and not entry.targets and entry.key.startswith(_GRAPHS.get(kind, _NONE)):
-        kernels = {(gpu.vendor, gpu.arch, gpu.warp_size) for gpu in _held(record)}
+        kernels = {(gpu.vendor, gpu.arch, gpu.warp_size) for gpu in held_gpus(record)}
     if kernels and not any(
         (vendor, _chip(vendor, arch)) == (gpu.vendor, gpu.arch) and warp in {0, gpu.warp_size}
         for vendor, arch, warp in kernels
@@ -124,14 +121,13 @@ def _entry_lacks(
         was = ", ".join(sorted({f"{vendor} {arch}" for vendor, arch, _ in kernels}))
         archs = sorted({f"{gpu.vendor} {gpu.arch}" for gpu in node.devices.gpus})
         here = ", ".join(archs) or "no GPU"
-        yield _Lack(code="cache-target", field="kernels' target", recorded=was, here=here)
+        yield Difference("cache-target", "kernels' target", was, here)
     if record and any(target.backend == "cpu" for target in entry.targets):
-        for reason in _features("cache-cpu-feature", record.node, node):
-            yield _Lack(code=reason.code, field=reason.field, recorded=reason.recorded, here=reason.here)
+        yield from missing_features("cache-cpu-feature", record.node, node)
     for name, version in entry.versions.items():
         installed = node.packages.get(name)
         if installed is not None and not _same_version(version, installed):
-            yield _Lack(code="cache-version", field=name, recorded=version, here=installed)
+            yield Difference("cache-version", name, version, installed)
 
 
 def _chip(vendor: str, arch: str) -> str:

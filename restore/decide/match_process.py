@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a snapshot's process can run on this node, and its kernel cache be used: field by field.
+"""A snapshot's process against this node, field by field.
 
 Pure but for `look`. What each difference means, restore/decide/rules.py says.
 """
@@ -13,10 +13,9 @@ from rekindle.node.gpu import Gpu
 from rekindle.node.mapped import MappedFile, difference, in_words
 from rekindle.node.packages import release
 from rekindle.record import Record
-from rekindle.report import Reason
 from rekindle.secrets.redact import redact_command
 from restore.decide.abilities import Abilities
-from restore.decide.rules import reason_for
+from restore.decide.difference import Difference
 
 _ADDRESS = ("--host", "--port")
 
@@ -27,15 +26,18 @@ def process(
     abilities: Abilities,
     different: Mapping[str, str],
     command: Sequence[str] | None = None,
-) -> list[Reason]:
-    """What keeps the process from running here. `different` says of recorded files what is here instead;
-    `command` is the one that the process shall stand in for, if one was given."""
+) -> list[Difference]:
+    """Return what may keep the process from running here.
+
+    `different` says of recorded files what is here instead; `command` is the one that the process stands in
+    for, if one was given.
+    """
     recorded = record.node
     return [
         *_command(record, command),
         *_equal("architecture", "architecture", recorded.architecture, node.architecture),
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
-        *_features("cpu-feature", recorded, node),
+        *missing_features("cpu-feature", recorded, node),
         *_equal("cpu-vendor", "processor's vendor", recorded.cpu_vendor, node.cpu_vendor),
         *_bits("xsave", "extended states", recorded.xsave, node.xsave),
         *_bits("capabilities", "capabilities", recorded.capabilities, node.capabilities),
@@ -44,12 +46,12 @@ def process(
         *_lacks(abilities, record),
         *_gpus(record, node),
         *(
-            reason_for("rootfs-file", file.path, in_words(file), different[file.path])
+            Difference("rootfs-file", file.path, in_words(file), different[file.path])
             for file in record.mapped_files
             if file.path in different
         ),
         *(
-            reason_for(
+            Difference(
                 "model-reloaded" if record.reloads else "model-file", path, f"{size:,} bytes", different[path]
             )
             for path, size in model_files(record)
@@ -95,15 +97,15 @@ def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
     return {uuid: uuid if uuid in here else free.pop(0) for uuid in recorded if uuid in here or free}
 
 
-def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Reason]:
+def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Difference]:
     """A difference; what was not recorded, or cannot be told here, is none."""
     if recorded != here and recorded != "" and here != "":
-        yield reason_for(code, name, recorded, here)
+        yield Difference(code, name, str(recorded), str(here))
 
 
-def _command(record: Record, command: Sequence[str] | None) -> Iterator[Reason]:
+def _command(record: Record, command: Sequence[str] | None) -> Iterator[Difference]:
     if command is not None and not same_command(record.command, command):
-        yield reason_for("command", "command", " ".join(record.command), " ".join(redact_command(command)))
+        yield Difference("command", "command", " ".join(record.command), " ".join(redact_command(command)))
 
 
 def same_command(recorded: Sequence[str], given: Sequence[str]) -> bool:
@@ -125,47 +127,47 @@ def plain_command(command: Sequence[str]) -> list[str]:
     return found
 
 
-def _features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Reason]:
+def missing_features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Difference]:
     if missing := recorded.cpu_features - here.cpu_features:
         missing_here = f"missing on {here.cpu_model}"
-        yield reason_for(code, "processor features", " ".join(sorted(missing)), missing_here)
+        yield Difference(code, "processor features", " ".join(sorted(missing)), missing_here)
 
 
-def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Reason]:
+def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Difference]:
     """What is recorded and missing here, a bit each. More bits than recorded do no harm; none at all are not
     known."""
     if recorded & ~here and here:
-        yield reason_for(code, name, f"{recorded:#x}", f"{here:#x}")
+        yield Difference(code, name, f"{recorded:#x}", f"{here:#x}")
 
 
-def _kernel(recorded: str, here: str) -> Iterator[Reason]:
+def _kernel(recorded: str, here: str) -> Iterator[Difference]:
     if recorded != here:
         older = release(here) < release(recorded)
-        yield reason_for("kernel-older" if older else "kernel", "kernel", recorded, here)
+        yield Difference("kernel-older" if older else "kernel", "kernel", recorded, here)
 
 
-def _lacks(abilities: Abilities, record: Record) -> Iterator[Reason]:
+def _lacks(abilities: Abilities, record: Record) -> Iterator[Difference]:
     for code, lack in abilities.lacks.items():
         if code != "cuda" or record.process.gpus:
-            yield reason_for(code, code, "", lack)
+            yield Difference(code, code, "", lack)
     if abilities.criu is not None and release(abilities.criu.version) < release(record.criu_version):
-        yield reason_for("criu-version", "CRIU", record.criu_version, abilities.criu.version)
+        yield Difference("criu-version", "CRIU", record.criu_version, abilities.criu.version)
 
 
-def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
+def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:
     """Only of the GPUs that the process held: what else is in a node is nothing to it."""
     if not record.process.gpus:
         return
-    held = _held(record)
+    held = held_gpus(record)
     here = node.devices.gpus
     if any(gpu.vendor != "nvidia" for gpu in held):
-        yield reason_for("gpu-unsupported", "GPU", held[0].name, _models(here))
+        yield Difference("gpu-unsupported", "GPU", held[0].name, _models(here))
         return
     if node.devices.lack:
-        yield reason_for("gpu-probe", "GPUs", _models(held), node.devices.lack)
+        yield Difference("gpu-probe", "GPUs", _models(held), node.devices.lack)
         return
     if len(here) not in {len(record.process.gpus), len(record.node.devices.gpus)}:
-        yield reason_for("gpu-count", "GPUs", _models(held) or len(record.process.gpus), _models(here))
+        yield Difference("gpu-count", "GPUs", _models(held) or str(len(record.process.gpus)), _models(here))
     places = device_map(record, node) or {gpu.uuid: gpu.uuid for gpu in held}
     by_uuid = {gpu.uuid: gpu for gpu in here}
     pairs = [(gpu, by_uuid[places[gpu.uuid]]) for gpu in held if places.get(gpu.uuid) in by_uuid]
@@ -186,18 +188,18 @@ def _gpus(record: Record, node: Fingerprint) -> Iterator[Reason]:
     was, now = record.node.devices.driver, node.devices.driver
     if was != now:
         same_branch = was.partition(".")[0] == now.partition(".")[0]
-        yield reason_for("driver-version" if same_branch else "driver", "driver", was, now or "none")
+        yield Difference("driver-version" if same_branch else "driver", "driver", was, now or "none")
 
 
-def _held(record: Record) -> list[Gpu]:
+def held_gpus(record: Record) -> list[Gpu]:
     """The GPUs that the process held."""
     return [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
 
 
-def _either(code: str, recorded: bool, here: bool) -> Iterator[Reason]:
+def _either(code: str, recorded: bool, here: bool) -> Iterator[Difference]:
     """What must be off on both sides."""
     if recorded or here:
-        yield reason_for(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
+        yield Difference(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
 
 
 def _unequal(
@@ -205,11 +207,11 @@ def _unequal(
     pairs: Sequence[tuple[Gpu, Gpu]],
     shown: Callable[[Gpu], str],
     fits: Callable[[str, str], bool],
-) -> Iterator[Reason]:
+) -> Iterator[Difference]:
     """The first pair of GPUs that differ in something."""
     for recorded, here in pairs:
         if not fits(shown(recorded), shown(here)):
-            yield reason_for(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))
+            yield Difference(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))
             return
 
 

@@ -17,6 +17,7 @@ from rekindle.report import Reason, Rung
 from rekindle.secrets.redact import HIDDEN
 from restore.decide import match_cache, match_process
 from restore.decide.abilities import Abilities
+from restore.decide.difference import Difference
 from restore.decide.rules import Strictness, reason_for
 
 if TYPE_CHECKING:
@@ -163,9 +164,10 @@ def _process(facts: Facts) -> Step:
         + record.stored_bytes / _RESTORE_BYTES_PER_SECOND
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
+    found = match_process.process(record, facts.node, facts.abilities, different, facts.given)
     return Step(
         rung=Rung.PROCESS,
-        reasons=match_process.process(record, facts.node, facts.abilities, different, facts.given),
+        reasons=[reason_for(each) for each in found],
         fetch_bytes=fetched,
         seconds=seconds,
         deadline_seconds=_deadline(seconds, record.start_seconds),
@@ -181,7 +183,7 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
         reasons = _no_command(facts, Rung.CACHE)
         return Step(rung=Rung.CACHE, reasons=reasons, deadline_seconds=_deadline(0.0, record.start_seconds))
     if facts.cache is None:
-        reason = reason_for("no-cache", "kernel cache", "", "the image holds no kernel cache")
+        reason = reason_for(Difference("no-cache", "kernel cache", "", "the image holds no kernel cache"))
         return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
     inventory = facts.cache.inventory
     judged = match_cache.cache(inventory, record.node.architecture, record, facts.node, soft)
@@ -208,7 +210,7 @@ def _no_command(facts: Facts, rung: Rung) -> list[Reason]:
     if facts.command:
         return []
     here = "the recorded command lacks what was secret in it" if facts.image else "there is no command"
-    return [dataclasses.replace(reason_for("no-command", "command", "", here), rung=rung)]
+    return [dataclasses.replace(reason_for(Difference("no-command", "command", "", here)), rung=rung)]
 
 
 def _unreached(facts: Facts, rung: Rung) -> list[Reason]:

@@ -5,17 +5,14 @@ Every rule has a code, is hard (it forbids the rung) or soft (it is told), and a
 unless it is fixed. docs/matching.md is generated from here by hack/docs/matching_page.py.
 """
 
-import contextlib
 import dataclasses
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from oci.trust.policy import Policy
 from rekindle.errors import RekindleError, UsageError
-from rekindle.home import Home
 from rekindle.report import Reason, Rung
+from restore.decide.difference import Difference
 from restore.signals import DeadlinePassed
 
 
@@ -357,29 +354,18 @@ class Strictness:
         return reason if hard == reason.hard else dataclasses.replace(reason, hard=hard, by_policy=True)
 
 
-def reason_for(code: str, name: str, recorded: object, here: object) -> Reason:
-    """A reason as its rule makes it."""
-    rule = RULES[code]
+def reason_for(found: Difference) -> Reason:
+    """Return what a difference means by its rule."""
+    rule = RULES[found.code]
     return Reason(
         rung=rule.rung,
-        code=code,
-        field=name,
-        recorded=str(recorded),
-        here=str(here),
+        code=found.code,
+        field=found.field,
+        recorded=found.recorded,
+        here=found.here,
         hard=rule.hard,
         advice=rule.advice,
     )
-
-
-def strictness(path: Path | None = None) -> Strictness:
-    """What a policy, or that of $REKINDLE_HOME, says of differences between nodes. Raises UsageError for a
-    rule that there is none."""
-    if path is None:
-        with contextlib.suppress(UsageError):  # where nothing can be written, there is no policy either
-            home = Home.from_environment()
-            path = home.policy if home.policy.exists() else None
-    policy = Policy.read(path) if path else Policy()
-    return Strictness(soft=policy.soft, hard=policy.hard)
 
 
 _CODES = {"restore": "restore-failed", "oracle": "oracle-mismatch"}

@@ -5,17 +5,25 @@ A variable that is set here wins over the recorded one, since this node's operat
 fill the gaps, but for those that are of one node, user or session.
 """
 
+import contextlib
+import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, place, place_below
+from rekindle.engine import caches
+from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, place_below
+from rekindle.errors import CapabilityError, UsageError
 from rekindle.record import Record
-from rekindle.report import Reason
 from rekindle.secrets.redact import HIDDEN, redact_command, sounds_secret
 from restore.decide import match_process
+from restore.decide.decision import Decision
+from restore.decide.difference import Difference
+from restore.decide.plan import Step
 from restore.decide.rules import reason_for
+from restore.decide.source import Source
+from restore.rungs.run import Run
 
 if TYPE_CHECKING:
     from oci.cache.inventory import StoredRoot
@@ -50,7 +58,7 @@ def environment(record: Record | None, own: Mapping[str, str]) -> dict[str, str]
     return found
 
 
-def differences(record: Record, environment: Mapping[str, str], command: Sequence[str]) -> list[Reason]:
+def differences(record: Record, environment: Mapping[str, str], command: Sequence[str]) -> list[Difference]:
     """What differs from the recorded start and may change the keys under which a server looks for kernels."""
     found = []
     for name in sorted({*record.environment, *environment}):
@@ -58,14 +66,66 @@ def differences(record: Record, environment: Mapping[str, str], command: Sequenc
             continue
         was, here = record.environment.get(name), environment.get(name)
         if was != here and HIDDEN not in (was or ""):
-            found.append(reason_for("cache-environment", name, _shown(was), _shown(here)))
+            found.append(Difference("cache-environment", name, _shown(was), _shown(here)))
     was_options, options = (
         match_process.plain_command(record.command),
         match_process.plain_command(redact_command(command)),
     )
     if was_options != options:
-        found.append(reason_for("cache-environment", "command", " ".join(was_options), " ".join(options)))
+        found.append(Difference("cache-environment", "command", " ".join(was_options), " ".join(options)))
     return found[:_REASONS_LIMIT]
+
+
+def place(
+    run: Run, decision: Decision, step: Step, stack: contextlib.ExitStack
+) -> tuple[dict[str, str], Mapping[str, Path]]:
+    """Put the kernel cache where the server will look; return its environment, and where each root is."""
+    source, home, options = decision.source, decision.home, run.options
+    assert source is not None
+    assert home is not None
+    record, roots = source.image.value.record, source.roots(step)
+    found = environment(record, os.environ)
+    command = decision.facts.command or ()
+    run.report.reasons += [reason_for(each) for each in differences(record, found, command)]
+    where, variables = places(roots, os.environ, options.cache_dir)
+    with run.report.phase("extract"):
+        try:
+            extract(run, source, where, stack)
+        except CapabilityError as error:
+            if options.cache_dir is not None:
+                raise
+            directory = home.root / "caches" / source.read_kernels().value.manifest.digest.hex
+            run.report.say(f"{error.message}: the kernel cache goes to {directory}")
+            where, variables = places(roots, {}, directory)
+            extract(run, source, where, stack)
+    return {**found, **variables}, where
+
+
+def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
+    """Write caches to their places, by the names of their roots; removed again if the rung fails.
+
+    Raises CapabilityError for a place that cannot be written to.
+    """
+    from oci.cache import extract as extraction
+
+    above = {directory for path in where.values() for directory in path.parents}
+    made = sorted((each for each in above if not os.access(each, os.F_OK)), reverse=True)
+    limits = source.image.value.limits
+    with run.listener.progress(source.tally):
+        try:
+            done = extraction.extract(source.read_kernels(), where, limits=limits)
+        except UsageError as error:
+            raise CapabilityError(error.message, cause=error.cause, hint="--cache-dir DIR") from None
+
+    def undo(kind: object, *_: object) -> None:
+        if kind is not None:
+            done.undo()
+            for directory in made:  # the inner ones first
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+
+    stack.push(undo)
+    run.report.bytes.written = (run.report.bytes.written or 0) + done.written_bytes
 
 
 def places(
@@ -94,7 +154,7 @@ def _place(root: "StoredRoot", own: Mapping[str, str], directory: Path | None) -
     if directory is not None:
         return place_below(root.kind, directory / root.name)
     if own.get(VARIABLES[root.kind]) and root.kind is not CacheKind.TORCH_EXTENSIONS:
-        return Path(place(root.kind, own))
+        return Path(caches.place(root.kind, own))
     return Path(root.recorded)
 
 

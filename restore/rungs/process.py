@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process rung: a dump becomes the running server again, and proves it."""
+"""The highest rung: a dump becomes the running server again, and proves it before its port opens."""
 
 import contextlib
 import importlib
@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle import criu
-from rekindle.cell import Cell, exit_status, processes
+from rekindle.cell import Cell, Network, exit_status, processes
 from rekindle.criu import Criu
 from rekindle.engine import Engine
 from rekindle.engine.choose import restored
-from rekindle.errors import CapabilityError, OracleError, RestoreError
+from rekindle.errors import CapabilityError, MismatchError, OracleError, PortError, RestoreError
 from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Record
-from rekindle.report import Report
+from rekindle.report import OracleAnswer, Report, Rung
+from restore import dumps
+from restore.decide.decision import Decision
+from restore.decide.match_process import look
+from restore.decide.plan import Step
+from restore.decide.source import Source
 from restore.options import Output
+from restore.rungs.ladder import Taken
+from restore.rungs.run import Run
+from restore.serve.address import Address
+from restore.serve.foreground import Restored, Serving
 
 if TYPE_CHECKING:
     from rekindle.cuda.search import Search
@@ -39,6 +48,108 @@ class Cuda:
 
     search: "Search"
     device_map: Mapping[str, str] = field(default_factory=dict)
+
+
+def take(
+    run: Run,
+    decision: Decision,
+    address: Address,
+    cell: Cell,
+    step: Step,
+    stack: contextlib.ExitStack,
+) -> Taken:
+    """Fetch the dump, restore it into a cell that was booted, ask the oracle, and publish the address.
+
+    What ends the server again is put on the stack. Raises what the ladder may go down after.
+    """
+    report, source, home = run.report, decision.source, decision.home
+    assert source is not None
+    assert home is not None
+    image = source.image.value
+    record, tool = image.record, decision.facts.abilities.criu
+    assert tool is not None
+    with run.signals.raising(_seconds_left(run, step)):
+        work = stack.enter_context(home.work("restore"))
+        _check_weights(record, report)
+        if record.process.network is Network.HOST:
+            address.release()  # the server takes the address itself; we only looked if it is free
+        if step.roots:
+            with report.phase("extract"):
+                _bring_files(run, source, step, stack)
+        stack.callback(cell.end)
+        # Nothing of the dump is needed any more once it is restored: others may make room then.
+        with contextlib.ExitStack() as using:
+            if source.tally is not None:
+                source.tally.expect(sum(layer.size for layer in image.layers))
+            with run.listener.progress(source.tally):
+                dump = using.enter_context(
+                    dumps.ready(home, work, source.image, report, paranoid=run.options.paranoid)
+                )
+            cuda = Cuda(search=source.cuda, device_map=decision.plan.device_map) if source.cuda else None
+            restore(
+                cell,
+                record,
+                dump,
+                tool=tool,
+                home=home,
+                work=work,
+                output=run.options.output,
+                report=report,
+                cuda=cuda,
+            )
+    report.bytes.reused = image.size_bytes if not report.bytes.written else 0
+    replica = Restored(cell, record.process)
+    serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
+    if record.process.network is Network.PRIVATE:
+        with report.phase("publish"):
+            _publish(address, serving)
+    return Taken(rung=Rung.PROCESS, serving=serving)
+
+
+def _publish(address: Address, serving: Serving) -> None:
+    try:
+        sock = address.listen()
+    except PortError as error:
+        raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
+    if sock is not None:
+        serving.publish(sock)
+
+
+def _seconds_left(run: Run, step: Step) -> float | None:
+    """Return the seconds left until the process must serve; a given deadline counts from our start."""
+    if run.options.process_deadline is None:
+        return step.deadline_seconds
+    return max(0.001, run.options.process_deadline - (time.monotonic() - run.report.began))
+
+
+def _check_weights(record: Record, report: Report) -> None:
+    """Compare the weights that the server reads again with those that it had. Raises MismatchError."""
+    if not record.reloads:
+        return
+    from rekindle.engine import weights
+
+    with report.phase("weights"):
+        if names := weights.changed(record.weights, os.environ):
+            raise MismatchError(
+                "the model that the server would read again is not the one that it had",
+                cause=", ".join(names[:10]),
+                hint="fetch the recorded revision of the model",
+            )
+
+
+def _bring_files(run: Run, source: Source, step: Step, stack: contextlib.ExitStack) -> None:
+    """Extract from the kernel cache what the process has mapped: at the recorded places, or not at all."""
+    from restore.rungs.place_cache import extract
+
+    record = source.image.value.record
+    extract(run, source, {root.name: Path(root.recorded) for root in source.roots(step)}, stack)
+    left = look(record)
+    missing = [file.path for file in record.mapped_files if file.path in left]
+    if missing:
+        raise MismatchError(
+            "the kernel cache does not bring what the process has mapped",
+            cause=", ".join(f"{path}: {left[path]}" for path in missing[:5]),
+        )
 
 
 def restore(
@@ -130,12 +241,12 @@ def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
     report.first_token_seconds = response.first_byte - report.began
     answer = engine.answer(response)
     agree = engine.agree(record.oracle.answer, answer)
-    report.oracle = {
-        "expected": record.oracle.answer,
-        "got": answer,
-        "match": agree,
-        "first_token_seconds": round(response.first_byte - asked, 6),
-    }
+    report.oracle = OracleAnswer(
+        expected=record.oracle.answer,
+        got=answer,
+        match=agree,
+        first_token_seconds=response.first_byte - asked,
+    )
     if not agree:
         raise OracleError(
             "the restored server gives another answer than the one that was snapshotted",

@@ -2,6 +2,8 @@
 """The published address: taken before the server is there, listened on once it is."""
 
 import socket
+from types import TracebackType
+from typing import Self
 
 from rekindle.engine import Endpoint
 from rekindle.errors import PortError
@@ -35,6 +37,45 @@ def listen(sock: socket.socket, endpoint: Endpoint) -> None:
         sock.listen(_BACKLOG)
     except OSError as error:
         raise _taken(endpoint, error) from error
+
+
+class Address:
+    """The published address of a restore: bound by us before the server is there, or left to the server.
+
+    `endpoint` is None if nothing says where the server will listen; then there is nothing to bind.
+    """
+
+    def __init__(self, endpoint: Endpoint | None) -> None:
+        """Bind the address. Raises PortError if it is taken."""
+        self.endpoint = endpoint
+        self._bound = bind(endpoint) if endpoint is not None else None
+
+    def is_forwarded(self, listens: Endpoint | None) -> bool:
+        """Tell whether a server that listens there itself is reached under another address."""
+        if listens is None or self.endpoint is None or self.endpoint == listens:
+            return False
+        return not (self.endpoint.port == listens.port and listens.host in {"", "0.0.0.0", "::"})
+
+    def listen(self) -> socket.socket | None:
+        """Open the address and return its socket; None if there is none. Raises PortError."""
+        if self._bound is None or self.endpoint is None:
+            return None
+        listen(self._bound, self.endpoint)
+        return self._bound
+
+    def release(self) -> None:
+        """Leave the address to the server. Idempotent."""
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def _taken(endpoint: Endpoint, error: Exception) -> PortError:

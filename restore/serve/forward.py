@@ -28,7 +28,7 @@ class _Side:
     write_closed: bool = False
 
 
-class Network(Protocol):
+class Dialer(Protocol):
     """Where a server can be reached: its cell, or the host."""
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
@@ -38,7 +38,7 @@ class Network(Protocol):
 class Forwarder:
     """Carries connections, as part of somebody's selector loop. Holds 512 KiB a direction at most."""
 
-    def __init__(self, selector: selectors.BaseSelector, network: Network, target: Endpoint) -> None:
+    def __init__(self, selector: selectors.BaseSelector, network: Dialer, target: Endpoint) -> None:
         self._selector = selector
         self._network = network
         self._target = target

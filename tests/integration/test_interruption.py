@@ -48,7 +48,7 @@ MOMENTS = {
     "oracle": Moment(at="rekindle.engine.client:Client.ask"),
     "inventory": Moment(at="oci.cache.image:load", faults=[FAILS]),
     "extract": Moment(at="oci.cache.extract:_read_all", faults=[FAILS]),
-    "extracted": Moment(at="oci.cache.extract:_finish", flags=["--rung", "cache"]),
+    "extracted": Moment(at="oci.cache.publish:finish", flags=["--rung", "cache"]),
 }
 
 

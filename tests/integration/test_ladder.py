@@ -266,7 +266,7 @@ def test_a_cache_that_nothing_has_room_for(scene: Scene) -> None:
     [
         ("oci.cache.extract:extract=breaks", "bug"),
         ("oci.cache.extract:extract=fails UsageError", "capability"),
-        ("oci.cache.extract:_publish=refused /somewhere", "capability"),
+        ("oci.cache.publish:publish=refused /somewhere", "capability"),
         ("oci.cache.image:load=fails RegistryError", "registry"),
         ("oci.cache.extract:extract=hangs", "deadline"),
     ],

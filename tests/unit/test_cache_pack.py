@@ -228,12 +228,12 @@ def test_an_entrys_digest_is_over_its_files(layout: Layout, tmp_path: Path) -> N
 
 
 def test_an_inventory_does_not_grow_without_bound(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(cache_image, "ENTRIES_LIMIT", 1)
+    monkeypatch.setattr(pack, "ENTRIES_LIMIT", 1)
     image = packed(layout, triton(tmp_path / "t"))
     assert [entry.key for entry in image.inventory.roots[0].entries] == ["*", "*"]
     assert image.inventory.targets == [CUDA, HIP]
-    monkeypatch.setattr(cache_image, "ENTRIES_LIMIT", 1000)
-    monkeypatch.setattr(cache_image, "_CONFIG_LIMIT_BYTES", 10)
+    monkeypatch.setattr(pack, "ENTRIES_LIMIT", 1000)
+    monkeypatch.setattr(pack, "_CONFIG_LIMIT_BYTES", 10)
     assert {entry.key for entry in packed(layout, triton(tmp_path / "t")).inventory.roots[0].entries} == {"*"}
 
 
@@ -261,8 +261,8 @@ def test_nothing_to_pack_is_said(layout: Layout, tmp_path: Path) -> None:
 
 def test_a_file_that_shrinks_meanwhile_is_refused(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
     write(tmp_path / "c/a", bytes(3 << 20))
-    monkeypatch.setattr(cache_image, "SEARCHED_BYTES", 1 << 20)
-    monkeypatch.setattr(cache_image, "refuse_secrets", lambda *_: os.truncate(tmp_path / "c/a", 2 << 20))
+    monkeypatch.setattr(pack, "SEARCHED_BYTES", 1 << 20)
+    monkeypatch.setattr(pack, "refuse_secrets", lambda *_: os.truncate(tmp_path / "c/a", 2 << 20))
     with pytest.raises(IntegrityError, match="changed"):
         packed(layout, CacheRoot(kind=CacheKind.CUDA, path=tmp_path / "c", recorded="/c"))
     assert not list((layout.root / "blobs/sha256").iterdir())

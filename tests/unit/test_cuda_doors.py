@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from rekindle.cuda import search
-from rekindle.cuda.door import INVALID_VALUE, NOT_INITIALIZED, Door, State, Step, failure, holds_none
+from rekindle.cuda.door import INVALID_VALUE, NOT_INITIALIZED, Action, Door, State, failure, holds_none
 from rekindle.cuda.driver import Driver
-from rekindle.cuda.search import Candidate, Search
+from rekindle.cuda.search import BackendCandidate, Search
 from rekindle.cuda.session import holders
 from rekindle.cuda.utility import Utility
 from rekindle.errors import CapabilityError, CudaError, UsageError
@@ -45,9 +45,9 @@ def test_the_driver_comes_first(fake: FakeCuda, home: Home) -> None:
     with contextlib.closing(search.find(home)) as door:
         assert door.name == "driver"
     one, other = search.candidates(home)
-    assert one == Candidate(name="driver", detail="libcuda.so.1, CUDA 13.0", lack="", chosen=True)
+    assert one == BackendCandidate(name="driver", detail="libcuda.so.1, CUDA 13.0", lack="", chosen=True)
     tool = f"{fake.place}/bin/cuda-checkpoint 580.65.06"
-    assert other == Candidate(name="utility", detail=tool, lack="", chosen=False)
+    assert other == BackendCandidate(name="utility", detail=tool, lack="", chosen=False)
     assert abilities.cuda_lack(home) == ""
     assert clients() == []
 
@@ -259,9 +259,9 @@ def test_a_utility_that_says_more_than_it_should(
 
 def test_every_error_says_what_to_do() -> None:
     for number in (1, 2, 3, 304, 401, 600, 801):
-        assert failure(Step.LOCK, 1, number, "X", "x").hint
-    assert "device map" in failure(Step.RESTORE, 1, 1, "X", "x").hint
-    assert "device map" not in failure(Step.CHECKPOINT, 1, 1, "X", "x").hint
+        assert failure(Action.LOCK, 1, number, "X", "x").hint
+    assert "device map" in failure(Action.RESTORE, 1, 1, "X", "x").hint
+    assert "device map" not in failure(Action.CHECKPOINT, 1, 1, "X", "x").hint
 
 
 def test_a_search_leaves_time_for_other_work(fake: FakeCuda, home: Home) -> None:

@@ -58,7 +58,7 @@ def image(tmp_path: Path) -> images.Image:
 def use(home: Home, image: images.Image, *, paranoid: bool = False) -> bool:
     """Makes the dump ready, and looks at it; says whether it was unpacked."""
     verified: Verified[images.Image] = verifier.dangerously_skip(image)
-    report = Report(verb="restore", quiet=True)
+    report = Report(verb="restore")
     with home.work("restore") as work, dumps.ready(home, work, verified, report, paranoid=paranoid) as dump:
         assert (dump / "criu/pages-1.img").read_bytes() == PAGES
         assert (dump / "shm/deep/segment").read_bytes() == b"hello"

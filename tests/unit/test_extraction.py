@@ -471,7 +471,7 @@ def test_a_bomb_is_stopped(layout: Layout, tmp_path: Path) -> None:
 
 
 def test_too_many_files_are_refused(layout: Layout, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(extraction, "_FILES_LIMIT", 3)
+    monkeypatch.setattr(extraction, "FILES_LIMIT", 3)
     many = archive(*(directory(f"{PREFIX}/d{number}") for number in range(5)), file("x"))
     for stored in (
         image(layout, GOOD, files=4, size=7),
@@ -555,7 +555,7 @@ def test_nothing_is_left_of_what_was_interrupted(
         raise error
 
     before = traces(tmp_path)
-    for step in ("_read_layer", "_finish"):
+    for step in ("_read_layer", "finish"):
         with monkeypatch.context() as patch:
             patch.setattr(extraction, step, broken)
             with pytest.raises(type(error)):

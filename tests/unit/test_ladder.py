@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cli._report import console
 from rekindle import errors
 from rekindle.errors import (
     CapabilityError,
@@ -19,6 +20,7 @@ from rekindle.errors import (
     TrustError,
 )
 from rekindle.report import Report, Rung
+from restore.decide.difference import Difference
 from restore.decide.plan import Plan, Step
 from restore.decide.rules import reason_for
 from restore.rungs.ladder import climb
@@ -26,15 +28,15 @@ from restore.signals import DeadlinePassed
 
 PROCESS, CACHE, COLD = Rung.PROCESS, Rung.CACHE, Rung.COLD
 Act = Callable[[], object]
-OLDER = reason_for("kernel-older", "kernel", "6.8", "5.15")
-NEWER = reason_for("kernel", "kernel", "6.8", "6.9")
-NO_CACHE = reason_for("no-cache", "kernel cache", "", "there is none")
-NO_COMMAND = reason_for("no-command", "command", "", "there is none")
+OLDER = reason_for(Difference("kernel-older", "kernel", "6.8", "5.15"))
+NEWER = reason_for(Difference("kernel", "kernel", "6.8", "6.9"))
+NO_CACHE = reason_for(Difference("no-cache", "kernel cache", "", "there is none"))
+NO_COMMAND = reason_for(Difference("no-command", "command", "", "there is none"))
 
 
 @pytest.fixture
 def report() -> Report:
-    return Report(verb="restore", quiet=True)
+    return Report(verb="restore")
 
 
 def steps(**changes: Any) -> Plan:
@@ -111,7 +113,7 @@ def test_undoing_learns_of_what_failed(report: Report) -> None:
 
 
 def test_a_rung_with_a_hard_reason_is_not_tried(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
-    report.quiet = False
+    report.tell = console(quiet=False)
     rungs = Rungs(report)
     with contextlib.ExitStack() as keep:
         climb(steps(process=[NEWER, OLDER], cache=[NO_CACHE]), rungs, report, keep)
@@ -204,7 +206,7 @@ def test_rungs_below_the_required_one_are_never_tried(
 
 
 def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
-    lacking = [reason_for("criu", "criu", "", "there is none")]
+    lacking = [reason_for(Difference("criu", "criu", "", "there is none"))]
     rungs = Rungs(report)
     with contextlib.ExitStack() as keep, pytest.raises(CapabilityError, match="cannot run"):
         climb(steps(process=lacking), rungs, report, keep, require=PROCESS)

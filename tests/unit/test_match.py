@@ -12,14 +12,20 @@ from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, MismatchError, UsageError
 from rekindle.node.mapped import MappedFile
 from rekindle.report import Reason, Rung
+from restore.decide import match_process
 from restore.decide.abilities import Abilities
-from restore.decide.match_process import device_map, look, process, same_command
+from restore.decide.match_process import device_map, look, same_command
 from restore.decide.plan import require_possible as require
-from restore.decide.rules import RULES, Strictness
+from restore.decide.rules import RULES, Strictness, reason_for
 from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
 from tests.unit.samples import NODE, RECORD
 
 ABLE = Abilities(criu=Criu(path=Path("/criu"), version="4.2.1"))
+
+
+def process(*facts: Any) -> list[Reason]:
+    """What the rules make of the differences."""
+    return [reason_for(each) for each in match_process.process(*facts)]
 
 
 def differences(**changes: Any) -> list[Reason]:

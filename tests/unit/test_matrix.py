@@ -5,7 +5,6 @@ A case makes an image as its node would have, pushes it to a registry, and lets 
 on it. Of that node everything is real, but for what its probes find. The registry counts the bytes.
 """
 
-import argparse
 import base64
 import contextlib
 import dataclasses
@@ -20,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from cli import _arguments
 from oci import image as images
 from oci import layers, resolve, transfer
 from oci.cache import extract, pack
 from oci.cache import image as cache_image
 from oci.layout import Layout
+from oci.options import RegistryOptions
 from oci.reference import Reference, parse
 from oci.trust import verifier
 from oci.trust.verifier import Verified
@@ -45,6 +44,7 @@ from restore.decide import facts as _facts
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan
 from restore.decide.rules import Strictness
+from restore.decide.source import read_kernels
 from restore.rungs import place_cache
 from tests.conftest import wait_for
 from tests.fakes import nodes
@@ -725,12 +725,15 @@ class Node:
     home: Home
     reference: Reference
     found: Verified[images.Image]
+    kernels: "Verified[cache_image.CacheImage] | None" = None
 
     def decide(self) -> tuple[Facts, Plan]:
         """As `restore` does: the kernel cache's config is read once it matters."""
-        case, image = self.case, self.found.value
+        case = self.case
         asked_for_it = case.asked is CACHE
-        facts = _facts.gather(image, self.reference, self.home, case.given, with_cache=asked_for_it)
+        facts, self.kernels = _facts.gather(
+            self.found, self.reference, self.home, case.given, with_cache=asked_for_it
+        )
         decided = plan.make(facts, case.asked, case.strictness)
         if facts.cache_unread and decided.first is not None and decided.first.rung is CACHE:
             facts = self.read_cache(facts)
@@ -740,36 +743,31 @@ class Node:
         return facts, decided
 
     def read_cache(self, facts: Facts) -> Facts:
-        image = self.found.value
-        assert image.cache is not None
-        read = cache_image.load(image.blobs, image.cache, image.limits)
-        return dataclasses.replace(facts, cache=read, cache_unread=False)
+        self.kernels = read_kernels(self.found)
+        return dataclasses.replace(facts, cache=self.kernels.value, cache_unread=False)
 
     def act(self, facts: Facts, decided: Plan) -> None:
         """Fetches what the first step needs, to where it needs it."""
         first = decided.first
         if first is not None and first.roots:
-            assert facts.cache is not None
-            kernels = facts.cache
-            chosen = [root for root in kernels.inventory.roots if root.name in first.roots]
+            assert self.kernels is not None
+            chosen = [root for root in self.kernels.value.inventory.roots if root.name in first.roots]
             where, _ = place_cache.places(chosen, {})
-            extract.extract(self.found.map(lambda _: kernels), where, limits=Limits())
+            extract.extract(self.kernels, where, limits=Limits())
         if first is not None and first.rung is PROCESS:
             self.unpack()
 
     def unpack(self) -> None:
-        report = Report(verb="restore", quiet=True)
+        report = Report(verb="restore")
         with self.home.work("restore") as work, dumps.ready(self.home, work, self.found, report) as dump:
             assert (dump / "criu/pages-1.img").stat().st_size == PAGES_BYTES
 
 
 @contextlib.contextmanager
 def node_of(case: Case, name: str, home: Home) -> Iterator[Node]:
-    parser = argparse.ArgumentParser()
-    _arguments.add_registry(parser)
     reference = parse(name)
-    with resolve.source(reference, home, parser.parse_args([])) as source:
-        yield Node(case, home, reference, _facts.trusted(verifier.dangerously_skip(source)))
+    with resolve.source(reference, home, RegistryOptions()) as source:
+        yield Node(case, home, reference, _facts.load(verifier.dangerously_skip(source)))
 
 
 @pytest.fixture(scope="module")

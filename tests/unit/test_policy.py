@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from oci.reference import parse
 from oci.trust.keys import PrivateKey
-from oci.trust.policy import Identity, Policy, Rule, identity
+from oci.trust.policy import Identity, Policy, TrustRule, identity
 from rekindle.errors import FormatError, UsageError
-from restore.decide.rules import Strictness, strictness
+from restore.decide.facts import strictness
+from restore.decide.rules import Strictness
 
 KEY, OTHER = PrivateKey.generate(), PrivateKey.generate()
 
@@ -28,7 +29,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def hints(rule: Rule | None) -> list[str]:
+def hints(rule: TrustRule | None) -> list[str]:
     assert rule is not None
     return [key.hint for key in rule.keys]
 
@@ -63,7 +64,7 @@ def test_all_that_a_rule_may_say(place: Path) -> None:
     ],
 )
 def test_patterns_that_fit(name: str, pattern: str) -> None:
-    assert Policy(rules=[Rule(name=pattern)]).rule_for(name)
+    assert Policy(rules=[TrustRule(name=pattern)]).rule_for(name)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +81,11 @@ def test_patterns_that_fit(name: str, pattern: str) -> None:
     ],
 )
 def test_patterns_that_do_not_fit(name: str, pattern: str) -> None:
-    assert Policy(rules=[Rule(name=pattern)]).rule_for(name) is None
+    assert Policy(rules=[TrustRule(name=pattern)]).rule_for(name) is None
 
 
 def test_the_first_rule_that_fits_counts_and_no_other() -> None:
-    first, second = Rule(name="a/*"), Rule(name="*")
+    first, second = TrustRule(name="a/*"), TrustRule(name="*")
     policy = Policy(rules=[first, second])
     assert policy.rule_for("a/b") is first
     assert policy.rule_for("b") is second
@@ -196,16 +197,18 @@ def test_an_identity_is_never_one_part_alone_and_never_a_pattern(name: str, issu
     ],
 )
 def test_the_command_line_is_as_strict(given_flags: dict[str, Any]) -> None:
-    from oci.resolve import _from_flags
+    from cli import _trust
 
     flags: dict[str, object] = {
         **dict.fromkeys(("certificate_identity", "certificate_oidc_issuer", "policy", "trusted_root")),
         "verify_key": [],
+        "allow_rollback": False,
+        "dangerously_skip_verification": False,
         **given_flags,
     }
     args = argparse.Namespace(**flags)
     with pytest.raises(UsageError):
-        _from_flags(args, "x")
+        _trust.options(args)
 
 
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))

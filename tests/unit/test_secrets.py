@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Credentials are found in a dump wherever they lie, and what only looks like one is not."""
+"""KnownSecrets are found in a dump wherever they lie, and what only looks like one is not."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from rekindle.errors import DumpError, SecretError, WorkloadError
 from rekindle.secrets.forms import FORMS, is_secret_value
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import secret_search
-from snapshot.secret_search import Credentials, refuse, search
+from snapshot.secret_search import KnownSecrets, refuse, search
 from tests.unit.samples import memory_peak
 from tests.unit.test_criu_image import BASE, ONE, PAGE, entry, mapping, write_dump
 
@@ -105,7 +105,7 @@ def names(
     argv: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> list[str]:
-    return [each.name for each in search(tree, Credentials.of(environment or {}, argv, allow))]
+    return [each.name for each in search(tree, KnownSecrets.of(environment or {}, argv, allow))]
 
 
 # What the server was given
@@ -324,7 +324,7 @@ def test_other_files_are_searched(tree: Path, file: str) -> None:
     with open(path, "wb") as out:
         out.seek(3 << 20)
         out.write(KEY.encode() + b"\0" + TOKENS["api-key"][0].encode())
-    found = search(tree, Credentials.of({"A_KEY": KEY}, []))
+    found = search(tree, KnownSecrets.of({"A_KEY": KEY}, []))
     assert [each.name for each in found] == ["A_KEY", "api-key"]
     assert all(path.name in each.place for each in found)
 
@@ -390,7 +390,7 @@ def test_a_refusal_names_all_and_shows_nothing(tree: Path) -> None:
     hold(tree, f"{KEY}\0{token}".encode())
     (tree / "shm" / "file").write_text("other-Key-1")
     with pytest.raises(SecretError) as raised:
-        refuse(tree, Credentials.of({"A_KEY": "other-Key-1"}, ["--b-token", KEY]))
+        refuse(tree, KnownSecrets.of({"A_KEY": "other-Key-1"}, ["--b-token", KEY]))
     error = raised.value
     assert error.exit_status == 36
     assert error.message == (
@@ -405,13 +405,13 @@ def test_a_refusal_names_all_and_shows_nothing(tree: Path) -> None:
 
 
 def test_nothing_found_is_no_refusal(tree: Path) -> None:
-    refuse(tree, Credentials.of({"A_KEY": KEY}, []))
+    refuse(tree, KnownSecrets.of({"A_KEY": KEY}, []))
 
 
 def test_values_stay_out_of_errors_and_their_logs(tmp_path: Path) -> None:
     log = tmp_path / "stderr.log"
     log.write_text(f"key is {KEY}\n")
-    credentials = Credentials.of({"A_KEY": KEY}, [], ["A_KEY"])
+    credentials = KnownSecrets.of({"A_KEY": KEY}, [], ["A_KEY"])
     with pytest.raises(WorkloadError) as raised, credentials.kept_out_of_errors():
         raise WorkloadError(f"no {KEY}", cause=f"a {KEY} b", hint=KEY, log=log, command=["x", KEY])
     error = raised.value
@@ -429,7 +429,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 )
 @settings(max_examples=200)
 def test_a_record_never_holds_what_is_searched_for(environment: dict[str, str], argv: list[str]) -> None:
-    credentials = Credentials.of(environment, argv)
+    credentials = KnownSecrets.of(environment, argv)
     shown = [
         *redact_command(argv, credentials.values),
         *redact_environment(environment, credentials.values).values(),
@@ -512,5 +512,5 @@ def test_a_gigabyte_without_a_zero_byte_takes_little_memory(tree: Path) -> None:
 def test_no_descriptors_are_left(tree: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.suppress(SecretError):
-        refuse(tree, Credentials.of({}, []))
+        refuse(tree, KnownSecrets.of({}, []))
     assert len(os.listdir("/proc/self/fd")) == before

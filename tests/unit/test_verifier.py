@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, timezone
@@ -20,7 +21,7 @@ from oci.layout import Layout
 from oci.trust import attachments, keyless, signer, verifier
 from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.keys import PrivateKey
-from oci.trust.policy import Identity, Rule
+from oci.trust.policy import Identity, TrustRule
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from oci.trust.verifier import Trust, Verified
 from rekindle.config import Limits
@@ -28,7 +29,7 @@ from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError, TrustError
 
 KEY, OTHER, STRANGER = (PrivateKey.generate() for _ in range(3))
-RULE = Rule(name="*", keys=(KEY.public,))
+RULE = TrustRule(name="*", keys=(KEY.public,))
 LIMITS = Limits()
 NOW = datetime.now(UTC)
 
@@ -60,11 +61,11 @@ def dated(about: Descriptor, created: Any, by: PrivateKey = KEY) -> Bundle:
     return bundle(about, by, SNAPSHOT, created=created)
 
 
-def verify(layout: Layout, root: Descriptor, rule: Rule = RULE, **more: Any) -> Verified[str]:
+def verify(layout: Layout, root: Descriptor, rule: TrustRule = RULE, **more: Any) -> Verified[str]:
     return verifier.verify("it", layout, root, rule, LIMITS, **more)
 
 
-def refusal(layout: Layout, root: Descriptor, rule: Rule = RULE, **more: Any) -> str:
+def refusal(layout: Layout, root: Descriptor, rule: TrustRule = RULE, **more: Any) -> str:
     """Why it is not accepted."""
     with pytest.raises(TrustError) as caught:
         verify(layout, root, rule, **more)
@@ -94,11 +95,37 @@ def test_what_is_verified_stays_as_it_is(layout: Layout, root: Descriptor) -> No
 def test_what_is_read_of_it_is_verified_by_the_same(layout: Layout, root: Descriptor) -> None:
     attach(layout, root, bundle(root), dated(root, "2026-01-02T03:04:05Z"))
     found = verify(layout, root)
-    mapped = found.map(len)
+    mapped = found.map(lambda text: len(text))
     assert (mapped.value, mapped.trust) == (2, found.trust)
     assert found.trust.by == f"key {KEY.public.hint}"
     with pytest.raises(ZeroDivisionError):
         found.map(lambda _: 1 // 0)
+
+
+class Reader:
+    def read(self, _: object) -> str:
+        return "evil"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        (lambda other: lambda _: other)("evil"),
+        lambda _, other="evil": other,
+        lambda _, *, other="evil": other,
+        functools.partial(str.replace, "evil"),
+        Reader().read,
+        ["evil"].__getitem__,
+        len,
+    ],
+    ids=["closure", "default", "keyword", "partial", "method", "built-in method", "built-in"],
+)
+def test_what_brings_anything_of_its_own_blesses_nothing(
+    layout: Layout, root: Descriptor, read: Callable[[object], object]
+) -> None:
+    attach(layout, root, bundle(root))
+    with pytest.raises(TypeError):
+        verify(layout, root).map(read)
 
 
 def test_what_was_not_looked_at_says_so() -> None:
@@ -111,7 +138,7 @@ def test_what_was_not_looked_at_says_so() -> None:
 
 def test_any_one_of_those_who_are_accepted_will_do(layout: Layout, root: Descriptor) -> None:
     attach(layout, root, bundle(root, STRANGER), bundle(root, OTHER))
-    rule = Rule(name="*", keys=(KEY.public, OTHER.public))
+    rule = TrustRule(name="*", keys=(KEY.public, OTHER.public))
     assert verify(layout, root, rule).trust.by == f"key {OTHER.public.hint}"
 
 
@@ -124,7 +151,7 @@ def test_where_a_log_is_wanted_a_key_is_not_enough(layout: Layout, root: Descrip
 
 def test_a_rule_without_anybody_accepts_nobody(layout: Layout, root: Descriptor) -> None:
     attach(layout, root, bundle(root))
-    assert "is not accepted" in refusal(layout, root, Rule(name="*"))
+    assert "is not accepted" in refusal(layout, root, TrustRule(name="*"))
 
 
 def test_no_signature_at_all(layout: Layout, root: Descriptor) -> None:
@@ -208,7 +235,7 @@ def test_a_certificate_is_left_to_those_who_know(
     layout: Layout, root: Descriptor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = Identity(identity="a@b.c", issuer="https://b.c")
-    rule = Rule(name="*", identities=(who,), trusted_root=Path("/root.json"))
+    rule = TrustRule(name="*", identities=(who,), trusted_root=Path("/root.json"))
     attach(layout, root, with_certificate(bundle(root)))
     asked: list[Any] = []
 
@@ -233,7 +260,7 @@ def test_a_certificate_is_left_to_those_who_know(
 
 def test_a_key_s_signature_where_identities_alone_are_accepted(layout: Layout, root: Descriptor) -> None:
     attach(layout, root, bundle(root))
-    rule = Rule(name="*", identities=(Identity(identity="a", issuer="b"),))
+    rule = TrustRule(name="*", identities=(Identity(identity="a", issuer="b"),))
     assert "is not accepted" in refusal(layout, root, rule)
 
 
@@ -405,6 +432,6 @@ def test_no_bundle_breaks_the_verifier(tmp_path: Path, path: tuple[Any, ...], va
     raw = dataclasses.replace(bundle(root), content=json.dumps(document).encode())
     attach(layout, root, raw)
     with pytest.raises(TrustError):
-        verify(layout, root, Rule(name="*", keys=(STRANGER.public,)))
+        verify(layout, root, TrustRule(name="*", keys=(STRANGER.public,)))
     attach(layout, root, bundle(root))
     assert verify(layout, root)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle restore` once its command line was read: typed options, and a listener that prints and writes."""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cli import _arguments, _plan, _report, _trust
+from rekindle.report import Report, Rung
+from restore.flow import LOWER_STATUS, plan, require_one, restore
+from restore.options import Listener, Options, Output
+
+if TYPE_CHECKING:
+    from oci.progress import Tally
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    options = Options(
+        image=args.image,
+        command=tuple(command),
+        rung=args.rung,
+        require=args.require or Rung.COLD,
+        publish=args.publish,
+        ready_url=args.ready_url,
+        ready_file=args.ready_file,
+        process_deadline=args.process_deadline,
+        cache_deadline=args.cache_deadline,
+        cache_dir=args.cache_dir,
+        paranoid=args.paranoid,
+        trust=_trust.options(args),
+        registry=_arguments.registry(args),
+        # With --json, stdout carries the report alone.
+        output=Output(stdout=2 if args.json else 1, stderr=2),
+    )
+    if args.plan:
+        return _show_plan(options, as_json=args.json)
+    _report.refuse_unwritable(args.report)
+    return restore(options, _Console(args))
+
+
+def _show_plan(options: Options, *, as_json: bool) -> int:
+    """Print what would be done; return the exit status that a restore would have, if all went well."""
+    decision = plan(options)
+    digest = decision.source.image.value.index.digest if decision.source else ""
+    _plan.show(decision.plan, decision.facts, options.image, digest, as_json=as_json)
+    require_one(decision, options.require)
+    return 0 if decision.plan.steps[0].possible else LOWER_STATUS
+
+
+class _Console(Listener):
+    """Lines and bars on the standard error; the report where it was asked for."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._tell = _report.console(quiet=args.quiet)
+
+    def say(self, text: str) -> None:
+        self._tell(text)
+
+    def progress(self, tally: "Tally | None") -> contextlib.AbstractContextManager[None]:
+        if tally is None:
+            return contextlib.nullcontext()
+        from cli._progress import shown
+
+        return shown(tally, quiet=self._args.quiet)
+
+    def ready(self, report: Report) -> None:
+        try:
+            _report.write(report, self._args.report, to_stdout=self._args.json)
+        except OSError as error:  # a server that runs is worth more than what is told of it
+            report.say(f"WARNING: the report cannot be written: {error}")
+
+    def interrupted(self, report: Report) -> None:
+        with contextlib.suppress(OSError):
+            _report.write(report, self._args.report, to_stdout=False)
+
+    def failed(self, report: Report) -> None:
+        self.interrupted(report)
+        with contextlib.suppress(OSError):
+            _report.write(report, None, to_stdout=self._args.json)

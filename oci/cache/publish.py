@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A staged kernel cache takes its place: renamed, or merged with what is there already."""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+
+from oci.cache.inventory import entry_key
+from oci.cache.staging import ExtractedRoot, Job
+from rekindle.engine.caches import CacheKind
+from rekindle.errors import UsageError
+
+_COMPARED_BYTES = 1 << 20
+_WITH_GROUPS = {CacheKind.TRITON, CacheKind.INDUCTOR, CacheKind.VLLM}
+
+
+def open_below(root: int, path: PurePosixPath) -> int:
+    """Opens a directory without following a link. Raises OSError."""
+    fd = os.dup(root)
+    for part in path.parts:
+        try:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
+
+
+def finish(job: Job) -> None:
+    """Makes paths within the cache true at its new place, and gives directories their modes and times."""
+    if job.root.kind in _WITH_GROUPS:
+        together = set(job.paths)
+        for path in job.groups:
+            _rewrite_group(job, path, together)
+    for path, mode, mtime_ns in reversed(job.directories):
+        directory = job.staging / path
+        directory.chmod(mode | 0o700)
+        os.utime(directory, ns=(mtime_ns, mtime_ns))
+    job.staging.chmod(0o755)
+
+
+def _rewrite_group(job: Job, path: PurePosixPath, together: Collection[PurePosixPath]) -> None:
+    """Lets a group of Triton's name its files where they are now: it holds absolute paths, and Triton takes
+    the whole group for missing if one of them is."""
+    file = job.staging / path
+    try:
+        document = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):  # Triton compiles anew then
+        return
+    children = document.get("child_paths") if isinstance(document, dict) else None
+    if not isinstance(children, dict):
+        return
+    moved = {
+        name: str(job.target / path.parent / name) if path.parent / name in together else old
+        for name, old in children.items()
+        if "/" not in name
+    }
+    if moved == children:
+        return
+    status = file.stat()
+    with open(file, "r+b") as opened:
+        opened.write(json.dumps({**document, "child_paths": moved}).encode())
+        opened.truncate()
+    os.utime(file, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
+def publish(job: Job, *, overwrite: bool) -> ExtractedRoot:
+    """Lets the cache be seen: in one step if nothing is there, or else entry by entry."""
+    target = Path(os.path.realpath(job.target))
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        with contextlib.suppress(OSError):  # somebody has put one there meanwhile
+            os.rename(job.staging, target)  # noqa: PTH104 - onto an empty directory, too
+            return ExtractedRoot(
+                kind=job.root.kind,
+                path=job.target,
+                files=job.root.files,
+                bytes=job.root.bytes,
+                kept=(),
+                written=tuple(job.paths),
+            )
+    try:
+        there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise UsageError(f"{job.target} is no directory", hint="--to DIR chooses another place") from None
+    try:
+        return _merge(job, there, overwrite=overwrite)
+    finally:
+        os.close(there)
+
+
+def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
+    groups: dict[str, list[PurePosixPath]] = {}
+    for path in job.paths:
+        key = entry_key(job.root.kind, path)
+        # What is kept by no key stands for itself, but for CUDA's cache, whose index belongs to all of it.
+        whole = key != "." or job.root.kind is CacheKind.CUDA
+        groups.setdefault(key if whole else str(path), []).append(path)
+    modes = {path: (mode, mtime_ns) for path, mode, mtime_ns in job.directories}
+    kept: list[str] = []
+    written: list[PurePosixPath] = []
+    size = replaced = 0
+    for key, paths in groups.items():
+        states = {path: _compare(job.staging / path, there, path) for path in paths}
+        if "blocked" in states.values() or ("different" in states.values() and not overwrite):
+            kept.append(key)
+            continue
+        for path, state in states.items():
+            if state != "same":
+                size += (job.staging / path).stat().st_size
+                _move(job.staging, there, path, modes, replace=overwrite)
+                if state == "absent":
+                    written.append(path)
+                else:
+                    replaced += 1
+    return ExtractedRoot(
+        kind=job.root.kind,
+        path=job.target,
+        files=len(written) + replaced,
+        bytes=size,
+        kept=tuple(sorted(kept)),
+        written=tuple(written),
+    )
+
+
+def _compare(staged: Path, there: int, path: PurePosixPath) -> str:
+    """What is at a path: `absent`, `same`, `different`, or `blocked` by what is no file of a cache."""
+    try:
+        parent = open_below(there, path.parent)
+    except FileNotFoundError:
+        return "absent"
+    except OSError:  # a link or a file where a directory should be
+        return "blocked"
+    try:
+        fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return "absent"
+    except OSError:
+        return "blocked"
+    finally:
+        os.close(parent)
+    with open(fd, "rb", buffering=0) as old, open(staged, "rb", buffering=0) as new:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return "blocked"
+        if status.st_size != os.fstat(new.fileno()).st_size:
+            return "different"
+        while piece := new.read(_COMPARED_BYTES):
+            if old.read(len(piece)) != piece:
+                return "different"
+    return "same"
+
+
+def _move(
+    staging: Path,
+    there: int,
+    path: PurePosixPath,
+    modes: Mapping[PurePosixPath, tuple[int, int]],
+    *,
+    replace: bool,
+) -> None:
+    """Moves one file to where it goes. Readers see it whole or not at all."""
+    at = PurePosixPath()
+    parent = os.dup(there)
+    try:
+        for part in path.parts[:-1]:
+            at /= part
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, modes[at][0] | 0o700, dir_fd=parent)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            os.close(parent)
+            parent = inner
+        if replace:
+            os.rename(staging / path, path.name, dst_dir_fd=parent)
+            return
+        # A link and not a rename: somebody may have put the same entry there meanwhile, and theirs stays.
+        try:
+            os.link(staging / path, path.name, dst_dir_fd=parent, follow_symlinks=False)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            os.rename(staging / path, path.name, dst_dir_fd=parent)
+            return
+        (staging / path).unlink()
+    finally:
+        os.close(parent)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a kernel cache may go, and the private directory beside it that it is written to first."""
+
+import contextlib
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from oci.cache.inventory import StoredRoot
+from rekindle.config import Limits
+from rekindle.engine.caches import CacheKind, is_within, place_below
+from rekindle.errors import FormatError, UsageError
+from rekindle.files import remove_tree, try_lock
+
+FILES_LIMIT = 1_000_000
+"""Of one cache, with its directories."""
+
+_STAGED = ".rekindle-"
+_ALONE_SECONDS = 60.0
+_FULL_HINT = "free some, or extract to another disk"
+
+
+# Nobody's kernel cache lies there, and a file that appears there may be run or read by others.
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+_SYSTEM_ALLOWED = ("/dev/shm", "/usr/local/share", "/usr/share")  # noqa: S108
+_PRIVATE = {".ssh", ".gnupg", ".config", ".aws", ".kube", ".docker", ".local"}
+
+
+# Of what programs keep for a user, a cache may lie beside the rest, where nothing is started from by itself.
+_DATA = (".local", "share")
+_STARTED = {"applications", "systemd", "dbus-1", "autostart", "keyrings", "bash-completion", "fish", "zsh"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractedRoot:
+    """Where a cache is now. `kept` are the entries that were there with other content, and stayed so;
+    `written` the paths below `path` of the files that were not there before."""
+
+    kind: CacheKind
+    path: Path
+    files: int
+    bytes: int
+    kept: Sequence[str]
+    written: Sequence[PurePosixPath] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A cache on its way."""
+
+    root: StoredRoot
+    target: Path
+    staging: Path
+    directories: list[tuple[PurePosixPath, int, int]] = field(default_factory=list)
+    groups: list[PurePosixPath] = field(default_factory=list)
+    paths: list[PurePosixPath] = field(default_factory=list)
+
+
+def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
+    if isinstance(to, Mapping) and str(to[root.name]) != root.recorded:
+        return to[root.name]
+    if isinstance(to, Path):
+        return place_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
+    real = os.path.realpath(root.recorded)
+    if (
+        any(is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)
+        and not any(is_within(real, directory) for directory in _SYSTEM_ALLOWED)
+    ) or any(_is_private(PurePosixPath(path)) for path in (root.recorded, real)):
+        raise UsageError(
+            f"the {root.kind} cache was recorded at {root.recorded}, where no cache belongs",
+            hint="extract it to a directory: --to DIR",
+        )
+    return Path(root.recorded)
+
+
+def _is_private(path: PurePosixPath) -> bool:
+    parts = list(path.parts)
+    if ".local" in parts:
+        at = parts.index(".local")
+        below = parts[at + 2 :]
+        if tuple(parts[at : at + 2]) == _DATA and below and below[0] not in _STARTED:
+            del parts[at : at + 2]
+    return bool(_PRIVATE & set(parts))
+
+
+def refuse_what_is_too_much(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
+    if root.files > FILES_LIMIT or root.bytes > limits.expanded_bytes(stored_bytes):
+        raise FormatError(
+            f"the {root.kind} cache becomes larger than is sane",
+            cause=f"{root.files:,} files of {root.bytes:,} bytes, from {stored_bytes:,} bytes",
+            hint="if that is as it should be, raise limits.expansion_ratio in the configuration",
+        )
+
+
+@contextlib.contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A private directory beside a place, locked while it is in use; gone at the end.
+
+    Within the place if that is a volume of its own, as in containers, or what is beside it cannot be
+    written: files can be moved on one file system only.
+    """
+    real = Path(os.path.realpath(target))
+    within = os.path.ismount(real) or (real.is_dir() and not os.access(real.parent, os.W_OK))
+    parent = real if within else real.parent
+    with contextlib.ExitStack() as stack:
+        for directory in reversed([parent, *parent.parents]):
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if directory.is_dir():  # a file system that may not be written to, further up
+                    continue
+                raise cannot_be_written(target, error) from None
+            stack.callback(_remove_if_empty, directory)
+        staging = parent / f".{target.name}{_STAGED}{os.urandom(6).hex()}"
+        # Held until ours is locked, lest another extraction take it for one that was left behind.
+        with alone_in(parent) as alone:
+            if alone:
+                sweep(parent, target.name)
+            try:
+                staging.mkdir(mode=0o700)
+            except OSError as error:
+                raise cannot_be_written(target, error) from None
+            stack.callback(remove_tree, staging)
+            fd = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            try_lock(fd)
+        yield staging
+
+
+@contextlib.contextmanager
+def alone_in(parent: Path) -> Iterator[bool]:
+    """Keeps other extractions from making or sweeping staging directories there; whether it could."""
+    fd = -1
+    alone = False
+    with contextlib.suppress(OSError):  # it is a file, or its file system has no such locks
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        alone = try_lock(fd, timeout=_ALONE_SECONDS)
+    try:
+        yield alone
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def cannot_be_written(target: Path, error: OSError) -> UsageError | OSError:
+    import errno
+
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return error
+    return UsageError(f"{target} cannot be written", cause=str(error), hint="--to DIR chooses another place")
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def sweep(parent: Path, name: str) -> None:
+    """Removes what killed extractions left beside a place."""
+    prefix = f".{name}{_STAGED}"
+    left: list[Path] = []
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        left = [Path(entry.path) for entry in entries if entry.name.startswith(prefix)]
+    for path in left:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if try_lock(fd):
+                    remove_tree(path)
+            finally:
+                os.close(fd)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image from one place to another, and the question who signed it: the whole of each, from its options."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from oci import resolve, store
+from oci.descriptor import Blobs
+from oci.options import RegistryOptions, TrustOptions
+from oci.reference import LayoutReference, RegistryReference, parse
+from rekindle.digest import Digest
+from rekindle.home import Home
+from rekindle.report import ByteCounts, ImageName, Report
+
+if TYPE_CHECKING:
+    from oci.progress import Tally
+    from oci.trust.verifier import Trust
+
+Show = Callable[["Tally"], contextlib.AbstractContextManager[None]]
+"""Shows people, within the context, what a tally counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """An image that was copied: its digest, what was moved, and which image it replaced, if any."""
+
+    digest: Digest
+    tally: "Tally"
+    replaced: Digest | None = None
+
+
+def copy(
+    source: str,
+    target: str,
+    *,
+    registry: RegistryOptions | None = None,
+    report: Report | None = None,
+    show: "Show | None" = None,
+) -> Copied:
+    """Copy an image with its signatures between the local store, OCI layouts and registries.
+
+    Digests stay, everything is checked against them on the way, and the tag comes last. What is there already
+    is not sent. Raises NotFoundError, RegistryError, CredentialsError, IntegrityError, SpaceError.
+    """
+    from oci import transfer
+    from oci.registry.repository import Repository
+
+    report = report or Report(verb="copy")
+    origin, goal = parse(source), parse(target)
+    home = store.open_home()
+    access = resolve.access(registry or RegistryOptions(), home)
+    replaced: Digest | None = None
+    with contextlib.ExitStack() as stack:
+        with report.phase("resolve"):
+            blobs: Blobs
+            if isinstance(origin, LayoutReference):
+                layout = store.layout_of(origin, home)
+                stack.enter_context(layout.reading())
+                blobs, root = layout, layout.resolve(origin.tag)
+            else:
+                blobs = stack.enter_context(Repository(origin, access))
+                root = blobs.resolve()
+            tree = transfer.explore(blobs, root, access.config.limits)
+        report.image = ImageName(reference=target, digest=root.digest)
+        stack.enter_context(_counted(report, access.tally))
+        with report.phase("transfer"), show(access.tally) if show else contextlib.nullcontext():
+            if isinstance(goal, RegistryReference):
+                same = isinstance(origin, RegistryReference) and origin.host == goal.host
+                # What the registry can take from the source's repository by itself.
+                mount_from = [origin.repository] if isinstance(origin, RegistryReference) and same else []
+                transfer.into_registry(blobs, tree, goal, access, mount_from=mount_from)
+            else:
+                layout = store.layout_of(goal, home, create=True)
+                before = layout.tags().get(goal.tag)
+                with store.collecting(layout, goal):
+                    transfer.into_layout(blobs, tree, layout, goal.tag, access)
+                if before is not None and before.digest != root.digest:
+                    replaced = before.digest
+    return Copied(digest=root.digest, tally=access.tally, replaced=replaced)
+
+
+def verify(
+    image: str, *, trust: TrustOptions | None = None, registry: RegistryOptions | None = None
+) -> "tuple[Digest, Trust]":
+    """Return the digest of an image and who signed it, by the policy or the rule given. Raises TrustError."""
+    reference, home = parse(image), Home.from_environment()
+    with resolve.source(reference, home, registry or RegistryOptions()) as source:
+        verified = resolve.verified(source, reference, home, trust or TrustOptions())
+        return source.root.digest, verified.trust
+
+
+@contextlib.contextmanager
+def _counted(report: Report, tally: "Tally") -> Iterator[None]:
+    """Put into the report what was moved, also when the copy fails."""
+    try:
+        yield
+    finally:
+        report.bytes = ByteCounts(
+            fetched=tally.fetched_bytes, sent=tally.sent_bytes, reused=tally.reused_bytes
+        )

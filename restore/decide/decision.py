@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a restore will do: image found and verified, node probed, plan made, address chosen."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oci import resolve
+from oci.image import Image
+from oci.reference import parse
+from oci.trust.verifier import Verified
+from rekindle import os_errors
+from rekindle.cell import Network
+from rekindle.cuda.search import starting_cuda
+from rekindle.engine import Endpoint, Engine, parse_endpoint
+from rekindle.engine.choose import for_command, restored
+from rekindle.errors import CapabilityError, RekindleError, UsageError
+from rekindle.home import Home
+from rekindle.record import Record
+from rekindle.report import ImageName, Report, Rung
+from restore.decide import facts as gathering
+from restore.decide import plan as planning
+from restore.decide.match_process import same_command
+from restore.decide.plan import Facts, Plan
+from restore.decide.rules import failure
+from restore.decide.source import Source
+from restore.options import Options
+from restore.signals import DeadlinePassed, Signals
+
+_DECIDE_SECONDS = 30.0  # where a cold start may take the image's place: registries may retry for long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The plan, what it was made from, and how its server is reached.
+
+    `source` and `home` are None if the image could not be reached and a cold start takes its place. `engine`
+    talks to the command that a lower rung starts; None if no engine knows it. `endpoint` is the address on
+    this host that leads to the server; None if nothing says where it will listen.
+    """
+
+    facts: Facts
+    plan: Plan
+    source: Source | None
+    home: Home | None
+    engine: Engine | None
+    endpoint: Endpoint | None
+
+    @property
+    def image(self) -> Verified[Image]:
+        """The image of a step above the cold start: there is none without."""
+        assert self.source is not None
+        return self.source.image
+
+
+def decide(
+    options: Options,
+    report: Report,
+    signals: Signals,
+    connections: contextlib.ExitStack,
+    *,
+    starts_cuda: bool,
+    with_cache: bool,
+) -> Decision:
+    """Gather the facts and make the plan. No layer is touched.
+
+    If the image cannot be had, and a cold start of the given command may take its place, that is the plan.
+    `connections` holds what the image is read by; `starts_cuda` lets the driver start meanwhile, for a record
+    that needs it. Raises TrustError, FormatError, IntegrityError for what must not run, on whatever rung.
+    """
+    replaceable = bool(options.command) and options.require is Rung.COLD
+    patience = options.process_deadline or _DECIDE_SECONDS
+    home: Home | None = None
+    source: Source | None = None
+    try:
+        with signals.raising(patience if replaceable else None), os_errors_as_capability():
+            home = _open_home()
+            facts, source = _gather(
+                options, home, report, connections, starts_cuda=starts_cuda, with_cache=with_cache
+            )
+    except (Exception, DeadlinePassed) as error:
+        if not replaceable or (isinstance(error, RekindleError) and not error.descends):
+            raise
+        connections.close()
+        with signals.raising():
+            reason = failure(Rung.PROCESS, "image", error)
+            report.image = report.image or ImageName(reference=options.image)
+            report.say(f"WARNING: cold start: {reason.here}")
+            facts = dataclasses.replace(gathering.without_image(options.command), unreached=reason)
+            source = None
+    plan = make_plan(facts, options)
+    engine = _engine(facts, options)
+    return Decision(
+        facts=facts,
+        plan=plan,
+        source=source,
+        home=home,
+        engine=engine,
+        endpoint=_endpoint(plan, facts, engine, options),
+    )
+
+
+def make_plan(facts: Facts, options: Options) -> Plan:
+    """Return the plan with the deadlines and the policy that the options ask for."""
+    made = planning.make(facts, options.rung, gathering.strictness(options.trust.policy))
+    chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
+    steps = [
+        dataclasses.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
+        for step in made.steps
+    ]
+    return dataclasses.replace(made, steps=steps)
+
+
+@contextlib.contextmanager
+def os_errors_as_capability() -> Iterator[None]:
+    """Turn what the system refuses within the context into an error that the ladder may go down after."""
+    try:
+        yield
+    except OSError as error:
+        told = os_errors.from_os_error(error)
+        if told is None:
+            raise
+        if isinstance(told, UsageError):
+            told = CapabilityError(told.message, cause=told.cause)
+        raise told from error
+
+
+def _gather(
+    options: Options,
+    home: Home,
+    report: Report,
+    connections: contextlib.ExitStack,
+    *,
+    starts_cuda: bool,
+    with_cache: bool,
+) -> tuple[Facts, Source]:
+    """Find the image, verify it, read its record, and look at this node."""
+    reference = parse(options.image)
+    found = connections.enter_context(resolve.source(reference, home, options.registry))
+    verified = resolve.verified(found, reference, home, options.trust)
+    report.trusted_by = verified.trust.by
+    image = gathering.load(verified)
+    report.image = ImageName(reference=options.image, digest=image.value.index.digest)
+    cuda = connections.enter_context(starting_cuda(image.value.record, home)) if starts_cuda else None
+    facts, kernels = gathering.gather(
+        image,
+        reference,
+        home,
+        options.command,
+        with_cache=with_cache,
+        with_abilities=options.rung is Rung.PROCESS,
+        starting=cuda,
+    )
+    source = Source(
+        image,
+        kernels,
+        reference=reference,
+        home=home,
+        registry=options.registry,
+        tally=found.tally,
+        cuda=cuda,
+        connections=connections,
+    )
+    return facts, source
+
+
+def _open_home() -> Home:
+    try:
+        return Home.from_environment()
+    except UsageError as error:  # as in a container that may write nowhere
+        raise CapabilityError(error.message, cause=error.cause, hint=error.hint) from None
+
+
+def _engine(facts: Facts, options: Options) -> Engine | None:
+    """Return who talks to the command that a lower rung starts; None if no engine knows it."""
+    record = facts.image.record if facts.image else None
+    if not options.command:
+        return restored(record.engine, record.endpoint, record.engine_options) if record else None
+    known = record if record and same_command(record.command, options.command) else None
+    if not options.ready_url and known is not None and known.engine != "vllm":
+        return restored(known.engine, known.endpoint, known.engine_options)
+    try:
+        engine = for_command(options.command, ready_url=options.ready_url)
+    except UsageError:
+        if options.ready_url:
+            raise
+        return None
+    return _with_recorded_answer(engine, known)
+
+
+def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
+    """Return the engine, told what counts of the answer if it is the recorded server at another address."""
+    if known is None or known.engine != engine.name or known.engine == "vllm":
+        return engine
+    options = {**known.engine_options, "ready_path": engine.options()["ready_path"]}
+    return restored(known.engine, engine.endpoint, options)
+
+
+def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options) -> Endpoint | None:
+    """Return the host's address that leads to the server; None if nothing says where it will listen."""
+    image = facts.image
+    listens = engine.endpoint if engine else None
+    if listens is None and image and plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible:
+        listens = image.record.endpoint
+    if options.publish is None:
+        return listens
+    if image and image.record.process.network is Network.HOST:
+        raise UsageError(
+            "--publish does not go with a snapshot that has the host's network",
+            hint=f"it listens on {image.record.endpoint} itself",
+        )
+    if listens is None:
+        raise UsageError("--publish needs to know where the command listens", hint="add --ready-url URL")
+    return parse_endpoint(options.publish, listens.host)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One restore, from its options to the end of the server: decide, climb down the ladder, announce, serve."""
+
+import contextlib
+import functools
+import os
+import threading
+
+from oci import store
+from rekindle.cell import Cell
+from rekindle.errors import Interrupted
+from rekindle.report import Outcome, Report, Rung
+from restore.decide.decision import Decision, decide, os_errors_as_capability
+from restore.decide.plan import Step, require_possible
+from restore.options import Listener, Options
+from restore.rungs import ladder
+from restore.rungs.ladder import Taken
+from restore.rungs.run import Run
+from restore.serve import notify
+from restore.serve.address import Address
+from restore.serve.announce import Announcer
+from restore.signals import Signals
+
+LOWER_STATUS = 3
+"""The exit status of what was done on a lower rung than asked for."""
+
+_OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
+
+
+def restore(options: Options, listener: Listener | None = None) -> int:
+    """Bring a saved server back by the best way that this node allows, and serve until it ends.
+
+    To be called in the main thread: signals go to the server meanwhile. Returns the server's exit status as a
+    shell counts, but 3 instead of 0 on a rung below `options.rung`. Raises RekindleError if no rung could be
+    taken, Interrupted if a signal ended us before the server was ready; nothing is left of the try then.
+    """
+    listener = listener or Listener()
+    report = Report(verb="restore", asked=options.rung, tell=listener.say)
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        announcer = Announcer(report, listener, options.ready_file)
+        run = Run(options=options, report=report, listener=listener, signals=signals, announcer=announcer)
+        try:
+            decision, taken = _bring_up(run, stack)
+        except BaseException as error:
+            report.fail(error)
+            listener.failed(report)
+            raise
+        return _serve(run, decision, taken)
+
+
+def plan(options: Options) -> Decision:
+    """Return what a restore would do here. Only manifests and records are fetched; nothing is started."""
+    report = Report(verb="restore", asked=options.rung)
+    with Signals() as signals, contextlib.ExitStack() as connections:
+        return decide(options, report, signals, connections, starts_cuda=False, with_cache=True)
+
+
+def require_one(decision: Decision, lowest: Rung) -> None:
+    """Raise CapabilityError or MismatchError, as a restore would, if no rung down to `lowest` is left."""
+    rungs = list(Rung)
+    steps = [step for step in decision.plan.steps if rungs.index(step.rung) <= rungs.index(lowest)]
+    if not any(step.possible for step in steps):
+        require_possible(steps[-1].reasons)
+
+
+def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, Taken]:
+    """Take the best rung that can be taken, and fill the report."""
+    options, report = run.options, run.report
+    wants_process = options.rung is Rung.PROCESS and os.geteuid() == 0
+    cell = stack.enter_context(Cell()) if wants_process else None  # it boots while we decide
+    connections = stack.enter_context(contextlib.ExitStack())
+    stack.enter_context(notify.ready_file(options.ready_file))
+    with report.phase("decide"):
+        decision = decide(
+            options,
+            report,
+            run.signals,
+            connections,
+            starts_cuda=cell is not None,
+            with_cache=options.rung is Rung.CACHE,
+        )
+        address = stack.enter_context(Address(decision.endpoint))
+    take = functools.partial(_take, run, decision, address, cell)
+    taken = ladder.climb(decision.plan, take, report, stack, require=options.require)
+    connections.close()
+    source = decision.source
+    report.bytes.written = report.bytes.written or 0
+    report.bytes.fetched = source.tally.fetched_bytes if source and source.tally else 0
+    report.endpoint = str(decision.endpoint) if decision.endpoint else None
+    report.pid = os.getpid()
+    if taken.status is None:
+        report.outcome, report.error = _OUTCOMES[taken.rung], None
+        run.announcer.say_ready(taken.rung)
+    return decision, taken
+
+
+def _take(
+    run: Run, decision: Decision, address: Address, cell: Cell | None, step: Step, stack: contextlib.ExitStack
+) -> Taken:
+    try:
+        with os_errors_as_capability():
+            match step.rung:
+                case Rung.PROCESS:
+                    from restore.rungs import process
+
+                    assert cell is not None
+                    return process.take(run, decision, address, cell, step, stack)
+                case Rung.CACHE:
+                    from restore.rungs import cache
+
+                    return cache.take(run, decision, address, cell, step, stack)
+                case Rung.COLD:
+                    from restore.rungs import cold
+
+                    return cold.take(run, decision, address, cell, stack)
+    except Interrupted as interrupted:
+        run.announcer.asked_to_end(interrupted.signum)  # now: the clean-up may take a while
+        raise
+
+
+def _serve(run: Run, decision: Decision, taken: Taken) -> int:
+    """Tell that the server is ready, and look after it to its end; return the exit status."""
+    run.listener.ready(run.report)
+    # What killed commands left may be gigabytes: a restore does not wait for its removal.
+    if decision.home is not None:
+        threading.Thread(target=store.sweep, args=[decision.home], daemon=True).start()
+    status = taken.status
+    if status is None:
+        run.announcer.ready()
+        status = taken.serving.run()
+        run.announcer.stopping()
+    return status or (0 if taken.rung == run.options.rung else LOWER_STATUS)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The middle rung: the command on the saved kernel cache, and the proof that the cache was hit."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+from rekindle.cell import Cell
+from rekindle.engine.choose import as_compiled
+from rekindle.report import Rung
+from restore.decide.decision import Decision, make_plan
+from restore.decide.plan import Step, require_possible
+from restore.rungs import place_cache, server
+from restore.rungs.ladder import Taken
+from restore.rungs.proof import Watched
+from restore.rungs.run import Run
+from restore.serve.address import Address
+
+
+def take(
+    run: Run,
+    decision: Decision,
+    address: Address,
+    cell: Cell | None,
+    step: Step,
+    stack: contextlib.ExitStack,
+) -> Taken:
+    """Put the kernel cache where the server looks, start the command, and see what it used of it."""
+    source = decision.source
+    assert source is not None
+    with run.signals.raising(step.deadline_seconds):
+        source.reconnect()
+        step = _with_inventory(run, decision, step)
+    with run.signals.raising(step.deadline_seconds):
+        environment, where = place_cache.place(run, decision, step, stack)
+    with Watched(source.roots(step), where) as watched:
+        command = _as_compiled(decision)
+        return server.start(run, decision, address, cell, stack, Rung.CACHE, command, environment, watched)
+
+
+def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
+    """Return the step as the kernel cache's inventory makes it, if that was not read for the plan."""
+    source, facts = decision.source, decision.facts
+    if source is None or not facts.cache_unread:
+        return step
+    with run.report.phase("decide"):
+        facts = dataclasses.replace(facts, cache=source.read_kernels().value, cache_unread=False)
+        step = next(each for each in make_plan(facts, run.options).steps if each.rung is Rung.CACHE)
+    run.report.reasons += step.reasons
+    require_possible(step.reasons)
+    return step
+
+
+def _as_compiled(decision: Decision) -> Sequence[str]:
+    """Return the command, with what of its options decides whether a saved kernel is found."""
+    record, command = decision.image.value.record, decision.facts.command
+    assert command
+    here = decision.facts.node.devices.gpus
+    if record.engine != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
+        return command
+    return as_compiled(command, record.engine_options)

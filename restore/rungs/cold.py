@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lowest rung: the command alone."""
+
+import contextlib
+import os
+from collections.abc import Mapping
+
+from rekindle.cell import Cell
+from rekindle.report import Rung
+from restore.decide.decision import Decision
+from restore.rungs import place_cache, server
+from restore.rungs.ladder import Taken
+from restore.rungs.run import Run
+from restore.serve.address import Address
+
+
+def take(
+    run: Run, decision: Decision, address: Address, cell: Cell | None, stack: contextlib.ExitStack
+) -> Taken:
+    """Start the command as it stands; a recorded one with the recorded environment where none is set."""
+    facts = decision.facts
+    environment: Mapping[str, str] = os.environ
+    if facts.image is not None and not facts.given:
+        environment = place_cache.environment(facts.image.record, os.environ)
+    assert facts.command
+    return server.start(run, decision, address, cell, stack, Rung.COLD, facts.command, environment)

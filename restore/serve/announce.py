@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is told what becomes of a server: the platform by sd_notify and a file, the caller by the report."""
+
+import signal
+from pathlib import Path
+
+from rekindle.report import Outcome, Report, Rung, interrupted
+from restore.options import Listener
+from restore.serve import notify
+
+_HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}
+
+
+class Announcer:
+    """Says once that the server is ready, and once that it takes no more requests."""
+
+    def __init__(self, report: Report, listener: Listener, ready_file: Path | None) -> None:
+        self._report = report
+        self._listener = listener
+        self._ready_file = ready_file
+        self._is_ready = False
+
+    def say_ready(self, rung: Rung) -> None:
+        """Tell people on which rung the server is ready, and what came of its kernel cache."""
+        report = self._report
+        first = report.first_token_seconds
+        after = f" after {first:.2f} s to the first token" if first else ""
+        report.say(f"ready ({_HOW[rung]}) on {report.endpoint or 'its address'}{after}")
+        if report.cache is not None:
+            proof = report.cache
+            report.say(
+                f"kernel cache: {proof['verdict']}; {proof['used']} of {proof['entries']} entries used, "
+                f"{proof['made']} made anew"
+            )
+
+    def ready(self) -> None:
+        """Tell the platform that requests may come."""
+        self._is_ready = True
+        notify.ready(self._ready_file)
+        if self._ready_file is not None and not self._ready_file.exists():
+            self._report.say(f"WARNING: --ready-file {self._ready_file} cannot be made")
+
+    def stopping(self) -> None:
+        """Tell the platform to send no more requests. Idempotent."""
+        if self._is_ready:
+            self._is_ready = False
+            notify.stopping(self._ready_file)
+
+    def asked_to_end(self, signum: int) -> None:
+        """Tell what is known now: the platform that sent the signal may not wait for the clean-up."""
+        if self._report.outcome is Outcome.FAILED:
+            self._report.error = interrupted(signum)
+            self._listener.interrupted(self._report)
+        elif signum != signal.SIGHUP:  # upon which some servers read their configuration again
+            self.stopping()

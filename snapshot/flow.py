@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One snapshot, from its options to the published image: make, pack, sign, prove, publish."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from oci import image as images
+from oci import layers, resolve, store, transfer
+from oci.cache import pack
+from oci.descriptor import Descriptor
+from oci.layout import Layout
+from oci.reference import Reference, RegistryReference, parse
+from oci.registry.repository import Access, Repository
+from oci.trust import machine, signer
+from oci.trust.verifier import Verified
+from rekindle import criu, dump_tree
+from rekindle.cell import Cell
+from rekindle.cuda.search import cuda_door, starting_cuda
+from rekindle.engine import Engine
+from rekindle.engine.choose import Weights, asleep, for_command
+from rekindle.engine.vllm import VllmEngine
+from rekindle.errors import RekindleError, UsageError
+from rekindle.files import remove_tree
+from rekindle.home import Home
+from rekindle.node.gpu import probe
+from rekindle.node.packages import versions
+from rekindle.report import ImageName, Report
+from restore import dumps
+from restore.decide import match_process, plan
+from restore.decide.abilities import Abilities
+from restore.decide.rules import reason_for
+from restore.options import Output
+from restore.rungs import process
+from snapshot import make, secret_search
+from snapshot.describe import Dumped
+from snapshot.options import Progress, SnapshotOptions
+from snapshot.warm import read_requests
+
+Signatures = tuple[list[Descriptor], list[Descriptor]]
+"""Those by this machine's key, and those by the user's."""
+
+
+def snapshot(
+    options: SnapshotOptions, report: Report | None = None, progress: Progress | None = None
+) -> images.Image:
+    """Start a server, warm it, prove it, and save it as an image; fill the report. The server ends with it.
+
+    Needs root. The tag is published last: on any failure nothing is visible, and nothing is left. Raises
+    SecretError, NotDumpableError, DumpError, OracleError, and what registries and keys raise.
+    """
+    report = report or Report(verb="snapshot")
+    progress = progress or Progress()
+    reference = parse(options.image)
+    command = list(options.command)
+    engine = for_command(command, ready_url=options.ready_url, oracle_file=options.oracle_file)
+    ours = {name: value for name, value in os.environ.items() if name not in options.private_variables}
+    environment = {**engine.environment(), **ours}
+    nvidia = any(gpu.vendor == "nvidia" for gpu in probe().gpus)
+    warmed = options.warm_file is not None
+    engine = _sleeping(engine, options.weights, command, environment, nvidia=nvidia, warmed=warmed)
+    credentials = secret_search.KnownSecrets.of(environment, command, options.secrets)
+    home = store.open_home()
+    spec = make.ServerSpec(
+        argv=command,
+        environment=environment,
+        network=options.network,
+        ready_timeout=options.ready_seconds,
+        warm_requests=read_requests(options.warm_file) if options.warm_file else None,
+        credentials=credentials,
+        find_door=cuda_door(home) if nvidia else None,
+    )
+    access = resolve.access(options.registry, home)
+    _require_target(reference, access)
+    with home.work("snapshot") as work, credentials.kept_out_of_errors():
+        with report.phase("find criu"):
+            tool = criu.find(home)
+        keep = options.keep_dump
+        made = make.make(
+            spec,
+            engine,
+            tool,
+            work,
+            report,
+            scan=dump_tree.scan,
+            keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
+        )
+        staging = Layout.create(work / "layout")
+        kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
+        with report.phase("pack"):
+            packed = layers.pack(work / "dump", made.record.files, staging, workers=layers.workers())
+            remove_tree(work / "dump")
+            image = images.build(staging, made.record, packed, kernels)
+        with report.phase("sign"):
+            subjects = [image.index, *([image.cache] if image.cache else [])]
+            attested = signer.predicate(made.record)
+            signatures = machine.sign(staging, subjects, attested, options.sign, home)
+            proved = machine.verify_made_here(image, staging, home)
+        report.image = ImageName(reference=options.image, digest=image.index.digest)
+        report.bytes.dump, report.bytes.written = made.record.dump_bytes, image.size_bytes
+        if options.prove:
+            _prove(home, work, proved, tool, engine, report)
+        with report.phase("publish"):
+            _publish(staging, image, signatures, reference, access, home, report, progress)
+    return image
+
+
+def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:
+    with report.phase("pack cache"):
+        return pack.pack(
+            made.caches,
+            staging,
+            created=made.record.created,
+            architecture=made.record.node.architecture,
+            versions=made.record.node.packages,
+            workers=layers.workers(),
+            say=report.say,
+        )
+
+
+def _sleeping(
+    engine: Engine,
+    weights: Weights | None,
+    command: list[str],
+    environment: Mapping[str, str],
+    *,
+    nvidia: bool,
+    warmed: bool,
+) -> Engine:
+    """The engine of a server that sleeps through the snapshot, if it can and shall."""
+    if not isinstance(engine, VllmEngine):
+        if weights not in {None, Weights.AS_IS}:
+            raise UsageError(f"--weights {weights} is for vLLM; other servers are taken as they are")
+        return engine
+    weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
+    if weights is Weights.AS_IS:
+        return engine
+    return asleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
+
+
+def _require_target(reference: Reference, access: Access) -> None:
+    """Raises what a registry that cannot be pushed to would raise at the end, after all the work."""
+    if isinstance(reference, RegistryReference):
+        if reference.digest is not None:
+            raise UsageError(f"{reference} names a digest, which nobody knows before", hint="give it a tag")
+        with Repository(reference, access) as repository:
+            repository.tagged(reference.tag)
+
+
+def _publish(
+    staging: Layout,
+    image: images.Image,
+    signatures: Signatures,
+    reference: Reference,
+    access: Access,
+    home: Home,
+    report: Report,
+    progress: Progress,
+) -> None:
+    own, given = signatures
+    if isinstance(reference, RegistryReference):
+        try:
+            tree = transfer.explore(staging, image.index, access.config.limits)
+            with progress.sending(access.tally):
+                transfer.into_registry(staging, tree, reference, access)
+            report.bytes.sent = access.tally.sent_bytes
+        except RekindleError as error:
+            # It took minutes to make.
+            name = f"{reference.repository}:{reference.tag}"
+            kept = Layout.create(home.store)
+            kept.publish(staging, image.index, name, [*own, *given])
+            error.hint = f"it is kept here: rekindle push {name} {reference}"
+            raise
+        return
+    layout = store.layout_of(reference, home, create=True)
+    with store.collecting(layout, reference):
+        attached = [*given, *(own if reference.directory is None else [])]
+        layout.publish(staging, image.index, reference.tag, attached)
+
+
+def _prove(
+    home: Home,
+    work: Path,
+    proved: Verified[images.Image],
+    tool: criu.Criu,
+    engine: Engine,
+    report: Report,
+) -> None:
+    """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`.
+
+    As on another day: the files that the server logged to are gone.
+    """
+    image = proved.value
+    for name in ("stdout.log", "stderr.log"):
+        (work / name).rename(work / f"before-{name}")
+    record = image.record
+    different = match_process.look(record)
+    found = match_process.process(record, record.node, Abilities(criu=tool), different)
+    plan.require_possible([reason_for(each) for each in found])
+    log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        proof = Report(verb="restore")
+        with (
+            report.phase("prove"),
+            starting_cuda(record, home) as cuda,
+            Cell() as cell,
+            dumps.ready(home, work, proved, proof) as dump,
+        ):
+            process.restore(
+                cell,
+                image.record,
+                dump,
+                tool=tool,
+                home=home,
+                work=work,
+                output=Output(stdout=log, stderr=log),
+                report=proof,
+                engine=engine,
+                cuda=process.Cuda(search=cuda) if cuda else None,
+            )
+        report.oracle = proof.oracle
+    finally:
+        os.close(log)
+
+
+def _copy(dump: Path, target: Path) -> None:
+    """Keeps CRIU's dump as it is, for `rekindle bench` to compare with."""
+
+    shutil.copytree(dump, target, symlinks=True)
