@@ -96,8 +96,11 @@ class Blobs(Protocol):
     def cancel(self) -> None:
         """Ends all reads that are under way in other threads, where they could take long."""
 
-    def distrust(self) -> bool:
-        """After bytes that were not those of their digest: whether another try reads them elsewhere."""
+    def fall_back_to_origin(self) -> bool:
+        """Read from the origin alone from now on. Return False if that changes nothing.
+
+        Called after bytes did not match their digest.
+        """
 
 
 def verified(stream: io.RawIOBase, descriptor: Descriptor, *, kind: str = "blob") -> VerifiedStream:

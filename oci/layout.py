@@ -140,8 +140,8 @@ class Layout:
     def cancel(self) -> None:
         """See `Blobs.cancel`: files do not take long."""
 
-    def distrust(self) -> bool:
-        """See `Blobs.distrust`: there is nothing but the files."""
+    def fall_back_to_origin(self) -> bool:
+        """Return False: there is no origin but these files. See `Blobs`."""
         return False
 
     def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:

@@ -246,7 +246,7 @@ def _bring_attached(blobs: Sequence[Descriptor], bring: Callable[[Descriptor], N
                 bring(blob)
                 break
             except IntegrityError:
-                if not source.distrust():
+                if not source.fall_back_to_origin():
                     raise
 
 
@@ -269,7 +269,7 @@ def _bring_all(
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             # The target is not to be cancelled before another try: that needs it.
-            if isinstance(error, IntegrityError) and source.distrust():
+            if isinstance(error, IntegrityError) and source.fall_back_to_origin():
                 return False
             source.cancel()
             target.cancel()

@@ -126,7 +126,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
         except (IntegrityError, FormatError):
             # What a mirror gave is gone before the registry itself is asked.
             remove_tree(staged)
-            if not image.blobs.distrust():
+            if not image.blobs.fall_back_to_origin():
                 raise
     report.bytes.written = written
     (staged / "ready.json").write_text(

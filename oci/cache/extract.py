@@ -109,7 +109,7 @@ def extract(
             try:
                 _read_all(image, jobs, limits, workers or len(os.sched_getaffinity(0)))
             except IntegrityError:
-                if not image.blobs.distrust():
+                if not image.blobs.fall_back_to_origin():
                     raise
                 continue
             for job in jobs:

@@ -13,7 +13,7 @@ from oci.cache.inventory import json_object
 from rekindle.errors import SecretError
 from rekindle.fields import JSON
 from rekindle.secrets.forms import find_token, is_secret_value
-from rekindle.secrets.redact import redact_environment, sounds_secret
+from rekindle.secrets.redact import is_secret_name, redact_environment
 
 SEARCHED_BYTES = 8 << 20  # of a file; texts are smaller
 _SNIFFED_BYTES = 8192
@@ -38,7 +38,7 @@ def refuse_secrets(path: PurePosixPath, content: bytes) -> None:
 def _is_secret(key: str, value: str) -> bool:
     if not is_secret_value(key, value):
         return False
-    if any(sounds_secret(part) for part in key.split(".")):
+    if any(is_secret_name(part) for part in key.split(".")):
         return True
     # user:password@ in a URL
     return redact_environment({"URL": value}) != {"URL": value}

@@ -140,8 +140,8 @@ class Repository:
         self._downloads.close()
         self._connections.close()
 
-    def distrust(self) -> bool:
-        """See `Blobs.distrust`: from now on, only the registry itself is asked, if there were others."""
+    def fall_back_to_origin(self) -> bool:
+        """Read from the registry itself from now on, if there were mirrors. See `Blobs`."""
         if not self._mirrors:
             return False
         self.cancel()

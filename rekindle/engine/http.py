@@ -17,7 +17,7 @@ from rekindle.engine import Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
 from rekindle.fields import JSON, Fields
-from rekindle.secrets.redact import sounds_secret
+from rekindle.secrets.redact import is_secret_name
 
 _TIMEOUT_SECONDS = 10.0
 _INDEX = re.compile(r"0|[1-9][0-9]*")
@@ -58,7 +58,7 @@ class HttpEngine(Engine):
                     hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
                 ) from error
             for name, value in request.headers.items():
-                if sounds_secret(name) and not value.startswith("$"):
+                if is_secret_name(name) and not value.startswith("$"):
                     raise UsageError(
                         f"{oracle_file} holds a secret in the header {name}",
                         cause="the request becomes part of the image",

@@ -46,7 +46,7 @@ class Secret:
     by_name: bool
 
 
-def sounds_secret(name: str) -> bool:
+def is_secret_name(name: str) -> bool:
     """Whether a name says that its value is a secret."""
     return _NAME.search(name) is not None and _COUNT.match(name) is None
 
@@ -56,7 +56,7 @@ def redact_environment(environment: Mapping[str, str], hide: Collection[str] = (
     return {
         name: _redact_text(value, hide)
         for name, value in sorted(environment.items())
-        if not sounds_secret(name)
+        if not is_secret_name(name)
     }
 
 
@@ -72,7 +72,7 @@ def environment_secrets(environment: Mapping[str, str]) -> list[Secret]:
     """The values that a name, the form of a token or the syntax of a URL tells to be secrets."""
     found = []
     for name, value in environment.items():
-        if sounds_secret(name):
+        if is_secret_name(name):
             found.append(Secret(name=name, value=value, by_name=True))
         found += _by_form(name, value)
     return found

@@ -16,7 +16,7 @@ from rekindle.engine import caches
 from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, place_below
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.record import Record
-from rekindle.secrets.redact import HIDDEN, redact_command, sounds_secret
+from rekindle.secrets.redact import HIDDEN, is_secret_name, redact_command
 from restore.decide import match_process
 from restore.decide.decision import Decision
 from restore.decide.difference import Difference
@@ -62,7 +62,7 @@ def differences(record: Record, environment: Mapping[str, str], command: Sequenc
     """What differs from the recorded start and may change the keys under which a server looks for kernels."""
     found = []
     for name in sorted({*record.environment, *environment}):
-        if not name.startswith(_IN_KEYS) or name in _NOT_IN_KEYS or sounds_secret(name):
+        if not name.startswith(_IN_KEYS) or name in _NOT_IN_KEYS or is_secret_name(name):
             continue
         was, here = record.environment.get(name), environment.get(name)
         if was != here and HIDDEN not in (was or ""):

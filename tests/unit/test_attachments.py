@@ -62,7 +62,7 @@ class Blobs:
 
     def cancel(self) -> None: ...
 
-    def distrust(self) -> bool:
+    def fall_back_to_origin(self) -> bool:
         return False
 
     def attach(self, about: Descriptor, content: bytes, /, **changes: Any) -> Descriptor:

@@ -520,7 +520,7 @@ class Elsewhere:
     def cancel(self) -> None:
         self.cancelled += 1
 
-    def distrust(self) -> bool:
+    def fall_back_to_origin(self) -> bool:
         return bool(self.answers)
 
 
@@ -648,7 +648,7 @@ class OneBlob:
     def cancel(self) -> None:
         pass
 
-    def distrust(self) -> bool:
+    def fall_back_to_origin(self) -> bool:
         return False
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from rekindle.secrets.redact import redact_command, redact_environment, sounds_secret
+from rekindle.secrets.redact import is_secret_name, redact_command, redact_environment
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,8 @@ from rekindle.secrets.redact import redact_command, redact_environment, sounds_s
         "API_TOKENS",
     ],
 )
-def test_a_name_of_a_secret_sounds_secret(name: str) -> None:
-    assert sounds_secret(name)
+def test_the_name_of_a_secret_is_recognised(name: str) -> None:
+    assert is_secret_name(name)
     assert redact_environment({name: "hush"}) == {}
 
 
@@ -32,7 +32,7 @@ def test_a_name_of_a_secret_sounds_secret(name: str) -> None:
     ],
 )
 def test_another_name_does_not(name: str) -> None:
-    assert not sounds_secret(name)
+    assert not is_secret_name(name)
     assert redact_environment({name: "value"}) == {name: "value"}
 
 

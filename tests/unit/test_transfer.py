@@ -150,7 +150,7 @@ class Attached:
     def __init__(self, layout: Layout, *listed: Descriptor, error: Exception | None = None) -> None:
         self._layout, self._listed, self._error = layout, listed, error
         self.read, self.open_blob = layout.read, layout.open_blob
-        self.cancel, self.distrust = layout.cancel, layout.distrust
+        self.cancel, self.fall_back_to_origin = layout.cancel, layout.fall_back_to_origin
 
     def referrers(self, _: Digest) -> list[Descriptor]:
         if self._error:
@@ -279,7 +279,7 @@ class Target:
 
 
 class Source:
-    """A layout which gives wrong bytes of some blobs, until it is distrusted."""
+    """A layout which gives wrong bytes of some blobs, until told to fall back to the origin."""
 
     def __init__(self, layout: Layout, *wrong: Descriptor, places: int = 2) -> None:
         self._layout = layout
@@ -303,7 +303,7 @@ class Source:
     def cancel(self) -> None:
         self.cancelled = True
 
-    def distrust(self) -> bool:
+    def fall_back_to_origin(self) -> bool:
         self._places -= 1
         return self._places > 0
 
@@ -363,7 +363,7 @@ def test_wrong_bytes_are_asked_for_elsewhere(layout: Layout, tree: transfer.Tree
 def test_wrong_bytes_everywhere_are_an_error(layout: Layout, tree: transfer.Tree) -> None:
     source, target = Source(layout, *tree.blobs, places=1), Target()
     source._places = 2
-    source.distrust = lambda: False  # type: ignore[method-assign]
+    source.fall_back_to_origin = lambda: False  # type: ignore[method-assign]
     with pytest.raises(IntegrityError):
         copy(source, tree, target)
     assert source.cancelled
