@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dumps ready to restore, kept by the digest of their manifest.
+"""Keep unpacked dumps, named by the digest of their manifest.
 
     dumps/HEX/
-        criu/  shm/             the tree, as CRIU wants it
-        ready.json              when it was complete: under which boot, how large; its mtime is the last use
-    dumps/HEX.lock              shared by those who restore from it, exclusive for who makes or removes it
+        criu/  shm/             the tree as CRIU reads it
+        ready.json              written last: boot id, size, seal; its mtime is the time of the last use
+    dumps/HEX.lock              held shared while restoring from the dump, exclusively to write or remove it
 
-They are not synced to disk, being quick to make again; so one that was made before the last boot is not
-trusted to be whole.
+Dumps are not synced to disk, because they are quick to unpack again. One from before the last boot may
+therefore be incomplete, and is not used.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ _WAIT_SECONDS = 3600.0
 def ready(
     home: Home, work: Path, verified: Verified[Image], report: Report, *, paranoid: bool = False
 ) -> Iterator[Path]:
-    """The directory of an image's dump, unpacked if it is not there yet, and kept while in use.
+    """Yield the directory of an image's dump: unpacked if missing, and not removed within the context.
 
-    Readers never see half a dump: it is unpacked in `work` and renamed. One that was kept is taken only if
-    nothing about its files has changed since; with `paranoid`, it is never taken.
+    Atomic: the dump is unpacked in `work` and renamed. A kept dump is reused only if none of its files has
+    changed; with `paranoid`, it is unpacked again.
 
-    Raises SpaceError, and removes none, if the disk has not enough room even without the others.
+    Raises SpaceError, before removing other dumps, if the dump is larger than the whole disk.
     """
     image = verified.value
     fresh = False
@@ -57,18 +57,18 @@ def ready(
                 _evict(home.dumps, keep=target.name, limit=limit, room=0)
                 yield target
                 return
-        # Between the two locks, another may unpack it for us, or make room by removing it again.
+        # Between the two locks, another process may unpack the dump, or remove it to make room.
         with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
             if (paranoid and not fresh) or not _is_ready(target, image):
                 if not tries_left:
                     raise BusyError(
-                        f"{target} does not stay as it was unpacked",
-                        hint="another restore removes it to make room, or something changes it: try again",
+                        f"{target} was changed or removed right after it was unpacked",
+                        hint="another restore may have removed it to make room: try again",
                     )
                 tries_left -= 1
                 _clear(target)
                 room = _room_bytes(image)
-                _refuse_what_never_fits(home.dumps, room)
+                _require_disk_size(home.dumps, room)
                 _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                 with report.phase("unpack"):
                     _unpack(image, work / "unpacked", target, report)
@@ -76,32 +76,35 @@ def ready(
 
 
 def is_ready(home: Home, image: Image) -> bool:
-    """Whether a dump is there already. It may be gone again when it is wanted."""
+    """Return whether an image's dump is unpacked already. Another process may remove it at any time."""
     return _is_ready(home.dumps / image.process.digest.hex, image)
 
 
 def limit_bytes() -> int:
-    """How much the kept dumps may take: $REKINDLE_DUMPS_LIMIT in GiB, 64 if it is not set."""
+    """Return the bytes that kept dumps may take: $REKINDLE_DUMPS_LIMIT in GiB, 64 GiB if it is not set."""
     text = os.environ.get("REKINDLE_DUMPS_LIMIT", "")
     try:
         return int(float(text) * (1 << 30)) if text else _DEFAULT_LIMIT_BYTES
     except (ValueError, OverflowError):
-        raise UsageError(f"REKINDLE_DUMPS_LIMIT={text} is no number of GiB") from None
+        raise UsageError(f"invalid REKINDLE_DUMPS_LIMIT '{text}': not a number of GiB") from None
 
 
 def _room_bytes(image: Image) -> int:
-    """How much a dump takes at most. What the record says of files, its layers must be able to hold: a lie
-    would cost all the other dumps."""
-    said = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
+    """Return the most that a dump can take on disk.
+
+    Bounded by what its layers can expand to: a record with false sizes would evict all other dumps.
+    """
+    recorded = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
     possible = sum(image.limits.expanded_bytes(layer.size) for layer in image.layers)
-    return min(said, possible, image.record.stored_bytes or said)
+    return min(recorded, possible, image.record.stored_bytes or recorded)
 
 
-def _refuse_what_never_fits(dumps: Path, room: int) -> None:
+def _require_disk_size(dumps: Path, room: int) -> None:
+    """Raise SpaceError if the dump would not fit on the disk even if it were empty."""
     total = shutil.disk_usage(dumps).total
     if room > total:
         raise SpaceError(
-            f"the dump takes {room:,} bytes unpacked", cause=f"the disk of {dumps} has {total:,} in all"
+            f"the unpacked dump needs {room:,} bytes", cause=f"the disk of {dumps} has {total:,} bytes in all"
         )
 
 
@@ -124,7 +127,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
             )
             break
         except (IntegrityError, FormatError):
-            # What a mirror gave is gone before the registry itself is asked.
+            # Remove what a mirror sent before asking the registry itself.
             remove_tree(staged)
             if not image.blobs.fall_back_to_origin():
                 raise
@@ -136,7 +139,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
 
 
 def _is_ready(target: Path, image: Image) -> bool:
-    """Whether a kept dump is whole, ours alone, and as it was when its digests matched."""
+    """Return whether a kept dump is complete, private, and unchanged since its digests were checked."""
     marker = _marker(target)
     if marker is None or marker[0] != boot_id():
         return False
@@ -150,9 +153,11 @@ def _is_ready(target: Path, image: Image) -> bool:
 
 
 def _seal(tree: Path, image: Image) -> str:
-    """A digest over what the file system says of every file of a dump, and of the directories that they lie
-    in: CRIU also reads what merely lies there. Nobody who is not root can write to one and leave its time of
-    change as it was."""
+    """Return a digest of the metadata of every file of a dump and of their directories.
+
+    Directories count because CRIU also reads files that the record does not list. Only root can change a
+    file without changing its ctime.
+    """
     files = [file.path for file in image.record.files]
     directories = {PurePosixPath("criu"), PurePosixPath("shm")}
     directories |= {parent for path in files for parent in path.parents if parent.parts}
@@ -173,8 +178,10 @@ def _marker(target: Path) -> tuple[str, int, str] | None:
 
 
 def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
-    """Removes the dumps that were not used for longest until the rest fits into `limit` bytes, and `room`
-    bytes are free on the disk; those of another boot at once; none that is in use."""
+    """Remove the least recently used dumps until the rest takes `limit` bytes and `room` bytes are free.
+
+    Dumps from before the last boot are removed in any case, dumps in use never.
+    """
     found = []
     for path in dumps.iterdir():
         if path.suffix == ".lock" or path.name == keep:
@@ -204,7 +211,7 @@ def _remove(path: Path) -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Removes a dump, or whatever else lies in its place. Where a link leads, nothing is removed."""
+    """Remove a dump, or whatever else has its name. Links are not followed."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:

@@ -325,7 +325,7 @@ def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
 
     monkeypatch.setattr(dumps, "_unpack", unpack)
     monkeypatch.setattr(dumps, "_is_ready", lambda *_: False)
-    with pytest.raises(BusyError, match="does not stay"):
+    with pytest.raises(BusyError, match="changed or removed"):
         use(home, image)
     assert len(unpacked) == 2
     assert not list(home.run.iterdir())
