@@ -68,7 +68,7 @@ def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
         abilities=Abilities(),
         image=image,
         cache=kernels,
-        different=match_process.look(image.record),
+        different=match_process.differing_files(image.record),
     )
 
 

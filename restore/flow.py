@@ -14,7 +14,7 @@ from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
 from restore.options import Listener, Options
 from restore.rungs import ladder
-from restore.rungs.ladder import Taken
+from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
 from restore.serve import notify
 from restore.serve.address import Address
@@ -63,7 +63,7 @@ def require_one(decision: Decision, lowest: Rung) -> None:
         require_possible(steps[-1].reasons)
 
 
-def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, Taken]:
+def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, TakenRung]:
     """Take the best rung that can be taken, and fill the report."""
     options, report = run.options, run.report
     wants_process = options.rung is Rung.PROCESS and os.geteuid() == 0
@@ -81,7 +81,7 @@ def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, Taken]:
         )
         address = stack.enter_context(Address(decision.endpoint))
     take = functools.partial(_take, run, decision, address, cell)
-    taken = ladder.climb(decision.plan, take, report, stack, require=options.require)
+    taken = ladder.descend(decision.plan, take, report, stack, require=options.require)
     connections.close()
     source = decision.source
     report.bytes.written = report.bytes.written or 0
@@ -96,7 +96,7 @@ def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, Taken]:
 
 def _take(
     run: Run, decision: Decision, address: Address, cell: Cell | None, step: Step, stack: contextlib.ExitStack
-) -> Taken:
+) -> TakenRung:
     try:
         with os_errors_as_capability():
             match step.rung:
@@ -118,7 +118,7 @@ def _take(
         raise
 
 
-def _serve(run: Run, decision: Decision, taken: Taken) -> int:
+def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
     """Tell that the server is ready, and look after it to its end; return the exit status."""
     run.listener.ready(run.report)
     # What killed commands left may be gigabytes: a restore does not wait for its removal.

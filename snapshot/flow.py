@@ -69,7 +69,7 @@ def snapshot(
         ready_timeout=options.ready_seconds,
         warm_requests=read_requests(options.warm_file) if options.warm_file else None,
         credentials=credentials,
-        find_door=cuda_door(home) if nvidia else None,
+        find_backend=cuda_door(home) if nvidia else None,
     )
     access = resolve.access(options.registry, home)
     _require_target(reference, access)
@@ -195,7 +195,7 @@ def _prove(
     for name in ("stdout.log", "stderr.log"):
         (work / name).rename(work / f"before-{name}")
     record = image.record
-    different = match_process.look(record)
+    different = match_process.differing_files(record)
     found = match_process.process(record, record.node, Abilities(criu=tool), different)
     plan.require_possible([reason_for(each) for each in found])
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -217,7 +217,7 @@ def _prove(
                 output=Output(stdout=log, stderr=log),
                 report=proof,
                 engine=engine,
-                cuda=process.Cuda(search=cuda) if cuda else None,
+                cuda=process.CudaRestore(search=cuda) if cuda else None,
             )
         report.oracle = proof.oracle
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way from a command to a dump with its record. Nothing is published here."""
+"""Make a dump and its record from a command: start the server, warm it, checkpoint it, describe it."""
 
 import functools
 import os
@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """The server to snapshot, and how it is brought up. `find_door` gives the backend of CUDA's checkpoints,
-    where there is an NVIDIA GPU."""
+    """The server to snapshot, and how to start it.
+
+    `ready_timeout` is in seconds. `warm_requests` None means the engine's own. `find_backend` returns the
+    backend for CUDA checkpoints; None if this node has no NVIDIA GPU.
+    """
 
     argv: Sequence[str]
     environment: Mapping[str, str]
@@ -47,7 +50,7 @@ class ServerSpec:
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
-    find_door: "Callable[[], Door] | None" = None
+    find_backend: "Callable[[], Door] | None" = None
 
 
 def make(
@@ -61,20 +64,20 @@ def make(
 ) -> Dumped:
     """Start the server, dump it into `work/dump/{criu,shm}`, and describe it.
 
-    `scan` lists the files of a dump. `keep_untouched` gets CRIU's dump before anything is taken out of it.
-    The server is gone afterwards, whatever happens. Raises SecretError for a dump that holds a credential
-    which was not allowed.
+    `scan` lists the files of a dump. `keep_untouched` is called with CRIU's dump before it is compacted.
+    The server has ended when this returns or raises. Raises SecretError if the dump holds a credential
+    that was not allowed.
     """
-    _refuse_what_cannot_be(spec)
+    _check_preconditions(spec)
     tree = work / "dump"
     for directory in (tree, tree / "criu", tree / "shm"):
         directory.mkdir(mode=0o700)
     with Cell() as cell:
         server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
         with report.phase("check"):
-            seen = _look(cell, server, spec, engine, work)
+            seen = _inspect(cell, server, spec, engine, work)
         with (
-            checkpointed(cell, spec.find_door, work, report) as cuda,
+            checkpointed(cell, spec.find_backend, work, report) as cuda,
             report.phase("dump"),
             naming_full_disk(work),
         ):
@@ -133,9 +136,9 @@ def make(
 def _bring_up(
     cell: Cell, spec: ServerSpec, engine: Engine, work: Path, report: Report
 ) -> tuple[Server, float, Oracle]:
-    """Start the server in the cell, warm it, ask the oracle, and put it to sleep if it can.
+    """Start the server in the cell, warm it, ask the oracle, and quiesce it if its engine can sleep.
 
-    Returns it with the seconds that it took to get ready, and the oracle.
+    Returns the server, the seconds that it took to become ready, and the oracle.
     """
     with report.phase("cell"):
         cell.enter(spec.network)
@@ -159,10 +162,10 @@ def _bring_up(
     return server, start_seconds, oracle
 
 
-def _look(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> Seen:
-    """Refuse what cannot be dumped, describe the rest, and remove what the server can do without."""
+def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> Seen:
+    """Describe the server's processes and remove its disposable files. Raise if it cannot be dumped."""
     own = (server.stdout, server.stderr)
-    check(cell, server.root_pid, spec.network, own=own, work=work, gpus=spec.find_door is not None)
+    check(cell, server.root_pid, spec.network, own=own, work=work, gpus=spec.find_backend is not None)
     pids = processes.tree(cell, server.root_pid)
     seen = Seen(
         endpoint=listened_endpoint(cell, engine),
@@ -175,7 +178,7 @@ def _look(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Pa
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:
-    """Describe the model that the command loads, if that can be told."""
+    """Describe the model that the command loads; empty if the engine does not know it."""
     model = engine.model(spec.argv)
     if model is None:
         return {}
@@ -195,24 +198,24 @@ def _oracle(server: Server, engine: Engine, client: Client) -> Oracle:
     return ask_twice(server, engine, client)
 
 
-def _refuse_what_cannot_be(spec: ServerSpec) -> None:
-    """Raises UsageError, CapabilityError for what would fail only after the server has started."""
+def _check_preconditions(spec: ServerSpec) -> None:
+    """Raise UsageError or CapabilityError for what would otherwise fail after the server has started."""
     if os.sysconf("SC_PAGE_SIZE") != PAGE_BYTES:
         raise CapabilityError(
-            f"this kernel's pages have {os.sysconf('SC_PAGE_SIZE')} bytes",
-            hint=f"use a kernel with pages of {PAGE_BYTES} bytes",
+            f"unsupported page size: {os.sysconf('SC_PAGE_SIZE')} bytes",
+            hint=f"boot an OS kernel with pages of {PAGE_BYTES} bytes",
         )
     for word in (str(Path.cwd()), *spec.argv):
         if word.startswith("/dev/shm/"):  # noqa: S108
             raise UsageError(
-                f"the server cannot see {word}",
-                cause="in its cell it has a /dev/shm of its own",
-                hint="put it on a disk, or on another tmpfs",
+                f"the server could not access {word}",
+                cause="it runs in a cell with a /dev/shm of its own",
+                hint="move it to a disk or to another tmpfs",
             )
 
 
 def _drop_disposable(cell: Cell, pids: Sequence[int], patterns: Sequence[str]) -> None:
-    """Removes what the server can do without from its TMPDIR, unless it is in use."""
+    """Remove the engine's disposable files from the server's TMPDIR, except those in use."""
     used = {target for pid in pids for _, target in processes.descriptors(cell, pid)}
     used |= {path for pid in pids for path in processes.mapped_paths(cell, pid)}
     root = cell.root / TEMPORARY.relative_to("/")

@@ -45,7 +45,7 @@ def gather(
     """
     found = verified.value
     record = found.record
-    different = match_process.look(record)
+    different = match_process.differing_files(record)
     lacking = any(different.get(file.path) == "missing" for file in record.mapped_files)
     read = found.cache is not None and (with_cache or lacking)
     kernels = read_kernels(verified) if read else None

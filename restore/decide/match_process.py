@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A snapshot's process against this node, field by field.
 
-Pure but for `look`. What each difference means, restore/decide/rules.py says.
+Pure but for `differing_files`. What each difference means, restore/decide/rules.py says.
 """
 
 import posixpath
@@ -70,7 +70,7 @@ def model_files(record: Record) -> Iterator[tuple[str, int]]:
                     yield f"{model}/{name}", size
 
 
-def look(record: Record) -> dict[str, str]:
+def differing_files(record: Record) -> dict[str, str]:
     """What is here instead of the files that a snapshot depends on, by path; only of those that differ."""
     found = {file.path: what for file in record.mapped_files if (what := difference(file))}
     for path, size in model_files(record):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The middle rung: the command on the saved kernel cache, and the proof that the cache was hit."""
+"""The cache rung: start the command on the saved kernel cache, and prove that the cache was hit."""
 
 import contextlib
 import dataclasses
@@ -11,8 +11,8 @@ from rekindle.report import Rung
 from restore.decide.decision import Decision, make_plan
 from restore.decide.plan import Step, require_possible
 from restore.rungs import place_cache, server
-from restore.rungs.ladder import Taken
-from restore.rungs.proof import Watched
+from restore.rungs.ladder import TakenRung
+from restore.rungs.proof import WatchedCache
 from restore.rungs.run import Run
 from restore.serve.address import Address
 
@@ -24,8 +24,8 @@ def take(
     cell: Cell | None,
     step: Step,
     stack: contextlib.ExitStack,
-) -> Taken:
-    """Put the kernel cache where the server looks, start the command, and see what it used of it."""
+) -> TakenRung:
+    """Put the kernel cache where the server looks for it, start the command, and observe what it uses."""
     source = decision.source
     assert source is not None
     with run.signals.raising(step.deadline_seconds):
@@ -33,13 +33,13 @@ def take(
         step = _with_inventory(run, decision, step)
     with run.signals.raising(step.deadline_seconds):
         environment, where = place_cache.place(run, decision, step, stack)
-    with Watched(source.roots(step), where) as watched:
+    with WatchedCache(source.roots(step), where) as watched:
         command = _as_compiled(decision)
         return server.start(run, decision, address, cell, stack, Rung.CACHE, command, environment, watched)
 
 
 def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
-    """Return the step as the kernel cache's inventory makes it, if that was not read for the plan."""
+    """Return the step, planned again with the kernel cache's inventory if the plan was made without it."""
     source, facts = decision.source, decision.facts
     if source is None or not facts.cache_unread:
         return step
@@ -52,7 +52,7 @@ def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
 
 
 def _as_compiled(decision: Decision) -> Sequence[str]:
-    """Return the command, with what of its options decides whether a saved kernel is found."""
+    """Return the command with the recorded options that are part of the cache's keys."""
     record, command = decision.image.value.record, decision.facts.command
     assert command
     here = decision.facts.node.devices.gpus

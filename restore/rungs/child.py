@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lower rungs: a server that is started as its command says, beside us and not in a cell."""
+"""Run a server as a child process, outside any cell, for the cache rung and the cold one."""
 
 import contextlib
 import ctypes
@@ -25,8 +25,8 @@ _POLL_SECONDS = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-class Started:
-    """A running server. Leaving the context ends it, and all that it started."""
+class ChildServer:
+    """A running server. Leaving the context ends it and every process that it started."""
 
     def __init__(
         self,
@@ -38,14 +38,17 @@ class Started:
         stderr: int,
         listen: bool = False,
     ) -> None:
-        """Starts it with our descriptors as its standard output and error. With `listen`, they pass
-        through us unchanged, and `log` tells what was written. Must be called by the main thread: the server
-        ends with it. Raises UsageError if there is no such command."""
+        """Start the server with the given descriptors as its standard output and error.
+
+        With `listen`, its output passes through us unchanged and is kept in `log`. Call this in the main
+        thread: the server ends when the thread that started it does. Raises UsageError if the command
+        cannot be started.
+        """
         self._copier: _Copier | None = None
         self._status: int | None = None
-        self._others = set(_children())  # whoever became us with exec may have started some
+        self._others = set(_children())  # a program that became us by exec may have started some
         with contextlib.ExitStack() as stack:
-            # What leaves the server's session and loses its parent comes to us, and not to somebody else.
+            # Become the parent of orphans that the server leaves behind, to be able to end them.
             libc = ctypes.CDLL(None)
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             stack.callback(libc.prctl, _PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
@@ -58,7 +61,7 @@ class Started:
                 )
             except OSError as error:
                 raise UsageError(
-                    f"{argv[0]} cannot be started", cause=str(error), hint="is its environment on PATH?"
+                    f"cannot start {argv[0]}", cause=str(error), hint="is its virtual environment on PATH?"
                 ) from None
             stack.callback(self._end)
             if self._copier is not None:
@@ -77,11 +80,11 @@ class Started:
 
     @property
     def log(self) -> str:
-        """What it wrote until now, without what is above some MiB."""
+        """The first 4 MiB of what the server has written so far; empty without `listen`."""
         return self._copier.text if self._copier else ""
 
     def status(self) -> int | None:
-        # It is not reaped before the end: until then its number, and that of its group, are nobody else's.
+        # Not reaped here: until it is, no other process can get its PID or its group's.
         if self._status is None:
             found = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if found is not None:
@@ -103,8 +106,8 @@ class Started:
         return socket.socket(family, socket.SOCK_STREAM)
 
     def _end(self) -> None:
-        """TERM for its process group and for what it left behind, then KILL. The server is reaped last."""
-        told: set[int] = set()
+        """Send TERM, then KILL, to the server's process group and its orphans. Reap the server last."""
+        signalled: set[int] = set()
         signum, until = signal.SIGTERM, time.monotonic() + _GRACE_SECONDS
         self._signal_group(signum)
         while True:
@@ -112,29 +115,27 @@ class Started:
             if not left:
                 break
             if time.monotonic() >= until:
-                if signum == signal.SIGKILL:  # in the kernel's hands, as on a dead NFS
+                if signum == signal.SIGKILL:  # stuck in the OS kernel, for example on a dead NFS
                     break
                 signum, until = signal.SIGKILL, time.monotonic() + _GRACE_SECONDS
-                told.clear()
+                signalled.clear()
                 self._signal_group(signum)
             for pid in left:
-                if pid not in told and pid != self._process.pid:
+                if pid not in signalled and pid != self._process.pid:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signum)
-            told.update(left)
+            signalled.update(left)
             time.sleep(_POLL_SECONDS)
         self._signal_group(signal.SIGKILL)
         self._process.poll()
 
     def _signal_group(self, signum: int) -> None:
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # the latter if it became somebody else
+        # PermissionError: the server has changed its user.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signum)
 
     def _left(self) -> list[int]:
-        """Our children that came with the server and still run. Those that have ended are reaped, but for
-        the server."""
+        """Return our running children that came with the server. Reap those that have ended, except it."""
         left = []
         for pid in _children():
             if pid == self._process.pid:
@@ -147,16 +148,15 @@ class Started:
 
 def _children() -> Iterator[int]:
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(
-            OSError
-        ):  # a thread that has ended, or a kernel without CONFIG_PROC_CHILDREN
+        # OSError: the thread has ended, or the OS kernel is built without CONFIG_PROC_CHILDREN.
+        with contextlib.suppress(OSError):
             yield from map(int, (task / "children").read_text().split())
 
 
 class _Copier:
-    """Carries what the server writes to where it shall go, byte by byte, and keeps the beginning of it.
+    """Copy what the server writes to its destinations, unchanged, and keep the beginning of it.
 
-    One pipe for both if both go to one place, so that the order stays as it was written.
+    Both streams share a pipe if they have the same destination, so that their order is kept.
     """
 
     def __init__(self, stdout: int, stderr: int) -> None:
@@ -167,7 +167,7 @@ class _Copier:
         for target in (stdout,) if same else (stdout, stderr):
             reader, writer = os.pipe()
             self._pipes.append((reader, writer))
-            self._threads.append(threading.Thread(target=self._carry, args=[reader, target], daemon=True))
+            self._threads.append(threading.Thread(target=self._copy, args=[reader, target], daemon=True))
         self.writers = self._pipes[0][1], self._pipes[-1][1]
 
     def __enter__(self) -> Self:
@@ -179,7 +179,7 @@ class _Copier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close_writers()
-        for thread in self._threads:  # they end with the last of the server's processes
+        for thread in self._threads:  # they end when the last process of the server does
             thread.join(_DRAIN_SECONDS)
 
     @property
@@ -187,26 +187,28 @@ class _Copier:
         return bytes(self._kept).decode(errors="replace")
 
     def close_writers(self) -> None:
-        """Ours; idempotent. What the server holds of them stays open."""
+        """Close our copies of the write ends. The server's stay open. Idempotent."""
         self._pipes, pipes = [], self._pipes
         for writer in {writer for _, writer in pipes}:
             os.close(writer)
 
-    def _carry(self, reader: int, target: int) -> None:
+    def _copy(self, reader: int, target: int) -> None:
         try:
             while piece := os.read(reader, _PIECE_BYTES):
                 if len(self._kept) < _KEPT_BYTES:
                     self._kept += piece
                 _write(target, memoryview(piece))
         except BrokenPipeError:
-            pass  # nobody reads our output any more; the server is told as it would be without us
+            pass  # our output has no reader: closing the pipe tells the server, as it would without us
         finally:
             os.close(reader)
 
 
 def _write(target: int, view: memoryview) -> None:
-    """Writes all of it, also where somebody has made the descriptor non-blocking. What a full disk does not
-    take is lost, as it would be without us. Raises BrokenPipeError."""
+    """Write all of `view`, even to a non-blocking descriptor. Raises BrokenPipeError.
+
+    After another error, such as a full disk, the rest is dropped, as it would be without us.
+    """
     while view:
         try:
             view = view[os.write(target, view) :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lowest rung: the command alone."""
+"""The cold rung: start the command without anything from the snapshot."""
 
 import contextlib
 import os
@@ -9,15 +9,15 @@ from rekindle.cell import Cell
 from rekindle.report import Rung
 from restore.decide.decision import Decision
 from restore.rungs import place_cache, server
-from restore.rungs.ladder import Taken
+from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
 from restore.serve.address import Address
 
 
 def take(
     run: Run, decision: Decision, address: Address, cell: Cell | None, stack: contextlib.ExitStack
-) -> Taken:
-    """Start the command as it stands; a recorded one with the recorded environment where none is set."""
+) -> TakenRung:
+    """Start the command. A recorded command also gets the recorded variables that are not set here."""
     facts = decision.facts
     environment: Mapping[str, str] = os.environ
     if facts.image is not None and not facts.given:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: one rung after the other, each within its deadline, and undone before the next begins.
+"""The ladder: try one rung after the other, each within its deadline, and undo one before the next begins.
 
-Only a mismatch and a failure to restore lead down. A signature that is missing or bad, a digest that does not
-match and a record that is malformed end everything, on whatever rung they are met.
+Only a mismatch or a failed restore leads to the next rung. A missing or bad signature, a digest that does
+not match, and a malformed record end the restore on any rung.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from restore.signals import DeadlinePassed
 T = TypeVar("T")
 
 
-def climb(
+def descend(
     plan: Plan,
     take: Callable[[Step, contextlib.ExitStack], T],
     report: Report,
@@ -28,11 +28,11 @@ def climb(
     *,
     require: Rung = Rung.COLD,
 ) -> T:
-    """Takes the highest rung that can be taken, and gives what `take` returns.
+    """Take the highest possible rung, and return what `take` returns for it.
 
-    `take` puts on its stack what has to be undone if the rung fails; if it succeeds, that goes on to `keep`.
-    The reasons of the rungs that were not taken are added to the report. Rungs below `require` are never
-    tried: the error of the last one above them is raised then, as it is if the lowest fails.
+    `take` pushes what undoes the rung onto its stack. If it raises, the stack is unwound; if it returns, the
+    stack is moved to `keep`. The reasons of the rungs that were not taken are added to the report. Rungs
+    below `require` are not tried. Raises the error of the last rung that was tried.
     """
     rungs = list(Rung)
     lowest = rungs.index(require)
@@ -51,11 +51,11 @@ def climb(
             why = failure(step.rung, where, error)
             if last or (isinstance(error, RekindleError) and not error.descends):
                 if isinstance(error, DeadlinePassed):
-                    raise RestoreError(f"the {step.rung} rung was given up", cause=why.here) from None
+                    raise RestoreError(f"the {step.rung} rung took too long", cause=why.here) from None
                 raise
         against = [reason for reason in report.reasons[reasons:] if reason.hard]
         for reason in against:
-            report.say(f"not by {step.rung}: {reason}")
+            report.say(f"{step.rung} is not possible: {reason}")
         if not against:
             report.reasons.append(why)
             report.say(f"{step.rung} failed: {why.here}" + (f" ({why.advice})" if why.advice else ""))
@@ -63,8 +63,8 @@ def climb(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """A rung that was taken. With a `status`, its server ended before it was ready."""
+class TakenRung:
+    """A rung that was taken. `status` is set if its server exited before it was ready."""
 
     rung: Rung
     serving: Serving

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server does with its kernel caches, seen from outside: which entries it reads, and which it makes.
+"""Observe which entries of its kernel caches a server reads, and which it makes.
 
-inotify(7) says so, directory by directory. It tells of files by name, in order, without who and when; it
-forgets what comes too fast, and has a number of directories for each user. So what was there at the start
-is listed once, what is new is looked at once more when somebody asks, and if anything was lost, what is
-there then is compared with the list.
+Uses inotify(7), which reports file names of one directory, in order, without process or time. It drops
+events that come too fast, and limits the number of directories per user. So the files present at the start
+are listed once, new files are checked again when the result is asked for, and if events were lost, the
+files present then are compared with the list.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ _ABOVE = _MOVED_TO | _CREATE | _MOVE_SELF | _ONLYDIR | _MASK_ADD
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name
 
 _BUFFER_BYTES = 64 * 1024
-_LISTED_AT_ONCE = 256  # directories: each that is listed makes two events itself, and the kernel keeps 16384
-_FILES_LIMIT = 1_000_000  # of a cache: a variable may name what is none
-_SIFTED_AT = 10_000  # new files: those that are gone again are forgotten
+_LISTED_AT_ONCE = 256  # directories: listing one causes two events, and the OS kernel queues 16384
+_FILES_LIMIT = 1_000_000  # of a cache: a variable may name a directory that is no cache
+_PRUNE_AT = 10_000  # new files: forget those that are gone again
 _TURN_SECONDS = 0.1
-_PATIENCE_SECONDS = 5.0
+_LAST_LISTING_SECONDS = 5.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,11 +56,11 @@ class Made:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedRoot:
-    """What was seen in one cache, by the keys of its entries as its inventory has them.
+    """What was observed in one cache, by the keys of its entries in the inventory.
 
-    `used`: a file that was there at the start was opened, and not to be written. `made`: files that are new,
-    or stand in the place of old ones, were closed after writing or moved in, and are still there. An entry
-    may be both: its server looked at it, and found it wanting.
+    `used`: entries with a file that was present at the start and was opened, but not for writing. `made`:
+    entries with files that are new or replace old ones, were closed after writing or moved in, and still
+    exist. An entry may be in both: the server read it and then replaced it.
     """
 
     kind: CacheKind
@@ -71,11 +71,11 @@ class ObservedRoot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What was seen in caches, in the order in which they were given, by whomever it was done.
+    """What was observed in several caches, in the order in which they were given, by any process.
 
-    `made_seconds` is from the first of the new files to the last, 0.0 if there are none. If not `complete`,
-    events were lost: then `used` is a lower bound, and `made` comes from comparing what is there, or is one
-    too if there are more than a million files.
+    `made_seconds` is the time from the first new file to the last, 0.0 if there are none. Unless
+    `complete`, events were lost: `used` is then a lower bound, and `made` comes from comparing listings;
+    it is a lower bound, too, for more than a million files.
     """
 
     roots: Sequence[ObservedRoot]
@@ -83,36 +83,36 @@ class Observed:
     complete: bool
 
 
-class _Look(StrEnum):
-    """What the files of a directory are taken for: old, new, or new where they differ from the old."""
+class _Listed(StrEnum):
+    """How to treat listed files: as old, as new, or as new if they differ from the old ones."""
 
-    START = "start"
-    MADE = "made"
+    OLD = "old"
+    NEW = "new"
     COMPARE = "compare"
 
 
 @dataclass(slots=True, eq=False)
 class _Tree:
-    """A cache, by the paths of its files below it."""
+    """The state of one cache, by the relative paths of its files."""
 
     kind: CacheKind
     path: Path
     real: str
-    before: dict[str, int] = field(default_factory=dict)  # inodes of the files that are there since the start
-    opened: dict[str, int] = field(default_factory=dict)  # how often such files were, less the writers
-    new: dict[str, float] = field(default_factory=dict)  # when
-    sifted_at: int = _SIFTED_AT
+    before: dict[str, int] = field(default_factory=dict)  # inodes of the files present since the start
+    opened: dict[str, int] = field(default_factory=dict)  # how often those were opened, less for writing
+    new: dict[str, float] = field(default_factory=dict)  # when each new file was first seen
+    prune_at: int = _PRUNE_AT
     too_large: bool = False
 
     def add_new(self, path: str, when: float) -> None:
         self.before.pop(path, None)
         self.new.setdefault(path, when)
-        if len(self.new) > self.sifted_at:
+        if len(self.new) > self.prune_at:
             self.sizes()
-            self.sifted_at = max(_SIFTED_AT, 2 * len(self.new))
+            self.prune_at = max(_PRUNE_AT, 2 * len(self.new))
 
     def sizes(self) -> dict[str, int]:
-        """The new files that are still there, in bytes. Others are forgotten."""
+        """Return the sizes in bytes of the new files that still exist, and forget the others."""
         found = {}
         for path in list(self.new):
             with contextlib.suppress(OSError):
@@ -124,19 +124,19 @@ class _Tree:
         return found
 
 
-class Watch:
-    """Watches caches for what is opened and what is made in them, from its start to its end as a context.
+class CacheWatch:
+    """CacheWatch caches within a context for files that are opened or made.
 
-    A cache need not be there yet, may be a link, and may be removed and made again. Whatever happens, leaving
-    the context ends its thread and closes its descriptors; that is also when it looks for the last time.
-    Where inotify is not to be had, it compares listings. Raises nothing for what is in a cache.
+    A cache may not exist yet, may be a link, and may be removed and made again. Leaving the context looks
+    for the last time, ends the thread and closes the descriptors, whatever happens. Without inotify,
+    listings are compared. No content of a cache makes this raise.
     """
 
     def __init__(self, roots: Sequence[tuple[CacheKind, Path]]) -> None:
         self._trees = [_Tree(kind, path, os.path.realpath(path)) for kind, path in roots]
-        self._watched: dict[int, dict[_Tree, str]] = {}  # the paths that a watch stands for
-        self._above: set[int] = set()  # watches of what is above a cache
-        self._pending: list[tuple[_Tree, str, _Look]] = []  # directories to be listed
+        self._watched: dict[int, dict[_Tree, str]] = {}  # the directories of each watch
+        self._above: set[int] = set()  # watches of directories above a cache
+        self._pending: list[tuple[_Tree, str, _Listed]] = []  # directories to list
         self._lock = threading.Lock()
         self._undo = contextlib.ExitStack()
         self._inotify = -1
@@ -156,8 +156,8 @@ class Watch:
             except OSError:
                 self._lost = True
             self._started = time.monotonic()
-            self._pending += [(tree, "", _Look.START) for tree in self._trees]
-            self._settle(math.inf)
+            self._pending += [(tree, "", _Listed.OLD) for tree in self._trees]
+            self._list_pending(math.inf)
             thread = threading.Thread(
                 target=self._run, args=(self._inotify, wake), name="observe", daemon=True
             )
@@ -171,15 +171,15 @@ class Watch:
         self._undo.close()
 
     def observed(self) -> Observed:
-        """What was seen up to now, or up to the end. May be asked by any thread, and several times."""
+        """Return what was observed until now, or until the context ended. Thread-safe and repeatable."""
         with self._lock:
-            return self._last or self._take_stock()
+            return self._last or self._observe()
 
     def _end(self, thread: threading.Thread, wake: int) -> None:
         try:
             with self._lock:
                 self._ended = True  # from here on the thread touches no descriptor
-                self._last = self._take_stock()
+                self._last = self._observe()
         finally:
             self._inotify = -1
             if thread.ident is not None:
@@ -195,15 +195,15 @@ class Watch:
             with self._lock:
                 if self._ended:
                     return
-                self._drain()
-                self._settle(_TURN_SECONDS)
+                self._read_events()
+                self._list_pending(_TURN_SECONDS)
 
-    def _take_stock(self) -> Observed:
-        self._drain()
+    def _observe(self) -> Observed:
+        self._read_events()
         if self._lost:
-            self._pending += [(tree, "", _Look.COMPARE) for tree in self._trees if not tree.too_large]
-        self._settle(_PATIENCE_SECONDS)
-        if self._pending:  # they are made faster than they can be listed
+            self._pending += [(tree, "", _Listed.COMPARE) for tree in self._trees if not tree.too_large]
+        self._list_pending(_LAST_LISTING_SECONDS)
+        if self._pending:  # directories are made faster than they can be listed
             self._lost = True
         roots, times = [], []
         for tree in self._trees:
@@ -216,7 +216,7 @@ class Watch:
             used = {
                 _key(tree, path)
                 for path, count in tree.opened.items()
-                # Its events may be those of the file that took its place.
+                # The events may be those of the file that replaced it.
                 if count > 0 and not (self._lost and path in tree.new)
             }
             used.discard("")
@@ -224,8 +224,8 @@ class Watch:
         seconds = max(times) - min(times) if times else 0.0
         return Observed(roots=tuple(roots), made_seconds=seconds, complete=not self._lost)
 
-    def _drain(self) -> None:
-        """Takes the events that are there, and not those that come meanwhile, which may never end."""
+    def _read_events(self) -> None:
+        """Read the queued events, but not those that arrive meanwhile: they may never end."""
         if self._inotify < 0:
             return
         left = int.from_bytes(fcntl.ioctl(self._inotify, termios.FIONREAD, bytes(4)), "little")
@@ -237,9 +237,9 @@ class Watch:
             while at < len(content):
                 watch, mask, _, length = _EVENT.unpack_from(content, at)
                 at += _EVENT.size + length
-                self._take(watch, mask, os.fsdecode(content[at - length : at].rstrip(b"\0")), now)
+                self._apply(watch, mask, os.fsdecode(content[at - length : at].rstrip(b"\0")), now)
 
-    def _take(self, watch: int, mask: int, name: str, now: float) -> None:
+    def _apply(self, watch: int, mask: int, name: str, now: float) -> None:
         if mask & _OVERFLOW:
             self._lost = True
         elif mask & (_IGNORED | _MOVE_SELF):
@@ -247,14 +247,14 @@ class Watch:
                 self._watched.pop(watch, None)
             if watch in self._above:
                 self._above.discard(watch)
-                self._pending += [(tree, "", _Look.MADE) for tree in self._trees]
+                self._pending += [(tree, "", _Listed.NEW) for tree in self._trees]
         elif mask & _ISDIR:
             if mask & (_CREATE | _MOVED_TO):
                 for tree, inside in self._watched.get(watch, {}).items():
-                    self._pending.append((tree, _join(inside, name), _Look.MADE))
+                    self._pending.append((tree, _join(inside, name), _Listed.NEW))
                 if watch in self._above:
-                    on_the_way = [tree for tree in self._trees if f"/{name}/" in f"{tree.real}/"]
-                    self._pending += [(tree, "", _Look.MADE) for tree in on_the_way]
+                    below = [tree for tree in self._trees if f"/{name}/" in f"{tree.real}/"]
+                    self._pending += [(tree, "", _Listed.NEW) for tree in below]
         else:
             for tree, inside in self._watched.get(watch, {}).items():
                 path = _join(inside, name)
@@ -265,32 +265,33 @@ class Watch:
                 elif not mask & _OPEN:
                     tree.add_new(path, now)
 
-    def _settle(self, seconds: float) -> None:
-        """Lists the directories that wait for it, for so long at most: they may be made without end."""
+    def _list_pending(self, seconds: float) -> None:
+        """List the pending directories, for `seconds` at most: new ones may be made without end."""
         deadline = time.monotonic() + seconds
         count = 0
         while self._pending and time.monotonic() < deadline:
-            tree, inside, look = self._pending.pop()
+            tree, inside, treat_as = self._pending.pop()
             if not inside:
                 self._watch_above(tree)
             if not inside or not leaves_out(tree.kind, PurePosixPath(inside)):
-                self._list(tree, inside, look)
+                self._list(tree, inside, treat_as)
             count += 1
             if count % _LISTED_AT_ONCE == 0:
-                self._drain()
+                self._read_events()
 
     def _watch_above(self, tree: _Tree) -> None:
-        """Watches the closest directory above a cache, so that the cache is seen when it comes."""
+        """CacheWatch the closest existing directory above a cache, to notice when the cache is made."""
         while True:
             above, inner = posixpath.dirname(tree.real), tree.real
             while (watch := self._add(above, _ABOVE)) is None and above != "/":
                 above, inner = posixpath.dirname(above), above
             self._above |= {watch} if watch is not None else set()
-            if inner == tree.real or self._add(inner, _ABOVE) is None:  # else it came before the watch did
+            # If `inner` exists, it was made before the watch was added: go on below it.
+            if inner == tree.real or self._add(inner, _ABOVE) is None:
                 return
 
-    def _list(self, tree: _Tree, inside: str, look: _Look) -> None:
-        """Watches a directory, and takes what already lies in it."""
+    def _list(self, tree: _Tree, inside: str, treat_as: _Listed) -> None:
+        """CacheWatch a directory and list the files that it already holds."""
         if len(tree.before) > _FILES_LIMIT:
             self._lost = tree.too_large = True
             return
@@ -298,10 +299,11 @@ class Watch:
         watch = self._add(directory, _INSIDE)
         if watch is None:
             return
-        if look is _Look.MADE and not inside:
+        if treat_as is _Listed.NEW and not inside:
             if self._watched.get(watch, {}).get(tree) == "":
-                return  # the cache is the one that it was, and something else came beside it
-            look = _Look.COMPARE if self._lost else look  # or it was there, and could not be watched
+                return  # the cache is still the same; the event was about a directory beside it
+            if self._lost:  # the cache may have existed without a watch
+                treat_as = _Listed.COMPARE
         if watch >= 0:
             self._watched.setdefault(watch, {})[tree] = inside
         try:
@@ -309,35 +311,35 @@ class Watch:
                 for entry in entries:
                     path = _join(inside, entry.name)
                     if entry.is_dir(follow_symlinks=False):
-                        self._pending.append((tree, path, look))
+                        self._pending.append((tree, path, treat_as))
                     elif entry.is_file(follow_symlinks=False):
-                        self._look_at(tree, path, entry, look)
+                        self._add_file(tree, path, entry, treat_as)
         except OSError as error:
-            self._is_gone(error)
+            self._note(error)
 
-    def _look_at(self, tree: _Tree, path: str, entry: os.DirEntry[str], look: _Look) -> None:
-        if look is _Look.START:
+    def _add_file(self, tree: _Tree, path: str, entry: os.DirEntry[str], treat_as: _Listed) -> None:
+        if treat_as is _Listed.OLD:
             if path not in tree.new:
                 tree.before[path] = entry.inode()
-        elif look is _Look.MADE or tree.before.get(path) != entry.inode():
+        elif treat_as is _Listed.NEW or tree.before.get(path) != entry.inode():
             with contextlib.suppress(FileNotFoundError):
                 age = time.time() - entry.stat(follow_symlinks=False).st_ctime
                 tree.add_new(path, max(self._started, time.monotonic() - max(0.0, age)))
 
     def _add(self, directory: str, mask: int) -> int | None:
-        """The watch of a directory, -1 if it cannot be watched, None if it is not there."""
+        """Return the watch of a directory, -1 if it cannot be watched, None if it does not exist."""
         if self._inotify < 0:
             return -1
         try:
             return _inotify_add_watch(self._inotify, os.fsencode(directory), mask)
         except OSError as error:
-            return None if self._is_gone(error) else -1
+            return None if self._note(error) else -1
 
-    def _is_gone(self, error: OSError) -> bool:
-        """Whether there is nothing any more, rather than something that cannot be seen."""
-        gone = error.errno in {errno.ENOENT, errno.ENOTDIR}
-        self._lost |= not gone
-        return gone
+    def _note(self, error: OSError) -> bool:
+        """Return whether the error means that a directory is missing; record any other as lost events."""
+        missing = error.errno in {errno.ENOENT, errno.ENOTDIR}
+        self._lost |= not missing
+        return missing
 
 
 def _join(inside: str, name: str) -> str:
@@ -345,7 +347,7 @@ def _join(inside: str, name: str) -> str:
 
 
 def _key(tree: _Tree, path: str) -> str:
-    """The entry that a file belongs to, "" for a file that does not count."""
+    """Return the key of the entry that a file belongs to, or "" for a file that does not count."""
     where = PurePosixPath(path)
     return "" if leaves_out(tree.kind, where) else entry_key(tree.kind, where)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server that is started on a recorded kernel cache must find: its environment, and the cache.
+"""Prepare a start on a recorded kernel cache: the server's environment, and the cache in its place.
 
-A variable that is set here wins over the recorded one, since this node's operator set it; the recorded ones
-fill the gaps, but for those that are of one node, user or session.
+A variable that is set here wins over the recorded one, since this node's operator set it. The recorded ones
+fill the gaps, except those that belong to one node, user or session.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ _OF_ONE_NODE = frozenset(
 )
 _OF_ONE_NODE_PREFIXES = ("KUBERNETES_", "LISTEN_", "REKINDLE_", "SSH_", "SUDO_", "XDG_RUNTIME", "XDG_SESSION")
 
-# What is hashed into the keys of caches: all of vLLM's own variables, and what compilers read.
+# Variables that are hashed into cache keys: all of vLLM's own, and those that compilers read.
 _IN_KEYS = ("VLLM_", "TORCH", "TRITON_", "FLASHINFER_", "DG_", "HF_HUB_OFFLINE", "CUDA_HOME")
 _NOT_IN_KEYS = frozenset({*VARIABLES.values(), "VLLM_LOGGING_LEVEL", "VLLM_PORT", "VLLM_HOST_IP"})
 _REASONS_LIMIT = 50
 
 
 def environment(record: Record | None, own: Mapping[str, str]) -> dict[str, str]:
-    """What the server gets: ours, and what of the recorded one is missing in it."""
+    """Return the server's environment: our own, with recorded variables that are not set in it."""
     found = {name: value for name, value in own.items() if name != "NOTIFY_SOCKET"}
     if record is not None:
         for name, value in record.environment.items():
@@ -59,7 +59,7 @@ def environment(record: Record | None, own: Mapping[str, str]) -> dict[str, str]
 
 
 def differences(record: Record, environment: Mapping[str, str], command: Sequence[str]) -> list[Difference]:
-    """What differs from the recorded start and may change the keys under which a server looks for kernels."""
+    """Return what differs from the recorded start and may change the cache keys that a server looks up."""
     found = []
     for name in sorted({*record.environment, *environment}):
         if not name.startswith(_IN_KEYS) or name in _NOT_IN_KEYS or is_secret_name(name):
@@ -79,7 +79,10 @@ def differences(record: Record, environment: Mapping[str, str], command: Sequenc
 def place(
     run: Run, decision: Decision, step: Step, stack: contextlib.ExitStack
 ) -> tuple[dict[str, str], Mapping[str, Path]]:
-    """Put the kernel cache where the server will look; return its environment, and where each root is."""
+    """Extract the kernel cache where the server will look for it.
+
+    Returns the server's environment, and the directory of each root by its name.
+    """
     source, home, options = decision.source, decision.home, run.options
     assert source is not None
     assert home is not None
@@ -95,16 +98,17 @@ def place(
             if options.cache_dir is not None:
                 raise
             directory = home.root / "caches" / source.read_kernels().value.manifest.digest.hex
-            run.report.say(f"{error.message}: the kernel cache goes to {directory}")
+            run.report.say(f"{error.message}: extracting the kernel cache to {directory} instead")
             where, variables = places(roots, {}, directory)
             extract(run, source, where, stack)
     return {**found, **variables}, where
 
 
 def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
-    """Write caches to their places, by the names of their roots; removed again if the rung fails.
+    """Extract each root of the kernel cache to its directory in `where`.
 
-    Raises CapabilityError for a place that cannot be written to.
+    Pushes onto `stack` what removes the files again if the rung fails. Raises CapabilityError for a
+    directory that cannot be written to.
     """
     from oci.cache import extract as extraction
 
@@ -131,21 +135,21 @@ def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextl
 def places(
     roots: Sequence["StoredRoot"], own: Mapping[str, str], directory: Path | None = None
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Where each cache is to be extracted, by the name of its root, and the variables that lead there.
+    """Return the directory for each root of a cache, by its name, and the variables that point there.
 
-    That is where it was recorded, since some caches hold their own paths; but where a variable of this node
-    already says where a cache is to be, it is there, unless that is within another. Of several caches of one
-    kind, the variable is for that which is called by it. With `directory`, all of them go below it.
+    That is the recorded directory, since some caches contain their own path. A variable in `own` overrides
+    it, unless its directory lies within another root's. If several roots are of one kind, the variable
+    applies to the one that is named after the kind. With `directory`, all roots go below it.
     """
     found: dict[str, Path] = {}
     variables: dict[str, str] = {}
-    led: set[CacheKind] = set()
+    placed: set[CacheKind] = set()
     for root in sorted(roots, key=lambda root: root.name != root.kind):
-        path = Path(posixpath.normpath(_place(root, {} if root.kind in led else own, directory)))
+        path = Path(posixpath.normpath(_place(root, {} if root.kind in placed else own, directory)))
         if any(_nested(path, other) for other in found.values()):
             path = Path(root.recorded)
         found[root.name] = path
-        led.add(root.kind)
+        placed.add(root.kind)
         variables = environment_for(root.kind, str(path)) | variables
     return found, variables
 

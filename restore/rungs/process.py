@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The highest rung: a dump becomes the running server again, and proves it before its port opens."""
+"""The process rung: restore a dump into a cell, and check the server's answer before opening its port."""
 
 import contextlib
 import importlib
@@ -26,14 +26,14 @@ from rekindle.record import Record
 from rekindle.report import OracleAnswer, Report, Rung
 from restore import dumps
 from restore.decide.decision import Decision
-from restore.decide.match_process import look
+from restore.decide.match_process import differing_files
 from restore.decide.plan import Step
 from restore.decide.source import Source
 from restore.options import Output
-from restore.rungs.ladder import Taken
+from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
 from restore.serve.address import Address
-from restore.serve.foreground import Restored, Serving
+from restore.serve.foreground import RestoredServer, Serving
 
 if TYPE_CHECKING:
     from rekindle.cuda.search import Search
@@ -42,9 +42,12 @@ _ANSWER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cuda:
-    """How CUDA state comes back: what finds the door to the driver, which is starting, and which GPU takes
-    the place of which, by UUID; empty if they are the same."""
+class CudaRestore:
+    """How to restore CUDA state.
+
+    `search` finds the backend that talks to the driver, which is starting meanwhile. `device_map` maps
+    recorded GPUs to GPUs of this node, by UUID; empty if they are the same.
+    """
 
     search: "Search"
     device_map: Mapping[str, str] = field(default_factory=dict)
@@ -57,10 +60,10 @@ def take(
     cell: Cell,
     step: Step,
     stack: contextlib.ExitStack,
-) -> Taken:
-    """Fetch the dump, restore it into a cell that was booted, ask the oracle, and publish the address.
+) -> TakenRung:
+    """Fetch the dump, restore it into a booted cell, ask the oracle, and publish the address.
 
-    What ends the server again is put on the stack. Raises what the ladder may go down after.
+    Pushes onto `stack` what ends the server again. Raises RekindleError or DeadlinePassed.
     """
     report, source, home = run.report, decision.source, decision.home
     assert source is not None
@@ -72,12 +75,12 @@ def take(
         work = stack.enter_context(home.work("restore"))
         _check_weights(record, report)
         if record.process.network is Network.HOST:
-            address.release()  # the server takes the address itself; we only looked if it is free
+            address.release()  # the server binds the address itself; binding it only checked that it is free
         if step.roots:
             with report.phase("extract"):
-                _bring_files(run, source, step, stack)
+                _extract_mapped_files(run, source, step, stack)
         stack.callback(cell.end)
-        # Nothing of the dump is needed any more once it is restored: others may make room then.
+        # A restored process does not need its dump any longer: other restores may remove it to make room.
         with contextlib.ExitStack() as using:
             if source.tally is not None:
                 source.tally.expect(sum(layer.size for layer in image.layers))
@@ -85,7 +88,9 @@ def take(
                 dump = using.enter_context(
                     dumps.ready(home, work, source.image, report, paranoid=run.options.paranoid)
                 )
-            cuda = Cuda(search=source.cuda, device_map=decision.plan.device_map) if source.cuda else None
+            cuda = None
+            if source.cuda is not None:
+                cuda = CudaRestore(search=source.cuda, device_map=decision.plan.device_map)
             restore(
                 cell,
                 record,
@@ -98,12 +103,12 @@ def take(
                 cuda=cuda,
             )
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
-    replica = Restored(cell, record.process)
+    replica = RestoredServer(cell, record.process)
     serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
             _publish(address, serving)
-    return Taken(rung=Rung.PROCESS, serving=serving)
+    return TakenRung(rung=Rung.PROCESS, serving=serving)
 
 
 def _publish(address: Address, serving: Serving) -> None:
@@ -116,14 +121,14 @@ def _publish(address: Address, serving: Serving) -> None:
 
 
 def _seconds_left(run: Run, step: Step) -> float | None:
-    """Return the seconds left until the process must serve; a given deadline counts from our start."""
+    """Return the seconds left for this rung; --process-deadline counts from the start of rekindle."""
     if run.options.process_deadline is None:
         return step.deadline_seconds
     return max(0.001, run.options.process_deadline - (time.monotonic() - run.report.began))
 
 
 def _check_weights(record: Record, report: Report) -> None:
-    """Compare the weights that the server reads again with those that it had. Raises MismatchError."""
+    """Raise MismatchError if the weights that the server would reload differ from the recorded ones."""
     if not record.reloads:
         return
     from rekindle.engine import weights
@@ -131,23 +136,26 @@ def _check_weights(record: Record, report: Report) -> None:
     with report.phase("weights"):
         if names := weights.changed(record.weights, os.environ):
             raise MismatchError(
-                "the model that the server would read again is not the one that it had",
+                "the model to reload differs from the recorded one",
                 cause=", ".join(names[:10]),
                 hint="fetch the recorded revision of the model",
             )
 
 
-def _bring_files(run: Run, source: Source, step: Step, stack: contextlib.ExitStack) -> None:
-    """Extract from the kernel cache what the process has mapped: at the recorded places, or not at all."""
+def _extract_mapped_files(run: Run, source: Source, step: Step, stack: contextlib.ExitStack) -> None:
+    """Extract the kernel-cache files that the process has mapped, to their recorded paths.
+
+    Raises MismatchError if a mapped file is still missing or different afterwards.
+    """
     from restore.rungs.place_cache import extract
 
     record = source.image.value.record
     extract(run, source, {root.name: Path(root.recorded) for root in source.roots(step)}, stack)
-    left = look(record)
+    left = differing_files(record)
     missing = [file.path for file in record.mapped_files if file.path in left]
     if missing:
         raise MismatchError(
-            "the kernel cache does not bring what the process has mapped",
+            "the kernel cache lacks files that the process has mapped",
             cause=", ".join(f"{path}: {left[path]}" for path in missing[:5]),
         )
 
@@ -163,21 +171,20 @@ def restore(
     output: Output,
     report: Report,
     engine: Engine | None = None,
-    cuda: Cuda | None = None,
+    cuda: CudaRestore | None = None,
 ) -> None:
-    """Fills a cell that was just booted with the server, and asks the oracle.
+    """Restore the server into a cell that was just booted, and ask the oracle.
 
-    `engine` is who asks: the one that the record names, if it is not given. `cuda` is needed for a server
-    that held CUDA state.
+    `engine` defaults to the one that the record names. `cuda` is required for a server with CUDA state.
 
-    Raises RestoreError or OracleError; the caller ends the cell then, and nothing is left of the try.
+    Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
     process = record.process
     with report.phase("cell"):
         cell.enter(process.network, process.clocks)
-        with naming_full_disk("the cell's /dev/shm", hint="the node is short of memory"):
+        with naming_full_disk("the cell's /dev/shm", hint="the node is out of memory"):
             copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
-    # The HTTP client takes 30 ms to import: that is done while CRIU works.
+    # Importing the HTTP client takes 30 ms: do it while CRIU works.
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
     with report.phase("restore"):
         criu.restore(
@@ -195,21 +202,21 @@ def restore(
     if engine.options().get("asleep"):
         _wake(cell, record, engine, report)
     with report.phase("oracle"):
-        _prove(cell, record, engine, report)
+        _ask_oracle(cell, record, engine, report)
 
 
-def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: Cuda | None) -> None:
-    """Gives the processes their GPUs back."""
+def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> None:
+    """Restore the CUDA state of the processes with these PIDs in the cell."""
     from rekindle.cuda.session import Session
 
     if cuda is None:
-        raise CapabilityError("the server held CUDA state, and nothing here restores it")
+        raise CapabilityError("the snapshot holds CUDA state, which this node cannot restore")
     outside = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]
     with contextlib.closing(cuda.search.door()) as door:
-        # If this fails, the processes end with the cell: there is nothing to go back to.
+        # No roll-back: if this fails, the processes end with the cell.
         Session(door, holders).restore_all(cuda.device_map, roll_back=False)
 
 
@@ -218,15 +225,16 @@ def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
 
     def connect(host: str, port: int, timeout: float) -> socket.socket:
         status = cell.wait(record.process.root_pid, 0.0)
-        if status is not None:  # else an engine that waits for a port would wait to its deadline
-            raise RestoreError(f"the restored server ended with status {exit_status(status)} as it woke")
+        if status is not None:  # an engine that waits for a port would otherwise wait until its deadline
+            raise RestoreError(f"the restored server exited with status {exit_status(status)} while waking")
         return cell.connect(host, port, timeout)
 
     engine.enter(cell.root)
     engine.wake(Client(record.endpoint, connect), report.phase)
 
 
-def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
+def _ask_oracle(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
+    """Ask the oracle and report its answer. Raise OracleError if it differs from the recorded one."""
     from rekindle.engine.client import Client
 
     client = Client(record.endpoint, cell.connect)
@@ -236,7 +244,7 @@ def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
         response = client.ask(request, timeout=_ANSWER_SECONDS)
     except OSError as error:
         status = cell.wait(record.process.root_pid, 0.1)
-        ended = "" if status is None else f", and ended with status {exit_status(status)}"
+        ended = "" if status is None else f": it exited with status {exit_status(status)}"
         raise RestoreError(f"the restored server does not answer{ended}", cause=str(error)) from error
     report.first_token_seconds = response.first_byte - report.began
     answer = engine.answer(response)
@@ -249,6 +257,6 @@ def _prove(cell: Cell, record: Record, engine: Engine, report: Report) -> None:
     )
     if not agree:
         raise OracleError(
-            "the restored server gives another answer than the one that was snapshotted",
+            "the restored server's answer differs from the recorded one",
             cause=f"expected {json.dumps(record.oracle.answer)[:300]}, got {json.dumps(answer)[:300]}",
         )

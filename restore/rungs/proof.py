@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of the cache rung: which entries of the cache a start has used, and what it compiled anew."""
+"""Prove that a start used the kernel cache: which entries it read, and which it compiled again."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from oci.cache.inventory import StoredRoot
     from restore.rungs.observe import Observed
 
-_NOTES = {f"{CacheKind.VLLM}: .", f"{CacheKind.VLLM}: modelinfos"}  # read in any case, and no kernels
-_NAMED = 20  # entries of each kind that a report names
+_METADATA = {f"{CacheKind.VLLM}: .", f"{CacheKind.VLLM}: modelinfos"}  # read by every start
+_REPORTED_LIMIT = 20  # entries of each list in a report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What was seen of the file system, and what the engine's log says of it.
+    """What was observed in the file system, and what the engine's log says.
 
-    `known` are the entries of the cache that the image brought, by root in the order of what was observed.
+    `known` holds the keys of the image's entries, one set for each observed root, in the same order.
     """
 
     known: Sequence[frozenset[str]]
@@ -32,7 +32,7 @@ class Proof:
 
     @property
     def used(self) -> list[str]:
-        """The entries of the image that were read, and not made again."""
+        """The entries of the image that were read and not made again."""
         return [
             f"{root.kind}: {key}"
             for root, known in zip(self.observed.roots, self.known, strict=True)
@@ -47,17 +47,20 @@ class Proof:
 
     @property
     def verdict(self) -> str:
-        """`hit`: of the cache only; `partial`: something was compiled, too; `miss`: no kernel of the cache
-        was of use; `unused`: the server neither read nor compiled anything."""
-        if self.engine.compiled or self._many_made():
-            kernels = [entry for entry in self.used if entry not in _NOTES]
+        """How much of the cache was used.
+
+        `hit`: everything came from the cache; `partial`: something was compiled, too; `miss`: no entry
+        of the cache was used; `unused`: the server neither read nor compiled anything.
+        """
+        if self.engine.compiled or self._made_kernels():
+            kernels = [entry for entry in self.used if entry not in _METADATA]
             return "partial" if kernels or self.engine.loaded else "miss"
         if self.used or self.engine.loaded:
             return "hit"
         return "miss" if self.made else "unused"
 
-    def _many_made(self) -> bool:
-        """Whether more was made than the notes that a start leaves in any case."""
+    def _made_kernels(self) -> bool:
+        """Return whether more was made than the metadata that every start writes."""
         made = any(key not in {".", "modelinfos"} for root in self.observed.roots for key in root.made)
         return made and not self.engine.loaded
 
@@ -68,9 +71,9 @@ class Proof:
             "verdict": self.verdict,
             "entries": sum(len(known) for known in self.known),
             "used": len(self.used),
-            "used_entries": self.used[:_NAMED],
+            "used_entries": self.used[:_REPORTED_LIMIT],
             "made": len(self.made),
-            "made_entries": self.made[:_NAMED],
+            "made_entries": self.made[:_REPORTED_LIMIT],
             "made_files": sum(each.files for each in made),
             "made_bytes": sum(each.bytes for each in made),
             "made_seconds": round(self.observed.made_seconds, 3),
@@ -84,15 +87,15 @@ class Proof:
         }
 
 
-class Watched:
-    """A kernel cache that has been put in place, watched while a server starts on it."""
+class WatchedCache:
+    """An extracted kernel cache, watched within the context while a server starts on it."""
 
     def __init__(self, roots: Sequence["StoredRoot"], where: Mapping[str, Path]) -> None:
-        """`where` says by the names of the roots where each of them is."""
-        from restore.rungs.observe import Watch
+        """`where` is the directory of each root, by the root's name."""
+        from restore.rungs.observe import CacheWatch
 
         self._known = [frozenset(entry.key for entry in root.entries) for root in roots]
-        self._watch = Watch([(root.kind, where[root.name]) for root in roots])
+        self._watch = CacheWatch([(root.kind, where[root.name]) for root in roots])
 
     def __enter__(self) -> Self:
         self._watch.__enter__()
@@ -104,5 +107,5 @@ class Watched:
         self._watch.__exit__(kind, error, trace)
 
     def proof(self, engine: Compiled) -> Proof:
-        """What has come of it until now; `engine` is what its log says."""
+        """Return what has been observed so far, with what the engine's log says."""
         return Proof(known=self._known, observed=self._watch.observed(), engine=engine)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits, in a thread of its own, until a server that was started answers, and asks the oracle once."""
+"""Wait in a thread until a started server is ready, then ask it the oracle once."""
 
 import contextlib
 import os
@@ -25,17 +25,20 @@ _ORACLE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """When it was ready and when the oracle's answer began, by time.monotonic (None: it gave none), and the
-    answer, or why there is none."""
+    """When the server was ready, and the oracle's answer.
+
+    `at` and `first_byte`, the start of the answer, are times of time.monotonic; `first_byte` is None
+    without an answer. `problem` says why there is none; empty if the oracle was not asked or answered.
+    """
 
     at: float
     first_byte: float | None = None
     answer: JSON = None
-    lack: str = ""
+    problem: str = ""
 
 
-class Waiting:
-    """The thread. `fileno` is readable once there is a `result`."""
+class ReadinessWait:
+    """The waiting thread, as a context. `fileno` is readable once there is a `result`."""
 
     def __init__(self, engine: Engine, oracle: "Oracle | None") -> None:
         self.result: Ready | None = None
@@ -53,7 +56,7 @@ class Waiting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join(0.1)  # it may be in the middle of a request, of which nobody waits for the end
+        self._thread.join(0.1)  # no longer: it may be in the middle of a request
         if not self._thread.is_alive():
             os.close(self._writer)
             os.close(self._reader)
@@ -66,7 +69,7 @@ class Waiting:
 
         client = Client(self._engine.endpoint, _connect)
         while not self._over.is_set():
-            with contextlib.suppress(Exception):  # whatever is answered there: it is not ready
+            with contextlib.suppress(Exception):  # whatever the error is, the server is not ready
                 if self._engine.ready(client, _ASK_SECONDS):
                     self.result = self._ask(client, time.monotonic())
                     with contextlib.suppress(OSError):
@@ -81,10 +84,10 @@ class Waiting:
             request = self._engine.authorize(self._oracle.request, os.environ)
             response = client.ask(request, timeout=_ORACLE_SECONDS)
             return Ready(at=at, first_byte=response.first_byte, answer=self._engine.answer(response))
-        except RekindleError as error:  # another model's name, or another answer's form: told, no more
-            return Ready(at=at, lack=error.message)
+        except RekindleError as error:  # for example another model name or answer format: only reported
+            return Ready(at=at, problem=error.message)
         except Exception as error:
-            return Ready(at=at, lack=repr(error))
+            return Ready(at=at, problem=repr(error))
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:

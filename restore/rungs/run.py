@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rung of one restore is handed besides the decision."""
+"""What every rung of a restore gets besides the decision."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from restore.signals import Signals
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One restore: what was asked for, and who is told.
+    """One restore: what was asked for, and where its progress is reported.
 
-    Work is done where `signals` raises, so that it can be broken off at any moment; clean-up never is.
+    Work runs within `signals.raising`, so that it can be interrupted at any moment; clean-up does not.
     """
 
     options: Options

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that is brought up as its command says, until it answers: the cache rung and the cold one."""
+"""Start a command and wait until its server is ready, for the cache rung and the cold one."""
 
 import contextlib
 import os
@@ -15,25 +15,27 @@ from rekindle.record import Oracle
 from rekindle.report import OracleAnswer, Report, Rung
 from restore.decide.decision import Decision
 from restore.options import Output
-from restore.rungs.child import Started
-from restore.rungs.ladder import Taken
-from restore.rungs.readiness import Ready, Waiting
+from restore.rungs.child import ChildServer
+from restore.rungs.ladder import TakenRung
+from restore.rungs.readiness import ReadinessWait, Ready
 from restore.rungs.run import Run
 from restore.serve.address import Address, bind
 from restore.serve.foreground import Serving
 from restore.signals import Signals
 
 if TYPE_CHECKING:
-    from restore.rungs.proof import Watched
+    from restore.rungs.proof import WatchedCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Up:
-    """A server that answers, or, with a `status`, one that has ended before it did. `ready` is None if nobody
-    can tell when it is."""
+class StartedServer:
+    """A started server: ready, or with a `status`, exited before it was.
+
+    `ready` is None if no engine can tell when the server is ready.
+    """
 
     serving: Serving
-    started: Started
+    child: ChildServer
     ready: Ready | None
     status: int | None
 
@@ -50,14 +52,14 @@ def bring_up(
     signals: Signals,
     asked_to_end: Callable[[int], None],
     listen: bool,
-) -> Up:
-    """Starts the command and waits. What ends the server again is put on the stack.
+) -> StartedServer:
+    """Start the command and wait until it is ready or exits. What ends the server is pushed onto `stack`.
 
-    Signals are passed on to the server from now on; nothing may raise them. Raises Interrupted, once the
-    server has ended, if it was asked to end before it was ready; UsageError if there is no such command.
+    From now on, signals go to the server and do not raise. Raises Interrupted, after the server has exited,
+    if a signal asked it to end before it was ready; UsageError if the command cannot be started.
     """
-    started = stack.enter_context(
-        Started(
+    child = stack.enter_context(
+        ChildServer(
             command,
             environment=environment,
             directory=directory,
@@ -67,16 +69,16 @@ def bring_up(
         )
     )
     endpoint = engine.endpoint if engine else None
-    serving = stack.enter_context(Serving(started, endpoint, signals, asked_to_end))
+    serving = stack.enter_context(Serving(child, endpoint, signals, asked_to_end))
     if engine is None:
-        return Up(serving=serving, started=started, ready=None, status=None)
-    with Waiting(engine, oracle) as waiting:
+        return StartedServer(serving=serving, child=child, ready=None, status=None)
+    with ReadinessWait(engine, oracle) as waiting:
         serving.watch(waiting.fileno(), lambda: None)
         status = serving.run(until=lambda: waiting.result is not None)
         serving.forget(waiting.fileno())
     if status is not None and serving.signalled is not None:
         raise Interrupted(serving.signalled)
-    return Up(serving=serving, started=started, ready=waiting.result, status=status)
+    return StartedServer(serving=serving, child=child, ready=waiting.result, status=status)
 
 
 def start(
@@ -88,25 +90,25 @@ def start(
     rung: Rung,
     command: Sequence[str],
     environment: Mapping[str, str],
-    watched: "Watched | None" = None,
-) -> Taken:
-    """Start a command, and wait until it answers.
+    watched: "WatchedCache | None" = None,
+) -> TakenRung:
+    """Start a command and wait until it is ready.
 
-    `watched` sees what the server uses of a kernel cache. Raises WorkloadError if the server ends before it
-    is ready on the cache rung; on the cold one its status is the result, as it would be without us.
+    `watched` observes what the server uses of a kernel cache. Raises WorkloadError if the server exits
+    before it is ready on the cache rung; on the cold rung the result has its status, since no rung is left.
     """
     report, image, engine = run.report, decision.facts.image, decision.engine
     if decision.source is not None:
         decision.source.close()
     if cell is not None:
         cell.end()
-    report.oracle, report.first_token_seconds = None, None  # of a process that was given up
+    report.oracle, report.first_token_seconds = None, None  # those of a failed process rung
     listens = engine.endpoint if engine else None
     forwarded = address.is_forwarded(listens)
     if not forwarded:
-        address.release()  # the server takes it itself
+        address.release()  # the server binds it itself
     elif listens is not None:
-        bind(listens).close()  # or another server would be taken for ours
+        bind(listens).close()  # if this raises, another server is there and could be mistaken for ours
     known = image and engine and image.record.engine == engine.name
     oracle = image.record.oracle if image and known else None
     run.signals.check()
@@ -124,31 +126,31 @@ def start(
             listen=watched is not None,
         )
     if up.status is not None:
-        lost = WorkloadError(f"the server ended with status {up.status} before it was ready")
+        error = WorkloadError(f"the server exited with status {up.status} before it was ready")
         if rung is Rung.CACHE:
-            raise lost
-        report.error = lost.to_json()
-        return Taken(rung=rung, serving=up.serving, status=up.status)
+            raise error
+        report.error = error.to_json()
+        return TakenRung(rung=rung, serving=up.serving, status=up.status)
     if up.ready is None:
-        report.say("nothing tells when this server is ready: add --ready-url URL")
+        report.say("cannot tell when this server is ready: add --ready-url URL")
     elif oracle is not None and engine is not None:
-        _tell_answer(report, up.ready, oracle, engine)
+        _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
-        report.cache = watched.proof(engine.compiled(up.started.log)).to_json()
+        report.cache = watched.proof(engine.compiled(up.child.log)).to_json()
     if forwarded and (sock := address.listen()) is not None:
         up.serving.publish(sock)
-    return Taken(rung=rung, serving=up.serving)
+    return TakenRung(rung=rung, serving=up.serving)
 
 
 def _directory(decision: Decision) -> Path:
-    """Return where the command is started: the recorded command where it was recorded, if that is here."""
+    """Return the command's working directory: the recorded one, if the command is, and it exists here."""
     image = decision.facts.image
     recorded = image.record.directory if image and not decision.facts.given else ""
     return Path(recorded) if recorded and os.access(f"{recorded}/.", os.X_OK) else Path.cwd()
 
 
-def _tell_answer(report: Report, ready: Ready, oracle: Oracle, engine: Engine) -> None:
-    """Report what the oracle answered, which decides nothing on a lower rung."""
+def _report_answer(report: Report, ready: Ready, oracle: Oracle, engine: Engine) -> None:
+    """Report the oracle's answer. On a lower rung it decides nothing."""
     report.split_phase("oracle", at=ready.at)
     first = None
     if ready.first_byte is not None:
@@ -159,5 +161,5 @@ def _tell_answer(report: Report, ready: Ready, oracle: Oracle, engine: Engine) -
         got=ready.answer,
         match=ready.answer is not None and engine.agree(oracle.answer, ready.answer),
         first_token_seconds=first,
-        problem=ready.lack,
+        problem=ready.problem,
     )

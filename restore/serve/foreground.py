@@ -37,7 +37,7 @@ class Replica(Protocol):
         """A stream socket in the network that it listens in."""
 
 
-class Restored:
+class RestoredServer:
     """A server that was restored in a cell."""
 
     def __init__(self, cell: Cell, process: Process) -> None:

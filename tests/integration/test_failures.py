@@ -334,7 +334,7 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
         (["restore", "registry.example/X"], "no image of a registry"),
         (["restore", "oci:/no/such/dir"], "no OCI image layout"),
         (["restore", "x", "--publish", "99999"], ""),
-        (["restore", "x", "--", "frobnicate"], "frobnicate cannot be started"),
+        (["restore", "x", "--", "frobnicate"], "cannot start frobnicate"),
         (["restore", "x", "--rung", "cache", "--require", "process"], "--rung cache is below"),
         (["restore", "x", "--require", "cold"], "invalid choice"),
         (["restore", "x", "--process-deadline", "0"], "no number of seconds"),

@@ -306,7 +306,7 @@ def test_the_status_of_a_cold_server_is_ours(scene: Scene, dies: int, status: in
 def test_a_command_that_is_not_there(scene: Scene) -> None:
     running = scene.ended("--rung", "cold", command=["/no/such/server"])
     assert running.process.returncode == 2
-    assert "/no/such/server cannot be started" in running.said
+    assert "cannot start /no/such/server" in running.said
     scene.nothing_is_left()
 
 

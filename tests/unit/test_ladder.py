@@ -23,7 +23,7 @@ from rekindle.report import Report, Rung
 from restore.decide.difference import Difference
 from restore.decide.plan import Plan, Step
 from restore.decide.rules import reason_for
-from restore.rungs.ladder import climb
+from restore.rungs.ladder import descend
 from restore.signals import DeadlinePassed
 
 PROCESS, CACHE, COLD = Rung.PROCESS, Rung.CACHE, Rung.COLD
@@ -77,7 +77,7 @@ def codes(report: Report) -> list[tuple[Rung, str]]:
 def test_the_highest_rung_is_taken_and_what_it_holds_is_kept(report: Report) -> None:
     rungs = Rungs(report)
     with contextlib.ExitStack() as keep:
-        assert climb(steps(process=[NEWER]), rungs, report, keep) == "a server by process"
+        assert descend(steps(process=[NEWER]), rungs, report, keep) == "a server by process"
         assert rungs.happened == ["process begins", "process taken"]
     assert rungs.happened[2:] == ["process undone first", "process undone"]
     assert codes(report) == [(PROCESS, "kernel")]
@@ -87,7 +87,7 @@ def test_a_rung_is_undone_before_the_next_begins(report: Report) -> None:
     acts = {"process": fails(RestoreError("it broke")), "cache": fails(RestoreError("this, too"))}
     rungs = Rungs(report, **acts)
     with contextlib.ExitStack() as keep:
-        assert climb(steps(), rungs, report, keep) == "a server by cold"
+        assert descend(steps(), rungs, report, keep) == "a server by cold"
         assert rungs.happened == [
             *("process begins", "process undone first", "process undone"),
             *("cache begins", "cache undone first", "cache undone"),
@@ -107,7 +107,7 @@ def test_undoing_learns_of_what_failed(report: Report) -> None:
         return step.rung
 
     with contextlib.ExitStack() as keep:
-        assert climb(steps(), take, report, keep) is CACHE
+        assert descend(steps(), take, report, keep) is CACHE
         assert seen == [RestoreError]
     assert seen == [RestoreError, None]
 
@@ -116,25 +116,25 @@ def test_a_rung_with_a_hard_reason_is_not_tried(report: Report, capsys: pytest.C
     report.tell = console(quiet=False)
     rungs = Rungs(report)
     with contextlib.ExitStack() as keep:
-        climb(steps(process=[NEWER, OLDER], cache=[NO_CACHE]), rungs, report, keep)
+        descend(steps(process=[NEWER, OLDER], cache=[NO_CACHE]), rungs, report, keep)
     assert rungs.happened[0] == "cold begins"
     assert codes(report) == [(PROCESS, "kernel"), (PROCESS, "kernel-older"), (CACHE, "no-cache")]
     told = capsys.readouterr().err
-    assert "not by process: kernel-older: kernel was 6.8, is 5.15" in told
-    assert "not by cache: no-cache: there is none" in told
+    assert "process is not possible: kernel-older: kernel was 6.8, is 5.15" in told
+    assert "cache is not possible: no-cache: there is none" in told
     assert "6.9" not in told
 
 
 def test_reasons_of_rungs_below_are_not_told(report: Report) -> None:
     with contextlib.ExitStack() as keep:
-        climb(steps(cache=[NO_CACHE]), Rungs(report), report, keep)
+        descend(steps(cache=[NO_CACHE]), Rungs(report), report, keep)
     assert report.reasons == []
 
 
 def test_a_failure_is_told_with_the_phase_in_which_it_came(report: Report) -> None:
     error = RestoreError("CRIU could not restore the server", cause="Error (x.c:1): no")
     with contextlib.ExitStack() as keep:
-        climb(steps(), Rungs(report, process=fails(error)), report, keep)
+        descend(steps(), Rungs(report, process=fails(error)), report, keep)
     (reason,) = report.reasons
     assert (reason.rung, reason.code, reason.hard) == (PROCESS, "restore-failed", True)
     assert reason.field == "phase of process"
@@ -153,12 +153,12 @@ def test_an_error_leads_down_or_ends_everything(report: Report, kind: type[Rekin
     rungs = Rungs(report, process=fails(kind("this is wrong")))
     with contextlib.ExitStack() as keep:
         if kind.descends:
-            assert climb(steps(), rungs, report, keep) == "a server by cache"
+            assert descend(steps(), rungs, report, keep) == "a server by cache"
             wanted = {"restore": "restore-failed", "oracle": "oracle-mismatch"}.get(kind.code, kind.code)
             assert codes(report) == [(PROCESS, wanted)]
         else:
             with pytest.raises(kind):
-                climb(steps(), rungs, report, keep)
+                descend(steps(), rungs, report, keep)
             assert rungs.happened[-1] == "process undone"
             assert not any(line.startswith("c") for line in rungs.happened)
 
@@ -171,7 +171,7 @@ def test_what_is_not_to_be_trusted_is_never_followed_by_another_start(
     acts = {"process": fails(RestoreError("it broke")), rung.value: fails(kind("no"))}
     rungs = Rungs(report, **acts)
     with contextlib.ExitStack() as keep, pytest.raises(kind):
-        climb(steps(), rungs, report, keep)
+        descend(steps(), rungs, report, keep)
     assert rungs.happened[-1] == f"{rung} undone"
     assert "cold begins" not in rungs.happened
 
@@ -180,13 +180,13 @@ def test_the_error_of_the_last_rung_is_that_of_the_command(report: Report) -> No
     acts = {rung.value: fails(RestoreError(f"{rung} broke")) for rung in Rung}
     rungs = Rungs(report, **acts)
     with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="cold broke"):
-        climb(steps(), rungs, report, keep)
+        descend(steps(), rungs, report, keep)
     assert rungs.happened[-1] == "cold undone"
 
 
 def test_without_a_rung_that_is_possible_the_last_says_why(report: Report) -> None:
     with contextlib.ExitStack() as keep, pytest.raises(MismatchError) as caught:
-        climb(steps(process=[OLDER], cache=[NO_CACHE], cold=[NO_COMMAND]), Rungs(report), report, keep)
+        descend(steps(process=[OLDER], cache=[NO_CACHE], cold=[NO_COMMAND]), Rungs(report), report, keep)
     assert "no-command" in caught.value.cause
     assert len(report.reasons) == 3
 
@@ -201,7 +201,7 @@ def test_rungs_below_the_required_one_are_never_tried(
     acts = {rung.value: fails(RestoreError(f"{rung} broke")) for rung in Rung}
     rungs = Rungs(report, **acts)
     with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match=f"{required} broke"):
-        climb(steps(), rungs, report, keep, require=required)
+        descend(steps(), rungs, report, keep, require=required)
     assert [line.split()[0] for line in rungs.happened if line.endswith("begins")] == tried
 
 
@@ -209,7 +209,7 @@ def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
     lacking = [reason_for(Difference("criu", "criu", "", "there is none"))]
     rungs = Rungs(report)
     with contextlib.ExitStack() as keep, pytest.raises(CapabilityError, match="cannot run"):
-        climb(steps(process=lacking), rungs, report, keep, require=PROCESS)
+        descend(steps(process=lacking), rungs, report, keep, require=PROCESS)
     assert rungs.happened == []
     assert codes(report) == [(PROCESS, "criu")]
 
@@ -220,7 +220,7 @@ def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
 def test_a_bug_costs_the_rung_and_is_not_hidden(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     rungs = Rungs(report, process=fails(ValueError("never thought of that")))
     with contextlib.ExitStack() as keep:
-        assert climb(steps(), rungs, report, keep) == "a server by cache"
+        assert descend(steps(), rungs, report, keep) == "a server by cache"
     assert rungs.happened[:3] == ["process begins", "process undone first", "process undone"]
     (reason,) = report.reasons
     assert (reason.code, reason.here) == ("bug", "ValueError('never thought of that')")
@@ -233,7 +233,7 @@ def test_a_bug_of_the_last_rung_is_one_of_the_command(report: Report) -> None:
     rungs = Rungs(report, cold=fails(ValueError("never thought of that")))
     plan = steps(process=[OLDER], cache=[NO_CACHE])
     with contextlib.ExitStack() as keep, pytest.raises(ValueError, match="never"):
-        climb(plan, rungs, report, keep)
+        descend(plan, rungs, report, keep)
 
 
 def test_undoing_that_fails_costs_no_more(report: Report) -> None:
@@ -244,7 +244,7 @@ def test_undoing_that_fails_costs_no_more(report: Report) -> None:
         return step.rung
 
     with contextlib.ExitStack() as keep:
-        assert climb(steps(), take, report, keep) is CACHE
+        assert descend(steps(), take, report, keep) is CACHE
     assert codes(report) == [(PROCESS, "bug")]
 
 
@@ -255,14 +255,14 @@ def test_undoing_that_fails_costs_no_more(report: Report) -> None:
 def test_who_is_asked_to_end_ends(report: Report, error: BaseException) -> None:
     rungs = Rungs(report, process=fails(error))
     with contextlib.ExitStack() as keep, pytest.raises(type(error)):
-        climb(steps(), rungs, report, keep)
+        descend(steps(), rungs, report, keep)
     assert rungs.happened == ["process begins", "process undone first", "process undone"]
 
 
 def test_a_rung_that_takes_too_long_is_undone(report: Report) -> None:
     rungs = Rungs(report, process=fails(DeadlinePassed(15.0)))
     with contextlib.ExitStack() as keep:
-        assert climb(steps(), rungs, report, keep) == "a server by cache"
+        assert descend(steps(), rungs, report, keep) == "a server by cache"
     assert rungs.happened[:4] == [
         *("process begins", "process undone first", "process undone", "cache begins"),
     ]
@@ -274,8 +274,8 @@ def test_a_rung_that_takes_too_long_is_undone(report: Report) -> None:
 
 def test_the_last_rung_that_takes_too_long_is_an_error(report: Report) -> None:
     rungs = Rungs(report, process=fails(DeadlinePassed(15.0)))
-    with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="process rung was given up"):
-        climb(steps(), rungs, report, keep, require=PROCESS)
+    with contextlib.ExitStack() as keep, pytest.raises(RestoreError, match="process rung took too long"):
+        descend(steps(), rungs, report, keep, require=PROCESS)
     assert rungs.happened[-1] == "process undone"
 
 
@@ -287,11 +287,11 @@ def test_what_a_rung_found_out_about_itself_is_no_failure(report: Report) -> Non
         raise MismatchError("this node cannot use the snapshot's kernel cache")
 
     with contextlib.ExitStack() as keep:
-        climb(steps(process=[OLDER]), Rungs(report, cache=looks), report, keep)
+        descend(steps(process=[OLDER]), Rungs(report, cache=looks), report, keep)
     assert codes(report) == [(PROCESS, "kernel-older"), (CACHE, "no-cache")]
 
 
 def test_a_signature_that_is_bad_is_no_bug(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.ExitStack() as keep, pytest.raises(TrustError):
-        climb(steps(), Rungs(report, process=fails(TrustError("signed by nobody"))), report, keep)
+        descend(steps(), Rungs(report, process=fails(TrustError("signed by nobody"))), report, keep)
     assert "Traceback" not in capsys.readouterr().err

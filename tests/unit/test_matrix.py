@@ -843,7 +843,7 @@ def test_a_snapshot_on_another_node(
         assert not given_out(registry, Kind.MANIFEST)
         assert registry.sent_bytes == (first.fetch_bytes if first else 0)
         if case.rung is PROCESS and "rootfs-file" not in case.process:
-            assert match_process.look(image.record) == {}, (
+            assert match_process.differing_files(image.record) == {}, (
                 "every file that the process has mapped is there now"
             )
 

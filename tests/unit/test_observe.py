@@ -16,7 +16,7 @@ import pytest
 
 from rekindle.engine.caches import CacheKind
 from restore.rungs import observe
-from restore.rungs.observe import Made, Observed, ObservedRoot, Watch
+from restore.rungs.observe import CacheWatch, Made, Observed, ObservedRoot
 from tests.conftest import wait_for
 from tests.unit.cache_samples import write
 
@@ -69,7 +69,7 @@ def triton_puts(entry: Path, name: str, content: bytes = b"kernel") -> None:
 
 
 def test_what_another_process_opens_is_used(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         assert keys(watch.observed()) == (set(), set())
         subprocess.run(["cat", cache / "OLD" / "k.json"], check=True, capture_output=True)
         assert keys(watch.observed()) == ({"OLD"}, set())
@@ -83,7 +83,7 @@ def test_what_another_process_opens_is_used(cache: Path) -> None:
 
 
 def test_a_look_is_no_use(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for path in cache.rglob("*"):
             path.stat()
             os.utime(path)
@@ -91,7 +91,7 @@ def test_a_look_is_no_use(cache: Path) -> None:
 
 
 def test_a_file_that_is_written_in_place_is_neither_used_nor_new(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for _ in range(3):
             with open(cache / "OLD" / "k.json", "a") as file:
                 file.write("more")
@@ -100,7 +100,7 @@ def test_a_file_that_is_written_in_place_is_neither_used_nor_new(cache: Path) ->
 
 
 def test_new_files_are_counted_by_entry(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         write(cache / "NEW" / "a", b"12345")
         write(cache / "NEW" / "b", b"123")
         time.sleep(0.05)
@@ -118,7 +118,7 @@ def test_new_files_are_counted_by_entry(cache: Path) -> None:
 
 
 def test_what_is_new_is_not_used(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         write(cache / "NEW" / "a").read_bytes()
         write(cache / "OLD" / "a").read_bytes()
         watch.observed()
@@ -127,7 +127,7 @@ def test_what_is_new_is_not_used(cache: Path) -> None:
 
 
 def test_an_entry_that_was_read_and_made_anew_is_both(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         (cache / "OLD" / "__grp__k.json").read_bytes()
         triton_puts(cache / "OLD", "k.cubin")  # in the place of the one that is there
         triton_puts(cache / "NEW", "k.cubin", b"12")
@@ -137,14 +137,14 @@ def test_an_entry_that_was_read_and_made_anew_is_both(cache: Path) -> None:
 
 
 def test_a_file_that_is_removed_and_written_again_is_new(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         (cache / "OLD" / "k.json").unlink()
         write(cache / "OLD" / "k.json")
     assert keys(watch.observed()) == (set(), {"OLD"})
 
 
 def test_what_is_gone_again_was_not_made(cache: Path, tmp_path: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         write(cache / "OLD" / "temporary").unlink()
         write(cache / "NEW" / "away").rename(tmp_path / "elsewhere")
         write(cache / "OLD" / "draft").rename(cache / "OLD" / "final")
@@ -157,7 +157,7 @@ def test_what_is_gone_again_was_not_made(cache: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_plain_file_does_not_count(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         os.mkfifo(cache / "OLD" / "pipe")
         (cache / "OLD" / "link").symlink_to("k.json")
         (cache / "AWAY").symlink_to("OLD")
@@ -183,7 +183,7 @@ def test_locks_and_temporary_files_never_count(
 ) -> None:
     if there:
         write(tmp_path / "cache" / path)
-    with Watch([(kind, tmp_path / "cache")]) as watch:
+    with CacheWatch([(kind, tmp_path / "cache")]) as watch:
         (tmp_path / "cache" / path).read_bytes() if there else write(tmp_path / "cache" / path)
     root = only(watch.observed())
     assert bool(root.used) is (there and counts)
@@ -206,7 +206,7 @@ def test_many_processes_read_and_write_at_once(tmp_path: Path) -> None:
                 os.replace(temporary / "k.cubin", entry / "k.cubin")
                 temporary.rmdir()
     """
-    with Watch([(TRITON, tmp_path / "cache")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "cache")]) as watch:
         workers = [python(program, tmp_path / "cache", str(number)) for number in range(8)]
         for worker in workers:
             worker.communicate(timeout=60)
@@ -220,7 +220,7 @@ def test_many_processes_read_and_write_at_once(tmp_path: Path) -> None:
 
 def test_directories_that_are_made_and_filled_at_once_lose_nothing(cache: Path) -> None:
     program = "for i in $(seq 200); do mkdir -p N$i/b/c && echo x >N$i/b/c/file && echo y >N$i/top; done"
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         subprocess.run(["sh", "-c", program], cwd=cache, check=True)
         seen = watch.observed()
     assert only(seen).made == {f"N{number}": Made(files=2, bytes=4) for number in range(1, 201)}
@@ -232,7 +232,7 @@ def test_directories_that_are_moved_into_place_lose_nothing(cache: Path, tmp_pat
         mkdir -p .tmp$i/b && echo x >.tmp$i/b/file && mv .tmp$i N$i && echo y >N$i/b/late
         mkdir -p ../out/b && echo x >../out/b/file && mv ../out M$i
     done"""
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         subprocess.run(["sh", "-c", program], cwd=cache, check=True)
         seen = watch.observed()
     made = {f"N{number}": Made(files=2, bytes=4) for number in range(1, 201)}
@@ -240,7 +240,7 @@ def test_directories_that_are_moved_into_place_lose_nothing(cache: Path, tmp_pat
 
 
 def test_directories_that_are_removed_and_made_again_are_new(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for number in range(50):
             shutil.rmtree(cache / "OLD")
             write(cache / "OLD" / "k.json", b"x" * number)
@@ -273,7 +273,7 @@ def test_directories_that_come_while_the_watch_begins_are_seen_once(
     worker = python(program, tmp_path / "cache")
     assert worker.stdout is not None
     assert worker.stdout.read(3) == b"go\n"
-    with Watch([(TRITON, tmp_path / "cache")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "cache")]) as watch:
         time.sleep(0.2)
         end(worker)
         files = sum(path.is_file() for path in (tmp_path / "cache").rglob("*"))
@@ -286,7 +286,7 @@ def test_directories_that_come_while_the_watch_begins_are_seen_once(
 
 def test_a_cache_that_is_not_there_yet(tmp_path: Path) -> None:
     roots = [tmp_path / name for name in ("a/b/c/cache", "a/b/d/cache", "near")]
-    with Watch([(TRITON, root) for root in roots]) as watch:
+    with CacheWatch([(TRITON, root) for root in roots]) as watch:
         assert [root.made for root in watch.observed().roots] == [{}, {}, {}]
         subprocess.run(
             "mkdir -p a/b/c/cache/K && echo x >a/b/c/cache/K/f", shell=True, cwd=tmp_path, check=True
@@ -300,7 +300,7 @@ def test_a_cache_that_is_not_there_yet(tmp_path: Path) -> None:
 
 def test_a_cache_that_comes_all_the_way_at_once_is_never_missed(tmp_path: Path) -> None:
     roots = [tmp_path / f"{number}" / "x" / "y" / "cache" for number in range(100)]
-    with Watch([(TRITON, root) for root in roots]) as watch:
+    with CacheWatch([(TRITON, root) for root in roots]) as watch:
         program = "for i in $(seq 0 99); do mkdir -p $i/x/y/cache/K && echo x >$i/x/y/cache/K/f; done"
         subprocess.run(["sh", "-c", program], cwd=tmp_path, check=True)
     assert [root.made for root in watch.observed().roots] == [{"K": Made(files=1, bytes=2)}] * 100
@@ -317,7 +317,7 @@ def test_a_cache_whose_way_comes_while_the_watch_begins(
         return real(fd, directory, mask)
 
     monkeypatch.setattr(observe, "_inotify_add_watch", late)
-    with Watch([(TRITON, tmp_path / "a" / "b" / "c" / "cache")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "a" / "b" / "c" / "cache")]) as watch:
         write(tmp_path / "a" / "b" / "c" / "cache" / "K" / "f")
     assert keys(watch.observed()) == (set(), {"K"})
 
@@ -329,7 +329,7 @@ def test_a_cache_that_is_removed_and_made_again(
 ) -> None:
     cache = tmp_path / "a" / "b" / "cache"
     write(cache / "OLD" / "k")
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         if " " in what:
             away(cache)
             watch.observed()
@@ -343,7 +343,7 @@ def test_a_cache_that_is_removed_and_made_again(
 
 
 def test_what_comes_beside_a_cache_changes_nothing(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for name in ("x", cache.parent.name, "cache.bak"):
             write(cache.parent / name / "cache" / "KEY" / "k")
         (cache / "OLD" / "k.json").read_bytes()
@@ -354,7 +354,7 @@ def test_a_cache_that_is_a_link(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("cache")
     (cache / "LINK").symlink_to(tmp_path / "outside")
     write(tmp_path / "outside" / "k")
-    with Watch([(TRITON, tmp_path / "link")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "link")]) as watch:
         (tmp_path / "link" / "OLD" / "k.json").read_bytes()
         (cache / "LINK" / "k").read_bytes()
         write(cache / "LINK" / "new")
@@ -367,7 +367,7 @@ def test_caches_within_caches(tmp_path: Path) -> None:
     inner = outer / "torch_compile_cache" / "0123" / "inductor_cache"
     write(inner / "ab" / "old.py")
     roots = [(CacheKind.VLLM, outer), (CacheKind.INDUCTOR, inner), (CacheKind.INDUCTOR, inner)]
-    with Watch(roots) as watch:
+    with CacheWatch(roots) as watch:
         (inner / "ab" / "old.py").read_bytes()
         write(inner / "cd" / "new.py")
     seen = watch.observed()
@@ -379,18 +379,18 @@ def test_names_are_bytes(cache: Path) -> None:
     odd = cache / os.fsdecode(b"\xff\xfe\n") / os.fsdecode(b"k\x80")
     write(odd)
     new = os.fsdecode(b"\xc3\x28")
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         odd.read_bytes()
         write(cache / new / "k")
         write(cache / "LONG" / ("x" * 255))
     assert keys(watch.observed()) == ({odd.parent.name}, {new, "LONG"})
-    with Watch([(TRITON, odd.parent)]) as watch:
+    with CacheWatch([(TRITON, odd.parent)]) as watch:
         odd.read_bytes()
     assert keys(watch.observed()) == ({"."}, set())
 
 
 def test_a_file_that_is_opened_very_often_costs_nothing(cache: Path) -> None:
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for _ in range(100_000):
             os.close(os.open(cache / "OLD" / "k.json", os.O_RDONLY))
     assert keys(watch.observed()) == ({"OLD"}, set())
@@ -398,9 +398,9 @@ def test_a_file_that_is_opened_very_often_costs_nothing(cache: Path) -> None:
 
 
 def test_files_that_come_and_go_are_forgotten(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "_SIFTED_AT", 10)
-    with Watch([(TRITON, cache)]) as watch:
-        watch._trees[0].sifted_at = 10
+    monkeypatch.setattr(observe, "_PRUNE_AT", 10)
+    with CacheWatch([(TRITON, cache)]) as watch:
+        watch._trees[0].prune_at = 10
         for number in range(1000):
             write(cache / "OLD" / f"{number}").unlink()
         for number in range(30):
@@ -413,7 +413,7 @@ def test_events_that_are_lost_are_said(cache: Path) -> None:
     for number in range(QUEUED_EVENTS + 1000):
         write(cache / "OLD" / f"{number}")
     write(cache / "THIRD" / "k")
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         (cache / "OTHER" / "k.json").read_bytes()
         watch.observed()
         with watch._lock:  # so nobody takes the events
@@ -448,7 +448,7 @@ def test_directories_that_cannot_be_watched(
         return watch
 
     monkeypatch.setattr(observe, "_inotify_add_watch", limited)
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         (cache / "OLD" / "k.json").read_bytes()
         write(cache / "NEW" / "deep" / "k", b"123")
         write(cache / "OTHER" / "new", b"1")
@@ -470,7 +470,7 @@ def test_without_inotify_there_are_listings(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(observe, "_inotify_init", refuse)
-    with Watch([(TRITON, cache), (TRITON, tmp_path / "later" / "cache")]) as watch:
+    with CacheWatch([(TRITON, cache), (TRITON, tmp_path / "later" / "cache")]) as watch:
         (cache / "OLD" / "k.json").read_bytes()
         write(cache / "NEW" / "k", b"123")
         triton_puts(cache / "OTHER", "k.json")
@@ -491,7 +491,7 @@ def test_without_descriptors_there_are_listings(cache: Path, monkeypatch: pytest
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "eventfd", refuse)
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         write(cache / "NEW" / "k")
     assert keys(watch.observed()) == (set(), {"NEW"})
     assert not watch.observed().complete
@@ -499,7 +499,7 @@ def test_without_descriptors_there_are_listings(cache: Path, monkeypatch: pytest
 
 def test_what_is_far_too_large_is_no_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "_FILES_LIMIT", 2)
-    with Watch([(TRITON, cache)]) as watch:
+    with CacheWatch([(TRITON, cache)]) as watch:
         for key in ("OLD", "OTHER"):
             (cache / key / "k.json").read_bytes()
         write(cache / "loose")
@@ -511,7 +511,7 @@ def test_what_is_far_too_large_is_no_cache(cache: Path, monkeypatch: pytest.Monk
 
 def test_a_watch_may_end_as_soon_as_it_begins(cache: Path) -> None:
     for _ in range(200):
-        with Watch([(TRITON, cache)]):
+        with CacheWatch([(TRITON, cache)]):
             pass
 
 
@@ -538,7 +538,7 @@ def streaming(cache: Path) -> Iterator[Path]:
 
 def test_events_without_end_do_not_keep_anybody_from_asking_or_leaving(streaming: Path) -> None:
     for _ in range(5):
-        with Watch([(TRITON, streaming)]) as watch:
+        with CacheWatch([(TRITON, streaming)]) as watch:
             for _ in range(5):
                 time.sleep(0.05)
                 began = time.monotonic()
@@ -553,7 +553,7 @@ def test_events_without_end_do_not_keep_anybody_from_asking_or_leaving(streaming
 
 
 def test_an_exception_within_ends_all(streaming: Path) -> None:
-    watch = Watch([(TRITON, streaming)])
+    watch = CacheWatch([(TRITON, streaming)])
     with contextlib.suppress(KeyboardInterrupt), watch:
         time.sleep(0.1)
         raise KeyboardInterrupt
@@ -567,10 +567,10 @@ def test_an_exception_at_the_begin_ends_all(cache: Path, monkeypatch: pytest.Mon
     for where in ("_inotify_init", "_inotify_add_watch"):
         with monkeypatch.context() as patch:
             patch.setattr(observe, where, interrupt)
-            with pytest.raises(KeyboardInterrupt), Watch([(TRITON, cache)]):
+            with pytest.raises(KeyboardInterrupt), CacheWatch([(TRITON, cache)]):
                 pass
     monkeypatch.setattr(threading.Thread, "start", interrupt)
-    with pytest.raises(KeyboardInterrupt), Watch([(TRITON, cache)]):
+    with pytest.raises(KeyboardInterrupt), CacheWatch([(TRITON, cache)]):
         pass
 
 
@@ -578,15 +578,15 @@ def test_an_exception_at_the_end_ends_all(cache: Path, monkeypatch: pytest.Monke
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    with contextlib.suppress(KeyboardInterrupt), Watch([(TRITON, cache)]):
-        monkeypatch.setattr(Watch, "_take_stock", interrupt)
+    with contextlib.suppress(KeyboardInterrupt), CacheWatch([(TRITON, cache)]):
+        monkeypatch.setattr(CacheWatch, "_observe", interrupt)
 
 
 def test_directories_may_be_made_without_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "_PATIENCE_SECONDS", 0.0)
-    with Watch([(TRITON, cache)]) as watch, watch._lock:
+    monkeypatch.setattr(observe, "_LAST_LISTING_SECONDS", 0.0)
+    with CacheWatch([(TRITON, cache)]) as watch, watch._lock:
         write(cache / "NEW" / "k")
-        seen = watch._take_stock()
+        seen = watch._observe()
     assert not seen.complete
 
 
@@ -596,7 +596,7 @@ def test_a_large_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         for file in range(10):
             os.close(os.open(tmp_path / "cache" / f"KEY{directory}" / f"k{file}", os.O_CREAT))
     began = time.perf_counter()
-    with Watch([(TRITON, tmp_path / "cache")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "cache")]) as watch:
         begun = time.perf_counter()
         for path in (tmp_path / "cache").glob("*/k[0-4]"):
             path.read_bytes()
@@ -615,7 +615,7 @@ def test_a_large_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_watch_does_not_drown_in_its_own_listing(tmp_path: Path) -> None:
     for number in range(QUEUED_EVENTS // 2 + 500):
         (tmp_path / "cache" / f"{number}").mkdir(parents=True)
-    with Watch([(TRITON, tmp_path / "cache")]) as watch:
+    with CacheWatch([(TRITON, tmp_path / "cache")]) as watch:
         assert watch.observed().complete
         (tmp_path / "cache").rename(tmp_path / "away")
         (tmp_path / "away").rename(tmp_path / "cache")

@@ -13,7 +13,7 @@ from rekindle.digest import Digest
 from rekindle.engine import Compiled
 from rekindle.engine.caches import CacheKind
 from restore.rungs.observe import Made, Observed, ObservedRoot
-from restore.rungs.proof import Proof, Watched
+from restore.rungs.proof import Proof, WatchedCache
 from tests.unit.cache_samples import write
 
 VLLM, TRITON, INDUCTOR = CacheKind.VLLM, CacheKind.TRITON, CacheKind.INDUCTOR
@@ -130,7 +130,7 @@ def test_a_cache_in_its_place_is_watched(tmp_path: Path) -> None:
     first, second = write(tmp_path / "one/KEY/k.json"), write(tmp_path / "two/KEY/k.json")
     roots = [stored(TRITON, "triton", "KEY"), stored(TRITON, "triton-2", "KEY", "OTHER")]
     where = {"triton-2": second.parents[1], "triton": first.parents[1]}
-    with Watched(roots, where) as watched:
+    with WatchedCache(roots, where) as watched:
         assert watched.proof(Compiled()).verdict == "unused"
         second.read_bytes()
         write(tmp_path / "one/NEW/k.json", b"12345")

@@ -17,10 +17,10 @@ import pytest
 
 from rekindle.errors import UsageError
 from restore.rungs import child as start
-from restore.rungs.child import Started
+from restore.rungs.child import ChildServer
 from tests.conftest import wait_for
 
-Start = Callable[..., Started]
+Start = Callable[..., ChildServer]
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +38,18 @@ def out(tmp_path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def started(argv: Sequence[str], stdout: BinaryIO, stderr: BinaryIO | None = None, **more: Any) -> Started:
+def started(
+    argv: Sequence[str], stdout: BinaryIO, stderr: BinaryIO | None = None, **more: Any
+) -> ChildServer:
     options = {"environment": dict(os.environ), "directory": Path("/"), "listen": False, **more}
-    return Started(argv, stdout=stdout.fileno(), stderr=(stderr or stdout).fileno(), **options)
+    return ChildServer(argv, stdout=stdout.fileno(), stderr=(stderr or stdout).fileno(), **options)
 
 
 def python(program: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", program]
 
 
-def ended(server: Started) -> int:
+def ended(server: ChildServer) -> int:
     """Its status, once it has ended."""
     assert select.select([server], [], [], 20)[0], "it does not end"
     status = server.status()
@@ -227,8 +229,8 @@ def test_output_to_what_does_not_block_is_passed_on_whole() -> None:
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from restore.rungs.child import Started
-server = Started([sys.executable, "-c", "import time; time.sleep(600)"], environment=dict(os.environ),
+from restore.rungs.child import ChildServer
+server = ChildServer([sys.executable, "-c", "import time; time.sleep(600)"], environment=dict(os.environ),
                  directory=Path("/"), stdout=2, stderr=2, listen=sys.argv[1] == "True")
 print(server.child(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -255,7 +257,7 @@ def test_a_command_that_is_none(out: BinaryIO, tmp_path: Path) -> None:
     commands = ["no-such-command", "/no/such/command", str(tmp_path), str(plain), str(script)]
     for command in commands:
         for listen in (True, False):
-            with pytest.raises(UsageError, match="cannot be started") as caught:
+            with pytest.raises(UsageError, match="cannot start") as caught:
                 started([command, "--port", "1"], out, listen=listen)
             assert command in caught.value.message
             assert caught.value.cause
