@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cell: the namespaces that a workload runs in, seen from the host.
+"""Run a workload in a cell: in namespaces of its own, controlled from the host.
 
-A cell has its own PIDs, mounts, System V IPC, clocks and, unless told otherwise, network, and a private
-/dev/shm. CRIU runs inside it too, so it sees a plain process tree and dumps no namespace, and one dump
-can be restored many times on one host. docs/adr/0001-cell.md says what each part is for.
+A cell has its own PIDs, mounts, System V IPC, clocks and, by default, network, and a private /dev/shm.
+CRIU runs inside it too: it sees a plain process tree and dumps no namespace, so one dump can be restored
+many times on one host. docs/adr/0001-cell.md explains each part.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Network(StrEnum):
-    """Whose network a cell has: its own, with nothing but a loopback interface, or the host's."""
+    """The network of a cell: its own, with only a loopback interface, or the host's."""
 
     PRIVATE = "private"
     HOST = "host"
@@ -38,7 +38,7 @@ class Network(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clocks:
-    """What CLOCK_MONOTONIC and CLOCK_BOOTTIME read, in nanoseconds."""
+    """Readings of CLOCK_MONOTONIC and CLOCK_BOOTTIME, in nanoseconds."""
 
     monotonic_ns: int
     boottime_ns: int
@@ -53,11 +53,11 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What to start in a cell.
+    """A command to start in a cell.
 
-    `files` are opened inside the cell (0 for reading, others for appending); `fds` are our own
-    descriptors, by the number that the command shall see. Every other descriptor is closed. A workload
-    is what will be snapshotted: it gets the PIDs, the system call filter and the memory layout for it.
+    `files` are opened inside the cell (0 for reading, others for appending). `fds` maps descriptor
+    numbers of the command to descriptors of ours. Every other descriptor is closed. A `workload` is
+    going to be snapshotted: it gets suitable PIDs, system call filter and memory layout.
     """
 
     argv: Sequence[str]
@@ -69,14 +69,14 @@ class Command:
 
 
 class Cell:
-    """A running cell. Leaving the context ends every process in it and drops its mounts.
+    """A running cell. Leaving the context kills every process in it and drops its mounts.
 
-    It also ends when this process dies, even by SIGKILL; so it must be made by a thread that lives as
-    long as the cell shall. Several threads may `connect` at once; the rest is for one.
+    The cell also ends when the thread that created it dies, even by SIGKILL: create it in a thread that
+    outlives it. `connect` is thread-safe; the other methods are not.
     """
 
     def __init__(self) -> None:
-        """Boots the launcher, which needs some 20 ms; `enter` makes the namespaces."""
+        """Start the launcher, which takes some 20 ms to boot; `enter` creates the namespaces."""
         self._exits: dict[int, int] = {}
         self._spawned: list[int] = []
         self._init = 0
@@ -99,7 +99,10 @@ class Cell:
             theirs.close()
 
     def enter(self, network: Network, clocks: Clocks | None = None) -> Self:
-        """Makes the namespaces; with `clocks`, time goes on from there. Raises CapabilityError."""
+        """Create the namespaces; with `clocks`, the cell's clocks continue from there.
+
+        Raises CapabilityError.
+        """
         self._send(
             {
                 "op": "enter",
@@ -115,10 +118,11 @@ class Cell:
                 boottime_ns=clocks.boottime_ns - now.boottime_ns,
             )
         deadline = time.monotonic() + _START_SECONDS
-        while not (self._ready and self._init):  # said by init and by launcher, in either order
+        while not (self._ready and self._init):  # reported by init and by launcher, in either order
             if not self._receive(deadline - time.monotonic()):
                 raise CapabilityError(
-                    "the cell did not start", hint="see `rekindle doctor` for what this node lacks"
+                    f"the cell did not start within {_START_SECONDS:.0f} s",
+                    hint="run `rekindle doctor` to see what is missing on this node",
                 )
         if network is Network.PRIVATE:
             self._network = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -133,8 +137,8 @@ class Cell:
         self.end()
 
     def end(self) -> None:
-        """Kills all that runs in the cell and waits until the kernel has taken it down. Idempotent."""
-        self._control.close()  # init and launcher take the end of it as their own
+        """Kill every process of the cell and wait until the namespaces are gone. Idempotent."""
+        self._control.close()  # init and launcher exit when it closes
         if self._init:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._init, signal.SIGKILL)
@@ -148,21 +152,21 @@ class Cell:
 
     @property
     def root(self) -> Path:
-        """The cell's file system tree as the host sees it, private mounts included."""
+        """The root of the cell's file system as seen from the host, with the cell's private mounts."""
         return Path(f"/proc/{self._init}/root")
 
     @property
     def init_pid(self) -> int:
-        """The host's PID of the cell's PID 1."""
+        """The PID on the host of the cell's PID 1."""
         return self._init
 
     @property
     def launcher_pid(self) -> int:
-        """The PID of our child, which the cell ends with."""
+        """The PID of the launcher, our child; the cell ends when it does."""
         return self._launcher.pid
 
     def clocks(self) -> Clocks:
-        """What the clocks inside the cell read now."""
+        """Read the clocks as seen inside the cell."""
         now = Clocks.now()
         return Clocks(
             monotonic_ns=now.monotonic_ns + self.clocks_offset.monotonic_ns,
@@ -170,7 +174,10 @@ class Cell:
         )
 
     def spawn(self, command: Command) -> int:
-        """Starts a command and returns its PID in the cell. A program that is not there exits with 127."""
+        """Start a command and return its PID in the cell.
+
+        A program that does not exist exits with status 127. Raises CapabilityError.
+        """
         request = {
             "op": "spawn",
             "argv": list(command.argv),
@@ -180,20 +187,22 @@ class Cell:
             "fds": list(command.fds),
             "workload": command.workload,
         }
-        # In a file: a message has room for some 200 kB, and environments can be larger.
+        # In a file: a message holds at most some 200 kB, and environments can be larger.
         with open(os.memfd_create("request"), "w+b", buffering=0) as file:
             file.write(json.dumps(request).encode())
             self._send({"op": "spawn"}, [file.fileno(), *command.fds.values()])
         deadline = time.monotonic() + _START_SECONDS
         while not self._spawned:
             if not self._receive(deadline - time.monotonic()):
-                raise CapabilityError(f"the cell did not start {command.argv[0]}")
+                raise CapabilityError(
+                    f"the cell did not start {command.argv[0]} within {_START_SECONDS:.0f} s"
+                )
         return self._spawned.pop(0)
 
     def wait(self, pid: int, timeout: float) -> int | None:
-        """The wait status of a process of the cell once it has ended; None if it lives on after `timeout`.
+        """Wait for a process to end and return its wait status, or None after `timeout` seconds.
 
-        Works for what `spawn` started and for the root of a restored tree.
+        Works for processes started with `spawn` and for the root of a restored tree.
         """
         deadline = time.monotonic() + timeout
         while pid not in self._exits:
@@ -202,7 +211,10 @@ class Cell:
         return self._exits[pid]
 
     def run(self, command: Command, timeout: float) -> int | None:
-        """Runs a command to its end: its exit status as the shell counts, None when time is over."""
+        """Run a command and return its exit status as a shell reports it.
+
+        Kills the command after `timeout` seconds and returns None.
+        """
         pid = self.spawn(command)
         status = self.wait(pid, timeout)
         if status is None:
@@ -211,15 +223,15 @@ class Cell:
         return exit_status(status)
 
     def signal(self, pid: int, signum: int) -> None:
-        """Sends a signal to a process by its PID in the cell; nothing happens if it is gone."""
+        """Send a signal to a process, given its PID in the cell; do nothing if it is gone."""
         self._send({"op": "signal", "pid": pid, "signal": signum})
 
     def fileno(self) -> int:
-        """Readable when something happened in the cell; then call `wait` with a timeout of 0."""
+        """Return a descriptor that is readable after an event; then call `wait` with a timeout of 0."""
         return self._control.fileno()
 
     def connect(self, host: str, port: int, timeout: float) -> socket.socket:
-        """A TCP connection to an address inside the cell. Raises OSError as socket.connect does."""
+        """Connect to a TCP address inside the cell. Raises OSError as socket.connect does."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = self.socket(family)
         try:
@@ -231,10 +243,10 @@ class Cell:
         return sock
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
-        """A stream socket that belongs to the cell's network."""
+        """Create a stream socket in the cell's network."""
         if self._network is None:
             return socket.socket(family, socket.SOCK_STREAM)
-        # setns moves the calling thread only, and a socket stays in the namespace it was made in.
+        # setns moves only the calling thread, and a socket stays in the namespace it was created in.
         ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _setns(self._network)
@@ -253,15 +265,19 @@ class Cell:
             raise self._ended() from None
 
     def _ended(self) -> RestoreError:
-        """The error for a cell that came to its end by itself."""
+        """Return the error for a cell that ended although we did not end it."""
         try:
-            cause = f"its launcher ended with status {self._launcher.wait(_START_SECONDS)}"
+            cause = f"its launcher exited with status {self._launcher.wait(_START_SECONDS)}"
         except TimeoutExpired:
             cause = "its init closed the connection"
-        return RestoreError("the cell has ended", cause=cause, hint="was it killed, by lack of memory?")
+        return RestoreError(
+            "the cell ended unexpectedly",
+            cause=cause,
+            hint="see `dmesg`: the OS kernel kills processes when memory runs out",
+        )
 
     def _receive(self, timeout: float) -> bool:
-        """Takes in one message; False if none came in time."""
+        """Receive and apply one message; return False if none arrived in time."""
         self._control.settimeout(max(timeout, 0.000001))
         try:
             content = self._control.recv(init.MESSAGE_BYTES)
@@ -283,15 +299,15 @@ class Cell:
                 self._ready = True
             case {"error": str(cause)}:
                 raise CapabilityError(
-                    "this node does not let us make a cell",
+                    "cannot create a cell on this node",
                     cause=cause,
-                    hint="run as root (CAP_SYS_ADMIN) on Linux 5.6 or newer; `rekindle doctor` tells more",
+                    hint="run as root (CAP_SYS_ADMIN) on Linux 5.6 or newer; see `rekindle doctor`",
                 )
         return True
 
 
 def exit_status(wait_status: int) -> int:
-    """A wait status as the shell counts: the exit status, or 128 + the signal's number."""
+    """Convert a wait status to a shell's exit status: 128 + the signal's number if it was killed."""
     code = os.waitstatus_to_exitcode(wait_status)
     return code if code >= 0 else 128 - code
 

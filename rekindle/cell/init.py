@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PID 1 of a cell, and the launcher in front of it. A program of its own: `rekindle/cell` starts it.
+"""PID 1 of a cell and its launcher, a program that `rekindle.cell` starts.
 
-It runs by path under `python -I -S`, imports the standard library only and stays small, since it lives
+It runs by path under `python -I -S`, imports only the standard library, and stays small because it lives
 as long as the server does.
 
     rekindle ── launcher ── init (PID 1 of the cell) ─┬─ workload, or the tree that CRIU restored
                                                       └─ criu, while it dumps or restores
 
-rekindle talks to it over one SOCK_SEQPACKET socket, a JSON object a message:
+rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message:
 
     to init                                                  from init
     {"op": "enter", "network", "monotonic", "boottime"}      {"init": PID on the host}, {"ready": true}
@@ -17,8 +17,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, a JSON object a message:
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
 
-The end of the socket is the end of the cell: when rekindle dies, so does init, and with it the kernel
-ends every process of its PID namespace and drops its mounts.
+The cell ends when the socket closes: when rekindle dies, init exits, and the OS kernel then kills every
+process of its PID namespace and drops its mounts.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 ADDR_NO_RANDOMIZE = 0x0040000
 
-# Room below the workload's first PID for init and for CRIU, so that neither takes a recorded PID.
+# Leaves PIDs below the workload's for init and CRIU, so that neither takes a recorded PID.
 FIRST_WORKLOAD_PID = 1001
 
 MESSAGE_BYTES = 1 << 20
@@ -61,7 +61,7 @@ def check(result: int, what: str) -> None:
 
 def die_with_parent(parent: int) -> None:
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # it died before prctl took effect
         os._exit(1)
 
 
@@ -79,7 +79,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 
 
 def launch(control: socket.socket, parent: int) -> int:
-    """Makes the namespaces and the init within; waits for init's end and returns a status."""
+    """Create the namespaces, start init in them, wait for it and return its exit status."""
     die_with_parent(parent)
     request = json.loads(control.recv(MESSAGE_BYTES) or b"{}")
     if request.get("op") != "enter":
@@ -100,10 +100,10 @@ def launch(control: socket.socket, parent: int) -> int:
 
 
 def set_clock(name: str, target_ns: int) -> None:
-    """Makes a clock read `target_ns` from now on in the time namespace that our children will enter.
+    """Set a clock to `target_ns` in the time namespace that our children will enter.
 
-    /proc/self/timens_offsets counts from the initial namespace, so an offset that we live in ourselves
-    is added.
+    /proc/self/timens_offsets counts from the initial namespace, so the offset of our own namespace is
+    added.
     """
     clock = {"monotonic": 1, "boottime": 7}[name]
     with open("/proc/self/timens_offsets") as file:
@@ -121,7 +121,7 @@ def read_clock(clock: int) -> int:
 
 def run_init(control: socket.socket, *, private_network: bool) -> None:
     try:
-        # getppid() is 0 here, since the launcher lives outside the namespace: ask only for the signal.
+        # Not die_with_parent: getppid() is 0 here, since the launcher is outside the PID namespace.
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
@@ -140,8 +140,11 @@ def run_init(control: socket.socket, *, private_network: bool) -> None:
 
 
 def open_own_mount(path: str) -> int:
-    """A descriptor of a directory of /proc that something else is mounted on, or -1. NVIDIA's container
-    runtime puts one there that shows the container its own GPUs only; a new /proc would show all."""
+    """Open a directory below /proc that is a mount point; return its descriptor, or -1 if it is not.
+
+    NVIDIA's container runtime mounts one that shows only the container's own GPUs; a new /proc would
+    show all of them.
+    """
     try:
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -162,7 +165,7 @@ def raise_loopback() -> None:
 
 
 def serve(control: socket.socket) -> None:
-    """Answers rekindle and reaps, until rekindle is gone."""
+    """Answer requests and reap children until rekindle closes the socket."""
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     os.set_blocking(wake_reader, False)
@@ -234,12 +237,12 @@ def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
 
 
 def open_files(paths: dict, received: dict) -> None:  # type: ignore[type-arg]
-    """Gives the process its descriptors, all others closed.
+    """Set up the descriptors of the process and close all others.
 
-    0, 1 and 2 of a workload are opened here, inside the cell: CRIU cannot dump a descriptor whose mount
-    is not in its own mount namespace.
+    `paths` are opened here, inside the cell, because CRIU cannot dump a descriptor whose mount is outside
+    its own mount namespace.
     """
-    # Out of the way first: a received descriptor may have the number that another is to get.
+    # Move them out of the way first: a received descriptor may occupy the number of another.
     moved = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for target, fd in received.items()}
     for target, path in paths.items():
         flags = os.O_RDONLY if int(target) == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -248,16 +251,16 @@ def open_files(paths: dict, received: dict) -> None:  # type: ignore[type-arg]
         os.dup2(fd, target)
     first = 0
     for target in [*sorted(moved), os.sysconf("SC_OPEN_MAX")]:
-        if first < target:  # closerange(0, 0) closes every descriptor there is (CPython 3.11)
+        if first < target:  # closerange(0, 0) closes every descriptor (CPython 3.11)
             os.closerange(first, target)
         first = target + 1
 
 
 def deny_io_uring() -> None:
-    """Makes io_uring_setup answer ENOSYS, so that uvloop and libuv fall back to epoll.
+    """Make io_uring_setup fail with ENOSYS, so that uvloop and libuv fall back to epoll.
 
-    CRIU cannot dump an io_uring; a filter needs no setting on the host, is inherited by every child,
-    and CRIU 4.2.1 dumps and restores it.
+    CRIU cannot dump an io_uring. A filter needs no setting on the host, every child inherits it, and
+    CRIU 4.2.1 dumps and restores it.
     """
     load_word, jump_if_equal, give = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET
     io_uring_setup, enosys = 425, 38  # the same number on every architecture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What /proc says about the processes of a cell. PIDs are those inside the cell."""
+"""Read /proc about the processes of a cell. PIDs are those inside the cell unless a name says otherwise."""
 
 import contextlib
 import os
@@ -21,17 +21,17 @@ class ListeningSocket:
 
 
 def proc(cell: Cell) -> Path:
-    """The cell's own /proc."""
+    """Return the path of the cell's own /proc."""
     return cell.root / "proc"
 
 
 def pids(cell: Cell) -> list[int]:
-    """Every process of the cell but its init."""
+    """List every process of the cell except its init."""
     return sorted(int(e.name) for e in os.scandir(proc(cell)) if e.name.isdecimal() and e.name != "1")
 
 
 def status(cell: Cell, pid: int) -> dict[str, str]:
-    """The fields of a process's /proc/PID/status; empty if it is gone."""
+    """Return the fields of /proc/PID/status; empty if the process is gone."""
     with contextlib.suppress(OSError):
         lines = (proc(cell) / str(pid) / "status").read_text().splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -46,7 +46,7 @@ def children(cell: Cell, pid: int) -> list[int]:
 
 
 def tree(cell: Cell, root: int) -> list[int]:
-    """A process and all below it, parents first."""
+    """List a process and all its descendants, parents first."""
     found = [root]
     for pid in found:
         found += children(cell, pid)
@@ -54,7 +54,7 @@ def tree(cell: Cell, root: int) -> list[int]:
 
 
 def host_pids(cell: Cell) -> list[int]:
-    """The same processes, all of them, by the PIDs that they have outside the cell."""
+    """List the PIDs on the host of every process of the cell except its init."""
     found = [cell.init_pid]
     for pid in found:
         with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def host_pids(cell: Cell) -> list[int]:
 
 
 def inner_pid(pid: int) -> int:
-    """The PID that a process, given by that outside, has in its own namespace; 0 if it is gone."""
+    """Return the PID in its own namespace of a process given by its PID on the host; 0 if it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("NSpid:"):
@@ -77,12 +77,12 @@ def threads(cell: Cell, pid: int) -> int:
 
 
 def anonymous_bytes(cell: Cell, pid: int) -> int:
-    """How much of its own a process has in memory; not what it has mapped of files."""
+    """Return the size of a process's resident anonymous memory; mapped files do not count."""
     return int((status(cell, pid).get("RssAnon") or "0").split()[0]) * 1024
 
 
 def command(cell: Cell, pid: int) -> str:
-    """The command line of a process, shortened, for messages."""
+    """Return the command line of a process, shortened for messages."""
     with contextlib.suppress(OSError):
         words = (proc(cell) / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
         return " ".join(words).strip()[:80] or status(cell, pid).get("Name", "?")
@@ -90,7 +90,7 @@ def command(cell: Cell, pid: int) -> str:
 
 
 def descriptors(cell: Cell, pid: int) -> Iterator[tuple[int, str]]:
-    """The open files of a process: (descriptor, what the kernel calls it)."""
+    """List the open files of a process as (descriptor, target of the link in /proc/PID/fd)."""
     directory = proc(cell) / str(pid) / "fd"
     with contextlib.suppress(OSError):
         for entry in sorted(os.scandir(directory), key=lambda e: int(e.name)):
@@ -99,7 +99,7 @@ def descriptors(cell: Cell, pid: int) -> Iterator[tuple[int, str]]:
 
 
 def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
-    """What is mapped into a process, by path: files, and what the kernel names in brackets."""
+    """List the paths mapped into a process, each once, with the OS kernel's names in brackets."""
     seen: set[str] = set()
     with contextlib.suppress(OSError):
         for line in (proc(cell) / str(pid) / "maps").read_text().splitlines():
@@ -110,7 +110,7 @@ def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
 
 
 def listeners(cell: Cell) -> Iterator[ListeningSocket]:
-    """The TCP sockets that listen in the cell's network."""
+    """List the listening TCP sockets of the cell's network."""
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{cell.init_pid}/net/{name}").read_text().splitlines()[1:]:
@@ -121,7 +121,7 @@ def listeners(cell: Cell) -> Iterator[ListeningSocket]:
 
 
 def address(text: str) -> tuple[str, int]:
-    """Host and port as /proc/net prints them: 32-bit words in the machine's byte order, in hexadecimal."""
+    """Parse host and port as /proc/net prints them: hexadecimal 32-bit words in native byte order."""
     host, _, port = text.partition(":")
     words = [bytes.fromhex(host[i : i + 8]) for i in range(0, len(host), 8)]
     packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
