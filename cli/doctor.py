@@ -118,13 +118,13 @@ def _criu(home: Home) -> Iterator[Check]:
     works = False
     try:
         for candidate in criu.candidates(home):
-            works = works or not candidate.lack
-            lack = f" does not work here: {candidate.lack}" if candidate.lack else ""
+            works = works or not candidate.problem
+            problem = f" does not work here: {candidate.problem}" if candidate.problem else ""
             yield Check(
                 name="criu",
-                ok=not candidate.lack,
-                needed=not candidate.lack,
-                detail=f"{candidate.version} ({candidate.path}){lack}",
+                ok=not candidate.problem,
+                needed=not candidate.problem,
+                detail=f"{candidate.version} ({candidate.path}){problem}",
                 remedy=remedy,
                 path=candidate.path,
             )

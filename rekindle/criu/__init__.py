@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU: found, tried, and called, always inside a cell."""
+"""Call CRIU inside a cell, after finding one that works on this OS kernel."""
 
 import contextlib
 import json
@@ -21,27 +21,29 @@ from rekindle.files import write_atomically
 from rekindle.home import Home
 from rekindle.os_errors import full_disk
 
-# The GPU processes that we are made for take longer than CRIU's ten seconds to come to rest.
+# Processes that use a GPU take longer to freeze than CRIU's default of ten seconds.
 _TIMEOUT_SECONDS = 600
-# How large a deleted file may be that is still open and so becomes part of the dump. CRIU's is 1 MiB.
+# The largest deleted but open file that is copied into the dump. CRIU's default is 1 MiB.
 GHOST_LIMIT_BYTES = 1 << 30
 _PROBE_SECONDS = 20.0
 _LEFTOVER_SECONDS = 0.1
-_INSTALL_HINT = "`hack/get-criu` installs a CRIU that works, or set REKINDLE_CRIU to yours"
+_INSTALL_HINT = "run `hack/get-criu` to install one that works, or set REKINDLE_CRIU to yours"
+# Higher levels cost time: at -v4 a vLLM tree logs 30,000 lines.
+_RESTORE_VERBOSITY = "-v1"
 
 _COMMON = [
-    "--tcp-established",  # a server's parts talk to each other over loopback
+    "--tcp-established",  # the processes of a server talk to each other over loopback
     "--ext-unix-sk",  # a datagram socket may be connected to the outside, as /dev/log is
     "--link-remap",  # semaphores and shared memory are unlinked while in use
     "--file-locks",  # compilers lock their caches
-    "--manage-cgroups=ignore",  # the workload belongs to the cgroup of whoever restores it
-    "--network-lock=skip",  # nothing reaches into a private network, so nothing can race
+    "--manage-cgroups=ignore",  # a restored workload stays in the cgroup of the restoring process
+    "--network-lock=skip",  # a private network is unreachable from outside, so nothing can race
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criu:
-    """A CRIU that was tried and works on this kernel."""
+    """A CRIU that was tried and works on this OS kernel."""
 
     path: Path
     version: str
@@ -49,18 +51,18 @@ class Criu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriuCandidate:
-    """A CRIU that was found. `lack` says what went wrong when it was tried; empty: it works."""
+    """A CRIU that was found and tried. `problem` says why it does not work; "" if it does."""
 
     path: Path
     version: str
-    lack: str
+    problem: str
 
 
 def find(home: Home) -> Criu:
-    """The first CRIU that works: `$REKINDLE_CRIU`, one on PATH, one installed by hack/get-criu.
+    """Return the first CRIU that works: `$REKINDLE_CRIU`, or else one on PATH or from hack/get-criu.
 
-    That one works is remembered until it or the kernel changes; that one does not is tried every time.
-    Raises CapabilityError if there is none.
+    Remembers that a CRIU works until it or the OS kernel changes; retries one that does not at every
+    call. Raises CapabilityError if none works.
     """
     known = home.tools / "criu-that-work.json"
     remembered = _read_known(known)
@@ -70,22 +72,22 @@ def find(home: Home) -> Criu:
         if identity in remembered:
             return Criu(path=path, version=remembered[identity])
         candidate = _try(home, path)
-        if not candidate.lack:
+        if not candidate.problem:
             write_atomically(known, json.dumps({**remembered, identity: candidate.version}).encode())
             return Criu(path=path, version=candidate.version)
         tried.append(candidate)
     if not tried:
-        raise CapabilityError("there is no CRIU on this machine", hint=_INSTALL_HINT)
+        raise CapabilityError("CRIU is not installed", hint=_INSTALL_HINT)
     last = tried[-1]
     raise CapabilityError(
         f"CRIU {last.version} ({last.path}) does not work on kernel {platform.release()}",
-        cause=last.lack,
+        cause=last.problem,
         hint=_INSTALL_HINT,
     )
 
 
 def candidates(home: Home) -> Iterator[CriuCandidate]:
-    """Every CRIU that can be found, each tried now."""
+    """Find every CRIU and try each now."""
     return (_try(home, path) for path in _paths())
 
 
@@ -113,23 +115,23 @@ def _read_known(path: Path) -> dict[str, str]:
 
 
 def _try(home: Home, path: Path) -> CriuCandidate:
-    """Dumps and restores a small process with threads and a TCP listener."""
+    """Try a CRIU: dump and restore a small process with threads and a TCP listener."""
     from rekindle.run import run
 
     try:
         match = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
     except OSError as error:
-        return CriuCandidate(path=path, version="unknown", lack=str(error))
+        return CriuCandidate(path=path, version="unknown", problem=str(error))
     version = match[1] if match else "unknown"
     if os.geteuid() != 0:
         raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
-    lack = ""
+    problem = ""
     try:
         with home.work("probe") as directory:
             _round_trip(Criu(path=path, version=version), directory)
     except (DumpError, RestoreError) as error:
-        lack = f"{error.message}: {error.cause}"
-    return CriuCandidate(path=path, version=version, lack=lack)
+        problem = f"{error.message}: {error.cause}"
+    return CriuCandidate(path=path, version=version, problem=problem)
 
 
 _PROBE_PORT = 1234
@@ -176,19 +178,19 @@ def _ask(cell: Cell) -> bytes:
                 return sock.recv(16, socket.MSG_WAITALL)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RestoreError("the process restored as a trial does not answer") from error
+                raise RestoreError("the trial process does not answer") from error
             time.sleep(0.01)
 
 
 def _expect(got: bytes, wanted: bytes) -> None:
     if got != wanted:
-        raise RestoreError(f"the process restored as a trial answers {got!r} and not {wanted!r}")
+        raise RestoreError(f"the trial process answered {got!r} instead of {wanted!r}")
 
 
 def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
-    """Dumps the tree below a process of the cell into a directory, and ends it.
+    """Dump a process of the cell and its descendants into a directory, and kill them.
 
-    Raises DumpError; the tree runs on then, unless CRIU had to be killed.
+    Raises DumpError; the processes then keep running, unless CRIU had to be killed.
     """
     argv = [
         str(criu.path),
@@ -214,10 +216,10 @@ def restore(
     home: Home | None = None,
     timeout: float = _TIMEOUT_SECONDS,
 ) -> None:
-    """Restores a dump in a cell; its root becomes a child of the cell's init.
+    """Restore a dump in a cell; its root becomes a child of the cell's init.
 
-    `inherit` names files that the tree had open, and our descriptors that it gets in their place.
-    Raises RestoreError; what was restored by then is gone with the cell.
+    `inherit` maps files that the processes had open to descriptors of ours that replace them. Raises
+    RestoreError; end the cell then, since some of its processes may exist already.
     """
     log_directory = log_directory or directory
     fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}
@@ -227,9 +229,7 @@ def restore(
         f"--images-dir={directory}",
         f"--work-dir={log_directory}",
         "--log-file=restore.log",
-        os.environ.get(
-            "CRIUV", "-v1"
-        ),  # every further level costs time: a vLLM tree logs 30,000 lines at -v4
+        _RESTORE_VERBOSITY,
         "--restore-detached",
         *_COMMON,
     ]
@@ -264,7 +264,7 @@ def _call(
     log = log_directory / log_name
     cause = errors_in(log) or errors_in(output, every_line=True)
     if status is None:
-        cause = f"not done after {timeout:.0f} s. {cause}"
+        cause = f"timed out after {timeout:.0f} s. {cause}"
     if "No space left on device" in cause:
         raise full_disk(log_directory, cause=cause)
     failure.cause, failure.log, failure.command = cause, log, tuple(argv)
@@ -272,10 +272,10 @@ def _call(
 
 
 def remove_leftovers() -> None:
-    """Removes the directories that a killed CRIU leaves in /tmp. For when a command of ours was killed.
+    """Remove the directories that killed CRIUs left in /tmp. Call it after a command of ours was killed.
 
-    Where /run is no tmpfs, CRIU looks at every start what the kernel can do, and makes such a directory for
-    some milliseconds. One that stays longer, and is empty, belongs to nobody any more.
+    Where /run is no tmpfs, CRIU probes the OS kernel at every start, in such a directory, for some
+    milliseconds. One that is still there after 0.1 s, and empty, is abandoned.
     """
     found = list(Path("/tmp").glob(".criu.*"))  # noqa: S108 - CRIU's choice
     if found:
@@ -286,10 +286,10 @@ def remove_leftovers() -> None:
 
 
 def errors_in(log: Path, *, every_line: bool = False, limit: int = 5) -> str:
-    """The first error lines of a CRIU log, or the lines at all; "" if there are none."""
+    """Return the first error lines of a CRIU log, or its first lines of any kind; "" if it has none."""
     try:
         with open(log, errors="replace") as file:
-            # What CRIU says of rlimits is harmless, and the first thing it says where it may not set them.
+            # Where CRIU may not raise its rlimits, this harmless complaint comes first and hides the cause.
             lines = [
                 line.strip()
                 for line in file

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The permission to use AMX tiles, which CRIU does not restore.
+"""Give restored processes the permission to use AMX tiles, which CRIU does not restore.
 
-A process must ask the kernel before its first tile instruction (arch_prctl(ARCH_REQ_XCOMP_PERM)). The
+A process must ask the OS kernel before its first tile instruction (arch_prctl(ARCH_REQ_XCOMP_PERM)). The
 permission is inherited by fork, cleared by exec and unknown to CRIU 4.2.1: after a restore the first
-tile instruction kills the task with SIGILL. So CRIU itself asks, before it forks the tasks: a shared
-object whose constructor does that is preloaded into it. It is compiled on the first restore on a
-processor with AMX; it uses no library, so that it fits every loader.
+tile instruction kills the task with SIGILL. We preload a shared object into CRIU whose constructor asks
+for the permission, so that the tasks that CRIU forks inherit it. It is compiled before the first restore
+on a processor with AMX, and links no library, so that every loader accepts it.
 """
 
 import hashlib
@@ -27,22 +27,31 @@ __attribute__((constructor)) static void ask(void) {
 
 
 def present() -> bool:
-    """Whether this processor has AMX and the kernel lets processes use it."""
+    """Tell whether this processor has AMX and the OS kernel lets processes use it."""
     return "amx_tile" in Path("/proc/cpuinfo").read_text().split()
 
 
 def environment(tools: Path) -> dict[str, str]:
-    """What CRIU's environment needs so that restored tasks may use AMX; nothing where there is none."""
+    """Return the variables that CRIU needs so that restored tasks may use AMX; {} without AMX.
+
+    Raises UsageError for a directory that LD_PRELOAD cannot name, and as `compiled` does.
+    """
     if not present():
         return {}
     helper = str(compiled(tools))
-    if any(character in helper for character in " \t\n:"):  # LD_PRELOAD is a list that these divide
-        raise UsageError(f"{helper} cannot be preloaded", hint="set REKINDLE_HOME to a path without such")
+    if any(character in helper for character in " \t\n:"):  # these separate the entries of LD_PRELOAD
+        raise UsageError(
+            f"cannot preload {helper!r} into CRIU",
+            hint="set REKINDLE_HOME to a path without blanks and colons",
+        )
     return {"LD_PRELOAD": helper}
 
 
 def compiled(tools: Path) -> Path:
-    """The shared object, compiled if it is not there yet. Raises CapabilityError without a C compiler."""
+    """Return the path of the shared object, compiled if it does not exist yet.
+
+    Raises CapabilityError if there is no C compiler or it fails.
+    """
     from rekindle.run import replay, run
 
     target = tools / f"amx-{hashlib.sha256(SOURCE.encode()).hexdigest()[:16]}.so"
@@ -51,8 +60,8 @@ def compiled(tools: Path) -> Path:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         raise CapabilityError(
-            "this processor has AMX, and there is no C compiler to prepare the restore for it",
-            hint="install one: apt-get install gcc",
+            "restoring on a processor with AMX needs a C compiler, and none is installed",
+            hint="apt-get install gcc",
         )
     source = tools / f"{target.stem}.{os.getpid()}.c"
     staged = source.with_suffix(".so")
@@ -61,7 +70,7 @@ def compiled(tools: Path) -> Path:
     try:
         done = run(argv, timeout=60)
         if done.status != 0:
-            raise CapabilityError("the AMX helper does not compile", cause=done.output, hint=replay(argv))
+            raise CapabilityError("cannot compile the AMX helper", cause=done.output, hint=replay(argv))
         staged.replace(target)
     finally:
         source.unlink(missing_ok=True)

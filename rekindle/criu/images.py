@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU's image files: as much of the format as dropping zero pages needs.
+"""Drop zero pages from CRIU's image files.
 
 An image file is two little-endian u32 magics, then messages: a u32 length and that many bytes of
-protobuf (CRIU's `criu/include/magic.h` and `images/*.proto`; the format is that of CRIU 1.5 and newer).
-Of a task's memory, `mm-PID.img` lists the mappings, `pagemap-PID.img` the stretches of pages, and
+protobuf (CRIU's `criu/include/magic.h` and `images/*.proto`; the format of CRIU 1.5 and newer). For a
+task's memory, `mm-PID.img` lists the mappings and `pagemap-PID.img` the stretches of pages;
 `pages-ID.img` holds those pages back to back, without a header.
 """
 
@@ -21,9 +21,9 @@ IMAGE_MAGIC = 0x54564319
 PAGEMAP_MAGIC = 0x56084025
 MM_MAGIC = 0x57492820
 
-# Of pagemap_entry.flags: the pages lie in the pages file.
+# pagemap_entry.flags: the pages are in the pages file.
 PE_PRESENT = 1 << 2
-# Of vma_entry.status: what a mapping is made of.
+# vma_entry.status: the kind of mapping.
 VMA_ANON_PRIVATE = 1 << 9
 VMA_AIORING = 1 << 13
 MAP_HUGETLB = 0x40000
@@ -37,7 +37,7 @@ Value = int | bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Consecutive pages of a task: where they begin, how many they are, and pagemap_entry's flags."""
+    """Consecutive pages of a task: their first address, their number, and pagemap_entry's flags."""
 
     address: int
     pages: int
@@ -46,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mapping:
-    """A mapping of a task, [start, end)."""
+    """A mapping of a task, from `start` up to but excluding `end`."""
 
     start: int
     end: int
@@ -55,9 +55,9 @@ class Mapping:
 
     @property
     def reads_zero_when_absent(self) -> bool:
-        """Whether a page that is not restored reads as zeros.
+        """Tell whether a page that is not restored reads as zeros.
 
-        True of plain anonymous memory only: an absent page of a private file mapping shows the file.
+        Only plain anonymous memory does: an absent page of a private file mapping shows the file.
         """
         return bool(self.status & VMA_ANON_PRIVATE) and not (
             self.status & VMA_AIORING or self.flags & MAP_HUGETLB
@@ -66,17 +66,17 @@ class Mapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroPages:
-    """How many pages were left in a dump, and how many zero pages were taken out."""
+    """The number of pages kept in a dump and of zero pages dropped from it."""
 
     kept: int
     dropped: int
 
 
 def drop_zero_pages(dump: Path) -> ZeroPages:
-    """Takes the zero pages of anonymous memory out of a dump, in place.
+    """Remove the zero pages of anonymous memory from a dump, in place.
 
-    Not atomic: a dump in which this was interrupted is lost. Raises FormatError for image files that
-    are not as described above; nothing has been written to a pages file by then.
+    Not atomic: an interruption destroys the dump. Raises FormatError for image files that are not as
+    described above; all of them are checked before the first pages file is written.
     """
     plans = [_plan(dump, path) for path in sorted(dump.glob("pagemap-*.img"))]
     kept = dropped = 0
@@ -90,7 +90,7 @@ def drop_zero_pages(dump: Path) -> ZeroPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """One pagemap, its pages, and the mappings whose zero pages may go."""
+    """One pagemap, its pages, and the mappings whose zero pages may be dropped."""
 
     pagemap: Path
     pages: Path
@@ -104,10 +104,10 @@ def _plan(dump: Path, pagemap: Path) -> _Plan:
     pages = dump / f"pages-{pages_id}.img"
     expected = sum(s.pages for s in stretches if s.flags & PE_PRESENT) * PAGE_BYTES
     if not pages.exists() or pages.stat().st_size != expected:
-        raise FormatError(f"{pagemap.name} and {pages.name} do not fit together")
+        raise FormatError(f"{pages.name} does not have the size that {pagemap.name} implies")
     if match := re.fullmatch(r"pagemap-(\d+)\.img", pagemap.name):
         droppable = [m for m in read_mappings(dump / f"mm-{match[1]}.img") if m.reads_zero_when_absent]
-    else:  # pagemap-shmem-*: shared anonymous memory, which is made anew and so all zero
+    else:  # pagemap-shmem-*: shared anonymous memory, which is created empty and so reads as zeros
         droppable = [Mapping(start=0, end=_ADDRESS_END, flags=0, status=VMA_ANON_PRIVATE)]
     return _Plan(pagemap=pagemap, pages=pages, pages_id=pages_id, stretches=stretches, droppable=droppable)
 
@@ -115,7 +115,7 @@ def _plan(dump: Path, pagemap: Path) -> _Plan:
 def _compact(
     pages: Path, stretches: Sequence[Stretch], droppable: Sequence[Mapping]
 ) -> tuple[list[Stretch], int]:
-    """Moves the pages that are kept to the front of the file and cuts off the rest."""
+    """Move the kept pages to the front of the file and truncate it."""
     left: list[Stretch] = []
     dropped = read_at = write_to = 0
     buffer = memoryview(bytearray(_READ_BYTES))
@@ -128,10 +128,10 @@ def _compact(
             length = stretch.pages * PAGE_BYTES
             content = buffer[:length]
             if os.preadv(file.fileno(), [content], read_at) != length:
-                raise FormatError(f"{pages.name} is shorter than its pagemap says")
+                raise FormatError(f"{pages.name} is shorter than its pagemap implies")
             read_at += length
             for start, end in nonzero_runs(bytes(content)) if may_drop else [(0, length)]:
-                if write_to != read_at - length + start:  # the first pages of most files stay in place
+                if write_to != read_at - length + start:  # in most files, the first pages stay in place
                     write_at(file.fileno(), content[start:end], write_to)
                 write_to += end - start
                 kept = (end - start) // PAGE_BYTES
@@ -143,7 +143,7 @@ def _compact(
 
 
 def _append(stretches: list[Stretch], new: Stretch) -> None:
-    """Adds a stretch, as part of the last one where it goes straight on."""
+    """Append a stretch, merged into the last one where it continues it."""
     last = stretches[-1] if stretches else None
     if last and last.flags == new.flags and last.address + last.pages * PAGE_BYTES == new.address:
         stretches[-1] = Stretch(address=last.address, pages=last.pages + new.pages, flags=last.flags)
@@ -152,7 +152,10 @@ def _append(stretches: list[Stretch], new: Stretch) -> None:
 
 
 def _pieces(stretches: Sequence[Stretch], droppable: Sequence[Mapping]) -> Iterator[tuple[Stretch, bool]]:
-    """Cuts stretches at the borders of droppable mappings, and into pieces of a buffer's size."""
+    """Split stretches at the borders of droppable mappings, into pieces no larger than the buffer.
+
+    Yields each piece and whether its zero pages may be dropped.
+    """
     mappings = iter(sorted(droppable, key=lambda m: m.start))
     mapping = next(mappings, None)
     for stretch in stretches:
@@ -172,7 +175,7 @@ def _pieces(stretches: Sequence[Stretch], droppable: Sequence[Mapping]) -> Itera
 
 
 def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
-    """The number of the pages file, and the stretches in their order in it."""
+    """Return the number of the pages file and its stretches in order. Raises FormatError."""
     messages = read_messages(path, PAGEMAP_MAGIC)
     head = parse_message(next(messages, b""), path)
     stretches = []
@@ -181,23 +184,23 @@ def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
         fields = parse_message(message, path)
         stretch = Stretch(
             address=_integer(fields, 1, path),
-            # nr_pages became 64 bits wide in CRIU 4.1; the old field is still written, as 0 or the same.
+            # nr_pages became 64 bits wide in CRIU 4.1; the old one is still written, as 0 or the same.
             pages=_integer(fields, 5, path, default=0) or _integer(fields, 2, path),
             flags=_integer(fields, 4, path, default=PE_PRESENT),
         )
         if fields.get(3) or stretch.address % PAGE_BYTES or not 0 < stretch.pages < 1 << 40:
-            raise FormatError(f"{path.name}: an entry that is not understood: {stretch}")
+            raise FormatError(f"{path.name}: unsupported entry: {stretch}")
         if stretch.address < previous_end:
-            raise FormatError(f"{path.name}: its entries are not in order")
+            raise FormatError(f"{path.name}: the entries are out of order")
         previous_end = stretch.address + stretch.pages * PAGE_BYTES
         if previous_end > _ADDRESS_END:
-            raise FormatError(f"{path.name}: an entry over the end of the address space")
+            raise FormatError(f"{path.name}: an entry beyond the end of the address space")
         stretches.append(stretch)
     return _integer(head, 1, path), stretches
 
 
 def write_pagemap(path: Path, pages_id: int, stretches: Sequence[Stretch]) -> None:
-    """Replaces a pagemap file."""
+    """Overwrite a pagemap file. Not atomic."""
     out = bytearray(struct.pack("<II", IMAGE_MAGIC, PAGEMAP_MAGIC))
     messages = [_field(1, pages_id)]
     messages += [
@@ -209,10 +212,10 @@ def write_pagemap(path: Path, pages_id: int, stretches: Sequence[Stretch]) -> No
 
 
 def read_mappings(path: Path) -> list[Mapping]:
-    """The mappings of a task, from its mm-PID.img."""
+    """Read the mappings of a task from its mm-PID.img. Raises FormatError."""
     message = next(read_messages(path, MM_MAGIC), None)
     if message is None:
-        raise FormatError(f"{path.name} holds nothing")
+        raise FormatError(f"{path.name} is empty")
     mappings: list[Mapping] = []
     for number, value in fields_of(message, path):
         if number == 14 and isinstance(value, bytes):
@@ -220,7 +223,7 @@ def read_mappings(path: Path) -> list[Mapping]:
             start, end = _integer(fields, 1, path), _integer(fields, 2, path)
             before = mappings[-1].end if mappings else 0
             if start % PAGE_BYTES or end % PAGE_BYTES or end <= start or start < before:
-                raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}, after {before:#x}")
+                raise FormatError(f"{path.name}: invalid mapping {start:#x}-{end:#x} after {before:#x}")
             mappings.append(
                 Mapping(
                     start=start,
@@ -233,33 +236,36 @@ def read_mappings(path: Path) -> list[Mapping]:
 
 
 def read_messages(path: Path, magic: int) -> Iterator[bytes]:
-    """The messages of an image file. Raises FormatError for a missing or cut-off file or another magic."""
+    """Read the messages of an image file.
+
+    Raises FormatError if the file is missing or truncated, or has another magic.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         raise FormatError(f"{path.name} is missing") from None
     with file:
         if file.read(8) != struct.pack("<II", IMAGE_MAGIC, magic):
-            raise FormatError(f"{path.name} is not the CRIU image file that its name says")
+            raise FormatError(f"{path.name} does not begin as a CRIU image file of that name should")
         while prefix := file.read(4):
             if len(prefix) < 4:
-                raise FormatError(f"{path.name} ends within a message")
+                raise FormatError(f"{path.name} is truncated")
             (length,) = struct.unpack("<I", prefix)
             if length > _MESSAGE_LIMIT_BYTES:
-                raise FormatError(f"{path.name} has a message of {length} bytes")
+                raise FormatError(f"{path.name}: a message of {length} bytes is too large")
             message = file.read(length)
             if len(message) < length:
-                raise FormatError(f"{path.name} ends within a message")
+                raise FormatError(f"{path.name} is truncated")
             yield message
 
 
 def parse_message(message: bytes, path: Path) -> dict[int, Value]:
-    """A protobuf message by field number; of a repeated field the last, as protobuf rules."""
+    """Parse a protobuf message into {field number: value}; the last of a repeated field wins."""
     return dict(fields_of(message, path))
 
 
 def fields_of(message: bytes, path: Path) -> Iterator[tuple[int, Value]]:
-    """The fields of a protobuf message in order (wire types 0, 1, 2 and 5)."""
+    """Yield the fields of a protobuf message in order (wire types 0, 1, 2 and 5)."""
     position = 0
     try:
         while position < len(message):
@@ -280,13 +286,13 @@ def fields_of(message: bytes, path: Path) -> Iterator[tuple[int, Value]]:
                     raise ValueError(f"wire type {key & 7}")
             yield key >> 3, value
     except (ValueError, IndexError) as error:
-        raise FormatError(f"{path.name} is not well-formed", cause=str(error)) from None
+        raise FormatError(f"{path.name} is malformed", cause=str(error)) from None
 
 
 def _slice(message: bytes, position: int, length: int) -> bytes:
     piece = message[position : position + length]
     if len(piece) < length:
-        raise ValueError("a field reaches over the message's end")
+        raise ValueError("a field extends beyond the message's end")
     return piece
 
 
@@ -300,11 +306,11 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
             return value & 0xFFFF_FFFF_FFFF_FFFF, position
         shift += 7
         if shift > 63:
-            raise ValueError("a varint of more than ten bytes")
+            raise ValueError("a varint is longer than ten bytes")
 
 
 def _field(number: int, value: int) -> bytes:
-    """A varint field on the wire."""
+    """Encode a varint field."""
     out = bytearray()
     for integer in (number << 3, value):
         while integer > 0x7F:
