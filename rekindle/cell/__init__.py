@@ -25,6 +25,9 @@ from rekindle.cell import init
 from rekindle.errors import CapabilityError, RestoreError
 from rekindle.run import TimeoutExpired, spawn
 
+MEMORY_PLACE = Path(init.MEMORY_PLACE)
+"""The directory of the memory files as seen inside a cell."""
+
 _START_SECONDS = 20.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,6 +54,22 @@ class Clocks:
         )
 
 
+class MappingRefused(Exception):  # noqa: N818 - it is an answer: copy instead
+    """Memory files cannot be mapped in this cell; the text says why. The cell is as it was before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFiles:
+    """Files that hold private anonymous memory, for processes that map them instead.
+
+    `directory` is a path on the host; the cell shows it at MEMORY_PLACE. `ranges` are all address ranges,
+    [start, end), at which any process maps one of the files, sorted and disjoint.
+    """
+
+    directory: Path
+    ranges: Sequence[tuple[int, int]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """A command to start in a cell.
@@ -58,6 +77,9 @@ class Command:
     `files` are opened inside the cell (0 for reading, others for appending). `fds` maps descriptor
     numbers of the command to descriptors of ours. Every other descriptor is closed. A `workload` is
     going to be snapshotted: it gets suitable PIDs, system call filter and memory layout.
+
+    With `memory`, the command and everything that it starts, which includes what CRIU restores, may map
+    memory files, and the cell makes them behave as anonymous memory. A cell runs one such command.
     """
 
     argv: Sequence[str]
@@ -66,6 +88,7 @@ class Command:
     files: Mapping[int, Path] = field(default_factory=dict)
     fds: Mapping[int, int] = field(default_factory=dict)
     workload: bool = False
+    memory: MemoryFiles | None = None
 
 
 class Cell:
@@ -176,7 +199,8 @@ class Cell:
     def spawn(self, command: Command) -> int:
         """Start a command and return its PID in the cell.
 
-        A program that does not exist exits with status 127. Raises CapabilityError.
+        A program that does not exist exits with status 127. Raises CapabilityError, or MappingRefused for a
+        command with memory files, which was not started then.
         """
         request = {
             "op": "spawn",
@@ -186,6 +210,8 @@ class Cell:
             "files": {number: str(path) for number, path in command.files.items()},
             "fds": list(command.fds),
             "workload": command.workload,
+            "memory": command.memory
+            and {"directory": str(command.memory.directory), "ranges": list(command.memory.ranges)},
         }
         # In a file: a message holds at most some 200 kB, and environments can be larger.
         with open(os.memfd_create("request"), "w+b", buffering=0) as file:
@@ -297,6 +323,8 @@ class Cell:
                 self._init = pid
             case {"ready": True}:
                 self._ready = True
+            case {"refused": str(cause)}:
+                raise MappingRefused(cause)
             case {"error": str(cause)}:
                 raise CapabilityError(
                     "cannot create a cell on this node",

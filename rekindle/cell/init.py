@@ -12,13 +12,17 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
     to init                                                  from init
     {"op": "enter", "network", "monotonic", "boottime"}      {"init": PID on the host}, {"ready": true}
     {"op": "spawn"} + a file with {"argv", "env", "cwd",
-     "files", "fds", "workload"}, descriptors for "fds"      {"spawned": PID}
+     "files", "fds", "workload", "memory"}, descriptors      {"spawned": PID}, or
+     for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}                        -
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
 
 The cell ends when the socket closes: when rekindle dies, init exits, and the OS kernel then kills every
 process of its PID namespace and drops its mounts.
+
+After a command with "memory" ({"directory", "ranges"}), init answers some system calls of that command and of
+everything that it starts. `memory.py`, beside this file, says which; `supervisor.py` answers them.
 """
 
 import contextlib
@@ -30,6 +34,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from select import POLLIN, poll
 
 CLONE_NEWTIME = 0x00000080
@@ -38,7 +43,8 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 0x20
+MNT_DETACH = 2
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 NVIDIA = "/proc/driver/nvidia"
 
@@ -48,6 +54,9 @@ ADDR_NO_RANDOMIZE = 0x0040000
 
 # Leaves PIDs below the workload's for init and CRIU, so that neither takes a recorded PID.
 FIRST_WORKLOAD_PID = 1001
+
+# Where memory files are seen in a cell, so that a dump finds them there again.
+MEMORY_PLACE = "/dev/shm/.rekindle/memory"  # noqa: S108 - the cell's own tmpfs
 
 MESSAGE_BYTES = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
@@ -174,17 +183,26 @@ def serve(control: socket.socket) -> None:
     poller = poll()
     poller.register(control, POLLIN)
     poller.register(wake_reader, POLLIN)
+    supervisor = None
     send(control, {"ready": True})
     while True:
-        ready = [fd for fd, _ in poller.poll()]
-        if wake_reader in ready:
-            os.read(wake_reader, 4096)
+        ready = dict(poller.poll(0 if supervisor and supervisor.busy else None))
         if control.fileno() in ready:
             message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 16)
             if not message:
                 return
-            answer(control, json.loads(message), fds)
-        reap(control)
+            if new := answer(control, json.loads(message), fds):
+                supervisor = new
+                poller.register(supervisor.listener.fd, POLLIN)
+        if supervisor:
+            if (event := ready.get(supervisor.listener.fd, 0)) & POLLIN:
+                supervisor.receive()
+            elif event:  # no task is left that it could hear from
+                poller.unregister(supervisor.listener.fd)
+            supervisor.step()
+        if wake_reader in ready:
+            os.read(wake_reader, 4096)
+            reap(control)
 
 
 def reap(control: socket.socket) -> None:
@@ -198,22 +216,82 @@ def reap(control: socket.socket) -> None:
         send(control, {"exited": pid, "status": status})
 
 
-def answer(control: socket.socket, request: dict, fds: list) -> None:  # type: ignore[type-arg]
+def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
+    """Carry out a request. Return a supervisor if it started a command that needs one."""
+    supervisor = None
     match request["op"]:
         case "spawn":
             content, *rest = fds
             with open(content, "rb") as file:
                 file.seek(0)
-                pid = spawn(json.load(file), rest)
+                request = json.load(file)
+            if request["memory"]:
+                try:
+                    pid, supervisor = spawn_supervised(request, rest)
+                    reply = {"spawned": pid}
+                except OSError as error:
+                    reply = {"refused": str(error)}
+            else:
+                reply = {"spawned": spawn(request, rest)}
             for fd in rest:
                 os.close(fd)
-            send(control, {"spawned": pid})
+            send(control, reply)
         case "signal":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
+    return supervisor
 
 
-def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
+def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
+    """Start a command under the filter for memory files. On OSError, nothing of it is left."""
+    load_siblings()
+    from rekindle.cell import memory
+    from rekindle.cell.supervisor import Supervisor
+
+    memory.check_kernel()
+    os.mkdir(os.path.dirname(MEMORY_PLACE), 0o700)  # noqa: PTH102, PTH120 - fails if there is one already
+    with contextlib.ExitStack() as undo:
+        undo.callback(remove_memory_place)
+        make_memory_place(request["memory"]["directory"])
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                pid = spawn(request, fds, lambda: memory.give_listener(theirs))
+            undo.callback(os.waitpid, pid, 0)
+            listener = memory.take_listener(ours)
+        undo.pop_all()
+    return pid, Supervisor(memory.CallSource(listener), MEMORY_PLACE, request["memory"]["ranges"])
+
+
+def load_siblings() -> None:
+    """Make the modules beside this file importable by their names, without importing rekindle itself."""
+    room = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+    for name, path in (("rekindle", os.path.dirname(room)), ("rekindle.cell", room)):  # noqa: PTH120
+        sys.modules[name] = package = type(sys)(name)
+        package.__path__ = [path]
+
+
+def make_memory_place(directory: str) -> None:
+    """Mount the directory of the memory files, read-only and without noexec.
+
+    A process may make its memory executable, so a noexec of the file system must not hold here. In a user
+    namespace the kernel refuses to drop it (EPERM).
+    """
+    os.mkdir(MEMORY_PLACE, 0o700)  # noqa: PTH102
+    mount(directory, MEMORY_PLACE, None, MS_BIND)
+    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
+    mount("none", MEMORY_PLACE, None, flags)
+
+
+def remove_memory_place() -> None:
+    libc.umount2(MEMORY_PLACE.encode(), MNT_DETACH)
+    for path in (MEMORY_PLACE, os.path.dirname(MEMORY_PLACE)):  # noqa: PTH120
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # noqa: PTH106
+
+
+def spawn(request: dict, fds: list, prepare: Callable[[], None] | None = None) -> int:  # type: ignore[type-arg]
+    """Start a command and return its PID; the new process calls `prepare` first."""
     if request["workload"]:
         with open("/proc/sys/kernel/ns_last_pid", "w") as file:
             file.write(str(FIRST_WORKLOAD_PID - 1))
@@ -221,6 +299,8 @@ def spawn(request: dict, fds: list) -> int:  # type: ignore[type-arg]
     if pid:
         return pid
     try:
+        if prepare:
+            prepare()
         os.chdir(request["cwd"])
         os.setsid()
         open_files(request["files"], dict(zip(request["fds"], fds, strict=True)))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calls tell memory that is mapped from a file from anonymous memory, and how a supervisor gets them.
+
+A restored process has its private memory mapped from a memory file (MAP_PRIVATE). To the kernel that is the
+same as anonymous memory in all but a few calls: MADV_DONTNEED brings the file's bytes back instead of zeros,
+and a mapping that grows shows what follows in the file. A seccomp filter hands those calls, and no others, to
+a supervisor (SECCOMP_RET_USER_NOTIF), which answers them or lets the kernel go on. docs/memory.md lists them.
+
+The cell's init uses this module under `python -I -S`: it imports the standard library only, and little of it.
+
+Sources: seccomp_unotify(2), linux/seccomp.h, linux/filter.h.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+# madvise(2). MADV_GUARD_INSTALL drops pages, too.
+MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL = 4, 8, 24, 102
+# mremap(2)
+MREMAP_FIXED, MREMAP_DONTUNMAP = 2, 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Machine:
+    """An architecture's numbers: its audit word and system calls, and those of its 32-bit programs."""
+
+    __slots__ = ("address_bits", "compat", "native", "seccomp")
+
+    def __init__(
+        self, seccomp: int, address_bits: int, native: tuple[int, int, int], compat: tuple[int, int, int]
+    ) -> None:
+        self.seccomp = seccomp
+        self.address_bits = address_bits  # above them is a tag that system calls ignore
+        self.native = native  # audit word, madvise, mremap
+        self.compat = compat
+
+
+_MACHINES = {
+    "x86_64": _Machine(317, 64, native=(0xC000003E, 28, 25), compat=(0x40000003, 219, 163)),
+    "aarch64": _Machine(277, 56, native=(0xC00000B7, 233, 216), compat=(0x40000028, 220, 163)),
+}
+_MACHINE = _MACHINES.get(os.uname().machine)
+_PROCESS_MADVISE = 440  # the same number everywhere
+_X32_BIT = 0x40000000
+
+_LOAD, _TO_X, _GIVE = 0x20, 0x07, 0x06  # BPF_LD|W|ABS, BPF_MISC|TAX, BPF_RET|K
+_IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _IF_ANY_BIT = 0x15, 0x25, 0x35, 0x45  # BPF_JMP|JEQ, JGT, JGE, JSET |K
+_IF_EQUAL_X, _IF_GREATER_X = 0x1D, 0x2D
+_ALLOW, _NOTIFY, _ERRNO = 0x7FFF0000, 0x7FC00000, 0x00050000
+_NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
+
+
+def _argument(number: int, *, high: bool = False) -> int:
+    """Return the offset of half an argument in struct seccomp_data, on a little-endian machine."""
+    return 16 + 8 * number + 4 * high
+
+
+_Line = str | tuple[int, int] | tuple[int, int, str, str]
+"""A label, an instruction with its operand, or a jump with the labels to go to; "" is the next line."""
+
+
+def _assemble(lines: Sequence[_Line]) -> bytes:
+    labels: dict[str, int] = {}
+    instructions: list[tuple[int, int] | tuple[int, int, str, str]] = []
+    for line in lines:
+        if isinstance(line, str):
+            labels[line] = len(instructions)
+        else:
+            instructions.append(line)
+    program = b""
+    for at, (code, operand, *targets) in enumerate(instructions, 1):
+        jumps = [labels[target] - at if target else 0 for target in targets] or [0, 0]
+        program += struct.pack("HBBI", code, *jumps, operand)
+    return program
+
+
+def _filter(machine: _Machine) -> bytes:
+    """Return a program that notifies of what memory files need, and allows everything else.
+
+    32-bit calls have the same arguments, so they are treated alike. x32 calls (x86-64 only; CRIU restores no
+    x32 process) do not exist here. process_madvise of a process's own memory takes every advice since
+    Linux 6.13; what it does is in memory that may change while we look, so it answers as an older kernel.
+    """
+    dropping = (MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL)
+    lines: list[_Line] = [
+        (_LOAD, _ARCHITECTURE),
+        (_IF_EQUAL, machine.native[0], "native", ""),
+        (_IF_EQUAL, machine.compat[0], "compat", "allow"),
+    ]
+    for label, (_, madvise, mremap) in (("native", machine.native), ("compat", machine.compat)):
+        lines += [
+            label,
+            (_LOAD, _NUMBER),
+            (_IF_NOT_LESS, _X32_BIT, "unknown", ""),
+            (_IF_EQUAL, madvise, "madvise", ""),
+            (_IF_EQUAL, mremap, "mremap", ""),
+            (_IF_EQUAL, _PROCESS_MADVISE, "process_madvise", "allow"),
+        ]
+    lines += ["madvise", (_LOAD, _argument(2))]
+    lines += [(_IF_EQUAL, advice, "notify", "") for advice in dropping]
+    lines += [(_GIVE, _ALLOW), "process_madvise", (_LOAD, _argument(3))]
+    lines += [(_IF_EQUAL, advice, "invalid", "") for advice in dropping]
+    lines += [
+        (_GIVE, _ALLOW),
+        "mremap",
+        (_LOAD, _argument(3)),
+        (_IF_ANY_BIT, MREMAP_FIXED | MREMAP_DONTUNMAP, "notify", ""),
+        (_LOAD, _argument(1, high=True)),
+        (_TO_X, 0),
+        (_LOAD, _argument(2, high=True)),
+        (_IF_GREATER_X, 0, "notify", ""),
+        (_IF_EQUAL_X, 0, "", "allow"),
+        (_LOAD, _argument(1)),
+        (_TO_X, 0),
+        (_LOAD, _argument(2)),
+        (_IF_GREATER_X, 0, "notify", "allow"),
+        "notify",
+        (_GIVE, _NOTIFY),
+        "invalid",
+        (_GIVE, _ERRNO | errno.EINVAL),
+        "unknown",
+        (_GIVE, _ERRNO | errno.ENOSYS),
+        "allow",
+        (_GIVE, _ALLOW),
+    ]
+    return _assemble(lines)
+
+
+FILTER = _filter(_MACHINE) if _MACHINE else b""
+"""The program, as PTRACE_SECCOMP_GET_FILTER and so a dump's seccomp.img have it; b"" on other machines."""
+
+_SET_MODE_FILTER = 1
+_FLAG_SPEC_ALLOW = 4  # this is no sandbox: leave the mitigations of a CPU's speculation as they are
+_FLAG_NEW_LISTENER = 8
+_FLAG_WAIT_KILLABLE_RECV = 0x20  # Linux 5.19: a signal waits until a call that we have received is answered
+
+
+def check_kernel() -> None:
+    """Raise OSError where a supervisor could not do its work.
+
+    A kernel can be told not to let /proc/PID/mem write to pages that the process itself may not write to
+    (proc_mem.force_override=, Linux 6.12).
+    """
+    if _MACHINE is None:
+        raise OSError(errno.ENOSYS, f"no filter for {os.uname().machine}")
+    size, prot_read, private_anonymous = ctypes.c_size_t(os.sysconf("SC_PAGE_SIZE")), 1, 0x22
+    _libc.mmap.restype = ctypes.c_void_p
+    address = _libc.mmap(None, size, prot_read, private_anonymous, -1, ctypes.c_long(0))
+    mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.pwrite(mem, b"\0", address)
+    except OSError as error:
+        raise OSError(error.errno, "the kernel protects read-only pages from /proc/PID/mem") from None
+    finally:
+        os.close(mem)
+        _libc.munmap(ctypes.c_void_p(address), size)
+
+
+def give_listener(channel: socket.socket) -> None:
+    """Put the filter on this process, and send the listener to its supervisor; else an error, and exit."""
+    try:
+        listener = _install()
+    except OSError as error:
+        channel.send(struct.pack("i", error.errno))
+        os._exit(1)
+    socket.send_fds(channel, [struct.pack("i", 0)], [listener])
+    os.close(listener)
+
+
+def take_listener(channel: socket.socket) -> int:
+    """Receive what `give_listener` sends. Raises OSError."""
+    message, fds, _, _ = socket.recv_fds(channel, 4, 1)
+    number = struct.unpack("i", message)[0] if message else errno.ECHILD
+    if not fds:
+        raise OSError(number, f"seccomp filter with a listener: {os.strerror(number)}")
+    return fds[0]
+
+
+def _install() -> int:
+    assert _MACHINE is not None
+    code = ctypes.create_string_buffer(FILTER, len(FILTER))
+    header = struct.pack("HxxxxxxP", len(FILTER) // 8, ctypes.addressof(code))
+    flags = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
+    for extra in (_FLAG_WAIT_KILLABLE_RECV, 0):
+        listener = int(_libc.syscall(_MACHINE.seccomp, _SET_MODE_FILTER, flags | extra, header))
+        if listener >= 0:
+            return listener
+        if ctypes.get_errno() != errno.EINVAL:
+            break
+    raise OSError(ctypes.get_errno(), "seccomp")
+
+
+# SECCOMP_IOCTL_NOTIF_*; IS_VALID has the number that all kernels know, not the corrected one of Linux 5.17.
+_RECEIVE, _SEND, _IS_VALID, _SET_FLAGS = 0xC0502100, 0xC0182101, 0x80082102, 0x40082104
+_SYNC_WAKE_UP = 1  # Linux 6.6
+_CONTINUE = 1
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # id, tid, flags, number, architecture, pointer, arguments
+_RESPONSE = struct.Struct("=Qqii")  # id, value, error, flags
+
+
+class GoneError(Exception):
+    """A call that was to be answered is over: its task died, or a signal came first."""
+
+
+class Call:
+    """A system call that waits for its answer."""
+
+    __slots__ = ("_listener", "arguments", "id", "is_mremap", "tid")
+
+    def __init__(self, listener: int, notification: bytes | bytearray) -> None:
+        assert _MACHINE is not None
+        self._listener = listener
+        self.id, self.tid, _, number, architecture, _, *self.arguments = _NOTIFICATION.unpack(notification)
+        names = _MACHINE.native if architecture == _MACHINE.native[0] else _MACHINE.compat
+        self.is_mremap = number == names[2]
+        self.arguments[0] &= (1 << _MACHINE.address_bits) - 1
+
+    def check(self) -> None:
+        """Raise GoneError if the call waits no longer."""
+        try:
+            _ioctl(self._listener, _IS_VALID, struct.pack("=Q", self.id))
+        except FileNotFoundError:
+            raise GoneError from None
+
+    def answer(self, error: int = 0) -> None:
+        """End the call: it returns 0, or fails with an error's number."""
+        self._send(-error, 0)
+
+    def let_go_on(self) -> None:
+        """Have the kernel do the call. Its arguments are in registers, so it is the one that we saw."""
+        self._send(0, _CONTINUE)
+
+    def _send(self, error: int, flags: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # the task died
+            _ioctl(self._listener, _SEND, _RESPONSE.pack(self.id, 0, error, flags))
+
+
+def _ioctl(fd: int, operation: int, argument: bytes) -> None:
+    """Call ioctl, and again if a signal came (the listener's lock is an interruptible one)."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            fcntl.ioctl(fd, operation, argument)
+            return
+
+
+class CallSource:
+    """Where the calls of all tasks under one filter come from: readable when there is one."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _SET_FLAGS, _SYNC_WAKE_UP)
+
+    def receive(self) -> Call | None:
+        """Return a call, or None if its task has died, or a signal came."""
+        notification = bytearray(_NOTIFICATION.size)
+        try:
+            fcntl.ioctl(self.fd, _RECEIVE, notification)
+        except (FileNotFoundError, InterruptedError):
+            return None
+        return Call(self.fd, notification)

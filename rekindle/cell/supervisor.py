@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers the calls that would tell memory that is mapped from a file from anonymous memory.
+
+The cell's init uses this module under `python -I -S`: it imports the standard library only, and little of it.
+
+Sources: mm/madvise.c and mm/mremap.c of Linux, for what is done and for the order of errors.
+"""
+
+import contextlib
+import errno
+import os
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from rekindle.cell.address_space import PAGE_BYTES, AddressSpace, Area, pages
+from rekindle.cell.memory import (
+    MADV_DONTNEED,
+    MADV_DONTNEED_LOCKED,
+    MADV_GUARD_INSTALL,
+    MREMAP_DONTUNMAP,
+    MREMAP_FIXED,
+    Call,
+    CallSource,
+    GoneError,
+)
+
+# A job does this much (some 1 ms) before others have their turn.
+_PIECE_BYTES = 2 << 20
+_PIECE_MAPPINGS = 100
+# A job has up to four descriptors open. Of more calls than this at once, the later ones wait.
+_JOBS_LIMIT = 16
+
+
+class Supervisor:
+    """Answers the calls of every task under one filter.
+
+    `ranges` are all the addresses where a process has a memory file mapped, sorted and disjoint. A call
+    elsewhere goes on at once. Each other one is a job that is done in pieces, so that a large one delays
+    nobody: call `receive` whenever `listener` is readable, and `step` as long as there is `busy`.
+
+    A mapping is a memory file's if its path is in the files' directory. (Its device and inode say less:
+    stat has other numbers than /proc/PID/maps on btrfs and overlayfs.)
+    """
+
+    def __init__(self, listener: CallSource, directory: str, ranges: Sequence[Sequence[int]]) -> None:
+        """`directory` holds the memory files, by the path at which the tasks have them mapped."""
+        self.listener = listener
+        self._prefix = os.fsencode(directory) + b"/"
+        self._starts = [start for start, _ in ranges]
+        self._ends = [end for _, end in ranges]
+        self._files: dict[bytes, int] = {}
+        self._running: deque[Iterator[None]] = deque()
+        self._waiting: deque[Iterator[None]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def receive(self) -> None:
+        """Take in a call, and let it go on if it is not about memory files."""
+        call = self.listener.receive()
+        if call is None:
+            return
+        start, end = _range(call)
+        at = bisect_right(self._ends, start)
+        if at < len(self._ends) and self._starts[at] < end:
+            self._waiting.append(self._job(call, start, end))
+        else:
+            call.let_go_on()
+
+    def step(self) -> None:
+        """Do a piece of the job whose turn it is."""
+        while self._waiting and len(self._running) < _JOBS_LIMIT:
+            self._running.append(self._waiting.popleft())
+        if self._running:
+            job = self._running.popleft()
+            with contextlib.suppress(StopIteration):
+                next(job)
+                self._running.append(job)
+
+    def _job(self, call: Call, start: int, end: int) -> Iterator[None]:
+        memory = AddressSpace(call.tid, call.check)
+        try:
+            yield from (self._remap if call.is_mremap else self._advise)(call, memory, start, end)
+        except GoneError:
+            pass
+        except OSError:  # of /proc, or of a file: no answer would be true but an error
+            call.answer(errno.EIO)
+        finally:
+            memory.close()
+
+    def _remap(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
+        """Refuse growth with ENOMEM, upon which realloc allocates, copies and frees."""
+        _, old_size, new_size, flags, new_address = call.arguments[:5]
+        if not any(self._has(mapping) for mapping in memory.between(start, end, of_file=True)):
+            call.let_go_on()
+        elif flags & MREMAP_DONTUNMAP or not old_size or not new_size:
+            # What stays mapped would have to be zeros. Linux before 5.7 knows no MREMAP_DONTUNMAP.
+            call.answer(errno.EINVAL)
+        elif pages(new_size) > pages(old_size):
+            call.answer(errno.ENOMEM)
+        else:
+            if flags & MREMAP_FIXED:
+                self._add(new_address, new_address + pages(new_size))
+            call.let_go_on()
+        yield
+
+    def _advise(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
+        """Do what madvise does with anonymous memory, in its order of mappings and errors."""
+        advice = call.arguments[2] & 0xFFFFFFFF
+        is_zeroing = advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED)
+        is_concerned = has_others = False
+        for count, mapping in enumerate(memory.between(start, end), 1):
+            if self._has(mapping):
+                # Where the file has but holes, the kernel's own way leads to zeros, and frees the pages.
+                is_concerned |= not is_zeroing or self._has_data(mapping, start, end)
+            else:
+                has_others |= not mapping.is_anonymous
+            if count % _PIECE_MAPPINGS == 0:
+                yield
+        if not is_concerned:
+            call.let_go_on()
+            return
+        if advice == MADV_GUARD_INSTALL:
+            # As Linux before 6.13. Once the guard was removed, the file's bytes would be back.
+            call.answer(errno.EINVAL)
+            return
+        limit = end
+        if has_others or memory.has_locked():
+            limit = memory.first_forbidden(start, end, even_locked=advice == MADV_DONTNEED_LOCKED)
+        has_gap = False
+        while (found := memory.find(start)) and found.start < end:
+            has_gap |= start < found.start
+            start = max(start, found.start)
+            if start >= limit or not (is_zeroing or self._has(found) or found.is_anonymous):
+                call.answer(errno.EINVAL)
+                return
+            stop = min(found.end, end, limit)
+            if is_zeroing:  # MADV_FREE may leave pages as they are
+                stop = min(stop, start + _PIECE_BYTES)
+                self._drop(memory, found, start, stop)
+            start = stop
+            if start >= end:
+                break
+            yield
+            memory.check()
+        call.answer(errno.ENOMEM if has_gap or start < end else 0)
+
+    def _drop(self, memory: AddressSpace, mapping: Area, start: int, end: int) -> None:
+        """Bring pages of a mapping to what they are when they are touched first."""
+        if self._has(mapping):
+            for low, high, has_data in self._extents(mapping, start, end):
+                for at, stop in [(low, high)] if has_data else memory.written(low, high):
+                    memory.zero(at, stop)
+        elif mapping.is_anonymous:
+            for at, stop in memory.written(start, end):
+                memory.zero(at, stop)
+        elif mapping.inode and not mapping.is_shared:
+            memory.read_again(mapping, start, end)
+
+    def _has(self, mapping: Area) -> bool:
+        """Whether a mapping is one of a memory file, and private: a shared one is nobody's own memory."""
+        return mapping.name.startswith(self._prefix) and not mapping.is_shared
+
+    def _has_data(self, mapping: Area, start: int, end: int) -> bool:
+        start, end = max(start, mapping.start), min(end, mapping.end)
+        return any(has_data for _, _, has_data in self._extents(mapping, start, end))
+
+    def _extents(self, mapping: Area, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Return the parts of a stretch of a memory file's mapping, and whether the file has data there."""
+        if mapping.name not in self._files:
+            self._files[mapping.name] = os.open(mapping.name, os.O_RDONLY | os.O_CLOEXEC)
+        file = self._files[mapping.name]
+        to_file = mapping.offset - mapping.start
+        while start < end:
+            try:
+                data = os.lseek(file, start + to_file, os.SEEK_DATA) - to_file
+                hole = os.lseek(file, data + to_file, os.SEEK_HOLE) - to_file
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = hole = end  # no data up to the file's end
+            data, hole = min(data // PAGE_BYTES * PAGE_BYTES, end), min(pages(hole), end)
+            if start < data:
+                yield start, data, False
+            if data < hole:
+                yield max(start, data), hole, True
+            start = hole
+
+    def _add(self, start: int, end: int) -> None:
+        """Note that a memory file will be mapped in a further place."""
+        first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
+        if first < last:
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+
+
+def _range(call: Call) -> tuple[int, int]:
+    """Return the start and the end of the memory that a call is about; nothing of it if it can only fail."""
+    start, size = call.arguments[:2]
+    end = start + pages(size or call.is_mremap)
+    return (start, end) if start % PAGE_BYTES == 0 and end < 1 << 64 else (0, 0)
