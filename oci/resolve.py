@@ -21,7 +21,7 @@ from rekindle.home import Home
 
 if TYPE_CHECKING:
     from oci.progress import Tally
-    from oci.registry.repository import Access
+    from oci.registry.access import Access
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +38,14 @@ class FoundImage:
 def access(options: RegistryOptions, home: Home) -> "Access":
     """Return how registries are reached: the options over config.toml. Raises UsageError."""
     from oci.progress import Limiter, Tally
-    from oci.registry.repository import Access
+    from oci.registry.access import Access
 
     config = Config.read(home.root)
     if options.jobs is not None:
         if not 1 <= options.jobs <= JOBS_LIMIT:
             raise UsageError(f"--jobs must be from 1 to {JOBS_LIMIT}")
-        patience = dataclasses.replace(config.patience, jobs=options.jobs)
-        config = dataclasses.replace(config, patience=patience)
+        transfer = dataclasses.replace(config.transfer, jobs=options.jobs)
+        config = dataclasses.replace(config, transfer=transfer)
     return Access(
         config=config,
         tally=Tally(),

@@ -13,7 +13,8 @@ from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
 from oci.progress import Tally
 from oci.reference import RegistryReference
-from oci.registry.repository import Access, Repository
+from oci.registry.access import Access
+from oci.registry.repository import Repository
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError, NotFoundError, UsageError
@@ -171,7 +172,7 @@ def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Acc
     """Brings an image to a layout. What came before an interruption stays for the next try."""
     root = tree.nodes[-1].descriptor
     with layout.incoming(root.digest) as arrival:
-        jobs = access.config.patience.jobs
+        jobs = access.config.transfer.jobs
         attached = copy(source, tree, arrival, tag=None, jobs=jobs, tally=access.tally)
         arrival.publish(root, tag, attached)
 
@@ -190,7 +191,7 @@ def into_registry(
     with Repository(target, access, mount_from=mount_from) as repository:
         # Asks who we are to it once, and not over all connections at a time: that might lock an account.
         repository.has(tree.nodes[-1].descriptor)
-        copy(source, tree, repository, tag=tag, jobs=access.config.patience.jobs, tally=access.tally)
+        copy(source, tree, repository, tag=tag, jobs=access.config.transfer.jobs, tally=access.tally)
 
 
 def copy(

@@ -19,11 +19,13 @@ docs/operations.md explains it.
     [registry."registry.example.com"]
     mirrors = ["http://127.0.0.1:30020"]    tried first, in this order; the digest is the judge
     plain_http = false                      true for registries on loopback, unless this says otherwise
-    ca_file = "/etc/ssl/our-ca.pem"
+    ca_file = "/etc/ssl/our-ca.pem"         in place of the system's authorities
+    cert_file = "/etc/ssl/node.pem"         the certificate that we show, with its key
+    key_file = "/etc/ssl/node-key.pem"
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -33,6 +35,9 @@ from rekindle.fields import Fields, text_item
 _FILE_LIMIT_BYTES = 1 << 20
 _MIRRORS_LIMIT = 16
 JOBS_LIMIT = 256
+_BOUNDS = {"jobs": JOBS_LIMIT}
+_CONNECTING = frozenset({"jobs", "connect_seconds", "stall_seconds"})
+_RETRYING = frozenset({"attempts", "longest_wait_seconds"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +55,26 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long and how often a registry is asked, and over how many connections at once."""
+class RetryPolicy:
+    """How often something is attempted, and how long the pauses in between are.
+
+    The first pause takes up to `first_pause_seconds`, each further one twice as long, none more than
+    `longest_wait_seconds`. A registry that asks for a longer one has failed.
+    """
+
+    attempts: int = 5
+    longest_wait_seconds: float = 60
+    first_pause_seconds: float = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferSettings:
+    """How registries are spoken to: over how many connections at once, and how patiently."""
 
     jobs: int = 16
-    connect_seconds: int = 10
-    stall_seconds: int = 30
-    attempts: int = 5
-    longest_wait_seconds: int = 60
+    connect_seconds: float = 10
+    stall_seconds: float = 30
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +84,8 @@ class RegistrySettings:
     mirrors: tuple[str, ...] = ()
     plain_http: bool | None = None  # None: for loopback only
     ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +93,7 @@ class Config:
     """All that the file may say. Registries are by host, with the port if there is one."""
 
     limits: Limits = field(default_factory=Limits)
-    patience: Patience = field(default_factory=Patience)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
     registries: Mapping[str, RegistrySettings] = field(default_factory=dict)
 
     def registry(self, host: str) -> RegistrySettings:
@@ -109,8 +128,8 @@ class Config:
         document.only({"limits", "transfer", "registry"})
         tables = {"limits": {}, "transfer": {}, "registry": {}, **document.as_json()}
         return cls(
-            limits=Limits(**_integers(Limits, tables["limits"], "limits")),
-            patience=Patience(**_integers(Patience, tables["transfer"], "transfer")),
+            limits=Limits(**_integers(tables["limits"], "limits", {each.name for each in fields(Limits)})),
+            transfer=_transfer(tables["transfer"]),
             registries={
                 host: _registry(value, f"registry.{host}")
                 for host, value in Fields(tables["registry"], "registry").as_json().items()
@@ -118,24 +137,36 @@ class Config:
         )
 
 
-def _integers(table: type[Limits] | type[Patience], value: object, where: str) -> dict[str, int]:
-    known = {each.name for each in fields(table)}
+def _integers(value: object, where: str, known: Collection[str]) -> dict[str, int]:
     given = Fields(value, where)
-    given.only(known)
-    bounds = {"jobs": JOBS_LIMIT}
+    given.only(set(known))
     return {
-        name: given.integer(name, at_least=1, at_most=bounds.get(name, 1 << 62))
+        name: given.integer(name, at_least=1, at_most=_BOUNDS.get(name, 1 << 62))
         for name in known
         if given.has(name)
     }
 
 
+def _transfer(value: object) -> TransferSettings:
+    given = _integers(value, "transfer", {*_CONNECTING, *_RETRYING})
+    retry = RetryPolicy(**{name: given.pop(name) for name in _RETRYING & given.keys()})
+    return TransferSettings(**given, retry=retry)
+
+
 def _registry(value: object, where: str) -> RegistrySettings:
     given = Fields(value, where)
-    given.only({"mirrors", "plain_http", "ca_file"})
+    given.only({"mirrors", "plain_http", "ca_file", "cert_file", "key_file"})
+    if given.has("cert_file") != given.has("key_file"):
+        raise FormatError(f"{where} needs cert_file and key_file together")
     mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
     return RegistrySettings(
         mirrors=tuple(mirrors),
         plain_http=given.truth("plain_http", default=False) if given.has("plain_http") else None,
-        ca_file=Path(given.text("ca_file")) if given.has("ca_file") else None,
+        ca_file=_path(given, "ca_file"),
+        cert_file=_path(given, "cert_file"),
+        key_file=_path(given, "key_file"),
     )
+
+
+def _path(given: Fields, name: str) -> Path | None:
+    return Path(given.text(name)) if given.has(name) else None

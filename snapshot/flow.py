@@ -12,7 +12,8 @@ from oci.cache import pack
 from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.reference import Reference, RegistryReference, parse
-from oci.registry.repository import Access, Repository
+from oci.registry.access import Access
+from oci.registry.repository import Repository
 from oci.trust import machine, signer
 from oci.trust.verifier import Verified
 from rekindle import criu, dump_tree

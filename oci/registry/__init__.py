@@ -1,9 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registries, by the OCI distribution specification 1.1.
 
-transport     connections: pooled, with deadlines; one request, one answer
-tokens        who we are: challenges, tokens per scope, docker's credentials by way of oras
-endpoint      one host: retries, Retry-After, renewed tokens, redirects
-repository    one repository: manifests, blobs, uploads, mounts, referrers; its mirrors first
-download      stretches of blobs over many connections, given out in order
+From the bottom up:
+
+    url           URLs, and which hosts are this machine
+    proxy         which proxy the environment names for a URL
+    certificates  whom to trust over TLS, and which certificate to show
+    sockets       sockets with a deadline for all that comes over them
+    connection    one connection, made by urllib3 over these sockets
+    transport     a pool of connections; one request, one answer
+    retry         what is attempted again, and after how long
+    credentials   names and passwords, from where docker and podman keep them
+    tokens        challenges, and a token for each scope
+    host          one host: retries, renewed tokens, redirects
+    access        how one command reaches registries
+    hosts         a registry with its mirrors
+    blobs         parts of blobs, and blobs that are sent
+    download      blobs over many connections, given out in order
+    referrers     lists of what refers to a manifest
+    repository    one repository: manifests, blobs, uploads, mounts
 """

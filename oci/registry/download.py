@@ -16,12 +16,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from oci.descriptor import Descriptor
 from oci.progress import Limiter, Tally
+from oci.registry.retry import with_retries
 from oci.registry.transport import PIECE_BYTES, Answer
-from rekindle.config import Patience
+from rekindle.config import TransferSettings
 from rekindle.errors import IntegrityError, RegistryError, RekindleError
 
 STRETCH_BYTES = 4 << 20
@@ -29,8 +31,6 @@ _WINDOW = 24  # stretches in memory, of all open streams together
 _LEAST_WINDOW = 2
 _LOOK_SECONDS = 0.25
 _STRAGGLER_SECONDS = 2.0  # and three times as long as the others took
-_PROGRESS_BYTES = 16 << 10  # what a broken connection must have brought, not to count against patience
-_FIRST_PAUSE_SECONDS = 0.2
 
 
 class Fetch(Protocol):
@@ -50,12 +50,16 @@ class _Read(Protocol):
     def __call__(self, broken: Answer | None) -> bool: ...
 
 
+class _OverError(Exception):
+    """Nobody wants any more what an attempt is for."""
+
+
 class Downloads:
     """Threads that fetch stretches for the streams that are open."""
 
-    def __init__(self, fetch: Fetch, patience: Patience, *, tally: Tally, limiter: Limiter) -> None:
+    def __init__(self, fetch: Fetch, settings: TransferSettings, *, tally: Tally, limiter: Limiter) -> None:
         self._fetch = fetch
-        self._patience = patience
+        self._settings = settings
         self._tally = tally
         self._limiter = limiter
         self.condition = threading.Condition()
@@ -75,7 +79,7 @@ class Downloads:
             if self.closed:
                 raise ended()
             if not self._threads:
-                for number in range(self._patience.jobs):
+                for number in range(self._settings.jobs):
                     thread = threading.Thread(target=self._work, name=f"download-{number}", daemon=True)
                     self._threads.append(thread)
                     thread.start()
@@ -207,11 +211,11 @@ class Downloads:
                         stretch.stream.begin_all()
                 while count < length and stretch.is_wanted():
                     count += self._receive(answer, view[count:length])
-                if count == length and _goes_on(answer):
+                if count == length and _has_trailing_bytes(answer):
                     raise too_long(stretch.stream.blob)
             return True
 
-        if not self._patiently(attempt, read, lambda: count):
+        if not self._with_retries(attempt, read, lambda: count):
             with self.condition:
                 stretch.stream.go_whole()
             return
@@ -239,11 +243,11 @@ class Downloads:
                     total = max(total, position)
                     if not self._hand_out(stretch, buffer):
                         return True
-                if _goes_on(answer):
+                if _has_trailing_bytes(answer):
                     raise too_long(stream.blob)
             return True
 
-        self._patiently(attempt, read, lambda: total)
+        self._with_retries(attempt, read, lambda: total)
 
     def _begin(self, attempt: "_Attempt", answer: Answer) -> None:
         """Takes note of what an attempt waits for now, so that it can be aborted."""
@@ -282,35 +286,42 @@ class Downloads:
         self._limiter.wait(count, lambda: self.closed)
         return count
 
-    def _patiently(self, attempt: "_Attempt", read: "_Read", progress: Callable[[], int]) -> bool:
-        """What `read` returns. Broken connections do not count as long as each brings something."""
-        tries, before = 0, 0
+    def _with_retries(self, attempt: "_Attempt", read: "_Read", progress: Callable[[], int]) -> bool:
+        """Return what `read` returns. Broken connections do not count as long as each brings something."""
         broken: Answer | None = None
-        while True:
+
+        def read_once() -> bool:
+            nonlocal broken
             attempt.answer = None
             try:
                 return read(broken)
-            except OSError as error:
+            except OSError:
                 broken = attempt.answer or broken
-                tries = 1 if progress() >= before + _PROGRESS_BYTES else tries + 1
-                before = progress()
-                if tries >= self._patience.attempts and not self._is_over(attempt):
-                    raise RegistryError(
-                        f"blob {attempt.stretch.stream.blob.digest} cannot be fetched",
-                        cause=f"{error}, {tries} times in a row",
-                    ) from None
-            with self.condition:
-                self.condition.wait_for(
-                    lambda: self._is_over(attempt), _FIRST_PAUSE_SECONDS * 2 ** (tries - 1)
-                )
-                if self._is_over(attempt):
-                    return True
+                raise
+
+        policy = self._settings.retry
+        try:
+            return with_retries(read_once, policy, pause=partial(self._pause, attempt), progress=progress)
+        except _OverError:
+            return True
+        except OSError as error:
+            if self._is_over(attempt):
+                return True
+            raise RegistryError(
+                f"blob {attempt.stretch.stream.blob.digest} cannot be fetched",
+                cause=f"{error}, {policy.attempts} times in a row",
+            ) from None
+
+    def _pause(self, attempt: "_Attempt", seconds: float) -> None:
+        with self.condition:
+            if self.condition.wait_for(lambda: self._is_over(attempt), seconds):
+                raise _OverError
 
     def _is_over(self, attempt: "_Attempt") -> bool:
         return attempt.aborted or self.closed or attempt.stretch.stream.closed
 
 
-def _goes_on(answer: Answer) -> bool:
+def _has_trailing_bytes(answer: Answer) -> bool:
     """Whether there is more after all that was asked for. What breaks after it does no harm."""
     try:
         return answer.readinto(memoryview(bytearray(1))) > 0

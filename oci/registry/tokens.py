@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from oci.registry.credentials import Credentials
-from oci.registry.transport import Answer, Url, is_loopback
+from oci.registry.transport import Answer
+from oci.registry.url import Url, is_loopback
 from rekindle.errors import CredentialsError, FormatError, RegistryError
 from rekindle.fields import Fields
 

@@ -22,9 +22,10 @@ from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
+from oci.registry.access import Access
 from oci.registry.credentials import Credentials
-from oci.registry.repository import Access, Repository
-from rekindle.config import Config, Limits, Patience
+from oci.registry.repository import Repository
+from rekindle.config import Config, Limits, RetryPolicy, TransferSettings
 from rekindle.digest import Digest
 from rekindle.errors import RekindleError
 from tests.servers.registry.access import PASSWORD, USERNAME, Auth
@@ -32,15 +33,13 @@ from tests.servers.registry.simulator import Misbehave, Registry
 from tests.servers.registry.wire import Kind
 
 STRETCH = 64 << 10
-# Seconds may be fractions here; the file that users write has whole ones.
-PATIENCE = Patience(
+SETTINGS = TransferSettings(
     jobs=4,
     connect_seconds=1,
-    stall_seconds=0.5,  # type: ignore[arg-type]
-    attempts=3,
-    longest_wait_seconds=2,
+    stall_seconds=0.5,
+    retry=RetryPolicy(attempts=3, longest_wait_seconds=2),
 )
-CALM = replace(PATIENCE, stall_seconds=5)
+CALM = replace(SETTINGS, stall_seconds=5)
 RIGHT = Credentials(name=USERNAME, password=PASSWORD)
 WRONG = Credentials(name=USERNAME, password="guessed")
 BIG, SMALL = "big", "small"
@@ -93,13 +92,13 @@ def make_sample(place: Path, seed: int = 0) -> Sample:
 
 def access_to(
     *mirrors: str,
-    patience: Patience = PATIENCE,
+    settings: TransferSettings = SETTINGS,
     credentials: Credentials | None = RIGHT,
     rate: float | None = None,
     limits: Limits | None = None,
 ) -> Access:
     return Access(
-        config=Config(patience=patience, limits=limits or Limits()),
+        config=Config(transfer=settings, limits=limits or Limits()),
         tally=Tally(),
         limiter=Limiter(rate),
         mirrors=mirrors,
@@ -179,7 +178,7 @@ class Case:
     seconds: float = 3.0
     auth: Auth = Auth.NONE
     credentials: Credentials | None = RIGHT
-    patience: Patience = PATIENCE
+    settings: TransferSettings = SETTINGS
     options: dict[str, Any] = field(default_factory=dict)
     straggler_seconds: float = 10.0
     look: Callable[[Registry, Sample], None] = lambda *_: None

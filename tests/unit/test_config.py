@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.config import Config, Limits, Patience, RegistrySettings
+from rekindle.config import Config, Limits, RegistrySettings, RetryPolicy, TransferSettings
 from rekindle.errors import FormatError, UsageError
 
 FULL = b"""
@@ -28,6 +28,8 @@ longest_wait_seconds = 9
 mirrors = ["http://127.0.0.1:30020", "https://b"]
 plain_http = false
 ca_file = "/etc/ssl/our-ca.pem"
+cert_file = "/etc/ssl/node.pem"
+key_file = "/etc/ssl/node-key.pem"
 
 [registry.localhost]
 plain_http = true
@@ -42,11 +44,15 @@ def no_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_that_it_may_say() -> None:
     config = Config.parse(FULL)
     assert config.limits == Limits(manifest_bytes=1, record_bytes=2, layers=3, expansion_ratio=4)
-    assert config.patience == Patience(
-        jobs=5, connect_seconds=6, stall_seconds=7, attempts=8, longest_wait_seconds=9
+    assert config.transfer == TransferSettings(
+        jobs=5, connect_seconds=6, stall_seconds=7, retry=RetryPolicy(attempts=8, longest_wait_seconds=9)
     )
     assert config.registry("registry.example.com:5000") == RegistrySettings(
-        mirrors=("http://127.0.0.1:30020", "https://b"), plain_http=False, ca_file=Path("/etc/ssl/our-ca.pem")
+        mirrors=("http://127.0.0.1:30020", "https://b"),
+        plain_http=False,
+        ca_file=Path("/etc/ssl/our-ca.pem"),
+        cert_file=Path("/etc/ssl/node.pem"),
+        key_file=Path("/etc/ssl/node-key.pem"),
     )
     assert config.registry("localhost").plain_http is True
     assert config.registry("registry.example.com") == RegistrySettings()
@@ -54,7 +60,7 @@ def test_all_that_it_may_say() -> None:
 
 def test_what_it_does_not_say_stays_as_it_is() -> None:
     config = Config.parse(b"[transfer]\njobs = 1\n[registry.a]\n")
-    assert config.patience == Patience(jobs=1)
+    assert config.transfer == TransferSettings(jobs=1)
     assert config.limits == Limits()
     assert config.registry("a").plain_http is None
     assert Config.parse(b"") == Config()
@@ -104,10 +110,10 @@ def test_without_a_file_there_are_defaults(tmp_path: Path) -> None:
 
 def test_a_file_in_the_home_and_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.toml").write_text("[transfer]\njobs = 1\n")
-    assert Config.read(tmp_path).patience.jobs == 1
+    assert Config.read(tmp_path).transfer.jobs == 1
     (tmp_path / "other").write_text("[transfer]\njobs = 2\n")
     monkeypatch.setenv("REKINDLE_CONFIG", str(tmp_path / "other"))
-    assert Config.read(tmp_path).patience.jobs == 2
+    assert Config.read(tmp_path).transfer.jobs == 2
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +157,7 @@ def test_any_bytes_are_a_configuration_or_a_format_error(content: bytes) -> None
         config = Config.parse(content)
     except FormatError:
         return
-    assert min(config.patience.jobs, config.patience.attempts, config.limits.layers) >= 1
+    assert min(config.transfer.jobs, config.transfer.retry.attempts, config.limits.layers) >= 1
 
 
 def test_a_file_that_is_nested_without_end_is_no_configuration() -> None:

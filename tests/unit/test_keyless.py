@@ -21,7 +21,8 @@ from oci import media_types, transfer
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
-from oci.registry.repository import Access, Repository
+from oci.registry.access import Access
+from oci.registry.repository import Repository
 from oci.trust import attachments, keyless
 from oci.trust.bundle import Bundle
 from oci.trust.keyless import Signed

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oci.descriptor import Descriptor
-from oci.registry import endpoint, repository, tokens
+from oci.registry import blobs, referrers, retry, tokens
 from oci.registry.tokens import Challenge, covers
-from oci.registry.transport import Url, is_loopback
+from oci.registry.url import Url, is_loopback
 from rekindle.errors import FormatError, RegistryError
 
 # What headers are made of, and what breaks them.
@@ -172,17 +172,17 @@ def test_only_the_range_that_was_asked_for_is_taken(text: str, begin: int, lengt
     text = text.encode("latin-1", "ignore").decode("latin-1")  # as http.client reads them
     said = headers()
     said._headers = [("Content-Range", text)]  # type: ignore[attr-defined]
-    if not repository._problem(206, said, length, begin, end, size):
+    if not blobs.problem_of(206, said, length, begin, end, size):
         assert text.strip().lower().split()[-1] in {f"{begin}-{end - 1}/{size}", f"{begin}-{end - 1}/*"}
     right = headers(Content_Range=f"bytes {begin}-{end - 1}/{size}")
-    assert not repository._problem(206, right, length, begin, end, size)
-    assert not repository._problem(206, right, None, begin, end, size)
-    assert repository._problem(206, right, length + 1, begin, end, size)
-    assert repository._problem(206, right, length, begin, end, size + 1)
-    assert repository._problem(206, right, length, begin + 1, end, size)
-    assert repository._problem(200, headers(), size + 1, begin, end, size)
-    assert not repository._problem(200, headers(), size, begin, end, size)
-    assert repository._problem(200, headers(Content_Encoding="gzip"), size, begin, end, size)
+    assert not blobs.problem_of(206, right, length, begin, end, size)
+    assert not blobs.problem_of(206, right, None, begin, end, size)
+    assert blobs.problem_of(206, right, length + 1, begin, end, size)
+    assert blobs.problem_of(206, right, length, begin, end, size + 1)
+    assert blobs.problem_of(206, right, length, begin + 1, end, size)
+    assert blobs.problem_of(200, headers(), size + 1, begin, end, size)
+    assert not blobs.problem_of(200, headers(), size, begin, end, size)
+    assert blobs.problem_of(200, headers(Content_Encoding="gzip"), size, begin, end, size)
 
 
 LISTS = st.fixed_dictionaries(
@@ -211,7 +211,7 @@ LISTS = st.fixed_dictionaries(
 @given(st.one_of(st.binary(max_size=100), LISTS.map(lambda each: json.dumps(each).encode())))
 def test_any_list_of_referrers_is_one_or_a_format_error(content: bytes) -> None:
     try:
-        listed = repository._listed(content)
+        listed = referrers.listed(content)
     except FormatError:
         return
     assert all(isinstance(each, Descriptor) and each.digest.startswith("sha256:") for each in listed)
@@ -219,12 +219,12 @@ def test_any_list_of_referrers_is_one_or_a_format_error(content: bytes) -> None:
 
 @given(st.one_of(TEXTS, st.integers(0, 10**30).map(str), st.text("0123456789 ,:GMTJanMon+-", max_size=40)))
 def test_any_retry_after_is_a_time_or_none(text: str) -> None:
-    seconds = endpoint._seconds(text)
+    seconds = retry.retry_after(text)
     assert seconds is None or seconds >= 0
 
 
 def test_retry_after() -> None:
-    assert endpoint._seconds(None) is None
-    assert endpoint._seconds(" 7 ") == 7
-    assert endpoint._seconds("Mon, 01 Jan 1990 00:00:00 GMT") == 0
-    assert endpoint._seconds("Fri, 01 Jan 2999 00:00:00 GMT") > 1e9  # type: ignore[operator]
+    assert retry.retry_after(None) is None
+    assert retry.retry_after(" 7 ") == 7
+    assert retry.retry_after("Mon, 01 Jan 1990 00:00:00 GMT") == 0
+    assert retry.retry_after("Fri, 01 Jan 2999 00:00:00 GMT") > 1e9  # type: ignore[operator]

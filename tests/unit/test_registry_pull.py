@@ -267,7 +267,7 @@ PULLS = [
         name="404 for a blob",
         make=lambda s: [wrong.status(404, on=blob(s.small.digest))],
         error=NotFoundError,
-        word="no such thing",
+        word="does not have what was asked for",
         seconds=1,
     ),
     Case(name="500 twice", make=lambda _: [wrong.status(500, on=blob(), times=2)]),
@@ -306,7 +306,7 @@ PULLS = [
         name="429 that asks for an hour",
         make=lambda _: [wrong.status(429, on=manifest(), retry_after=3600)],
         error=RegistryError,
-        word="left alone for 3600 s",
+        word="asks clients to retry after 3600 s",
         seconds=0.5,
         look=times_asked(1, Kind.MANIFEST),
     ),
@@ -314,7 +314,7 @@ PULLS = [
         name="429 that asks for ages",
         make=lambda _: [wrong.status(429, on=blob(), retry_after="9" * 5000)],
         error=RegistryError,
-        word="left alone",
+        word="retry after",
         seconds=1,
     ),
     Case(
@@ -426,7 +426,7 @@ PULLS = [
             wrong.ignores_range(),
         ],
         error=NotFoundError,
-        word="no such thing",
+        word="does not have what was asked for",
     ),
     Case(
         name="another range",
@@ -553,7 +553,7 @@ PULLS = [
     Case(
         name="a straggler",
         make=lambda s: [wrong.slow(blob(s.big.digest), STRETCH / 20, skip=6, times=1)],
-        patience=CALM,
+        settings=CALM,
         straggler_seconds=0.3,
         seconds=3,  # the straggler would take 20
     ),
@@ -722,7 +722,7 @@ def test_a_pull(case: Case, sample: Sample, tmp_path: Path, monkeypatch: pytest.
     with Registry(auth=case.auth, misbehave=case.make(sample), **case.options) as registry:
         sample.serve(registry)
         reference = f"{registry.host}/{case.reference.replace('ROOT', sample.root.digest)}"
-        access = access_to(credentials=case.credentials, patience=case.patience)
+        access = access_to(credentials=case.credentials, settings=case.settings)
         with within(case.seconds), expecting(case.error) as raised:
             pull(reference, target, access)
         case.look(registry, sample)
@@ -876,5 +876,5 @@ def test_a_mirror_of_the_configuration_is_the_second(sample: Sample, tmp_path: P
 
 @pytest.mark.parametrize("url", ["127.0.0.1:5000", "ftp://a", "http://", "http://a?b", "http://u:p@a"])
 def test_what_is_no_mirror(url: str) -> None:
-    with pytest.raises(UsageError, match="is no mirror"):
+    with pytest.raises(UsageError, match="is not a mirror"):
         Repository(named("127.0.0.1:5000/a/b"), access_to(url))

@@ -18,7 +18,7 @@ from tests.servers.registry.misbehaviour import ANYTHING, MOUNT, On, blob, manif
 from tests.servers.registry.simulator import Misbehave, Registry, _Repository
 from tests.servers.registry.wire import Kind, Request
 from tests.unit.registry_samples import (
-    PATIENCE,
+    SETTINGS,
     WRONG,
     Case,
     Make,
@@ -106,7 +106,7 @@ PUSHES = [
         name="PUT 429 for ages",
         make=lambda s: [wrong.status(429, on=upload(s.big.digest), retry_after=999)],
         error=RegistryError,
-        word="left alone",
+        word="retry after",
         seconds=1,
     ),
     Case(name="PUT 404 once", make=lambda s: [wrong.status(404, on=upload(s.big.digest), times=1)]),
@@ -352,5 +352,5 @@ def test_a_source_that_fails_is_not_asked_by_way_of_the_target(sample: Sample) -
             tree = transfer.explore(repository, repository.resolve(), access.config.limits)
             with within(3), pytest.raises(RegistryError, match="fails"):
                 transfer.into_registry(repository, tree, named(f"{target.host}/a/b:1"), access)
-        assert len(source.downloads(sample.big.digest)) == PATIENCE.attempts
+        assert len(source.downloads(sample.big.digest)) == SETTINGS.retry.attempts
         assert not target.repositories["a/b"].tags

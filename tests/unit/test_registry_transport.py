@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import pytest
 
+from oci.registry.certificates import Certificates
 from oci.registry.credentials import Credentials
-from oci.registry.endpoint import Bytes, Endpoint
+from oci.registry.host import Bytes, Host
 from oci.registry.tokens import Authorizer
-from oci.registry.transport import Answer, Connections, Url
-from rekindle.config import Patience
+from oci.registry.transport import Answer, Connections
+from oci.registry.url import Url
+from rekindle.config import RetryPolicy, TransferSettings
 from rekindle.errors import CredentialsError, RegistryError
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.access import PASSWORD, USERNAME, Auth
@@ -22,13 +24,16 @@ from tests.servers.registry.misbehaviour import ANYTHING
 from tests.servers.registry.simulator import Registry
 from tests.servers.registry.wire import Kind
 
-PATIENCE = Patience(connect_seconds=1, stall_seconds=1, attempts=3, longest_wait_seconds=2)
+SETTINGS = TransferSettings(
+    connect_seconds=1, stall_seconds=1, retry=RetryPolicy(attempts=3, longest_wait_seconds=2)
+)
+CONTEXTS = Certificates({}, ()).context
 RIGHT = Credentials(name=USERNAME, password=PASSWORD)
 
 
 @pytest.fixture
 def connections() -> Iterator[Connections]:
-    pool = Connections(PATIENCE)
+    pool = Connections(SETTINGS, CONTEXTS)
     yield pool
     pool.close()
 
@@ -88,7 +93,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 )
 def test_nobody_holds_us_for_ever(first: bytes, again: bytes, pause: float) -> None:
     """Each byte comes in time, and there is no end of them."""
-    pool = Connections(PATIENCE)
+    pool = Connections(SETTINGS, CONTEXTS)
     with serving(repeat(first, again, pause)) as url:
         began = time.monotonic()
         with pytest.raises((OSError, RegistryError)), pool.request("GET", url, {}) as answer:
@@ -162,7 +167,7 @@ def test_a_body_is_sent_over_a_kept_connection_only_if_it_may_be_sent_again(conn
 
 
 def test_no_more_connections_are_kept_than_are_used_at_once() -> None:
-    pool = Connections(replace(PATIENCE, jobs=2))
+    pool = Connections(replace(SETTINGS, jobs=2), CONTEXTS)
     with Registry() as registry:
         url = Url.parse(f"http://{registry.host}/v2/")
         answers = [pool.request("GET", url, {}) for _ in range(5)]
@@ -189,9 +194,9 @@ def test_headers_are_not_injected(value: str, connections: Connections) -> None:
 # Tokens.
 
 
-def endpoint(registry: Registry, pool: Connections, credentials: Credentials | None) -> Endpoint:
+def host(registry: Registry, pool: Connections, credentials: Credentials | None) -> Host:
     base = Url.parse(f"http://{registry.host}/")
-    return Endpoint(base, pool, lambda _: credentials, name=registry.host, login=registry.host)
+    return Host(base, pool, lambda _: credentials, name=registry.host, login=registry.host)
 
 
 def side_by_side(count: int, work: Callable[[], object]) -> list[object]:
@@ -212,7 +217,7 @@ def side_by_side(count: int, work: Callable[[], object]) -> list[object]:
     return results
 
 
-def read_blob(end: Endpoint, digest: str) -> bytes:
+def read_blob(end: Host, digest: str) -> bytes:
     scope = "repository:a/b:pull"
     with end.ask("GET", f"a/b/blobs/{digest}", scope=scope, expected=frozenset({200})) as answer:
         return answer.read(100)
@@ -221,14 +226,14 @@ def read_blob(end: Endpoint, digest: str) -> bytes:
 def test_sixteen_threads_ask_for_one_token(connections: Connections) -> None:
     with Registry(auth=Auth.TOKEN, misbehave=[wrong.late(wrong.TOKEN, 0.1)]) as registry:
         digest = registry.add_blob("a/b", b"content")
-        end = endpoint(registry, connections, RIGHT)
+        end = host(registry, connections, RIGHT)
         assert side_by_side(16, lambda: read_blob(end, digest)) == [b"content"] * 16
         assert len(registry.asked(None, Kind.TOKEN)) == 1
 
 
 def test_a_wrong_password_is_tried_once_by_sixteen_threads(connections: Connections) -> None:
     with Registry(auth=Auth.TOKEN, misbehave=[wrong.late(wrong.TOKEN, 0.1)]) as registry:
-        end = endpoint(registry, connections, replace(RIGHT, password="guessed"))
+        end = host(registry, connections, replace(RIGHT, password="guessed"))
         assert side_by_side(16, lambda: read_blob(end, "x")) == [CredentialsError] * 16
         assert len(registry.asked(None, Kind.TOKEN)) == 1
 
@@ -237,7 +242,7 @@ def test_a_refresh_token_takes_the_password_s_place(connections: Connections) ->
     with Registry(auth=Auth.TOKEN) as registry:
         digest = registry.add_blob("a/b", b"content")
         identity = Credentials(name="<token>", password=registry.refresh_token, identity=True)
-        assert read_blob(endpoint(registry, connections, identity), digest) == b"content"
+        assert read_blob(host(registry, connections, identity), digest) == b"content"
         assert [r.method for r in registry.asked(None, Kind.TOKEN)] == ["POST"]
 
 

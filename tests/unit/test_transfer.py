@@ -16,7 +16,7 @@ from oci.descriptor import Blobs, Descriptor
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
-from oci.registry.repository import Access
+from oci.registry.access import Access
 from rekindle.config import Config, Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError, RegistryError, UsageError

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whom to trust over TLS, and which certificate to show, for each host.
+
+The configuration comes first, `ca_file` in place of the system's authorities. What it leaves open is taken
+from the directory that Docker and Podman read for the host, the first that exists:
+
+    /etc/containers/certs.d/HOST[:PORT]/
+    /etc/docker/certs.d/HOST[:PORT]/
+        *.crt           authorities, besides those of the system
+        NAME.cert       a certificate to show ...
+        NAME.key        ... and its key; of several, the first by name
+"""
+
+import ssl
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from oci.registry.sockets import PacedSocket
+from oci.registry.url import DEFAULT_PORTS
+from rekindle.config import RegistrySettings
+from rekindle.errors import UsageError
+
+
+class Certificates:
+    """Makes one TLS context for each host, and keeps it: to read all authorities takes 20 ms and more.
+
+    For many threads.
+    """
+
+    def __init__(self, registries: Mapping[str, RegistrySettings], directories: Sequence[Path]) -> None:
+        """`registries` are by host, with the port if there is one; `directories` are those of certs.d."""
+        self._registries = registries
+        self._directories = directories
+        self._lock = threading.Lock()
+        self._contexts: dict[tuple[str, int], ssl.SSLContext] = {}
+
+    def context(self, host: str, port: int) -> ssl.SSLContext:
+        """Return the context for connections to a host. Raises UsageError for files that cannot be used."""
+        with self._lock:
+            context = self._contexts.get((host, port))
+            if context is None:
+                context = self._contexts[host, port] = self._make(host, port)
+            return context
+
+    def _make(self, host: str, port: int) -> ssl.SSLContext:
+        host = f"[{host}]" if ":" in host else host
+        authority = f"{host}:{port}"
+        settings = self._registries.get(authority) or self._registries.get(host) or RegistrySettings()
+        names = [authority, host] if port == DEFAULT_PORTS["https"] else [authority]
+        directory = _first_of(self._directories, names)
+        context = _Context(ssl.PROTOCOL_TLS_CLIENT)
+        # An intermediate authority may be trusted by itself, as Go does.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        if settings.ca_file is not None:
+            _trust(context, settings.ca_file, f'the configuration names it for [registry."{host}"]')
+        else:
+            context.load_default_certs()
+            for path in _files(directory, ".crt"):
+                _trust(context, path, "it was found by the name of the registry")
+        if settings.cert_file is not None and settings.key_file is not None:
+            _show(context, settings.cert_file, settings.key_file)
+        elif pairs := _pairs(directory):
+            _show(context, *pairs[0])
+        return context
+
+
+class _PacedTlsSocket(PacedSocket, ssl.SSLSocket):
+    """A TLS socket that keeps a pace."""
+
+
+class _Context(ssl.SSLContext):
+    """A context whose sockets keep a pace."""
+
+    sslsocket_class = _PacedTlsSocket
+
+    def set_alpn_protocols(self, alpn_protocols: object) -> None:
+        """Do nothing: urllib3 calls this for every connection.
+
+        OpenSSL frees the list of protocols then, which another thread may be copying for a connection of
+        its own, and without a list a server speaks HTTP/1.1 anyway.
+        """
+
+
+def _first_of(roots: Sequence[Path], names: Sequence[str]) -> Path | None:
+    for root in roots:
+        for name in names:
+            if (root / name).is_dir():
+                return root / name
+    return None
+
+
+def _files(directory: Path | None, suffix: str) -> list[Path]:
+    if directory is None:
+        return []
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == suffix)
+    except OSError as error:
+        raise UsageError(f"cannot read {directory}", cause=str(error)) from None
+
+
+def _pairs(directory: Path | None) -> list[tuple[Path, Path]]:
+    """Return the certificates with their keys. Raises UsageError if there is one without the other."""
+    certificates, keys = _files(directory, ".cert"), _files(directory, ".key")
+    for path in certificates:
+        if path.with_suffix(".key") not in keys:
+            raise UsageError(
+                f"the client certificate {path} has no key",
+                cause=f"there is no {path.with_suffix('.key')}",
+                hint="name a certificate of an authority NAME.crt",
+            )
+    for path in keys:
+        if path.with_suffix(".cert") not in certificates:
+            raise UsageError(
+                f"the key {path} has no client certificate",
+                cause=f"there is no {path.with_suffix('.cert')}",
+            )
+    return [(path, path.with_suffix(".key")) for path in certificates]
+
+
+def _trust(context: ssl.SSLContext, path: Path, hint: str) -> None:
+    try:
+        context.load_verify_locations(cafile=path)
+    except OSError as error:  # SSLError is one
+        raise UsageError(
+            f"cannot use {path} as a certificate authority", cause=str(error), hint=hint
+        ) from None
+
+
+def _show(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    def refuse() -> NoReturn:  # without this, OpenSSL asks at the terminal
+        raise UsageError(f"the key {key} is encrypted", hint="rekindle needs it without a password")
+
+    try:
+        context.load_cert_chain(certificate, key, password=refuse)
+    except OSError as error:
+        raise UsageError(
+            f"cannot use {certificate} as a client certificate", cause=f"with the key {key}: {error}"
+        ) from None

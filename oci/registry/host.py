@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One host of a registry: asked again where that may help, with our credentials, along its redirects."""
+
+import json
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from oci.registry.credentials import Credentials
+from oci.registry.retry import TryAgainError, is_passing, retry_after, with_retries
+from oci.registry.tokens import Authorizer
+from oci.registry.transport import Answer, Body, Connections
+from oci.registry.url import Url
+from rekindle.errors import CredentialsError, IntegrityError, NotFoundError, RegistryError, RekindleError
+
+if TYPE_CHECKING:
+    from http.client import HTTPMessage
+
+AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_OK = frozenset({200})
+_REDIRECTS_LIMIT = 5
+_ERROR_LIMIT_BYTES = 64 << 10
+_AUTHORIZATIONS_LIMIT = 4  # other threads may have used up the token that we waited for
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """A body that is in memory."""
+
+    content: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.content)
+
+    @property
+    def is_repeatable(self) -> bool:
+        return True
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.content
+
+
+class Host:
+    """A registry, or a mirror of one. For many threads."""
+
+    def __init__(
+        self,
+        base: Url,
+        connections: Connections,
+        find_credentials: Callable[[str], Credentials | None],
+        *,
+        name: str,
+        login: str,
+        query: str = "",
+        attempts: int | None = None,
+    ) -> None:
+        """`base` is where `/v2/` lies; `login` its name in docker's configuration; `query` is added to every
+        request, as mirrors want it; `attempts` are those of one request, in place of the policy's."""
+        self.name = name
+        self._base = base
+        self._query = query
+        self._connections = connections
+        policy = connections.transfer.retry
+        self._policy = replace(policy, attempts=attempts) if attempts else policy
+        # Time for two connects that time out, or for a name service to come up.
+        self._first_contact_seconds = 2 * connections.transfer.connect_seconds
+        self._closing = threading.Event()
+        self.authorizer = Authorizer(login, self._ask_realm, base=base, find=find_credentials)
+
+    def url(self, path: str) -> Url:
+        """Return the URL of a path below `/v2/`."""
+        target = f"{self._base.target.rstrip('/')}/v2/{path}"
+        if self._query:
+            target += f"{'&' if '?' in target else '?'}{self._query}"
+        return replace(self._base, target=target)
+
+    def close(self) -> None:
+        """End all waiting."""
+        self._closing.set()
+
+    def ask(
+        self,
+        method: str,
+        where: str | Url | Callable[[], Url],
+        *,
+        scope: str,
+        expected: frozenset[int],
+        headers: Mapping[str, str] | None = None,
+        body: Body | None = None,
+        attempts: int | None = None,
+        again: frozenset[int] = AGAIN,
+    ) -> Answer:
+        """Send a request and return the answer, if its status is one of those expected.
+
+        What may succeed at another attempt is repeated as the policy says: broken connections, the statuses
+        in `again`, and a token that has expired. `where` may be a function that gives another URL for each
+        attempt. Raises NotFoundError for 404, CredentialsError for 401 and 403, RegistryError for everything
+        else.
+        """
+        url = self._base
+
+        def attempt() -> Answer:
+            nonlocal url
+            url = self.url(where) if isinstance(where, str) else where() if callable(where) else where
+            answer = self._ask_authorized(method, url, scope, headers or {}, body)
+            if answer.status in expected:
+                return answer
+            with answer:
+                error = self._error_of(answer, method)
+                if answer.status not in again:
+                    raise error
+                raise TryAgainError(error, wait_seconds=self._wait_asked_by(answer))
+
+        return self._with_retries(attempt, lambda: url, attempts)
+
+    def _with_retries(
+        self, attempt: Callable[[], Answer], url: Callable[[], Url], attempts: int | None = None
+    ) -> Answer:
+        began = time.monotonic()
+        policy = replace(self._policy, attempts=attempts) if attempts else self._policy
+
+        def is_final(error: OSError) -> bool:
+            return self._closing.is_set() or (
+                url().origin not in self._connections.met
+                and not (is_passing(error) and time.monotonic() - began < self._first_contact_seconds)
+            )
+
+        try:
+            return with_retries(attempt, policy, pause=self._pause, is_final=is_final)
+        except TryAgainError as error:
+            raise error.error from None
+        except OSError as error:
+            raise self._unreachable(url(), error) from None
+
+    def read(
+        self, path: str, *, scope: str, headers: Mapping[str, str], limit_bytes: int
+    ) -> "tuple[bytes, HTTPMessage]":
+        """Read something small from the end of all redirects, and return it with the headers.
+
+        What breaks midway is asked for anew. Raises what `ask` does.
+        """
+
+        def attempt() -> "tuple[bytes, HTTPMessage]":
+            first = self.ask("GET", path, scope=scope, expected=_OK | REDIRECTS, headers=headers)
+            with self.follow(first, scope=scope, expected=_OK, headers=headers) as answer:
+                return answer.read(limit_bytes), answer.headers
+
+        try:
+            return with_retries(attempt, self._policy, pause=self._pause)
+        except OSError as error:
+            raise RegistryError(f"{self.name} fails", cause=str(error)) from None
+
+    def follow(
+        self, answer: Answer, *, scope: str, expected: frozenset[int], headers: Mapping[str, str]
+    ) -> Answer:
+        """Return the answer at the end of all redirects. Credentials stay with the host that they are for.
+
+        Raises OSError if another attempt may help, RegistryError for a redirect that must not be followed.
+        """
+        origin = answer.url
+        for _ in range(_REDIRECTS_LIMIT):
+            if answer.status not in REDIRECTS:
+                break
+            with answer:
+                url = target_of(answer)
+            own = url.origin == self._base.origin and self.authorizer.header(scope)
+            extra = {"Authorization": own} if own else {}
+            answer = self._connections.request("GET", url, {**headers, **extra})
+        if answer.status in expected:
+            return answer
+        with answer:
+            if answer.status in REDIRECTS:
+                raise RegistryError(f"{origin} redirects more than {_REDIRECTS_LIMIT} times")
+            said = f"{answer.url} answers {answer.status}{_words_of(answer)}"
+            if answer.status in AGAIN:
+                error = RegistryError(f"{self.name} fails", cause=said)
+                raise TryAgainError(error, wait_seconds=self._wait_asked_by(answer))
+        raise ConnectionError(said)  # an expired link, perhaps: another attempt gets another one
+
+    def _ask_authorized(
+        self, method: str, url: Url, scope: str, headers: Mapping[str, str], body: Body | None
+    ) -> Answer:
+        """Send a request, again if the registry asks who we are, or if a token has expired."""
+        own = url.origin == self._base.origin
+        for _ in range(_AUTHORIZATIONS_LIMIT):
+            header = self.authorizer.header(scope) if own else None
+            extra = {"Authorization": header} if header else {}
+            answer = self._connections.request(method, url, {**headers, **extra}, body)
+            if answer.status != 401 or not own:
+                return answer
+            with answer:
+                challenges = answer.headers.get_all("WWW-Authenticate") or []
+            self.authorizer.answer(header, challenges, scope)
+        raise CredentialsError(
+            f"{self.name} refuses the tokens that it gives us",
+            cause=f"{method} {url} with the scope {scope}",
+            hint="check that this account has the right to do so",
+        )
+
+    def _ask_realm(self, method: str, url: Url, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        """Send a request to a token server; every other status than those of `AGAIN` is an answer."""
+
+        def attempt() -> Answer:
+            answer = self._connections.request(method, url, headers, Bytes(body) if body else None)
+            if answer.status not in AGAIN:
+                return answer
+            with answer:
+                error = RegistryError(f"{url} gives no token", cause=f"it answers {answer.status}")
+                raise TryAgainError(error, wait_seconds=self._wait_asked_by(answer))
+
+        return self._with_retries(attempt, lambda: url)
+
+    def _unreachable(self, url: Url, error: OSError) -> RegistryError:
+        late = isinstance(error, TimeoutError)
+        hint = "check the name and the network"
+        if type(error).__name__ == "SSLCertVerificationError":
+            hint = f'if the CA is your own: `ca_file` for [registry."{url.authority}"] in the configuration'
+        elif "CERTIFICATE_REQUIRED" in str(error) or "HANDSHAKE_FAILURE" in str(error):
+            hint = f"if it asks for a client certificate, put one into /etc/docker/certs.d/{url.authority}"
+        elif type(error).__name__ == "SSLError":
+            hint = "if it does not speak TLS: --plain-http"
+        through = ""
+        if proxy := self._connections.proxy(url):
+            through = f", through the proxy {proxy}"
+            hint = f"check ${url.scheme}_proxy and $no_proxy; {hint}"
+        return RegistryError(
+            f"{self.name} does not answer in time" if late else f"{self.name} cannot be reached",
+            cause=f"{url}{through}: {error}",
+            hint=hint,
+        )
+
+    def _error_of(self, answer: Answer, method: str) -> RekindleError:
+        """Return the error that an answer means."""
+        said = f"{method} {answer.url} is answered with {answer.status}{_words_of(answer)}"
+        match answer.status:
+            case 404:
+                return NotFoundError(f"{self.name} does not have what was asked for", cause=said)
+            case 401 | 403:
+                return CredentialsError(
+                    f"{self.name} does not allow it", cause=said, hint="check the rights of this account"
+                )
+            case 407:
+                return RegistryError(
+                    f"the proxy for {self.name} asks for a password",
+                    cause=said,
+                    hint=f"write it into ${answer.url.scheme}_proxy: http://USER:PASSWORD@HOST:PORT",
+                )
+            case 400 if "DIGEST_INVALID" in said:
+                return IntegrityError(f"{self.name} got other bytes than those of the digest", cause=said)
+        return RegistryError(f"{self.name} fails", cause=said)
+
+    def _wait_asked_by(self, answer: Answer) -> float | None:
+        """Return after how many seconds an answer asks clients to retry. Raises RegistryError if too many."""
+        header = answer.headers.get("Retry-After")
+        asked = retry_after(header)
+        longest = self._policy.longest_wait_seconds
+        if asked is not None and asked > longest:
+            raise RegistryError(
+                f"{self.name} asks clients to retry after {asked:.0f} s",
+                cause=f"Retry-After: {header} from {answer.url}",
+                hint=f"try again then; `longest_wait_seconds` in the configuration is {longest}",
+            )
+        return asked
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before another attempt; raises RegistryError if the connections are closed meanwhile."""
+        if self._closing.wait(seconds):
+            raise RegistryError(f"the connections to {self.name} were closed")
+
+
+def target_of(answer: Answer, location: str | None = None) -> Url:
+    """Return where an answer's Location header leads, or where another URL does that the answer names.
+
+    Raises RegistryError for what is not an http or https URL, and for one that leads away from TLS.
+    """
+    if location is None:
+        location = answer.headers.get("Location", "")
+    here = answer.url
+    try:
+        if not location:
+            raise ValueError("it has no Location header")
+        url = Url.parse(urllib.parse.urljoin(f"{here.scheme}://{here.authority}{here.target}", location))
+    except ValueError as error:
+        raise RegistryError(f"{here} leads nowhere", cause=str(error)) from None
+    if here.scheme == "https" and url.scheme != "https":
+        raise RegistryError(f"{here} leads away from TLS", cause=f"its Location is {url}")
+    return url
+
+
+def _words_of(answer: Answer) -> str:
+    """Return what a registry says about an error, by the specification's JSON or else in its first line."""
+    try:
+        content = answer.read(_ERROR_LIMIT_BYTES)
+        errors = json.loads(content)["errors"]
+        return ": " + "; ".join(f"{e['code']} {e.get('message', '')}".strip() for e in errors)[:300]
+    except (RegistryError, OSError):
+        return ""
+    except (ValueError, KeyError, TypeError, RecursionError):
+        line = content.decode(errors="replace").strip().partition("\n")[0]
+        return f": {line[:200]}" if line and not line.startswith("<") else ""

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A registry and its mirrors: which of them is asked, in which order, and for how long."""
+
+import threading
+import urllib.parse
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from oci.reference import RegistryReference
+from oci.registry.access import Access, base_of_mirror
+from oci.registry.host import Host
+from oci.registry.transport import Connections
+from oci.registry.url import Url
+from rekindle.errors import NotFoundError, RekindleError, UsageError
+
+T = TypeVar("T")
+
+_STRIKES_LIMIT = 3
+
+
+class Hosts:
+    """The registry itself, called the origin, and its mirrors, which are asked first. For many threads."""
+
+    def __init__(
+        self, reference: RegistryReference, base: Url, access: Access, *, mirrors: Sequence[str]
+    ) -> None:
+        """`base` is where the origin is."""
+        from oci.registry.certificates import Certificates  # ssl takes 5 ms
+
+        certificates = Certificates(access.config.registries, access.certs_d)
+        self.connections = Connections(access.config.transfer, certificates.context)
+        find = access.find_credentials
+        name = reference.api_host
+        self.origin = Host(base, self.connections, find, name=name, login=name)
+        query = urllib.parse.urlencode({"ns": reference.host})  # as containerd asks its mirrors
+        self._lock = threading.Lock()
+        self._strikes: dict[str, int] = {}
+        self._mirrors = [
+            Host(
+                base_of_mirror(url),
+                self.connections,
+                find,
+                name=url,
+                login=urllib.parse.urlsplit(url).netloc,
+                query=query,
+                attempts=1,  # the next attempt is the one at the origin
+            )
+            for url in mirrors
+        ]
+
+    @property
+    def mirrors(self) -> list[Host]:
+        """The mirrors that are still asked."""
+        with self._lock:
+            return list(self._mirrors)
+
+    def close(self) -> None:
+        """End all that is under way, in other threads too."""
+        for host in (*self.mirrors, self.origin):
+            host.close()
+        self.connections.close()
+
+    def first(self, read: Callable[[Host], T]) -> T:
+        """Return what the first host gives that has it; the origin has the last word."""
+        for host in self.mirrors:
+            try:
+                return read(host)
+            except RekindleError as error:
+                self.note(host, error)
+        return read(self.origin)
+
+    def note(self, mirror: Host, error: RekindleError) -> None:
+        """Take note that a mirror failed: it may lack something, but if it fails it is not asked again.
+
+        Raises the error again if the user has to correct something.
+        """
+        if isinstance(error, UsageError):
+            raise error
+        if not isinstance(error, NotFoundError):
+            self._drop(mirror)
+
+    def strike(self, host: object) -> None:
+        """Take note that a connection broke: a mirror where that happens often is not asked again."""
+        if not isinstance(host, Host) or host is self.origin:
+            return
+        with self._lock:
+            count = self._strikes[host.name] = self._strikes.get(host.name, 0) + 1
+        if count >= _STRIKES_LIMIT:
+            self._drop(host)
+
+    def _drop(self, mirror: Host) -> None:
+        with self._lock:
+            self._mirrors = [each for each in self._mirrors if each is not mirror]
