@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words that several commands' command lines share. Imports next to nothing, so that --help is quick."""
+"""Command-line options that several commands share. Imports little, so that --help is fast."""
 
 import argparse
 import os
@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from oci.options import RegistryOptions
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
+READY_URL = "for a COMMAND other than vLLM: URL that answers 2xx when the server is ready"
+ORACLE_REQUEST = "for a COMMAND other than vLLM: request whose answer proves the server"
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and the command after it."""
+    """Split a command line at the first `--`: return our own words, and the command after it."""
     words = list(words)
     if "--" not in words:
         return words, []
@@ -25,16 +27,17 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the report."""
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report to a file")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report to FILE")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that uses what is in an image."""
+    """Add the options of commands that verify an image."""
     group = parser.add_argument_group("trust")
     group.add_argument(
-        "--policy", type=Path, metavar="FILE", help="whom to trust ($REKINDLE_HOME/policy.toml)"
+        "--policy", type=Path, metavar="FILE", help="trust policy (default: $REKINDLE_HOME/policy.toml)"
     )
     group.add_argument(
         "--verify-key",
@@ -42,45 +45,60 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PUB",
-        help="trust this key; instead of the policy",
-    )
-    group.add_argument("--certificate-identity", metavar="NAME", help="trust this identity, with its issuer")
-    group.add_argument("--certificate-oidc-issuer", metavar="URL", help="who vouches for it")
-    group.add_argument("--trusted-root", type=Path, metavar="FILE", help="of a Sigstore of your own")
-    group.add_argument(
-        "--allow-rollback", action="store_true", help="take an image that is older than one seen before"
+        help="trust this public key instead of the policy; may be repeated",
     )
     group.add_argument(
-        "--dangerously-skip-verification", action="store_true", help="take an image whoever made it"
+        "--certificate-identity",
+        metavar="NAME",
+        help="trust this signer; requires --certificate-oidc-issuer",
+    )
+    group.add_argument("--certificate-oidc-issuer", metavar="URL", help="OIDC issuer of that signer")
+    group.add_argument(
+        "--trusted-root", type=Path, metavar="FILE", help="trusted root of a private Sigstore instance"
+    )
+    group.add_argument(
+        "--allow-rollback", action="store_true", help="accept an image older than one seen before"
+    )
+    group.add_argument(
+        "--dangerously-skip-verification", action="store_true", help="skip signature verification"
     )
 
 
 def add_signing(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that makes an image."""
+    """Add the options of commands that sign an image."""
     group = parser.add_argument_group("signing")
     group.add_argument(
-        "--sign-key", type=Path, metavar="KEY", help="sign with this key ($COSIGN_PASSWORD opens it)"
+        "--sign-key", type=Path, metavar="KEY", help="sign with this private key (password: $COSIGN_PASSWORD)"
     )
-    group.add_argument("--sign-keyless", action="store_true", help="sign by who you are, with Sigstore")
-    group.add_argument("--identity-token", metavar="TOKEN", help="who you are ($SIGSTORE_ID_TOKEN)")
-    group.add_argument("--trust-config", type=Path, metavar="FILE", help="of a Sigstore of your own")
+    group.add_argument(
+        "--sign-keyless", action="store_true", help="sign with an OIDC identity, through Sigstore"
+    )
+    group.add_argument(
+        "--identity-token", metavar="TOKEN", help="OIDC identity token (default: $SIGSTORE_ID_TOKEN)"
+    )
+    group.add_argument(
+        "--trust-config", type=Path, metavar="FILE", help="configuration of a private Sigstore instance"
+    )
 
 
 def add_registry(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that may talk to a registry."""
+    """Add the options of commands that may talk to a registry."""
     group = parser.add_argument_group("registries")
-    group.add_argument("--jobs", type=int, metavar="N", help="connections at once (16)")
+    group.add_argument("--jobs", type=int, metavar="N", help="parallel connections (default: 16)")
     group.add_argument(
-        "--limit-rate", type=_rate, metavar="RATE", help="bytes a second, of all together: 500K, 80M, 1G"
+        "--limit-rate",
+        type=_rate,
+        metavar="RATE",
+        help="limit all connections together to RATE bytes per second: 500K, 80M, 1G",
     )
     group.add_argument(
-        "--mirror", action="append", default=[], metavar="URL", help="ask here first; the digest is the judge"
+        "--mirror", action="append", default=[], metavar="URL", help="try this mirror first; may be repeated"
     )
-    group.add_argument("--plain-http", action="store_true", default=None, help="speak no TLS")
+    group.add_argument("--plain-http", action="store_true", default=None, help="use HTTP without TLS")
 
 
 def registry(args: argparse.Namespace) -> "RegistryOptions":
-    """Return how registries are to be reached."""
+    """Return the options for registries that the command line gives."""
     from oci.options import RegistryOptions
 
     return RegistryOptions(
@@ -97,15 +115,15 @@ def _rate(text: str) -> float:
     try:
         rate = float(text[:-1] if unit != 1.0 else text) * unit
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no rate") from None
+        raise argparse.ArgumentTypeError(f"invalid rate '{text}'") from None
     if not 1000 <= rate <= 1e12:
-        raise argparse.ArgumentTypeError(f"{text} is no rate between 1K and 1000G")
+        raise argparse.ArgumentTypeError(f"invalid rate '{text}': not between 1K and 1000G")
     return rate
 
 
 def require_root() -> None:
-    """Raises CapabilityError for anybody but root: cells and CRIU need it."""
+    """Raise CapabilityError unless we run as root: cells and CRIU need it."""
     if os.geteuid() != 0:
         raise CapabilityError(
-            "this needs root", cause="namespaces and CRIU do", hint="run it with sudo, or as root"
+            "this command must run as root", cause="namespaces and CRIU need root", hint="use sudo"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of phases side by side, as SVG 1.1: one bar a start, one colour a phase."""
+"""Draw the phases of starts side by side, as SVG 1.1: one bar per start, one colour per phase."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _TEXT = "font-family='sans-serif' font-size='13' fill='#222'"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A start: its name, and how many seconds each of its phases took."""
+    """A start: its name, and the seconds of each of its phases."""
 
     name: str
     phases: Mapping[str, float]
@@ -27,12 +27,12 @@ class Bar:
 
 
 def escape(text: str) -> str:
-    """Text for XML, without the characters that XML has no place for."""
+    """Escape text for XML, and replace the characters that XML cannot hold."""
     return saxutils.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def draw(title: str, bars: Sequence[Bar]) -> str:
-    """The picture. Bars too short to be told apart are drawn again below, on a scale of their own."""
+    """Return the picture. Bars below a tenth of the longest are drawn again below, magnified."""
     names = list(dict.fromkeys(name for bar in bars for name in bar.phases))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
     longest = max((bar.seconds for bar in bars), default=0.0)
@@ -70,7 +70,7 @@ def _panel(body: list[str], bars: Sequence[Bar], colours: Mapping[str, str], top
 
 
 def _legend(body: list[str], colours: Mapping[str, str], top: int) -> int:
-    """The colours' names; returns the picture's height."""
+    """Add the legend; return the height of the picture."""
     x = 12
     for name, colour in colours.items():
         width = 34 + 8 * len(name)

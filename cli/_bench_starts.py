@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The starts that `rekindle bench` measures, one after the other."""
+"""Measure the starts of `rekindle bench`, one after the other.
 
-import argparse
+Every start is timed to the first token of the oracle's answer, and then ended:
+
+    cold                    the command, with empty kernel caches
+    warm-cache              the command again, with the caches that the cold start left
+    cache                   `rekindle restore --rung cache`, with the image's kernel cache and none on disk
+    process                 `rekindle restore`, with the dump in the page cache
+    process-cold-page-cache `rekindle restore`, with the dump dropped from the page cache
+    process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME
+    criu-plain              `criu restore` of CRIU's unmodified dump in the same cell, without rekindle
+"""
+
 import contextlib
 import itertools
 import json
@@ -41,21 +51,35 @@ _STARTS = (
     "process-registry",
     "criu-plain",
 )
-
-
 _IMAGE = "bench"
 _START_SECONDS = 1800.0
 _RESTORE_SECONDS = 300.0
 _SETTLE_SECONDS = 1.0
 
 
-Say = Callable[[str], None]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """The server to compare, and how often to start it.
+
+    `cold_runs` is for `cold`, `warm-cache` and `cache`, which take long. `registry` is the reference to push
+    to; None skips `process-registry`. `ready_url` and `oracle_file` are options of `rekindle snapshot`.
+    """
+
+    command: tuple[str, ...]
+    engine: Engine
+    runs: int
+    cold_runs: int
+    registry: str | None = None
+    ready_url: str | None = None
+    oracle_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """One start. Its phases, `unaccounted` among them, add up to the time to the first token. Of one by
-    rekindle, with its report."""
+    """One start. Its phases, with `unaccounted`, add up to the time to the first token.
+
+    `report` is that of `rekindle restore`; empty for a start without rekindle.
+    """
 
     phases: dict[str, float]
     report: dict[str, Any] = field(default_factory=dict)
@@ -65,21 +89,16 @@ class Start:
         return sum(self.phases.values())
 
 
-class _Bench:
-    """One comparison. It has a store of its own within its work directory."""
+class Bench:
+    """One comparison, with a store of its own in its work directory."""
 
-    def __init__(
-        self, args: argparse.Namespace, command: list[str], engine: Engine, home: Home, work: Path
-    ) -> None:
-        self._runs: int = args.runs
-        self._cold_runs: int = args.cold_runs or args.runs
-        self._args = args
-        self._command = command
-        self._engine = engine
+    def __init__(self, options: BenchOptions, home: Home, work: Path) -> None:
+        """`home` is where a working CRIU is looked up. Raises CapabilityError if there is none."""
+        self._options = options
+        self._engine = options.engine
         self._work = work
         self._home = Home(work / "home")
         self._tool = criu.find(home)
-        self._registry: str | None = args.registry
         self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
         self._environment["REKINDLE_CRIU"] = str(self._tool.path)
         self._environment["COSIGN_PASSWORD"] = ""
@@ -88,33 +107,39 @@ class _Bench:
         self._proof: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
+        """Measure all starts and return the document that `rekindle bench --json` prints.
+
+        Raises WorkloadError if the snapshot, the push or a restore fails, OracleError if two starts give
+        different answers.
+        """
+        runs, cold_runs = self._options.runs, self._options.cold_runs
         starts: dict[str, list[Start]] = {}
         caches = self._work / "caches"
-        for number in range(self._cold_runs):
+        for number in range(cold_runs):
             caches = self._work / f"caches-{number}"
             self._add(starts, "cold", self._command_start(caches))
-        for _ in range(self._cold_runs):
+        for _ in range(cold_runs):
             self._add(starts, "warm-cache", self._command_start(caches))
         record, image_bytes, has_cache = self._snapshot(caches)
-        for _ in range(self._cold_runs if has_cache else 0):
+        for _ in range(cold_runs if has_cache else 0):
             self._add(starts, "cache", self._cache_start(record, caches))
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
             write_back(directory)
-        # Taken in turns, so that a change of the machine's mood meets all of them.
-        for _ in range(self._runs):
+        # Alternate the two, so that noise affects both alike.
+        for _ in range(runs):
             self._add(starts, "process", self._restore_start())
             self._add(starts, "criu-plain", self._plain_start(record))
-        for _ in range(self._runs):
+        for _ in range(runs):
             drop_from_page_cache(dump)
             self._add(starts, "process-cold-page-cache", self._restore_start())
-        if self._registry:
-            self._push(self._registry)
-            for _ in range(self._runs):
-                self._add(starts, "process-registry", self._registry_start(self._registry))
+        if registry := self._options.registry:
+            self._push(registry)
+            for _ in range(runs):
+                self._add(starts, "process-registry", self._registry_start(registry))
         return {
             "schema": SCHEMA,
-            "n": self._runs,
+            "n": runs,
             "starts": {name: _summary(starts[name]) for name in _STARTS if name in starts},
             "dump_bytes": record.dump_bytes,
             "image_bytes": image_bytes,
@@ -129,7 +154,7 @@ class _Bench:
         time.sleep(_SETTLE_SECONDS)
 
     def _command_start(self, caches: Path) -> Start:
-        """The command as it is, in a cell only so that it can be ended with all that it started."""
+        """Start the command itself. The cell only serves to end it with all its processes."""
         logs = self._work / "logs"
         for directory in (caches, caches / "tmp", logs):
             directory.mkdir(exist_ok=True)
@@ -140,7 +165,7 @@ class _Bench:
             cell.enter(Network.PRIVATE)
             self._keep_temporary(cell, caches / "tmp")
             began = time.monotonic()
-            server = Server(cell, self._command, environment, Path.cwd(), logs)
+            server = Server(cell, self._options.command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
             clock = _Milestones(self._engine, server, began)
             wait_ready(server, self._engine, client, _START_SECONDS, clock.look)
@@ -150,9 +175,9 @@ class _Bench:
             return Start(phases=clock.phases)
 
     def _keep_temporary(self, cell: Cell, directory: Path) -> None:
-        """Puts a directory of the disk in TMPDIR's place, since compilers keep caches there too.
+        """Mount a directory on disk over TMPDIR, since compilers keep caches there, too.
 
-        A mount, and not another TMPDIR: the path of a socket has room for 107 bytes.
+        Setting another TMPDIR would not do: the path of a socket is limited to 107 bytes.
         """
         make_temporary(cell)
         argv = ["mount", "--bind", str(directory), str(TEMPORARY)]
@@ -164,13 +189,13 @@ class _Bench:
         report = self._work / "snapshot.json"
         options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
         options += ["--sign-key", str(self._key())]
-        for name in os.environ:  # the image does not outlive the comparison
+        for name in os.environ:  # the image is removed with the work directory
             options += ["--allow-secret", name]
-        if self._args.ready_url:
-            options += ["--ready-url", self._args.ready_url]
-        if self._args.oracle_request:
-            options += ["--oracle-request", str(self._args.oracle_request)]
-        argv = [*_rekindle(), "snapshot", _IMAGE, *options, "--", *self._command]
+        if self._options.ready_url:
+            options += ["--ready-url", self._options.ready_url]
+        if self._options.oracle_file:
+            options += ["--oracle-request", str(self._options.oracle_file)]
+        argv = [*_rekindle(), "snapshot", _IMAGE, *options, "--", *self._options.command]
         done = run(argv, timeout=_START_SECONDS * 2, env=environment)
         if done.status != 0:
             raise WorkloadError("the snapshot failed", cause=done.output, command=argv)
@@ -180,7 +205,7 @@ class _Bench:
         return image.record, image.size_bytes, image.cache is not None
 
     def _key(self) -> Path:
-        """A key to sign with, so that the image can be restored from a registry as well."""
+        """Write a key pair and return the private key: an image from a registry must be signed."""
         key = PrivateKey.generate()
         write_atomically(self._work / "bench.key", key.to_pem(), mode=0o600)
         write_atomically(self._work / "bench.pub", key.public.to_pem())
@@ -197,7 +222,7 @@ class _Bench:
         print(f"rekindle: push {document['seconds']:.2f} s", file=sys.stderr, flush=True)
 
     def _registry_start(self, registry: str) -> Start:
-        """On a node that has nothing: neither a store nor what was found out about its CRIU."""
+        """Restore as on a fresh node, without a store or remembered facts about its CRIU."""
         home = self._work / "empty"
         try:
             return self._restore_start(
@@ -210,7 +235,7 @@ class _Bench:
             remove_tree(home)
 
     def _cache_start(self, record: Record, caches: Path) -> Start:
-        """On a node that has no kernel cache but that of the image, and cannot take the process."""
+        """Restore as on a node that cannot restore the process and has no kernel cache of its own."""
         for name in self._engine.cache_environment(caches):
             remove_tree(Path(record.environment[name]))
         start = self._restore_start(
@@ -232,7 +257,7 @@ class _Bench:
         outcome: str = "restored",
         seconds: float = _RESTORE_SECONDS,
     ) -> Start:
-        """`rekindle restore` as a user runs it; its report tells the phases."""
+        """Run `rekindle restore` as a user would, and take the phases from its report."""
         report = self._work / "restore.json"
         report.unlink(missing_ok=True)
         log = self._work / "restore.log"
@@ -253,14 +278,14 @@ class _Bench:
         self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
         first = float(document["first_token_seconds"])
         phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
-        if "oracle" in phases:  # the first token comes before the answer's end
+        if "oracle" in phases:  # that phase lasts to the end of the answer
             phases.pop("oracle")
             phases["first token"] = float(document["oracle"]["first_token_seconds"])
         phases["unaccounted"] = max(0.0, first - sum(phases.values()))
         return Start(phases=phases, report=document)
 
     def _plain_start(self, record: Record) -> Start:
-        """CRIU alone, in a cell like that of a restore."""
+        """Restore with CRIU alone, in a cell like that of `rekindle restore`."""
         marks = [("", time.monotonic())]
         with Cell() as cell:
             cell.enter(record.process.network, record.process.clocks)
@@ -276,21 +301,24 @@ class _Bench:
         return Start(phases={name: at - before for (_, before), (name, at) in pairs})
 
     def _first_token(self, client: Client, request: Request) -> float:
-        """Asks the oracle; returns when its answer began. Raises OracleError if it is not the usual one."""
+        """Ask the oracle; return when its answer began, by time.monotonic.
+
+        Raises OracleError if it differs from the first start's answer.
+        """
         response = client.ask(self._engine.authorize(request, os.environ), timeout=_START_SECONDS)
         answer = self._engine.answer(response)
         if self._answer is None:
             self._answer = answer
         if not self._engine.agree(self._answer, answer):
             raise OracleError(
-                "two starts of the same server give two answers, so there is nothing to compare",
+                "two starts of the same server gave different answers, so they cannot be compared",
                 cause=f"first {json.dumps(self._answer)[:300]}, now {json.dumps(answer)[:300]}",
             )
         return response.first_byte
 
 
 class _Milestones:
-    """Divides a start into phases by what appears in the server's log."""
+    """Divide a start into phases by texts that appear in the server's log."""
 
     def __init__(self, engine: Engine, server: Server, began: float) -> None:
         self._waiting = list(engine.milestones())
@@ -327,12 +355,12 @@ def _await_report(
 
 
 def _rekindle() -> list[str]:
-    """This rekindle, as a command."""
+    """Return the command line prefix of this rekindle."""
     return [sys.executable, "-m", "rekindle"]
 
 
 def _summary(runs: Sequence[Start]) -> dict[str, Any]:
-    """Medians. The phases are those of the run in the middle, so that they add up to its time."""
+    """Summarise runs. The phases are those of the median run, so that they add up to its time."""
     ordered = sorted(runs, key=lambda run: run.seconds)
     seconds = [run.seconds for run in ordered]
     middle = ordered[(len(ordered) - 1) // 2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan, as `match`, `restore --plan` and `inspect` print it. docs/format.md describes the document."""
+"""Print a plan for `match`, `restore --plan` and `inspect`. docs/format.md describes the JSON document."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from restore.decide.plan import SCHEMA, Facts, Plan, Step
 
 
 def document(plan: Plan, facts: Facts, reference: str, digest: str) -> dict[str, Any]:
-    """The plan and what it depends on, as JSON."""
+    """Return the plan and the nodes that it compares, as JSON."""
     return {
         "schema": SCHEMA,
         "image": {"reference": reference, "digest": digest},
@@ -22,7 +22,7 @@ def document(plan: Plan, facts: Facts, reference: str, digest: str) -> dict[str,
 
 
 def show(plan: Plan, facts: Facts, reference: str, digest: str, *, as_json: bool) -> None:
-    """Prints it to the standard output."""
+    """Print the plan to stdout."""
     if as_json:
         print(json.dumps(document(plan, facts, reference, digest), indent=2))
         return
@@ -32,12 +32,12 @@ def show(plan: Plan, facts: Facts, reference: str, digest: str, *, as_json: bool
 
 
 def lines(plan: Plan) -> list[str]:
-    """The rungs, and below each why it is not taken, or what differs and does no harm."""
+    """Return a line for each rung, followed by its differences, hard and harmless."""
     found = []
     first = plan.first
     for step in plan.steps:
         mark = "→" if step is first else "no" if not step.possible else "or"
-        found.append(f"{step.rung:<12}{mark:<3}{_told(step)}")
+        found.append(f"{step.rung:<12}{mark:<3}{_estimate(step)}".rstrip())
         found += [
             f"{'':<15}{'' if reason.hard else '(harmless) '}{reason}"
             + (f" — {reason.advice}" if reason.hard and reason.advice else "")
@@ -49,7 +49,7 @@ def lines(plan: Plan) -> list[str]:
 
 
 def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
-    """A node's facts beside those of another: `=` where they are equal."""
+    """Return lines with the facts of two nodes side by side, marked `=` or `≠`."""
     rows = {
         name: (_value(name, recorded.to_json()[name]), _value(name, value))
         for name, value in here.to_json().items()
@@ -74,13 +74,13 @@ def _value(name: str, value: Any) -> str:
     return "" if value in {False} else str(value)
 
 
-def _told(step: Step) -> str:
+def _estimate(step: Step) -> str:
     if not step.possible:
-        return "not here"
+        return ""
     parts = [f"fetches {step.fetch_bytes:,} bytes"]
     if step.seconds is not None:
         parts.append(f"takes about {step.seconds:.1f} s")
     if step.deadline_seconds is not None:
-        what = "if the cache is not in place" if step.rung is Rung.CACHE else ""
-        parts.append(f"is given up {what} after {step.deadline_seconds:.0f} s".replace("  ", " "))
+        what = "the cache must be in place" if step.rung is Rung.CACHE else "must answer"
+        parts.append(f"{what} within {step.deadline_seconds:.0f} s")
     return ", ".join(parts)

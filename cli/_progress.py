@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transfer's progress, for people: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Show the progress of a transfer: a bar on a terminal, a line every ten seconds elsewhere."""
 
 import contextlib
 import sys
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from oci.progress import Tally
 
-_LOOK_SECONDS = 0.1
+_REFRESH_SECONDS = 0.1
 _LINE_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def shown(tally: Tally, *, quiet: bool) -> Iterator[None]:
-    """Shows a tally on stderr as long as the block lasts."""
+    """Show a tally on stderr within the context, unless `quiet`."""
     if quiet:
         yield
         return
@@ -30,7 +30,7 @@ def shown(tally: Tally, *, quiet: bool) -> Iterator[None]:
 
 
 def _done(tally: Tally) -> int:
-    """Of the expected bytes, those that need not be moved any more. A copy moves each twice."""
+    """Return how many of the expected bytes are done. A copy fetches and sends each byte."""
     return min(tally.reused_bytes + max(tally.fetched_bytes, tally.sent_bytes), tally.expected_bytes)
 
 
@@ -50,13 +50,13 @@ def _bar(tally: Tally, over: threading.Event) -> None:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[had]}"),
+        TextColumn("{task.fields[reused]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None, had="")
-        while not over.wait(_LOOK_SECONDS):
-            had = f"{tally.reused_blobs} of {tally.blobs} blobs were there" if tally.reused_blobs else ""
-            progress.update(task, total=tally.expected_bytes or None, completed=_done(tally), had=had)
+        task = progress.add_task("", total=None, reused="")
+        while not over.wait(_REFRESH_SECONDS):
+            reused = f"{tally.reused_blobs} of {tally.blobs} blobs reused" if tally.reused_blobs else ""
+            progress.update(task, total=tally.expected_bytes or None, completed=_done(tally), reused=reused)
 
 
 def _lines(tally: Tally, over: threading.Event) -> None:
@@ -64,7 +64,7 @@ def _lines(tally: Tally, over: threading.Event) -> None:
     while not over.wait(_LINE_SECONDS):
         now = _done(tally)
         rate = (now - before) / _LINE_SECONDS
-        left = f"{(tally.expected_bytes - now) / rate:.0f} s left" if rate else "nothing moves"
+        left = f"{(tally.expected_bytes - now) / rate:.0f} s left" if rate else "stalled"
         print(
             f"rekindle: {now:,} of {tally.expected_bytes:,} bytes, {rate / 1e6:.1f} MB/s, {left}",
             file=sys.stderr,
@@ -74,5 +74,5 @@ def _lines(tally: Tally, over: threading.Event) -> None:
 
 
 def progress(tally: Tally | None, *, quiet: bool) -> contextlib.AbstractContextManager[None]:
-    """Show what is fetched, if anything is."""
+    """Show a tally on stderr within the context, if there is one."""
     return contextlib.nullcontext() if tally is None else shown(tally, quiet=quiet)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a command: what people see of it, and where its document is written."""
+"""Report what a command does: lines on stderr, and a JSON document to a file or stdout."""
 
 import argparse
 import contextlib
@@ -16,12 +16,12 @@ from rekindle.text import printable
 
 
 def begin(verb: str, args: argparse.Namespace, *, asked: Rung = Rung.PROCESS) -> Report:
-    """Return the report of a command that begins now; its lines go to the standard error, unless --quiet."""
+    """Return the report of a command that begins now. Its lines go to stderr, unless --quiet."""
     return Report(verb=verb, asked=asked, tell=console(quiet=args.quiet))
 
 
 def console(*, quiet: bool) -> Callable[[str], None]:
-    """Return what shows people a line."""
+    """Return a function that prints a line to stderr, or nothing if `quiet`."""
 
     def tell(text: str) -> None:
         if not quiet:
@@ -33,9 +33,9 @@ def console(*, quiet: bool) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def reporting(report: Report, args: argparse.Namespace) -> Iterator[None]:
-    """Write the report when the command fails, too.
+    """Write the report if the command fails within the context.
 
-    Raises UsageError, before any work, for a file that it cannot be written to.
+    Raises UsageError at the start if the report cannot be written to its file.
     """
     path: Path | None = None
     try:
@@ -45,14 +45,14 @@ def reporting(report: Report, args: argparse.Namespace) -> Iterator[None]:
     except BaseException as error:
         report.fail(error)
         with contextlib.suppress(OSError):
-            write(report, path, to_stdout=False)  # not to one that was refused
+            write(report, path, to_stdout=False)  # `path` is None if --report was refused
         with contextlib.suppress(OSError):
             write(report, None, to_stdout=args.json)
         raise
 
 
 def finish(report: Report, args: argparse.Namespace, outcome: Outcome, text: str = "") -> None:
-    """Write the report of a command that has done what it was asked for, and say so in one line."""
+    """Write the report of a command that succeeded, and print `text` as its last line."""
     report.outcome = outcome
     if text:
         report.say(text)
@@ -60,7 +60,7 @@ def finish(report: Report, args: argparse.Namespace, outcome: Outcome, text: str
 
 
 def write(report: Report, path: Path | None, *, to_stdout: bool) -> None:
-    """Write the document to a file, to the standard output, or to both. Raises OSError."""
+    """Write the report to a file, atomically where possible, to stdout, or to both. Raises OSError."""
     text = json.dumps(report.to_json(), indent=2) + "\n"
     if path is not None:
         _write_file(path, text.encode())
@@ -69,7 +69,7 @@ def write(report: Report, path: Path | None, *, to_stdout: bool) -> None:
 
 
 def refuse_unwritable(path: Path | None) -> None:
-    """Raise UsageError for a report that cannot be written, or would replace /dev/null or the like."""
+    """Raise UsageError if the report cannot be written to `path`, or would replace a device."""
     if path is None:
         return
     try:
@@ -77,16 +77,18 @@ def refuse_unwritable(path: Path | None) -> None:
             raise UsageError(f"--report {path} is not a regular file")
         path.parent.stat()
     except OSError as error:
-        raise UsageError(f"--report {path} cannot be written", cause=str(error)) from None
+        raise UsageError(f"cannot write --report {path}", cause=str(error)) from None
     in_place = path.exists() and os.access(path, os.W_OK)
     if not in_place and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
-        raise UsageError(f"--report {path} cannot be written", cause=f"nor can anything in {path.parent}")
+        raise UsageError(f"cannot write --report {path}", cause=f"{path.parent} is not a writable directory")
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically. One that cannot be replaced is written in place: a mount of its own, such as
-    Kubernetes' /dev/termination-log, refuses the rename, and a read-only directory refuses the staged
-    file."""
+    """Replace a file atomically, or write it in place if it cannot be replaced.
+
+    A file that is a mount, such as Kubernetes' /dev/termination-log, refuses the rename, and a read-only
+    directory refuses the staged file.
+    """
     try:
         write_atomically(path, content)
     except OSError:

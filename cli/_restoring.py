@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle restore` once its command line was read: typed options, and a listener that prints and writes."""
+"""Run `rekindle restore` with a parsed command line. Imported late, so that --help is fast."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Do what the command line asks for; return the exit status."""
+    """Restore, or print the plan; return the exit status."""
     options = Options(
         image=args.image,
         command=tuple(command),
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         paranoid=args.paranoid,
         trust=_trust.options(args),
         registry=_arguments.registry(args),
-        # With --json, stdout carries the report alone.
+        # With --json, only the report goes to stdout.
         output=Output(stdout=2 if args.json else 1, stderr=2),
     )
     if args.plan:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _show_plan(options: Options, *, as_json: bool) -> int:
-    """Print what would be done; return the exit status that a restore would have, if all went well."""
+    """Print the plan; return the exit status of a restore that succeeds on the first possible rung."""
     decision = plan(options)
     digest = decision.source.image.value.index.digest if decision.source else ""
     _plan.show(decision.plan, decision.facts, options.image, digest, as_json=as_json)
@@ -50,7 +50,7 @@ def _show_plan(options: Options, *, as_json: bool) -> int:
 
 
 class _Console(Listener):
-    """Lines and bars on the standard error; the report where it was asked for."""
+    """Print lines and progress to stderr, and write the report where it was asked for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -69,8 +69,8 @@ class _Console(Listener):
     def ready(self, report: Report) -> None:
         try:
             _report.write(report, self._args.report, to_stdout=self._args.json)
-        except OSError as error:  # a server that runs is worth more than what is told of it
-            report.say(f"WARNING: the report cannot be written: {error}")
+        except OSError as error:  # the running server matters more than its report
+            report.say(f"WARNING: cannot write the report: {error}")
 
     def interrupted(self, report: Report) -> None:
         with contextlib.suppress(OSError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With which key a command signs."""
+"""Choose how a command signs: with a key, with an OIDC identity, or not at all."""
 
 import argparse
 import getpass
@@ -15,19 +15,21 @@ from rekindle.errors import UsageError
 from rekindle.report import Report
 
 VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
-"""The environment variables that open keys."""
+"""The environment variables that give access to signing keys."""
 
 
 def chosen_key(args: argparse.Namespace) -> PrivateKey | None:
-    """The key to sign with, if the command line names one; asks for its password."""
+    """Return the private key that the command line names, or None. Asks for its password."""
     if args.sign_key and args.sign_keyless:
-        raise UsageError("--sign-key and --sign-keyless do not go together")
+        raise UsageError("--sign-key and --sign-keyless cannot be combined")
     return PrivateKey.read(args.sign_key, password()) if args.sign_key else None
 
 
 def chosen(args: argparse.Namespace, key: PrivateKey | None = None) -> signer.Sign | None:
-    """How to sign, if the command line says so; asks for a password before work begins, unless its `key` is
-    given, which was read already."""
+    """Return how to sign, or None if the command line does not ask for it.
+
+    Pass `key` if it was read already; else its password is asked for now, before any work begins.
+    """
     key = key or chosen_key(args)
     if key is not None:
         return signer.by_key(key)
@@ -40,20 +42,20 @@ def chosen(args: argparse.Namespace, key: PrivateKey | None = None) -> signer.Si
 
 
 def password(*, twice: bool = False) -> bytes:
-    """That of a key: $COSIGN_PASSWORD, or what the user types."""
+    """Return the password of a key: $COSIGN_PASSWORD, or what the user types. Raises UsageError."""
     given = os.environ.get("COSIGN_PASSWORD")
     if given is not None:
         return given.encode()
     if not sys.stdin.isatty():
-        raise UsageError("the key has a password", hint="set $COSIGN_PASSWORD; it may be empty")
+        raise UsageError("no password for the key", hint="set COSIGN_PASSWORD; it may be empty")
     typed = getpass.getpass("password of the key: ")
-    if twice and getpass.getpass("once more: ") != typed:
-        raise UsageError("that was something else")
+    if twice and getpass.getpass("repeat the password: ") != typed:
+        raise UsageError("the passwords differ")
     return typed.encode()
 
 
 def advise(report: Report, reference: Reference, given: Sequence[Descriptor]) -> None:
-    """Say what is missing if an image leaves this machine's store unsigned."""
+    """Tell the user how to sign an image that was saved unsigned outside the local store."""
     in_store = isinstance(reference, LayoutReference) and reference.in_store
     if not given and not in_store:
-        report.say(f"nobody will trust it before `rekindle sign {reference}`")
+        report.say(f"not signed: sign it with `rekindle sign {reference}` before others can trust it")

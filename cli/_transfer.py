@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `push`, `pull` and `copy` have in common: an image from one place to another."""
+"""Copy an image from one place to another, for `push`, `pull` and `copy`."""
 
 import argparse
 import time
@@ -10,9 +10,11 @@ from oci.flow import copy
 from oci.progress import Tally
 from rekindle.report import Outcome
 
+COPY_HINT = "`rekindle copy` copies between any two places"
+
 
 def run(verb: str, source: str, target: str, args: argparse.Namespace) -> int:
-    """Copy the image and report."""
+    """Copy the image and write the report; return the exit status."""
     report = _report.begin(verb, args)
     with _report.reporting(report, args):
         began = time.monotonic()
@@ -26,19 +28,19 @@ def run(verb: str, source: str, target: str, args: argparse.Namespace) -> int:
         seconds = time.monotonic() - began
     if copied.replaced is not None:
         report.say(f"{target} replaces {copied.replaced}")
-    told = f"{target} {copied.digest}: {_told(copied.tally, seconds)}"
-    _report.finish(report, args, Outcome.SAVED, told)
+    text = f"{target} {copied.digest}: {_summary(copied.tally, seconds)}"
+    _report.finish(report, args, Outcome.SAVED, text)
     return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of all three."""
+    """Add the options that the three commands share."""
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
 
 
-def _told(tally: Tally, seconds: float) -> str:
+def _summary(tally: Tally, seconds: float) -> str:
     moved = max(tally.fetched_bytes, tally.sent_bytes)
     rate = moved / seconds / 1e6 if seconds else 0.0
-    there = f", {tally.reused_blobs} of {tally.blobs} blobs were there" if tally.reused_blobs else ""
-    return f"{moved:,} bytes in {seconds:.2f} s, {rate:.0f} MB/s{there}"
+    reused = f", {tally.reused_blobs} of {tally.blobs} blobs reused" if tally.reused_blobs else ""
+    return f"{moved:,} bytes in {seconds:.2f} s, {rate:.0f} MB/s{reused}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that say who is trusted, as a command line gives them."""
+"""Turn the trust options of a command line into typed options."""
 
 import argparse
 import contextlib
@@ -12,9 +12,9 @@ from rekindle.errors import FormatError, UsageError
 
 
 def options(args: argparse.Namespace) -> TrustOptions:
-    """Return who is trusted. Raises UsageError for options that contradict one another."""
+    """Return the trust options of a command line. Raises UsageError if they contradict each other."""
     if args.dangerously_skip_verification:
-        # Also with --quiet: this must not stay in a script unnoticed.
+        # Also with --quiet, so that it is noticed in scripts.
         with contextlib.suppress(OSError):
             print("rekindle: WARNING: signatures are not verified", file=sys.stderr)
     return TrustOptions(
@@ -29,13 +29,12 @@ def _rule(args: argparse.Namespace) -> TrustRule | None:
     who, issuer = args.certificate_identity, args.certificate_oidc_issuer
     if (who is None) != (issuer is None):
         raise UsageError(
-            "an identity counts together with its issuer only",
-            hint="give both --certificate-identity and --certificate-oidc-issuer",
+            "--certificate-identity and --certificate-oidc-issuer are required together",
         )
     if not args.verify_key and who is None:
         return None
     if args.policy:
-        raise UsageError("--policy does not go with keys and identities on the command line")
+        raise UsageError("--policy cannot be combined with --verify-key or --certificate-identity")
     try:
         identities = (identity(who, issuer),) if who is not None else ()
     except FormatError as error:

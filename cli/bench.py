@@ -1,16 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle bench`: cold starts and restores of one server, side by side and by phase.
-
-Every start is timed to the first token of the oracle's answer, and is ended with SIGKILL:
-
-    cold                    the command, with empty kernel caches
-    warm-cache              the command again, with the caches that the cold start left
-    cache                   `rekindle restore --rung cache`, the kernel cache from the image, none on the disk
-    process                 `rekindle restore`, the dump in the page cache
-    process-cold-page-cache `rekindle restore`, the dump's pages dropped from the page cache
-    process-registry        `rekindle restore` with an empty $REKINDLE_HOME, from --registry
-    criu-plain              `criu restore` of CRIU's untouched dump in the same cell, without rekindle
-"""
+"""`rekindle bench`: compare cold starts and restores of one server, by phase."""
 
 import argparse
 import json
@@ -19,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cli import _arguments, _bench_picture
-from cli._bench_starts import _Bench
+from cli._bench_starts import Bench, BenchOptions
 from oci import store
 from oci.reference import RegistryReference, parse
 from rekindle.engine.choose import for_command
 from rekindle.errors import UsageError
-from rekindle.files import (
-    write_atomically,
-)
+from rekindle.files import write_atomically
 
 
 def main(words: Sequence[str]) -> int:
@@ -34,35 +21,45 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle bench",
         usage="rekindle bench [options] -- COMMAND…",
-        description="Compare cold starts and restores of a server, by phase.",
+        description="Compare cold starts and restores of a server: the time to the first token, by phase.",
     )
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of every kind of start (3)")
     parser.add_argument(
-        "--cold-runs", type=int, metavar="N", help="of the starts that take long, if other than --runs"
+        "--runs", type=int, default=3, metavar="N", help="runs of every kind of start (default: 3)"
+    )
+    parser.add_argument(
+        "--cold-runs", type=int, metavar="N", help="runs of the slow kinds of start (default: --runs)"
     )
     parser.add_argument(
         "--registry",
         metavar="HOST[:PORT]/REPOSITORY[:TAG]",
-        help="where to push the snapshot, to restore it from there with an empty store as well",
+        help="push the snapshot there, and also restore it from there with an empty store",
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases (SVG)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to a file")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases as SVG in FILE")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
-    parser.add_argument("--ready-url", metavar="URL", help="as for `rekindle snapshot`")
-    parser.add_argument("--oracle-request", type=Path, metavar="FILE", help="as for `rekindle snapshot`")
+    parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
+    parser.add_argument("--oracle-request", type=Path, metavar="FILE", help=_arguments.ORACLE_REQUEST)
     args = parser.parse_args(words)
     if not command:
-        raise UsageError("there is no command", hint="rekindle bench -- vllm serve MODEL")
+        raise UsageError("no command", hint="rekindle bench -- vllm serve MODEL")
     if args.registry and not isinstance(parse(args.registry), RegistryReference):
-        raise UsageError(f"--registry {args.registry} is no repository of a registry")
+        raise UsageError(f"--registry {args.registry} is not a repository in a registry")
     if args.runs < 1 or (args.cold_runs is not None and args.cold_runs < 1):
         raise UsageError("--runs must be 1 or more")
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
     _arguments.require_root()
+    options = BenchOptions(
+        command=tuple(command),
+        engine=engine,
+        runs=args.runs,
+        cold_runs=args.cold_runs or args.runs,
+        registry=args.registry,
+        ready_url=args.ready_url,
+        oracle_file=args.oracle_request,
+    )
     home = store.open_home()
     with home.work("bench") as work:
-        bench = _Bench(args, command, engine, home, work)
-        document = bench.run()
+        document = Bench(options, home, work).run()
     if args.report:
         write_atomically(args.report, (json.dumps(document, indent=2) + "\n").encode())
     if args.picture:
@@ -79,7 +76,7 @@ def main(words: Sequence[str]) -> int:
 def _print_table(document: dict[str, Any]) -> None:
     starts = document["starts"]
     cold = starts["cold"]["first_token_seconds"]["median"]
-    print(f"{'start':<26}{'n':>3}{'median':>10}{'min':>9}{'max':>9}{'cold/it':>9}   phases of the middle run")
+    print(f"{'start':<26}{'n':>3}{'median':>10}{'min':>9}{'max':>9}{'speedup':>9}   phases of the median run")
     for name, start in starts.items():
         times = start["first_token_seconds"]
         phases = ", ".join(f"{key} {value:.2f}" for key, value in start["phases"].items() if value >= 0.005)
@@ -101,7 +98,7 @@ def _print_table(document: dict[str, Any]) -> None:
     if proof := document["cache"]:
         print(
             f"kernel cache              {proof['verdict']}: {proof['used']} of {proof['entries']} entries "
-            f"used, {proof['made']} made anew"
+            f"used, {proof['made']} compiled again"
         )
     answer = document["answer"]
     answer = answer.get("tokens", answer)
@@ -112,4 +109,4 @@ def _picture(document: dict[str, Any]) -> str:
     bars = [
         _bench_picture.Bar(name=name, phases=start["phases"]) for name, start in document["starts"].items()
     ]
-    return _bench_picture.draw("seconds to the first token, by phase (the run in the middle)", bars)
+    return _bench_picture.draw("seconds to the first token, by phase (median run)", bars)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle doctor`: what this node can do, tried rather than guessed, and what mends each lack.
+"""`rekindle doctor`: try what this node can do, and say how to add what is missing.
 
-Imports the standard library and the kernel only, so that it runs where nothing is installed yet.
+Imports nothing from outside the project and the standard library at start, so that it also runs before
+dependencies are installed.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from rekindle.journal import CUDA_JOURNAL
 from rekindle.node import gpu
 
 SCHEMA = "rekindle.doctor/1"
-_ROOM_BYTES = 8 << 30
+_FREE_BYTES = 8 << 30
 _NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What was tried. `needed` says whether snapshot and restore do without it."""
+    """The result of a check. `needed`: snapshot and restore do not work without it."""
 
     name: str
     ok: bool
@@ -44,14 +45,20 @@ class Check:
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle doctor",
-        description="Try what snapshot and restore need on this node. Exit status 10 if there is a lack.",
+        description="Check what snapshot and restore need on this node. "
+        "Exits with status 10 if something is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--check", choices=list(_CHECKS), metavar="NAME", help="only this one")
+    parser.add_argument(
+        "--check",
+        choices=list(_CHECKS),
+        metavar="NAME",
+        help=f"run only this check: {', '.join(_CHECKS)}",
+    )
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="first bring servers back that a killed command left without GPUs",
+        help="first give GPUs back to servers that a killed command left without them",
     )
     args = parser.parse_args(words)
     home = Home.from_environment()
@@ -82,14 +89,14 @@ def main(words: Sequence[str]) -> int:
         print(json.dumps(document, indent=2))
     else:
         for check in checks:
-            mark = "ok  " if check.ok else "LACK" if check.needed else "note"
+            mark = "ok  " if check.ok else "FAIL" if check.needed else "note"
             print(f"{mark}  {check.name:<11}{check.detail}")
             if check.remedy and not check.ok:
                 print(f"      {'':<11}→ {check.remedy}")
         for line in repaired:
             print(f"      {'':<11}{line}")
         for path in removed:
-            print(f"      {'':<11}removed what a killed command left: {path}")
+            print(f"      {'':<11}removed the work directory of a killed command: {path}")
     return 0 if ok else CapabilityError.exit_status
 
 
@@ -110,11 +117,11 @@ def _cell(_: Home) -> Iterator[Check]:
     except RekindleError as error:
         yield Check(name="cell", ok=False, detail=f"{error.message}: {error.cause}", remedy=error.hint)
         return
-    yield Check(name="cell", ok=True, detail="own processes, mounts, IPC, clocks and network")
+    yield Check(name="cell", ok=True, detail="processes, mounts, IPC, clocks and network of its own")
 
 
 def _criu(home: Home) -> Iterator[Check]:
-    remedy = "hack/get-criu, or set REKINDLE_CRIU to one that works"
+    remedy = "run hack/get-criu, or set REKINDLE_CRIU to a CRIU that works"
     works = False
     try:
         for candidate in criu.candidates(home):
@@ -133,15 +140,15 @@ def _criu(home: Home) -> Iterator[Check]:
     except CapabilityError as error:
         yield Check(name="criu", ok=False, detail=error.message, remedy=error.hint)
         return
-    yield Check(name="criu", ok=False, detail="none that works", remedy=remedy)
+    yield Check(name="criu", ok=False, detail="no working CRIU", remedy=remedy)
 
 
 def _amx(home: Home) -> Iterator[Check]:
     if not amx.present():
-        yield Check(name="amx", ok=True, detail="this processor has none, so nothing is to be done for it")
+        yield Check(name="amx", ok=True, detail="not needed: this processor has no AMX")
         return
     try:
-        yield Check(name="amx", ok=True, detail=f"permission by {amx.compiled(home.tools)}")
+        yield Check(name="amx", ok=True, detail=f"permission requested by {amx.compiled(home.tools)}")
     except CapabilityError as error:
         yield Check(name="amx", ok=False, detail=error.message, remedy=error.hint)
 
@@ -158,7 +165,7 @@ def _cuda(home: Home) -> Iterator[Check]:
     try:
         gpus = gpu.probe()
         seen = any(each.vendor == "nvidia" for each in gpus.gpus) or _NVIDIA_CONTROL.exists()
-    except ImportError:  # there is NVML, and nothing installed to ask it
+    except ImportError:  # this node has NVML, but the package that asks it is not installed
         seen = True
     if not seen:
         yield Check(name="cuda", ok=False, needed=False, detail="this node has no NVIDIA GPU")
@@ -169,7 +176,7 @@ def _cuda(home: Home) -> Iterator[Check]:
     found = search.candidates(home)
     opens = any(candidate.chosen for candidate in found)
     for candidate in found:
-        works = candidate.detail + ("" if candidate.chosen else ", and is not needed")
+        works = candidate.detail + ("" if candidate.chosen else ", not needed")
         yield Check(
             name="cuda",
             ok=not candidate.lack,
@@ -180,10 +187,10 @@ def _cuda(home: Home) -> Iterator[Check]:
 
 
 def _cuda_journals(home: Home) -> Iterator[Check]:
-    """The servers that a killed command may have left without their GPUs."""
+    """Report servers that a killed command may have left without their GPUs."""
     with home.abandoned() as found:
         for directory in found:
-            if (directory / CUDA_JOURNAL).exists():  # the sweep has left only those that are needed
+            if (directory / CUDA_JOURNAL).exists():  # the sweep has kept only journals that are needed
                 yield Check(
                     name="cuda",
                     ok=False,
@@ -194,9 +201,9 @@ def _cuda_journals(home: Home) -> Iterator[Check]:
 
 
 def _repair(home: Home) -> tuple[list[str], bool]:
-    """Undoes what killed commands did to the CUDA processes of servers.
+    """Give GPUs back to servers that killed commands left without them.
 
-    Returns a line for each process, and whether there is anything left to do.
+    Returns a line for each process, and whether any journal is left that could not be undone.
     """
     done: list[str] = []
     left = False
@@ -210,7 +217,7 @@ def _repair(home: Home) -> tuple[list[str], bool]:
                 try:
                     done += repair(journal, lambda: find(home))
                 except CapabilityError as error:
-                    done.append(f"what {journal} tells of cannot be undone: {error.cause or error.message}")
+                    done.append(f"cannot repair the servers in {journal}: {error.cause or error.message}")
                 left = left or journal.exists()
     return done, left
 
@@ -219,10 +226,10 @@ def _disk(home: Home) -> Iterator[Check]:
     free = shutil.disk_usage(home.root).free
     yield Check(
         name="disk",
-        ok=free > _ROOM_BYTES,
+        ok=free > _FREE_BYTES,
         needed=False,
         detail=f"{free / (1 << 30):.0f} GiB free in {home.root}",
-        remedy="a dump is as large as the server's memory: set REKINDLE_HOME to a larger disk",
+        remedy="a dump is as large as the server's memory: set REKINDLE_HOME to a directory on a larger disk",
     )
 
 
@@ -236,7 +243,7 @@ def _packages(_: Home) -> Iterator[Check]:
                 name="packages",
                 ok=False,
                 detail=f"`import {name}` finds {where or 'nothing'}, not rekindle's",
-                remedy="install rekindle into an environment of its own",
+                remedy="install rekindle in a virtual environment of its own",
             )
             return
     version = ".".join(map(str, sys.version_info[:3]))

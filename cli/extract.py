@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle extract`: the kernel cache of an image, and nothing else. Made for init containers."""
+"""`rekindle extract`: extract the kernel cache of an image, for example in an init container."""
 
 import argparse
 import shlex
@@ -19,8 +19,8 @@ from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle extract",
-        description="Extract the kernel cache of a snapshot, or of an image by `rekindle pack-cache`. The "
-        "variables that make a server use it are printed as shell commands.",
+        description="Extract the kernel cache of a snapshot, or of an image by `rekindle pack-cache`, and "
+        "print shell commands that set the variables with which a server finds it.",
     )
     parser.add_argument(
         "image", metavar="IMAGE", help="name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
@@ -29,17 +29,17 @@ def main(words: Sequence[str]) -> int:
         "--to",
         type=Path,
         metavar="DIR",
-        help="extract to DIR/KIND (default: to where each cache was recorded)",
+        help="extract to DIR/KIND (default: the recorded path of each cache)",
     )
     parser.add_argument(
         "--kind",
         type=CacheKind,
         choices=list(CacheKind),
         action="append",
-        help="only this kind; may be repeated",
+        help="extract only this kind; may be repeated",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace entries that are there with other content"
+        "--overwrite", action="store_true", help="replace existing entries whose content differs"
     )
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
@@ -70,12 +70,12 @@ def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
             done = extract.extract(
                 image, args.to, limits=source.limits, kinds=args.kind, overwrite=args.overwrite
             )
-        # From a store or a layout nothing was fetched.
+        # Nothing is fetched from the store or a layout.
         fetched = source.tally.fetched_bytes if source.tally else 0
     report.bytes = ByteCounts(fetched=fetched, written=done.written_bytes)
     for root in done.roots:
         report.say(f"{root.kind}: {root.files:,} files, {root.bytes:,} bytes to {root.path}")
         if root.kept:
             some = ", ".join(root.kept[:5]) + (" …" if len(root.kept) > 5 else "")
-            report.say(f"{root.kind}: left as they were, with other content (see --overwrite): {some}")
+            report.say(f"{root.kind}: kept existing entries that differ (see --overwrite): {some}")
     return done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle inspect`: what is in a snapshot or a kernel cache, and for whom. Runs nothing."""
+"""`rekindle inspect`: show what an image contains, and whether it fits this node. Runs nothing."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ SCHEMA = "rekindle.inspect/1"
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="rekindle inspect", description="Show what is in an image, and whether it fits this node."
+        prog="rekindle inspect", description="Show what an image contains, and whether it fits this node."
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     _arguments.add_registry(parser)
@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     reference = parse(args.image)
     with resolve.source(reference, Home.from_environment(), _arguments.registry(args)) as source:
-        kernels = _cache_itself(source)
+        kernels = _cache_image(source)
         if kernels is None:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
@@ -51,8 +51,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _cache_itself(source: FoundImage) -> CacheImage | None:
-    """The image, if it is a kernel cache and not a snapshot, which may hold one."""
+def _cache_image(source: FoundImage) -> CacheImage | None:
+    """Return the image as a kernel cache, or None if it is a snapshot."""
     if source.root.media_type != media_types.MANIFEST:
         return None
     try:
@@ -62,7 +62,7 @@ def _cache_itself(source: FoundImage) -> CacheImage | None:
 
 
 def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
-    """What is known without trying what this node can do."""
+    """Return the facts that are known without trying what this node can do."""
     return Facts(
         node=Fingerprint.probe(image.record.command),
         abilities=Abilities(),
@@ -100,15 +100,15 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
         "made": f"{record.created} by {record.made_by}, CRIU {record.criu_version}",
         "engine": record.engine,
         "command": replay(record.command),
-        "in": record.directory,
+        "directory": record.directory,
         "listens on": str(record.endpoint),
         "made on": f"{record.node.cpu_model}, {record.node.architecture}, Linux {record.node.kernel}",
-        "processes": f"{record.process.tasks} threads, network {record.process.network}",
+        "runs": f"{record.process.tasks} threads, {record.process.network} network",
         "memory": f"{record.dump_bytes:,} bytes dumped, {record.stored_bytes:,} without zero pages",
         "stored": f"{image.size_bytes:,} bytes in {len(image.layers)} layers",
-        "cache": _told(kernels) if kernels is not None else "none",
+        "cache": _summary(kernels) if kernels is not None else "none",
         "needs": f"{len(record.mapped_files)} files of the node's file system",
-        "fits here": f"by its {first.rung}" if first and first.rung is not Rung.COLD else "no",
+        "fits here": first.rung if first and first.rung is not Rung.COLD else "no",
     }
     for name, value in rows.items():
         print(printable(f"{name:<12}{value}"))
@@ -126,8 +126,8 @@ def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
     rows = {
         "image": f"{args.image} {kernels.manifest.digest}",
         "made": f"{kernels.created} by {inventory.made_by}",
-        "holds": _told(kernels),
-        "made for": f"{targets or 'no kernel says what'}, {kernels.architecture}",
+        "holds": _summary(kernels),
+        "made for": f"{targets or 'unknown targets'}, {kernels.architecture}",
         "stored": f"{kernels.size_bytes:,} bytes in {len(kernels.layers)} layers",
     }
     for name, value in rows.items():
@@ -136,7 +136,7 @@ def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
         print(printable(f"{root.kind:<12}{root.files:,} files, {root.bytes:,} bytes of {root.recorded}"))
 
 
-def _told(kernels: CacheImage) -> str:
+def _summary(kernels: CacheImage) -> str:
     roots = kernels.inventory.roots
     kinds = ", ".join(sorted({root.kind for root in roots})) or "nothing"
     return f"kernels: {kinds}; {sum(root.bytes for root in roots):,} bytes"

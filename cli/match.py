@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle match`: this node against a snapshot, field by field. Runs nothing, and fetches no layer."""
+"""`rekindle match`: compare this node with a snapshot. Runs nothing, and fetches no layer."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle match",
         usage="rekindle match IMAGE [options] [-- COMMAND…]",
-        description="Compare this node with a snapshot, field by field, and say which rungs a restore could "
-        "take. Exit status 3 if that is not the process.",
+        description="Compare this node with a snapshot, field by field, and print which rungs a restore can "
+        "take. Exits with status 3 if the process cannot be restored.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument("--json", action="store_true", help="print one JSON document")

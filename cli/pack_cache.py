@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle pack-cache`: a kernel cache as an image of its own, without a process."""
+"""`rekindle pack-cache`: pack a kernel cache as an image of its own, without a process."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,13 +24,15 @@ from snapshot import find_caches
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle pack-cache",
-        description="Make an image of a kernel cache, in the form that MCV and KServe read. What kind of "
-        "cache it is, its content tells; a directory of several is taken as it is, one below it for each.",
+        description="Pack a kernel cache as an image, in the format that MCV and KServe read. The kind of "
+        "the cache is detected from its content. DIR may also hold several caches, one in each subdirectory.",
     )
     parser.add_argument("image", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
-    parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="it, or several below it")
     parser.add_argument(
-        "--kind", type=CacheKind, choices=list(CacheKind), help="what it is, where that is not to be seen"
+        "--dir", type=Path, required=True, metavar="DIR", help="the cache, or a directory of caches"
+    )
+    parser.add_argument(
+        "--kind", type=CacheKind, choices=list(CacheKind), help="kind of the cache, if it is not detected"
     )
     _arguments.add_signing(parser)
     _arguments.add_report(parser)
@@ -38,7 +40,8 @@ def main(words: Sequence[str]) -> int:
     reference = parse(args.image)
     if not isinstance(reference, LayoutReference):
         raise UsageError(
-            f"{args.image} is in a registry", hint="pack it under a local name, and `rekindle push` that"
+            f"{args.image} is in a registry",
+            hint="pack it under a local name, and push it with `rekindle push`",
         )
     report = _report.begin("pack-cache", args, asked=Rung.CACHE)
     with _report.reporting(report, args):
@@ -50,13 +53,13 @@ def main(words: Sequence[str]) -> int:
 
 def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) -> CacheImage:
     if not args.dir.is_dir():
-        raise UsageError(f"{args.dir} is no directory")
+        raise UsageError(f"{args.dir} is not a directory")
     with report.phase("look"):
         roots = find_caches.below(args.dir, args.kind)
     if not roots:
         raise UsageError(
-            f"{args.dir} holds no kernel cache that is known here",
-            hint=f"--kind says what it is: {', '.join(CacheKind)}",
+            f"no known kernel cache in {args.dir}",
+            hint=f"name its kind with --kind: {', '.join(CacheKind)}",
         )
     for root in roots:
         report.say(f"{root.kind} in {root.path}")

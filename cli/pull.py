@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle pull`: an image of a registry to this machine."""
+"""`rekindle pull`: fetch an image from a registry to this machine."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,42 +17,45 @@ from restore import dumps
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle pull",
-        description="Fetch an image from a registry. What is here already is not fetched; a pull that was "
-        "interrupted goes on where it stopped. With --unpack, the dump is made ready for `restore` instead, "
-        "and no copy of the image is kept.",
+        description="Fetch an image from a registry. Existing blobs are not fetched again; an interrupted "
+        "pull continues where it stopped. With --unpack, the dump is unpacked for `restore` instead, and no "
+        "copy of the image is kept.",
     )
     parser.add_argument("source", metavar="IMAGE", help="HOST[:PORT]/repository[:tag][@digest]")
     parser.add_argument(
-        "target", metavar="TARGET", nargs="?", help="name[:tag] or oci:DIR[:tag] (default: as it is called)"
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        help="name[:tag] or oci:DIR[:tag] (default: the name and tag in the registry)",
     )
-    parser.add_argument("--unpack", action="store_true", help="make the dump ready to restore (as root)")
+    parser.add_argument("--unpack", action="store_true", help="unpack the dump for `restore` (needs root)")
     _arguments.add_trust(parser)
     _transfer.add_arguments(parser)
     args = parser.parse_intermixed_args(words)  # TARGET may come after options
     source = parse(args.source)
     if not isinstance(source, RegistryReference):
-        raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
+        raise UsageError(f"{args.source} is not in a registry", hint=_transfer.COPY_HINT)
     if args.unpack:
         if args.target:
-            raise UsageError("--unpack stores no image", hint="leave out its name")
+            raise UsageError("--unpack stores no image", hint="omit TARGET")
         return _unpack(source, args)
     if not args.target and source.digest is not None and not _names_tag(args.source):
         raise UsageError(
-            f"{source} has no tag, and so no name here", hint="say how to call it: rekindle pull IMAGE TARGET"
+            f"no local name for {source}: it has no tag", hint="choose one: rekindle pull IMAGE TARGET"
         )
     target = parse(args.target or f"{source.repository.rpartition('/')[2]}:{source.tag}")
     if not isinstance(target, LayoutReference):
-        raise UsageError("pull goes from a registry to this machine", hint="`rekindle copy` goes anywhere")
+        raise UsageError(f"{args.target} is not on this machine", hint=_transfer.COPY_HINT)
     return _transfer.run("pull", str(source), str(target), args)
 
 
 def _names_tag(text: str) -> bool:
-    """Whether a reference to a registry has a tag of its own, and not only the one that is meant without."""
+    """Return whether a reference to a registry contains a tag, rather than relying on the default one."""
     return ":" in text.partition("/")[2].partition("@")[0]
 
 
 def _unpack(reference: RegistryReference, args: argparse.Namespace) -> int:
-    """Layers are received, hashed, unpacked and written side by side, straight into the ready dump."""
+    """Receive, hash, decompress and write the layers in parallel, straight into the kept dump."""
     report = _report.begin("pull", args)
     with _report.reporting(report, args):
         trust = _trust.options(args)

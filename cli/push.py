@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle push`: an image of this machine to a registry."""
+"""`rekindle push`: send an image from this machine to a registry."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,13 +12,16 @@ from rekindle.errors import UsageError
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle push",
-        description="Send an image to a registry. What is there already is not sent; the tag comes last.",
+        description="Send an image to a registry. Blobs that the registry has are not sent again. The tag is "
+        "written last.",
     )
     parser.add_argument("source", metavar="IMAGE", help="name[:tag] or oci:DIR[:tag]")
     parser.add_argument("target", metavar="TARGET", help="HOST[:PORT]/repository[:tag]")
     _transfer.add_arguments(parser)
     args = parser.parse_args(words)
     source, target = parse(args.source), parse(args.target)
-    if not isinstance(source, LayoutReference) or not isinstance(target, RegistryReference):
-        raise UsageError("push goes from this machine to a registry", hint="`rekindle copy` goes anywhere")
+    if not isinstance(source, LayoutReference):
+        raise UsageError(f"{args.source} is not on this machine", hint=_transfer.COPY_HINT)
+    if not isinstance(target, RegistryReference):
+        raise UsageError(f"{args.target} is not in a registry", hint=_transfer.COPY_HINT)
     return _transfer.run("push", str(source), str(target), args)

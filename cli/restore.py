@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle restore`: bring a saved server back by the best way that this node allows, and serve."""
+"""`rekindle restore`: restore a saved server in the fastest way that this node allows, and serve."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,35 +14,43 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle restore",
         usage="rekindle restore IMAGE [options] [-- COMMAND…]",
-        description="Bring a saved server back, and serve until it ends: the process itself where this node "
-        "is like the recorded one, else its command on the saved kernel cache, else its command alone. "
-        "Signals reach the server; its exit status is ours, but 3 instead of 0 on a rung below --rung.",
+        description="Restore a saved server and serve until it ends. Restores its process if this node "
+        "matches the recorded one, else starts its command on the saved kernel cache, else the command "
+        "alone. Passes signals on to the server, and exits with its status, but with 3 instead of 0 if the "
+        "server ran on a rung below --rung.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
         "--publish",
         metavar="[HOST:]PORT",
-        help="the host's address that leads to the server (default: where it listens, or listened)",
+        help="publish the server at this address of the host (default: the address that it listens on)",
     )
     parser.add_argument(
         "--rung",
         type=Rung,
         choices=list(Rung),
         default=Rung.PROCESS,
-        help="the rung to begin with (process)",
+        help="first rung to try (default: process)",
     )
     parser.add_argument(
         "--require",
         type=Rung,
         choices=[Rung.PROCESS, Rung.CACHE],
-        help="fail rather than take a lower rung than this",
+        help="lowest rung to take; fail rather than go below it",
     )
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and exit")
     parser.add_argument(
-        "--process-deadline", type=_seconds, metavar="S", help="seconds until the process must serve"
+        "--process-deadline",
+        type=_seconds,
+        metavar="S",
+        help="try the next rung unless the process serves within S seconds (default: from the estimate)",
     )
     parser.add_argument(
-        "--cache-deadline", type=_seconds, metavar="S", help="seconds until the kernel cache must be in place"
+        "--cache-deadline",
+        type=_seconds,
+        metavar="S",
+        help="try the next rung unless the kernel cache is in place within S seconds "
+        "(default: from the estimate)",
     )
     parser.add_argument(
         "--cache-dir",
@@ -50,18 +58,18 @@ def main(words: Sequence[str]) -> int:
         metavar="DIR",
         help="where to extract the kernel cache (default: where the server looks for it)",
     )
-    parser.add_argument("--ready-file", type=Path, metavar="FILE", help="is there while the server is ready")
     parser.add_argument(
-        "--ready-url", metavar="URL", help="of a COMMAND that is not vLLM: answers 2xx when it is ready"
+        "--ready-file", type=Path, metavar="FILE", help="create FILE while the server is ready"
     )
+    parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
     parser.add_argument(
-        "--paranoid", action="store_true", help="unpack the dump anew, and so check every byte of it again"
+        "--paranoid", action="store_true", help="unpack the dump again, which checks every byte of it"
     )
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     args = parser.parse_args(words)
-    # The rest is most of the start's time, which --help need not take.
+    # Imported late: it takes most of the start-up time, which --help does not need.
     from cli._restoring import run
 
     return run(args, command)
@@ -70,5 +78,5 @@ def main(words: Sequence[str]) -> int:
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"invalid number of seconds '{text}'")
     return seconds

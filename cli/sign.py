@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle sign`: says by whom an image is, in a form that cosign reads."""
+"""`rekindle sign`: sign an image, in the formats that cosign reads."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,12 +24,14 @@ from rekindle.report import ImageName, Outcome, Report
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle sign",
-        description="Sign an image by its digest, the kernel cache in it as well, and attach the signatures "
-        "to it as Sigstore bundles. `cosign verify` (2.6 and newer) and `rekindle verify` read them.",
+        description="Sign the digest of an image, and that of the kernel cache in it, and attach the "
+        "signatures as Sigstore bundles, which `cosign verify` (2.6 and newer) and `rekindle verify` read.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
-        "--legacy-tag", action="store_true", help="also as cosign before 2.6 reads it (with --sign-key)"
+        "--legacy-tag",
+        action="store_true",
+        help="with --sign-key, also sign in the format that cosign before 2.6 reads",
     )
     _arguments.add_signing(parser)
     _arguments.add_registry(parser)
@@ -43,13 +45,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Digest:
-    """Return the digest of the image that was signed."""
+    """Sign the image and return its digest."""
     key = _signing.chosen_key(args)
     by = _signing.chosen(args, key)
     if by is None:
-        raise UsageError("with which key?", hint="--sign-key cosign.key, or --sign-keyless")
+        raise UsageError("no signing key", hint="add --sign-key cosign.key or --sign-keyless")
     if args.legacy_tag and not (args.sign_key and isinstance(reference, RegistryReference)):
-        raise UsageError("--legacy-tag goes with --sign-key and an image in a registry")
+        raise UsageError("--legacy-tag requires --sign-key and an image in a registry")
     home = store.open_home()
     with home.work("sign") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
         report.image = ImageName(reference=args.image, digest=source.root.digest)
@@ -76,7 +78,7 @@ def _attach(
     made: Sequence[Descriptor],
     legacy: PrivateKey | None,
 ) -> None:
-    """Brings signatures to where their image is."""
+    """Attach signatures to their image where it is stored."""
     if isinstance(source.blobs, Layout):
         source.blobs.attach(staging, made)
         return

@@ -21,7 +21,8 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle snapshot",
         usage="rekindle snapshot IMAGE [options] -- COMMAND…",
-        description="Start a server, warm it, prove it, and save it as an image. The server ends with it.",
+        description="Start a server, warm it, check its answer, and save it as an image. The server ends "
+        "when its snapshot is made.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
@@ -29,35 +30,41 @@ def main(words: Sequence[str]) -> int:
         type=Network,
         choices=list(Network),
         default=Network.PRIVATE,
-        help="the server's network: its own (default), so that replicas do not collide, or the host's",
+        help="network of the server: its own, so that replicas do not collide, or the host's "
+        "(default: private)",
     )
     parser.add_argument(
-        "--ready-timeout", type=float, default=1800.0, metavar="S", help="seconds to get ready (1800)"
+        "--ready-timeout",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="fail unless the server is ready within S seconds (default: 1800)",
     )
+    parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
+    parser.add_argument("--oracle-request", type=Path, metavar="FILE", help=_arguments.ORACLE_REQUEST)
     parser.add_argument(
-        "--ready-url", metavar="URL", help="of a server that is not vLLM: answers 2xx when it is ready"
-    )
-    parser.add_argument(
-        "--oracle-request", type=Path, metavar="FILE", help="the request whose answer proves that server"
-    )
-    parser.add_argument(
-        "--warm-requests", type=Path, metavar="FILE", help="requests to warm it with, a JSON object a line"
+        "--warm-requests",
+        type=Path,
+        metavar="FILE",
+        help="requests that warm the server, one JSON object per line",
     )
     parser.add_argument(
         "--weights",
         type=Weights,
         choices=list(Weights),
-        help="of vLLM on a GPU: in the image (default there), read again from the model's files after a "
-        "restore, or as they are, with all that the GPU holds",
+        help="for vLLM on a GPU: keep the weights in the image (default), reload them from the model's files "
+        "after a restore, or dump all GPU memory as it is",
     )
-    parser.add_argument("--no-prove", action="store_true", help="do not restore it once before publishing")
+    parser.add_argument(
+        "--no-prove", action="store_true", help="publish without restoring the snapshot once as a test"
+    )
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
     parser.add_argument(
         "--allow-secret",
         action="append",
         default=[],
         metavar="NAME",
-        help="a variable, option or kind of token that the image may hold; whoever reads it can read that",
+        help="allow this variable, option or kind of token in the image, where all its readers can see it",
     )
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     _arguments.add_signing(parser)
@@ -91,7 +98,7 @@ def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOption
         with_cache=not args.no_cache,
         secrets=tuple(args.allow_secret),
         sign=_signing.chosen(args),
-        private_variables=_signing.VARIABLES,  # what opens our keys is not the server's business
+        private_variables=_signing.VARIABLES,  # the server must not see what gives access to our keys
         registry=_arguments.registry(args),
         keep_dump=args.keep_dump,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle verify`: whether an image is signed by somebody whom the policy accepts. Runs nothing."""
+"""`rekindle verify`: check whether an image has a signature that the policy accepts. Runs nothing."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ SCHEMA = "rekindle.verify/1"
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rekindle verify",
-        description="Verify an image's signature, as `restore` does before it reads anything else.",
+        description="Verify the signature of an image, as `restore` does before it reads anything else.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -31,5 +31,5 @@ def main(words: Sequence[str]) -> int:
     else:
         print(printable(f"{args.image} {digest}"))
         print(printable(f"signed by {trust.by}" if trust.by else "not verified"))
-        print(printable(f"made {created}" if created else "it does not say when it was made"))
+        print(printable(f"made {created}" if created else "made at an unknown time"))
     return 0

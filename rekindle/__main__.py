@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console script: finds the verb, runs it, and turns errors into text and an exit status."""
+"""The console script: run one command, and turn errors into text and an exit status."""
 
 import contextlib
 import importlib
@@ -14,22 +14,22 @@ from typing import NoReturn
 from rekindle.errors import Interrupted, RekindleError
 from rekindle.text import printable
 
-# Each verb is a module of cli, with _ for -, imported only when it is asked for.
+# Each command is a module of cli, with _ for -, imported only when it is run.
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
-    "restore": "bring a saved server back, and serve",
-    "push": "send an image to a registry",
-    "pull": "fetch an image from a registry",
-    "copy": "copy an image from anywhere to anywhere",
-    "pack-cache": "make an image of a kernel cache",
+    "restore": "restore a saved server, and serve",
+    "push": "push an image to a registry",
+    "pull": "pull an image from a registry",
+    "copy": "copy an image between any two places",
+    "pack-cache": "pack a kernel cache as an image",
     "extract": "extract the kernel cache of an image",
-    "sign": "say by whom an image is",
-    "verify": "see by whom an image is",
-    "generate-key-pair": "make a key to sign with",
-    "inspect": "show what is in an image",
-    "match": "compare this node with an image, field by field",
-    "doctor": "show what this node can do, and what it lacks",
-    "bench": "compare cold starts and restores, by phase",
+    "sign": "sign an image",
+    "verify": "verify the signature of an image",
+    "generate-key-pair": "generate a key pair for signing",
+    "inspect": "show what an image contains",
+    "match": "compare this node with a snapshot, field by field",
+    "doctor": "check what this node can do, and what is missing",
+    "bench": "compare cold starts with restores, by phase",
 }
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BUG_STATUS = 1
@@ -38,7 +38,7 @@ _PIPE_STATUS = 128 + signal.SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; see docs/errors.md."""
+    """Run one command and return its exit status; see docs/errors.md."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in {"-h", "--help", "help"}:
         print(_usage())
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rekindle {__version__}")
         return 0
     if words[0] not in VERBS:
-        print(f"rekindle: there is no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
+        print(f"rekindle: unknown command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return _USAGE_STATUS
     for signum in _ENDING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and a shell's & ask for
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored under nohup and after a shell's &
             signal.signal(signum, _interrupt)
     try:
         verb = importlib.import_module(f"cli.{words[0].replace('-', '_')}")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remove_leftovers()
         return 128 + interrupted.signum
     except RekindleError as error:
-        _tell(error)
+        _print_error(error)
         return error.exit_status
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rekindle.os_errors import from_os_error
 
         if failure := from_os_error(error):
-            _tell(failure)
+            _print_error(failure)
             return failure.exit_status
         traceback.print_exc()
         return _BUG_STATUS
@@ -83,26 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_files() -> None:
-    """Opens what of 0, 1 and 2 is closed, lest a file of ours be taken for the standard output."""
+    """Open those of descriptors 0, 1 and 2 that are closed, or a file of ours could become stdout."""
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:
-    for each in _ENDING:  # once is enough: what follows is the clean-up
+    for each in _ENDING:  # a second signal must not interrupt the clean-up
         signal.signal(each, signal.SIG_IGN)
     raise Interrupted(signum)
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads our standard output any more: `| head` has had enough before the end."""
+    """Return whether the reader of our standard output has gone, as `| head` does early."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _tell(error: RekindleError) -> None:
+def _print_error(error: RekindleError) -> None:
     lines = [f"rekindle: error: {error.message}"]
     if error.cause:
         lines.append("  cause: " + "\n         ".join(error.cause.splitlines()))
@@ -119,15 +119,17 @@ def _tell(error: RekindleError) -> None:
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<19}{summary}" for name, summary in VERBS.items())
     return (
-        "usage: rekindle COMMAND …      (rekindle COMMAND --help tells more)\n\n"
+        "usage: rekindle COMMAND …      (details: rekindle COMMAND --help)\n\n"
         f"{verbs}\n\n"
-        "An IMAGE is name[:tag], in the local store, oci:DIR[:tag], an OCI image layout,\n"
-        "or HOST[:PORT]/repository[:tag][@digest], in a registry."
+        "An IMAGE is one of:\n"
+        "  name[:tag]                               in the local store\n"
+        "  oci:DIR[:tag]                            in an OCI image layout\n"
+        "  HOST[:PORT]/repository[:tag][@digest]    in a registry"
     )
 
 
 def run() -> NoReturn:
-    """The entry point of the console script."""
+    """Run as the console script, and exit."""
     _open_standard_files()
     status = 0
     try:
@@ -139,7 +141,7 @@ def run() -> NoReturn:
         pass
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    os._exit(status)  # nothing is left to do, and taking the interpreter down costs 30 ms
+    os._exit(status)  # nothing is left to do, and finalising the interpreter takes 30 ms
 
 
 if __name__ == "__main__":

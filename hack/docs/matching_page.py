@@ -67,19 +67,20 @@ gpus         = NVIDIA H100 80GB HBM3
 gpu_driver   ≠ 580.65.06                                  570.158.01
 cuda         ≠ 13.0                                       12.8
 image       registry.example.com/models/llama:1 sha256:5d1c…
-process     no not here
+process     no
                (harmless) kernel: kernel was 6.8.0-1029, is 6.11.0-21
                (harmless) gpu-uuid: GPU's uuid was GPU-7d3c…, is GPU-e10a…
                driver: driver was 580.65.06, is 570.158.01 — install the recorded branch of the driver, …
                rootfs-file: /usr/lib/…/libcuda.so.580.65.06 was 96,104,152 bytes, …, is missing — …
-cache       →  fetches 48,211,003 bytes, takes about 94.5 s, is given up after 15 s
+cache       →  fetches 48,211,003 bytes, takes about 94.5 s, the cache must be in place within 15 s
 cold        or fetches 0 bytes, takes about 94.0 s
 device map  GPU-7d3c… → GPU-e10a…
 ```
 
-`→` marks the rung that a restore would take, `or` a fallback, `no` a rung that is not possible. The process
-is given up if it does not answer in the given time, the kernel cache if it is not in place by then; there is
-no limit for the start of the server on the cache. Exit status: 0 if the process can be restored, 3 if not.
+`→` marks the rung that a restore would take, `or` a fallback, `no` a rung that is not possible. A restore
+gives up the process if it does not answer in the given time, and the kernel cache if it is not in place by
+then; there is no limit for the start of the server on the cache. Exit status: 0 if the process can be
+restored, 3 if not.
 """
 TITLES = {
     Rung.PROCESS: ("The process", "Differences that forbid the process rung, or are reported for it."),

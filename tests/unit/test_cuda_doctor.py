@@ -63,7 +63,7 @@ def test_the_door_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> N
     assert done.status == 0, done.stderr
     assert done.stdout.splitlines() == [
         "ok    cuda       driver: libcuda.so.1, CUDA 13.0",
-        f"ok    cuda       utility: {fake.place}/bin/cuda-checkpoint 580.65.06, and is not needed",
+        f"ok    cuda       utility: {fake.place}/bin/cuda-checkpoint 580.65.06, not needed",
     ]
 
 
@@ -79,7 +79,7 @@ def test_a_node_with_a_gpu_and_no_door_lacks_one(node: FakeNvml, doctor: Rekindl
     fake.describe(driver="550.144.03")
     done = doctor("doctor", "--check", "cuda")
     assert done.status == 10
-    assert done.stdout.count("LACK  cuda") == 2
+    assert done.stdout.count("FAIL  cuda") == 2
     assert "update the NVIDIA driver to 580" in done.stdout
 
 
@@ -104,7 +104,7 @@ def test_what_a_killed_command_left_is_told_kept_and_repaired(
         assert done.status == 0, done.stderr
         for pid in pids:
             assert f"process {pid} was checkpointed, and is running again\n" in done.stdout
-        assert f"removed what a killed command left: {directory}" in done.stdout
+        assert f"removed the work directory of a killed command: {directory}" in done.stdout
         assert {fake.state(pid) for pid in pids} == {"running"}
         assert not directory.exists()
         assert doctor("doctor", "--repair", "--json", "--check", "root").json["repaired"] == []
@@ -120,7 +120,7 @@ def test_what_cannot_be_repaired_stays_and_is_a_lack(
         assert done.status == 10
         assert done.json["ok"] is False
         (line,) = done.json["repaired"]
-        assert f"what {directory}/{CUDA_JOURNAL} tells of cannot be undone" in line
+        assert f"cannot repair the servers in {directory}/{CUDA_JOURNAL}: " in line
         assert "there is no cuda-checkpoint on PATH" in line
         fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2}])
         done = doctor("doctor", "--repair", "--check", "root")
