@@ -141,7 +141,7 @@ class Bench:
             "schema": SCHEMA,
             "n": runs,
             "starts": {name: _summary(starts[name]) for name in _STARTS if name in starts},
-            "dump_bytes": record.dump_bytes,
+            "dump_bytes": record.dump.dump_bytes,
             "image_bytes": image_bytes,
             "peak_rss_bytes": self._peaks,
             "cache": self._proof,

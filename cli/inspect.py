@@ -13,6 +13,7 @@ from oci.cache.image import CacheImage
 from oci.image import Image
 from oci.reference import parse
 from oci.resolve import FoundImage
+from rekindle import documents
 from rekindle.errors import FormatError
 from rekindle.fields import JSON
 from rekindle.home import Home
@@ -97,14 +98,14 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
     record = image.record
     rows = {
         "image": f"{args.image} {image.index.digest}",
-        "made": f"{record.created} by {record.made_by}, CRIU {record.criu_version}",
-        "engine": record.engine,
+        "made": f"{record.created} by {record.made_by}, CRIU {record.criu.version}",
+        "engine": record.engine.name,
         "command": replay(record.command),
         "directory": record.directory,
         "listens on": str(record.endpoint),
         "made on": f"{record.node.cpu_model}, {record.node.architecture}, Linux {record.node.kernel}",
         "runs": f"{record.process.tasks} threads, {record.process.network} network",
-        "memory": f"{record.dump_bytes:,} bytes dumped, {record.stored_bytes:,} without zero pages",
+        "memory": f"{record.dump.dump_bytes:,} bytes dumped, {record.dump.stored_bytes:,} without zero pages",
         "stored": f"{image.size_bytes:,} bytes in {len(image.layers)} layers",
         "cache": _summary(kernels) if kernels is not None else "none",
         "needs": f"{len(record.mapped_files)} files of the node's file system",
@@ -150,7 +151,7 @@ def _cache_json(kernels: CacheImage) -> JSON:
         "created": kernels.created,
         "made_by": inventory.made_by,
         "architecture": kernels.architecture,
-        "targets": [target.to_json() for target in inventory.targets],
+        "targets": [documents.to_json(target) for target in inventory.targets],
         "roots": [
             {"kind": root.kind, "recorded": root.recorded, "files": root.files, "bytes": root.bytes}
             for root in inventory.roots

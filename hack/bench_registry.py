@@ -6,7 +6,6 @@ pull starts from an empty disk and ends with files that CRIU can restore: rekind
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from msgspec import structs
 
 from oci import image as images
 from oci import layers
@@ -121,7 +122,7 @@ def pack(name: str, dump: Path, layout: Layout) -> None:
     record = images.load(store, store.resolve(f"{name}:latest")).record
     criu_images.drop_zero_pages(dump / "criu")
     files = dump_tree.scan(dump)
-    record = dataclasses.replace(record, files=files)
+    record = structs.replace(record, dump=structs.replace(record.dump, files=files))
     built = images.build(layout, record, layers.pack(dump, files, layout, workers=layers.workers()))
     layout.publish(layout, built.index, "x:latest")
 

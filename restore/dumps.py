@@ -94,9 +94,9 @@ def _room_bytes(image: Image) -> int:
 
     Bounded by what its layers can expand to: a record with false sizes would evict all other dumps.
     """
-    recorded = sum(file.size for file in image.record.files if file.path.parts[0] == "criu")
+    recorded = sum(file.size for file in image.record.dump.files if file.path.parts[0] == "criu")
     possible = sum(image.limits.expanded_bytes(layer.size) for layer in image.layers)
-    return min(recorded, possible, image.record.stored_bytes or recorded)
+    return min(recorded, possible, image.record.dump.stored_bytes or recorded)
 
 
 def _require_disk_size(dumps: Path, room: int) -> None:
@@ -120,7 +120,7 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
             written = unpack(
                 image.blobs,
                 image.layers,
-                image.record.files,
+                image.record.dump.files,
                 staged,
                 workers=workers(),
                 limits=image.limits,
@@ -158,7 +158,7 @@ def _seal(tree: Path, image: Image) -> str:
     Directories count because CRIU also reads files that the record does not list. Only root can change a
     file without changing its ctime.
     """
-    files = [file.path for file in image.record.files]
+    files = [file.path for file in image.record.dump.files]
     directories = {PurePosixPath("criu"), PurePosixPath("shm")}
     directories |= {parent for path in files for parent in path.parents if parent.parts}
     hasher = hashlib.sha256()

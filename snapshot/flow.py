@@ -90,7 +90,7 @@ def snapshot(
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):
-            packed = layers.pack(work / "dump", made.record.files, staging, workers=layers.workers())
+            packed = layers.pack(work / "dump", made.record.dump.files, staging, workers=layers.workers())
             remove_tree(work / "dump")
             image = images.build(staging, made.record, packed, kernels)
         with report.phase("sign"):
@@ -99,7 +99,7 @@ def snapshot(
             signatures = machine.sign(staging, subjects, attested, options.sign, home)
             proved = machine.verify_made_here(image, staging, home)
         report.image = ImageName(reference=options.image, digest=image.index.digest)
-        report.bytes.dump, report.bytes.written = made.record.dump_bytes, image.size_bytes
+        report.bytes.dump, report.bytes.written = made.record.dump.dump_bytes, image.size_bytes
         if options.prove:
             _prove(home, work, proved, tool, engine, report)
         with report.phase("publish"):

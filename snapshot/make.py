@@ -22,7 +22,7 @@ from rekindle.fields import JSON
 from rekindle.files import PAGE_BYTES, copy_sparse_tree
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.os_errors import naming_full_disk
-from rekindle.record import Oracle, Process, Record, StoredFile
+from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, RecordedEngine, StoredFile
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import find_caches, secret_search
@@ -104,29 +104,27 @@ def make(
         server_pid=seen.server_pid,
         tasks=seen.threads,
         network=spec.network,
-        clocks=clocks,
+        monotonic_ns=clocks.monotonic_ns,
+        boottime_ns=clocks.boottime_ns,
         stdout=str(server.stdout),
         stderr=str(server.stderr),
-        gpus=cuda.gpus,
-        cuda_pids=cuda.pids,
+        gpus=tuple(cuda.gpus),
+        cuda_pids=tuple(cuda.pids),
     )
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
-        engine=engine.name,
-        engine_options=engine.options(),
+        engine=RecordedEngine(name=engine.name, options=engine.options()),
         command=redact_command(spec.argv, spec.credentials.values),
         directory=str(Path.cwd()),
         environment=redact_environment({**spec.environment, **server.added}, spec.credentials.values),
         endpoint=seen.endpoint,
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
-        criu_version=tool.version,
+        criu=RecordedCriu(version=tool.version),
         process=process,
         mapped_files=mapped,
-        dump_bytes=dump_bytes,
-        stored_bytes=_size_bytes(tree / "criu"),
-        files=files,
+        dump=Dump(dump_bytes=dump_bytes, stored_bytes=_size_bytes(tree / "criu"), files=files),
         weights=_weights(engine, spec, report),
         start_seconds=round(start_seconds, 3),
     )

@@ -2,13 +2,14 @@
 """Operations that steps share, timed: starts of a server, a snapshot, restores of its process and of its
 kernel cache. All of them raise StepError for a wrong result; `found` then has the results before it."""
 
-import dataclasses
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from msgspec import structs
 
 from hack.gpu.errors import StepError
 from hack.gpu.journal import Found
@@ -46,8 +47,8 @@ def snapshot(
     return {
         "report": {field: report[field] for field in fields},
         "image_bytes": made.size_bytes,
-        "dump_bytes": made.record.dump_bytes,
-        "stored_bytes": made.record.stored_bytes,
+        "dump_bytes": made.record.dump.dump_bytes,
+        "stored_bytes": made.record.dump.stored_bytes,
         "cuda_pids": list(made.record.process.cuda_pids),
         "gpus": list(made.record.process.gpus),
         "threads": made.record.process.tasks,
@@ -121,9 +122,9 @@ def _doctored(lab: Lab, name: str) -> str:
     if not loaded.record.process.gpus:
         raise StepError("the record names no GPU to doctor")
     devices = loaded.record.node.devices
-    others = tuple(dataclasses.replace(each, name=f"{each.name} (doctored)") for each in devices.gpus)
-    node = dataclasses.replace(loaded.record.node, devices=dataclasses.replace(devices, gpus=others))
-    record = dataclasses.replace(loaded.record, node=node)
+    others = tuple(structs.replace(each, name=f"{each.name} (doctored)") for each in devices.gpus)
+    node = structs.replace(loaded.record.node, devices=structs.replace(devices, gpus=others))
+    record = structs.replace(loaded.record, node=node)
     layout = Layout(Home(lab.home).store)
     built = images.build(layout, record, loaded.layers, loaded.cache)
     layout.publish(layout, built.index, f"{doctored}:latest")

@@ -15,17 +15,20 @@ over its files in the order of the archive: path within the root, a zero byte, s
 content. A key of `*` stands for the entries of a root that were too many to be listed.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Annotated
 
+from msgspec import Meta, Struct, structs
+
+from rekindle import documents
 from rekindle.digest import Digest
+from rekindle.documents import Count, whole
 from rekindle.engine.caches import CacheKind
 from rekindle.errors import FormatError
-from rekindle.fields import JSON, Fields, text_item
+from rekindle.fields import JSON, Fields
 
 FIELD = "vnd.rekindle.inventory"
 SCHEMA = "rekindle.inventory/1"
@@ -41,101 +44,94 @@ METADATA_LIMIT_BYTES = 1 << 20  # of an entry's own JSON
 
 _TRITON_KEY = re.compile(r"[A-Z2-7]{52}")
 PREFIXES = ("io.vllm.cache", "io.triton.cache", "io.rekindle.cache")
-_PREFIX = re.compile(r"io\.(vllm|triton|rekindle)\.cache(/[a-z0-9]+(-[a-z0-9]+)*)?")
+_NAME = "[a-z0-9]+(-[a-z0-9]+)*"
+_PREFIX = whole(rf"io\.(vllm|triton)\.cache(/{_NAME})?|io\.rekindle\.cache/{_NAME}")
+_WARP_LIMIT = 1024
+_Text = Annotated[str, Meta(max_length=_TEXT_LIMIT)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class Target:
+class Target(Struct, frozen=True, kw_only=True, order=True):
     """What a kernel was compiled for: `cuda`, `90`, 32 or `hip`, `gfx942`, 64; or, if C++ was compiled for
     the machine's own processor, `cpu`, its architecture as the kernel names it, 0."""
 
-    backend: str
-    arch: str
-    warp_size: int
-
-    def to_json(self) -> dict[str, JSON]:
-        return {"backend": self.backend, "arch": self.arch, "warp_size": self.warp_size}
+    backend: _Text
+    arch: _Text
+    warp_size: Annotated[int, Meta(ge=0, le=_WARP_LIMIT)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Struct, frozen=True, kw_only=True):
     """What a server looks up by one key."""
 
-    key: str
-    targets: Sequence[Target]
-    versions: Mapping[str, str]
-    files: int
-    bytes: int
+    key: _Text
+    targets: Annotated[Sequence[Target], Meta(max_length=_TARGETS_LIMIT)]
+    versions: Annotated[Mapping[_Text, _Text], Meta(max_length=_VERSIONS_LIMIT)] = {}
+    files: Count
+    bytes: Count
     digest: Digest
 
-    def to_json(self) -> dict[str, JSON]:
-        return {
-            "key": self.key,
-            "targets": [target.to_json() for target in self.targets],
-            "versions": dict(self.versions),
-            "files": self.files,
-            "bytes": self.bytes,
-            "digest": self.digest,
-        }
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRoot:
+class StoredRoot(Struct, frozen=True, kw_only=True):
     """A cache as the image holds it: where it was, and in which layer, below which prefix, it is."""
 
     kind: CacheKind
     recorded: str
-    prefix: str
-    layer: int
-    files: int
-    bytes: int
-    entries: Sequence[Entry]
+    prefix: Annotated[str, Meta(pattern=_PREFIX, max_length=_TEXT_LIMIT)]
+    layer: Annotated[int, Meta(ge=0, le=ROOTS_LIMIT)]
+    files: Count
+    bytes: Count
+    entries: Annotated[Sequence[Entry], Meta(max_length=ENTRIES_LIMIT + _TARGETS_LIMIT)]
+
+    def __post_init__(self) -> None:
+        """Require an absolute path in canonical form, short enough to have something below it."""
+        path = PurePosixPath(self.recorded)
+        if (
+            not path.is_absolute()
+            or str(path) != self.recorded
+            or self.recorded.startswith("//")
+            or len(path.parts) < 2
+            or ".." in path.parts
+            or not self.recorded.isprintable()
+            or len(self.recorded.encode(errors="replace")) > _PATH_LIMIT_BYTES
+        ):
+            raise FormatError(
+                "the inventory names a directory that cannot be used", cause=f"{self.recorded!r:.120}"
+            )
 
     @property
     def name(self) -> str:
-        """What its directory is called where many are extracted to: `KIND`, `KIND-2`."""
+        """Return what its directory is called where many are extracted to: `KIND`, `KIND-2`."""
         return self.prefix.partition("/")[2] or self.kind
 
-    def to_json(self) -> dict[str, JSON]:
-        return {
-            "kind": self.kind,
-            "recorded": self.recorded,
-            "prefix": self.prefix,
-            "layer": self.layer,
-            "files": self.files,
-            "bytes": self.bytes,
-            "entries": [entry.to_json() for entry in self.entries],
-        }
 
+class Inventory(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
+    """The caches that an image holds. No two share a layer, a place or a name."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
     made_by: str
-    roots: Sequence[StoredRoot]
+    roots: Annotated[Sequence[StoredRoot], Meta(max_length=ROOTS_LIMIT)]
+
+    def __post_init__(self) -> None:
+        for what in ("layer", "prefix", "recorded", "name"):
+            if len({getattr(root, what) for root in self.roots}) != len(self.roots):
+                raise FormatError(f"two roots of the inventory have one {what}")
 
     @property
     def targets(self) -> list[Target]:
-        """All that there are kernels for."""
+        """Return all that there are kernels for."""
         return sorted({target for root in self.roots for entry in root.entries for target in entry.targets})
 
     def to_json(self) -> dict[str, JSON]:
-        return {"schema": SCHEMA, "made_by": self.made_by, "roots": [root.to_json() for root in self.roots]}
+        return documents.to_json(self)
 
     @classmethod
     def from_json(cls, value: object) -> "Inventory":
         """Raises FormatError for anything but a well-formed inventory of a version known here."""
-        fields = Fields(value, "inventory")
-        schema = fields.text("schema")
+        schema = Fields(value, "inventory").text("schema")
         if schema != SCHEMA:
             raise FormatError(
                 f"the inventory's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
                 hint="use a newer rekindle" if schema.startswith("rekindle.inventory/") else "",
             )
-        roots = fields.list_of("roots", _root, at_most=ROOTS_LIMIT)
-        for what in ("layer", "prefix", "recorded", "name"):
-            if len({getattr(root, what) for root in roots}) != len(roots):
-                raise FormatError(f"two roots of the inventory have one {what}")
-        return cls(made_by=fields.text("made_by"), roots=roots)
+        return documents.read(value, cls, "inventory")
 
 
 def depends_on(kind: CacheKind) -> tuple[str, ...]:
@@ -160,7 +156,7 @@ def bounded(entries: Sequence[Entry], at_most: int) -> list[Entry]:
         group = (tuple(entry.targets), tuple(sorted(entry.versions.items())))
         groups.setdefault(group, []).append(entry)
     return [
-        dataclasses.replace(
+        structs.replace(
             first,
             key="*",
             files=sum(entry.files for entry in group),
@@ -196,12 +192,11 @@ def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
             return "."
 
 
-@dataclass(slots=True)
-class Metadata:
+class Metadata(Struct):
     """What is known of an entry from the names and the JSON in it, gathered file by file."""
 
-    targets: set[Target] = dataclasses.field(default_factory=set)
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    targets: set[Target] = set()
+    versions: dict[str, str] = {}
 
     def look_at_name(self, root: CacheKind, path: PurePosixPath, recorded: str, machine: str) -> None:
         """Kinds that say in a directory's name what they are for; and Inductor's C++ kernels, which are made
@@ -267,83 +262,7 @@ def triton_target(document: Mapping[str, JSON]) -> Target | None:
         or isinstance(arch, bool)
         or not 0 < len(backend) <= _TEXT_LIMIT
         or len(str(arch)) > _TEXT_LIMIT
-        or not 0 <= warp <= 1024
+        or not 0 <= warp <= _WARP_LIMIT
     ):
         return None
     return Target(backend=backend, arch=str(arch), warp_size=int(warp))
-
-
-def _root(value: object, where: str) -> StoredRoot:
-    fields = Fields(value, where)
-    prefix = fields.text("prefix")
-    if not _PREFIX.fullmatch(prefix) or len(prefix) > _TEXT_LIMIT or prefix == "io.rekindle.cache":
-        raise FormatError(f"{where}.prefix is no place in a cache image", cause=f"{prefix!r:.120}")
-    return StoredRoot(
-        kind=_kind(fields.text("kind"), where),
-        recorded=_recorded(fields.text("recorded"), where),
-        prefix=prefix,
-        layer=fields.integer("layer", at_most=ROOTS_LIMIT),
-        files=fields.integer("files"),
-        bytes=fields.integer("bytes"),
-        entries=fields.list_of("entries", _entry, at_most=ENTRIES_LIMIT + _TARGETS_LIMIT),
-    )
-
-
-def _entry(value: object, where: str) -> Entry:
-    fields = Fields(value, where)
-    try:
-        digest = Digest.parse(fields.text("digest"))
-    except ValueError as error:
-        raise FormatError(f"{where}.digest cannot be used", cause=str(error)) from None
-    versions = fields.text_map("versions", {})
-    if len(versions) > _VERSIONS_LIMIT:
-        raise FormatError(f"{where}.versions names {len(versions)} things")
-    return Entry(
-        key=_short(fields.text("key"), f"{where}.key"),
-        targets=fields.list_of("targets", _target, at_most=_TARGETS_LIMIT),
-        versions={_short(name, where): _short(text, where) for name, text in versions.items()},
-        files=fields.integer("files"),
-        bytes=fields.integer("bytes"),
-        digest=digest,
-    )
-
-
-def _target(value: object, where: str) -> Target:
-    fields = Fields(value, where)
-    return Target(
-        backend=_short(fields.text("backend"), where),
-        arch=_short(fields.text("arch"), where),
-        warp_size=fields.integer("warp_size", at_most=1024),
-    )
-
-
-def _short(text: str, where: str) -> str:
-    text = text_item(text, where)
-    if len(text) > _TEXT_LIMIT:
-        raise FormatError(f"{where} is longer than {_TEXT_LIMIT} characters")
-    return text
-
-
-def _kind(text: str, where: str) -> CacheKind:
-    try:
-        return CacheKind(text)
-    except ValueError:
-        raise FormatError(
-            f"{where}.kind {text!r:.60} is not known here", hint="use a newer rekindle"
-        ) from None
-
-
-def _recorded(text: str, where: str) -> str:
-    """An absolute path in canonical form, short enough to have something below it."""
-    path = PurePosixPath(text)
-    if (
-        not path.is_absolute()
-        or str(path) != text
-        or text.startswith("//")
-        or len(path.parts) < 2
-        or ".." in path.parts
-        or any(not c.isprintable() for c in text)
-        or len(text.encode(errors="replace")) > _PATH_LIMIT_BYTES
-    ):
-        raise FormatError(f"{where}.recorded is no absolute path of a directory", cause=f"{text!r:.120}")
-    return text

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from oci.cache.inventory import StoredRoot, Target, json_object, triton_target
+from rekindle import documents
 from rekindle.engine.caches import CacheKind, environment_for
 from rekindle.fields import JSON
 
@@ -135,7 +136,7 @@ class Survey:
         base = f"cache.{self.kind}.image"
         labels = {
             f"{base}/entry-count": str(count),
-            f"{base}/summary": _compact({"targets": [target.to_json() for target in known]}),
+            f"{base}/summary": _compact({"targets": [documents.to_json(target) for target in known]}),
             f"{base}/cache-size-bytes": str(self.counted_bytes + extra_bytes),
         }
         if self.kind is CacheKind.VLLM:
@@ -186,7 +187,7 @@ def _kernel(content: bytes) -> dict[str, JSON] | None:
     target = triton_target(document) if document is not None else None
     if document is None or target is None:
         return None
-    kernel: dict[str, JSON] = {"hash": document["hash"], **target.to_json()}
+    kernel: dict[str, JSON] = {"hash": document["hash"], **documents.to_json(target)}
     for name, form in (("ptx_version", int), ("num_stages", int), ("num_warps", int), ("debug", bool)):
         if isinstance(value := document.get(name), form) and value:
             kernel[name] = value

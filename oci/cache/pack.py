@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from oci import media_types
 from oci.cache.inventory import (
     ENTRIES_LIMIT,
@@ -320,7 +322,7 @@ def _read(readinto: Callable[[memoryview], int | None], size: int) -> bytes:
 
 def _shortened(roots: Sequence[StoredRoot]) -> list[StoredRoot]:
     at_most = ENTRIES_LIMIT // len(roots)
-    return [dataclasses.replace(root, entries=bounded(root.entries, at_most)) for root in roots]
+    return [structs.replace(root, entries=bounded(root.entries, at_most)) for root in roots]
 
 
 def _config(
@@ -345,7 +347,7 @@ def _config(
     }
     content = json.dumps(document, separators=(",", ":")).encode()
     if len(content) > _CONFIG_LIMIT_BYTES:
-        fewer = [dataclasses.replace(root, entries=bounded(root.entries, 1)) for root in roots]
-        document[FIELD] = dataclasses.replace(inventory, roots=fewer).to_json()
+        fewer = [structs.replace(root, entries=bounded(root.entries, 1)) for root in roots]
+        document[FIELD] = structs.replace(inventory, roots=fewer).to_json()
         content = json.dumps(document, separators=(",", ":")).encode()
     return content

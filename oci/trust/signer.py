@@ -46,7 +46,7 @@ def predicate(record: Record) -> dict[str, JSON]:
     return {
         "created": record.created,
         "made_by": record.made_by,
-        "engine": record.engine,
+        "engine": record.engine.name,
         "node": {
             "architecture": record.node.architecture,
             "cpu_model": record.node.cpu_model,
@@ -54,7 +54,7 @@ def predicate(record: Record) -> dict[str, JSON]:
             "packages": dict(record.node.packages),
             "gpus": [gpu.name for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus],
         },
-        "criu": record.criu_version,
+        "criu": record.criu.version,
         "command": list(record.command),
         "weights": dict(record.weights),
     }

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's OpenAI-compatible server."""
 
-import dataclasses
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from msgspec import structs
 
 from rekindle.engine import Compiled, Endpoint, Engine, Request
 from rekindle.engine.client import Client, Response
@@ -114,7 +115,7 @@ class VllmEngine(Engine):
         if not key:
             return request
         headers = {**request.headers, "Authorization": f"Bearer {key}"}
-        return dataclasses.replace(request, headers=headers)
+        return structs.replace(request, headers=headers)
 
     def ready(self, client: Client, timeout: float) -> bool:
         return client.get("/health", timeout=min(timeout, _TIMEOUT_SECONDS)).status == 200

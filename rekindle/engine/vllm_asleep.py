@@ -11,7 +11,6 @@ the image) or not at all (level 2: they are read again from the model's files). 
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -21,6 +20,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from rekindle.engine import Endpoint, Phase, Request, no_phase
 from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
@@ -165,7 +166,7 @@ class AtBoundary(VllmEngine):
         # As vllm/snapshot/server.py asks: no token that ends the answer.
         body = {**asked.body, "min_tokens": 1, "return_tokens_as_token_ids": True}
         answer = {"tokens": [f"token_id:{token}"], "logprobs": [round(logprob, 6)]}
-        return dataclasses.replace(asked, body=body), answer
+        return structs.replace(asked, body=body), answer
 
     def wake(self, client: "Client", phase: Phase) -> None:
         assert self._root is not None

@@ -9,16 +9,19 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from rekindle.fields import JSON, Fields
-from rekindle.node.gpu import Gpu, Gpus
+from msgspec import Meta, Struct
+
+from rekindle import documents
+from rekindle.documents import Count
+from rekindle.fields import JSON
+from rekindle.node.gpu import Gpus
 from rekindle.node.gpu import probe as probe_gpus
 from rekindle.node.packages import versions
 
-_GPUS_LIMIT = 1024
+_FEATURES_LIMIT = 100_000
 _ARCH_GET_XCOMP_SUPP = 0x1021  # asm/prctl.h, since Linux 5.16
 _SYS_ARCH_PRCTL = 158
 
@@ -30,29 +33,28 @@ _LEVELS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fingerprint:
+class Fingerprint(Struct, frozen=True, kw_only=True):
     """The facts. `cpu_features` are the kernel's names of them, as in /proc/cpuinfo; `xsave` is the set of
     extended states that the kernel lets processes have, a bit each as in the register XCR0, 0 if it does not
     say; `capabilities` those that we have and a server that we start, a bit each as in capabilities(7);
-    `packages` are the versions of what a command runs with."""
+    `packages` are the versions of what a command runs with. What a record of before does not say is empty."""
 
     architecture: str
     cpu_model: str
-    cpu_features: frozenset[str]
+    cpu_features: Annotated[frozenset[str], Meta(max_length=_FEATURES_LIMIT)]
     kernel: str
-    page_bytes: int
+    page_bytes: Annotated[int, Meta(ge=1, le=1 << 62)]
     cpu_vendor: str = ""
-    xsave: int = 0
-    capabilities: int = 0
+    xsave: Count = 0
+    capabilities: Count = 0
     libc: str = ""
     container: str = ""
-    packages: Mapping[str, str] = field(default_factory=dict)
-    devices: Gpus = field(default_factory=Gpus)
+    packages: Mapping[str, str] = {}
+    devices: Gpus = Gpus()
 
     @classmethod
     def probe(cls, command: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Self:
-        """Reads the facts of this node now, and of what a command would run with."""
+        """Read the facts of this node now, and of what a command would run with."""
         facts: dict[str, str] = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if not line and "processor" in facts:
@@ -87,78 +89,19 @@ class Fingerprint:
         return f"x86-64-{level}"
 
     def to_json(self) -> dict[str, JSON]:
-        """The field `node` of the record."""
-        return {
-            "architecture": self.architecture,
-            "cpu_vendor": self.cpu_vendor,
-            "cpu_model": self.cpu_model,
-            "cpu_level": self.cpu_level,
-            "cpu_features": sorted(self.cpu_features),
-            "xsave": self.xsave,
-            "capabilities": self.capabilities,
-            "kernel": self.kernel,
-            "page_bytes": self.page_bytes,
-            "libc": self.libc,
-            "container": self.container,
-            "packages": dict(self.packages),
-            "gpus": [_gpu_to_json(gpu) for gpu in self.devices.gpus],
-            "gpu_driver": self.devices.driver,
-            "cuda": self.devices.cuda,
-            "mps": self.devices.mps,
-            "links": list(self.devices.links),
-        }
+        """Return the field `node` of the record. What tells of GPUs stands beside the rest."""
+        document = documents.to_json(self)
+        gpus = document.pop("devices")
+        del gpus["gpu_lack"]
+        features = sorted(self.cpu_features)
+        return {**document, **gpus, "cpu_features": features, "cpu_level": self.cpu_level}
 
     @classmethod
-    def from_json(cls, fields: Fields) -> Self:
-        """Raises FormatError. What a record of before does not say is empty."""
-        gpus = fields.list_of("gpus", _gpu, at_most=_GPUS_LIMIT) if fields.has("gpus") else []
-        return cls(
-            architecture=fields.text("architecture"),
-            cpu_model=fields.text("cpu_model"),
-            cpu_features=frozenset(fields.texts("cpu_features")),
-            kernel=fields.text("kernel"),
-            page_bytes=fields.integer("page_bytes", at_least=1),
-            cpu_vendor=fields.text("cpu_vendor", ""),
-            xsave=fields.integer("xsave") if fields.has("xsave") else 0,
-            capabilities=fields.integer("capabilities") if fields.has("capabilities") else 0,
-            libc=fields.text("libc", ""),
-            container=fields.text("container", ""),
-            packages=fields.text_map("packages", {}),
-            devices=Gpus(
-                driver=fields.text("gpu_driver", ""),
-                cuda=fields.text("cuda", ""),
-                mps=fields.truth("mps", default=False),
-                gpus=tuple(gpus),
-                links=tuple(fields.texts("links", at_most=_GPUS_LIMIT**2)) if fields.has("links") else (),
-            ),
-        )
-
-
-def _gpu_to_json(gpu: Gpu) -> dict[str, JSON]:
-    return {
-        "vendor": gpu.vendor,
-        "name": gpu.name,
-        "arch": gpu.arch,
-        "warp_size": gpu.warp_size,
-        "uuid": gpu.uuid,
-        "memory_bytes": gpu.memory_bytes,
-        "mig": gpu.mig,
-        "ecc": gpu.ecc,
-    }
-
-
-def _gpu(value: object, where: str) -> Gpu:
-    fields = Fields(value, where)
-    return Gpu(
-        vendor=fields.text("vendor"),
-        name=fields.text("name"),
-        arch=fields.text("arch"),
-        warp_size=fields.integer("warp_size", at_most=1024),
-        uuid=fields.text("uuid"),
-        memory_bytes=fields.integer("memory_bytes"),
-        mig=fields.truth("mig", default=False),
-        ecc=fields.truth("ecc", default=False),
-    )
+    def from_json(cls, value: object, where: str) -> Self:
+        """Raises FormatError."""
+        devices = documents.read(value, Gpus, where)
+        assert isinstance(value, dict)
+        return documents.read({**value, "devices": devices}, cls, where)
 
 
 def _capabilities() -> int:

@@ -8,9 +8,12 @@ driver that cannot be asked, and one that says what cannot be, is a lack: nothin
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from rekindle.documents import Count
 
 _SYS = Path("/sys")
 _DEV = Path("/dev")
@@ -28,23 +31,21 @@ _KFD_HEAPS_OF_THE_GPU = (1, 2)  # its memory, whether the processor sees it or n
 _KFD_NO_NAME = "ip discovery"  # how the driver calls a chip that it knows by its parts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class Gpu(Struct, frozen=True, kw_only=True):
     """A GPU. `arch` and `warp_size` are as in Triton's targets: `90` and 32, `gfx942` and 64; `uuid` is as
     the vendor's tools print it. `mig` and `ecc` say what is on now, not what will be after a reset."""
 
     vendor: str
     name: str
     arch: str
-    warp_size: int
+    warp_size: Annotated[int, Meta(ge=0, le=1024)]
     uuid: str
-    memory_bytes: int
-    mig: bool
-    ecc: bool
+    memory_bytes: Count
+    mig: bool = False
+    ecc: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpus:
+class Gpus(Struct, frozen=True, kw_only=True, rename={"driver": "gpu_driver", "lack": "gpu_lack"}):
     """The GPUs of a node, NVIDIA's first and in NVML's order, which is that of the PCI bus.
 
     `cuda` is the newest version that the driver knows. `links` says how NVIDIA's GPUs reach each other, for
@@ -56,8 +57,8 @@ class Gpus:
     driver: str = ""
     cuda: str = ""
     mps: bool = False
-    gpus: tuple[Gpu, ...] = ()
-    links: tuple[str, ...] = ()
+    gpus: Annotated[tuple[Gpu, ...], Meta(max_length=_GPUS_LIMIT)] = ()
+    links: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT**2)] = ()
     lack: str = ""
 
 

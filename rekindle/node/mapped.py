@@ -10,23 +10,26 @@ import contextlib
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
+
 from rekindle.digest import Digest
+from rekindle.documents import AbsolutePath, Count, Nanoseconds
 from rekindle.node import elf
 
 _HASHED_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MappedFile:
-    """A file by its path, size in bytes, time of change and identity: `build-id:HEX`, `sha256:HEX`, or empty
-    if it is too large to be read at every restore."""
+class MappedFile(Struct, frozen=True, kw_only=True):
+    """A file by its path, size in bytes, time of change and identity.
 
-    path: str
-    size: int
-    mtime_ns: int = 0
+    The identity is `build-id:HEX`, `sha256:HEX`, or empty for a file too large to be read at every restore.
+    """
+
+    path: AbsolutePath
+    size: Count
+    mtime_ns: Nanoseconds = 0
     identity: str = ""
 
 

@@ -176,10 +176,10 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
     """Return who talks to the command that a lower rung starts; None if no engine knows it."""
     record = facts.image.record if facts.image else None
     if not options.command:
-        return restored(record.engine, record.endpoint, record.engine_options) if record else None
+        return restored(record.engine.name, record.endpoint, record.engine.options) if record else None
     known = record if record and same_command(record.command, options.command) else None
-    if not options.ready_url and known is not None and known.engine != "vllm":
-        return restored(known.engine, known.endpoint, known.engine_options)
+    if not options.ready_url and known is not None and known.engine.name != "vllm":
+        return restored(known.engine.name, known.endpoint, known.engine.options)
     try:
         engine = for_command(options.command, ready_url=options.ready_url)
     except UsageError:
@@ -191,10 +191,10 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
 
 def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
     """Return the engine, told what counts of the answer if it is the recorded server at another address."""
-    if known is None or known.engine != engine.name or known.engine == "vllm":
+    if known is None or known.engine.name != engine.name or known.engine.name == "vllm":
         return engine
-    options = {**known.engine_options, "ready_path": engine.options()["ready_path"]}
-    return restored(known.engine, engine.endpoint, options)
+    options = {**known.engine.options, "ready_path": engine.options()["ready_path"]}
+    return restored(known.engine.name, engine.endpoint, options)
 
 
 def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options) -> Endpoint | None:

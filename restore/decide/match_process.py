@@ -150,8 +150,8 @@ def _lacks(abilities: Abilities, record: Record) -> Iterator[Difference]:
     for code, lack in abilities.lacks.items():
         if code != "cuda" or record.process.gpus:
             yield Difference(code, code, "", lack)
-    if abilities.criu is not None and release(abilities.criu.version) < release(record.criu_version):
-        yield Difference("criu-version", "CRIU", record.criu_version, abilities.criu.version)
+    if abilities.criu is not None and release(abilities.criu.version) < release(record.criu.version):
+        yield Difference("criu-version", "CRIU", record.criu.version, abilities.criu.version)
 
 
 def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:

@@ -157,11 +157,11 @@ def _process(facts: Facts) -> Step:
                         del different[file.path]
     if not facts.unpacked:
         fetched += sum(layer.size for layer in facts.image.layers)
-    written = 0 if facts.unpacked else record.stored_bytes
+    written = 0 if facts.unpacked else record.dump.stored_bytes
     fetched = 0 if facts.local else fetched
     seconds = (
         _RESTORE_SECONDS
-        + record.stored_bytes / _RESTORE_BYTES_PER_SECOND
+        + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
     found = match_process.process(record, facts.node, facts.abilities, different, facts.given)

@@ -56,6 +56,6 @@ def _as_compiled(decision: Decision) -> Sequence[str]:
     record, command = decision.image.value.record, decision.facts.command
     assert command
     here = decision.facts.node.devices.gpus
-    if record.engine != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
+    if record.engine.name != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
         return command
-    return as_compiled(command, record.engine_options)
+    return as_compiled(command, record.engine.options)

@@ -195,7 +195,7 @@ def restore(
             log_directory=work,
             home=home,
         )
-    engine = engine or restored(record.engine, record.endpoint, record.engine_options)
+    engine = engine or restored(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):
             _restore_cuda(cell, process.cuda_pids, cuda)

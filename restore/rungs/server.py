@@ -109,7 +109,7 @@ def start(
         address.release()  # the server binds it itself
     elif listens is not None:
         bind(listens).close()  # if this raises, another server is there and could be mistaken for ours
-    known = image and engine and image.record.engine == engine.name
+    known = image and engine and image.record.engine.name == engine.name
     oracle = image.record.oracle if image and known else None
     run.signals.check()
     with report.phase("server"):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes with GPUs, as rekindle.gpu.probe() tells them. `FakeNvml` and `write_kfd` make them."""
 
-import dataclasses
 import itertools
+
+from msgspec import structs
 
 from rekindle.node.gpu import Gpu, Gpus
 
@@ -36,7 +37,7 @@ H200 = Gpus(
     links=linked(8, "nvlink"),
 )
 A100 = Gpus(driver="570.158.01", cuda="12.8", gpus=(nvidia(0, "NVIDIA A100-SXM4-80GB", "80", 81920),))
-A100_MIG = dataclasses.replace(A100, gpus=(dataclasses.replace(A100.gpus[0], mig=True),))
+A100_MIG = structs.replace(A100, gpus=(structs.replace(A100.gpus[0], mig=True),))
 L4 = Gpus(driver="550.144.03", cuda="12.4", gpus=(nvidia(0, "NVIDIA L4", "89", 23034),))
 B200 = Gpus(driver="580.82.07", cuda="13.0", gpus=(nvidia(0, "NVIDIA B200", "100", 183359),))
 MI300X = Gpus(

@@ -5,7 +5,6 @@ tests/fakes/cuda_engine.py says what that driver does. What is done to processes
 to it.
 """
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from rekindle.node.gpu import Gpus
 from tests.conftest import PREFIX, Rekindle, Replica, free_port, workhorse, workhorse_flags
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.criu
 NothingLeft = Callable[[], None]
 Restore = Callable[..., Replica]
 
-ONE = dataclasses.replace(nodes.H200, gpus=nodes.H200.gpus[:1], links=())
-TWO = dataclasses.replace(nodes.H200, gpus=nodes.H200.gpus[:2], links=nodes.linked(2, "nvlink"))
-ANOTHER = dataclasses.replace(ONE, gpus=nodes.H200.gpus[5:6])
+ONE = structs.replace(nodes.H200, gpus=nodes.H200.gpus[:1], links=())
+TWO = structs.replace(nodes.H200, gpus=nodes.H200.gpus[:2], links=nodes.linked(2, "nvlink"))
+ANOTHER = structs.replace(ONE, gpus=nodes.H200.gpus[5:6])
 UUID, OTHER_UUID = ONE.gpus[0].uuid, ANOTHER.gpus[0].uuid
 CUDA = ("cuda=64", "cuda-child")
 
@@ -179,7 +179,7 @@ def test_a_server_on_two_gpus_keeps_those_that_are_there(
     done = rekindle.snapshot_workhorse("horse", port, *CUDA, f"cuda-uuids={first},{second}")
     assert done.status == 0, done.stderr
     assert process_of(rekindle)["gpus"] == [first, second]
-    node.describe(dataclasses.replace(TWO, gpus=(nodes.H200.gpus[7], TWO.gpus[0])))
+    node.describe(structs.replace(TWO, gpus=(nodes.H200.gpus[7], TWO.gpus[0])))
     replica = restore("horse", port)
     assert replica.report["outcome"] == "restored", replica.log.read_text()
     moved = json.loads(replica.ask("/facts"))["cuda"][0]["uuids"]
@@ -199,10 +199,10 @@ def test_what_the_server_does_not_hold_is_nothing_to_it(
 @pytest.mark.parametrize(
     ("there", "code"),
     [
-        (dataclasses.replace(TWO, gpus=nodes.H200.gpus[4:7], links=nodes.linked(3, "nvlink")), "gpu-count"),
-        (dataclasses.replace(nodes.H100, driver=ONE.driver), "gpu-model"),
-        (dataclasses.replace(ONE, driver="570.158.01", cuda="12.8"), "driver"),
-        (dataclasses.replace(ONE, gpus=(dataclasses.replace(ONE.gpus[0], mig=True),)), "mig"),
+        (structs.replace(TWO, gpus=nodes.H200.gpus[4:7], links=nodes.linked(3, "nvlink")), "gpu-count"),
+        (structs.replace(nodes.H100, driver=ONE.driver), "gpu-model"),
+        (structs.replace(ONE, driver="570.158.01", cuda="12.8"), "driver"),
+        (structs.replace(ONE, gpus=(structs.replace(ONE.gpus[0], mig=True),)), "mig"),
     ],
 )
 @pytest.mark.usefixtures("horse")
@@ -441,7 +441,7 @@ def test_memory_that_others_may_use_is_named_before_anything_is_locked(
 
 
 def test_mig_is_named_before_anything_is_locked(rekindle: Rekindle, node: FakeGpuNode, port: int) -> None:
-    node.begin(dataclasses.replace(ONE, gpus=(dataclasses.replace(ONE.gpus[0], mig=True),)))
+    node.begin(structs.replace(ONE, gpus=(structs.replace(ONE.gpus[0], mig=True),)))
     said = refused(rekindle, node, port, 32, *CUDA)
     assert "NVIDIA H200 is in MIG mode" in said
     assert "nvidia-smi -mig 0" in said
@@ -450,7 +450,7 @@ def test_mig_is_named_before_anything_is_locked(rekindle: Rekindle, node: FakeGp
 def test_mig_on_a_gpu_that_the_server_does_not_hold_is_nothing_to_it(
     rekindle: Rekindle, node: FakeGpuNode, port: int
 ) -> None:
-    node.begin(dataclasses.replace(TWO, gpus=(TWO.gpus[0], dataclasses.replace(TWO.gpus[1], mig=True))))
+    node.begin(structs.replace(TWO, gpus=(TWO.gpus[0], structs.replace(TWO.gpus[1], mig=True))))
     done = rekindle.snapshot_workhorse("horse", port, *CUDA, flags=["--no-prove"])
     assert done.status == 0, done.stderr
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Down the ladder, with real CRIU: whatever goes wrong above, a server serves, and nothing of it is left."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.conftest import Rekindle, free_port, small_disk
 from tests.fakes import nodes
@@ -447,7 +447,7 @@ def test_a_record_that_is_malformed_ends_everything(scene: Scene, change: dict[s
 
 # Another node.
 
-GPUS = [dataclasses.asdict(gpu) for gpu in nodes.H100.gpus]
+GPUS = [structs.asdict(gpu) for gpu in nodes.H100.gpus]
 OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "a GPU": (
         {"process__gpus": [GPUS[0]["uuid"]], "node__gpus": GPUS},

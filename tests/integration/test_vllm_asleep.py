@@ -5,7 +5,6 @@ tests/servers/fake_vllm says what that vLLM is.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import http.client
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.conftest import PREFIX, Done, Rekindle, Replica, free_port, listening, wait_for
 from tests.fakes import nodes
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.criu
 NothingLeft = Callable[[], None]
 Restore = Callable[..., Replica]
 
-NODE = dataclasses.replace(nodes.H200, gpus=nodes.H200.gpus[:1], links=())
+NODE = structs.replace(nodes.H200, gpus=nodes.H200.gpus[:1], links=())
 UUID = NODE.gpus[0].uuid
 QUESTION = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
 DEVELOPMENT = [

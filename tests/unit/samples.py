@@ -2,21 +2,31 @@
 """Values that several unit tests start from, and a gauge of memory."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rekindle.cell import Clocks, Network
+from msgspec import structs
+
+from rekindle.cell import Network
 from rekindle.engine import Endpoint, Request
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import MappedFile
-from rekindle.record import FileKind, Oracle, Process, Record, StoredFile
+from rekindle.record import (
+    Dump,
+    FileKind,
+    Oracle,
+    Process,
+    Record,
+    RecordedCriu,
+    RecordedEngine,
+    StoredFile,
+)
 from tests.fakes.nodes import L4
 
 NODE = Fingerprint(
@@ -37,8 +47,7 @@ NODE = Fingerprint(
 RECORD = Record(
     created="2026-01-02T03:04:05Z",
     made_by="rekindle 0.1.0",
-    engine="http",
-    engine_options={"ready_path": "/health", "oracle": None, "select": []},
+    engine=RecordedEngine(name="http", options={"ready_path": "/health", "oracle": None, "select": []}),
     command=["server", "--port", "8000"],
     directory="/srv",
     environment={"LANG": "C.UTF-8"},
@@ -48,13 +57,14 @@ RECORD = Record(
         answer={"status": 200, "values": [1, "zwei"]},
     ),
     node=NODE,
-    criu_version="4.1",
+    criu=RecordedCriu(version="4.1"),
     process=Process(
         root_pid=7,
         server_pid=8,
         tasks=3,
         network=Network.PRIVATE,
-        clocks=Clocks(monotonic_ns=123, boottime_ns=456),
+        monotonic_ns=123,
+        boottime_ns=456,
         stdout="/run/stdout",
         stderr="/run/stderr",
     ),
@@ -62,9 +72,7 @@ RECORD = Record(
         MappedFile(path="/usr/lib/libc.so.6", size=2_000_000, mtime_ns=5, identity="build-id:0123abcd")
     ],
     start_seconds=60.5,
-    dump_bytes=1 << 30,
-    stored_bytes=1 << 20,
-    files=(),
+    dump=Dump(dump_bytes=1 << 30, stored_bytes=1 << 20, files=()),
 )
 
 
@@ -73,6 +81,11 @@ def stored(path: str, kind: FileKind = FileKind.FILE, **changes: Any) -> StoredF
     fields: dict[str, Any] = {"size": 0, "mode": 0o600, "mtime_ns": 0, "target": ""}
     fields |= {"uid": os.getuid(), "gid": os.getgid()}
     return StoredFile(path=PurePosixPath(path), kind=kind, **{**fields, **changes})
+
+
+def holding(record: Record, files: Sequence[StoredFile], **changes: int) -> Record:
+    """A record of other files of a dump."""
+    return structs.replace(record, dump=structs.replace(record.dump, files=files, **changes))
 
 
 FILES = [
@@ -84,7 +97,7 @@ FILES = [
     stored("shm/link", FileKind.SYMLINK, target="../anywhere"),
     stored("shm/again", FileKind.HARDLINK, target="shm/deep/segment"),
 ]
-FULL_RECORD = dataclasses.replace(RECORD, files=FILES)
+FULL_RECORD = holding(RECORD, FILES)
 
 
 def document(record: Record = FULL_RECORD) -> dict[str, Any]:

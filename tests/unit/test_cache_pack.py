@@ -22,6 +22,7 @@ from oci.cache.names import Names
 from oci.cache.secret_search import refuse_secrets
 from oci.descriptor import Descriptor
 from oci.layout import Layout
+from rekindle import documents
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.engine.caches import CacheKind, CacheRoot
@@ -63,7 +64,7 @@ def test_a_cache_of_triton_is_as_mcv_reads_it(layout: Layout, tmp_path: Path) ->
         "cache.triton.image/entry-count": "2",
         "cache.triton.image/cache-size-bytes": str(size),
         "cache.triton.image/summary": json.dumps(
-            {"targets": [CUDA.to_json(), HIP.to_json()]}, separators=(",", ":")
+            {"targets": [documents.to_json(CUDA), documents.to_json(HIP)]}, separators=(",", ":")
         ),
     }
     assert f"io.triton.cache/{KEY}/add.cubin" in names(layout, image, 0)
@@ -463,7 +464,7 @@ JSON = st.recursive(
 
 @given(value=JSON, where=st.sampled_from(["", "roots", "0", "entries", "first", "key", "targets", "prefix"]))
 def test_any_json_is_an_inventory_or_an_error(value: Any, where: str) -> None:
-    entry = {"key": "k", "targets": [CUDA.to_json()], "versions": {}, "files": 1, "bytes": 1}
+    entry = {"key": "k", "targets": [documents.to_json(CUDA)], "versions": {}, "files": 1, "bytes": 1}
     entry["digest"] = Digest.of_bytes(b"")
     root = {"kind": "cuda", "recorded": "/c", "prefix": "io.rekindle.cache/cuda", "layer": 0}
     root |= {"files": 1, "bytes": 1, "entries": [entry]}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from oci import image as images
 from oci import layers
@@ -24,7 +25,7 @@ from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
 from rekindle.home import Home
 from rekindle.report import Report
 from restore import dumps
-from tests.unit.samples import RECORD
+from tests.unit.samples import RECORD, holding
 
 PAGES = os.urandom(4096) * 5
 
@@ -46,8 +47,8 @@ def make(place: Path, pages: bytes = PAGES) -> images.Image:
     (dump / "shm/link").symlink_to("deep/segment")
     os.mkfifo(dump / "shm/fifo")
     layout = Layout.create(place / "layout")
-    record = dataclasses.replace(RECORD, files=dump_tree.scan(dump))
-    return images.build(layout, record, layers.pack(dump, record.files, layout, workers=1))
+    record = holding(RECORD, dump_tree.scan(dump))
+    return images.build(layout, record, layers.pack(dump, record.dump.files, layout, workers=1))
 
 
 @pytest.fixture
@@ -284,10 +285,10 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, t
 def lying(image: images.Image, size: int, *, stored_bytes: int) -> images.Image:
     """An image whose record gives its pages a size."""
     files = [
-        dataclasses.replace(file, size=size) if file.path.name == "pages-1.img" else file
-        for file in image.record.files
+        structs.replace(file, size=size) if file.path.name == "pages-1.img" else file
+        for file in image.record.dump.files
     ]
-    record = dataclasses.replace(image.record, files=files, stored_bytes=stored_bytes)
+    record = holding(image.record, files, stored_bytes=stored_bytes)
     process = dataclasses.replace(image.process, digest=Digest.of_bytes(b"another"))
     return dataclasses.replace(image, record=record, process=process)
 

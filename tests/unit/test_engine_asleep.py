@@ -2,7 +2,6 @@
 """A vLLM that sleeps through its snapshot: how it is started, sent to sleep, woken, and found in a record."""
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from rekindle.engine import Endpoint, Request, no_phase
 from rekindle.engine.choose import Weights, as_compiled, asleep, restored
@@ -17,6 +17,7 @@ from rekindle.engine.client import Client, Response
 from rekindle.engine.vllm import VllmEngine
 from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 from rekindle.errors import FormatError, NotReadyError, OracleError, UsageError, WorkloadError
+from rekindle.record import Record, RecordedEngine
 from tests.unit.samples import RECORD
 
 ENDPOINT = Endpoint(host="0.0.0.0", port=8000)
@@ -105,18 +106,22 @@ def test_one_that_is_warmed_by_the_user_is_not_taken_to_where_it_takes_no_reques
     assert engine.options() == {"asleep": 2}
 
 
+def recorded(options: dict[str, Any]) -> Record:
+    return structs.replace(RECORD, engine=RecordedEngine(name="vllm", options=options))
+
+
 @pytest.mark.parametrize(
     "asleep", [0, 3, -1, 1.5, "1", "", "Boundary", True, False, [], [1], {}, {"level": 1}]
 )
 def test_a_record_that_sleeps_otherwise_is_refused(asleep: object) -> None:
     with pytest.raises(FormatError, match="sleeps"):
         restored("vllm", ENDPOINT, {"asleep": asleep})
-    assert not dataclasses.replace(RECORD, engine_options={"asleep": asleep}).reloads
+    assert not recorded({"asleep": asleep}).reloads
 
 
 @pytest.mark.parametrize(("options", "reloads"), [({}, False), ({"asleep": 1}, False), ({"asleep": 2}, True)])
 def test_a_record_says_whether_weights_are_read_again(options: dict[str, Any], reloads: bool) -> None:
-    assert dataclasses.replace(RECORD, engine_options=options).reloads is reloads
+    assert recorded(options).reloads is reloads
 
 
 @pytest.mark.parametrize(

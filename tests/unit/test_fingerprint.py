@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a node is: read fast, told whole, and taken from others only in the form that it must have."""
 
-import dataclasses
 import json
 import os
 import platform
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rekindle.errors import FormatError
-from rekindle.fields import Fields
 from rekindle.node import fingerprint
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu, Gpus
@@ -31,12 +30,12 @@ DEVICES = {
     "B200": nodes.B200,
     "MI300X": nodes.MI300X,
     "none": Gpus(),
-    "with MPS": dataclasses.replace(nodes.H100, mps=True),
+    "with MPS": structs.replace(nodes.H100, mps=True),
 }
 
 
 def parse(document: object) -> Fingerprint:
-    return Fingerprint.from_json(Fields(document, "node"))
+    return Fingerprint.from_json(document, "node")
 
 
 def round_trip(node: Fingerprint) -> Fingerprint:
@@ -55,7 +54,7 @@ def test_a_node_is_what_the_kernel_says() -> None:
     assert node.cpu_features
     assert node.packages == {}, "nobody has asked for those of a command"
     assert node == Fingerprint.probe()
-    assert round_trip(node) == dataclasses.replace(node, devices=dataclasses.replace(node.devices, lack=""))
+    assert round_trip(node) == structs.replace(node, devices=structs.replace(node.devices, lack=""))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no XSAVE")
@@ -152,11 +151,11 @@ LEVELS: dict[str, tuple[set[str], str]] = {
 
 @pytest.mark.parametrize(("features", "wanted"), LEVELS.values(), ids=LEVELS)
 def test_a_processor_has_a_level(features: set[str], wanted: str) -> None:
-    assert dataclasses.replace(NODE, cpu_features=frozenset(features)).cpu_level == wanted
+    assert structs.replace(NODE, cpu_features=frozenset(features)).cpu_level == wanted
 
 
 def test_levels_are_those_of_one_architecture() -> None:
-    arm = dataclasses.replace(NODE, architecture="aarch64", cpu_features=frozenset(V4))
+    arm = structs.replace(NODE, architecture="aarch64", cpu_features=frozenset(V4))
     assert arm.cpu_level == ""
 
 
@@ -165,7 +164,7 @@ def test_levels_are_those_of_one_architecture() -> None:
 
 @pytest.mark.parametrize("devices", DEVICES.values(), ids=DEVICES)
 def test_a_node_comes_back_from_json(devices: Gpus) -> None:
-    node = dataclasses.replace(NODE, devices=devices)
+    node = structs.replace(NODE, devices=devices)
     assert round_trip(node) == node
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from rekindle.node.gpu import Gpu, Gpus, probe
 from tests.fakes import nodes
@@ -28,8 +29,9 @@ from tests.fakes.nvml import (
 )
 
 PROBE = """
-import ctypes, dataclasses, json, os, sys, time
+import ctypes, json, os, sys, time
 from pathlib import Path
+from msgspec import structs
 from rekindle.node.gpu import held_by, probe
 before = set(os.listdir("/proc/self/fd"))
 where, pids = json.loads(sys.argv[1])
@@ -38,7 +40,7 @@ gpus = probe(**{name: Path(path) for name, path in where.items()})
 seconds = time.perf_counter() - start
 held = held_by(pids)
 print(json.dumps({
-    "gpus": dataclasses.asdict(gpus),
+    "gpus": {**structs.asdict(gpus), "gpus": [structs.asdict(gpu) for gpu in gpus.gpus]},
     "held": held,
     "seconds": seconds,
     "modules": sorted(sys.modules),
@@ -93,7 +95,7 @@ def ask(environment: dict[str, str], *, pids: list[int] | None = None, **where: 
 
 def changed(node: Gpus, **facts: Any) -> Gpus:
     """The node with other facts of its first GPU."""
-    return dataclasses.replace(node, gpus=(dataclasses.replace(node.gpus[0], **facts), *node.gpus[1:]))
+    return structs.replace(node, gpus=(structs.replace(node.gpus[0], **facts), *node.gpus[1:]))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ NVIDIA = {
     "L4": nodes.L4,
     "B200": nodes.B200,
     "without ECC": changed(nodes.L4, ecc=False),
-    "every kind of way": dataclasses.replace(
+    "every kind of way": structs.replace(
         nodes.H200,
         gpus=nodes.H200.gpus[:4],
         links=("0-1 nvlink", "0-2 pix", "0-3 pxb", "1-2 phb", "1-3 node", "2-3 sys"),
@@ -170,7 +172,7 @@ def test_amd_gpus_are_as_sysfs_tells_them(amd: Path, gfx: str) -> None:
 def test_both_vendors_gpus_are_found(nvml: FakeNvml, tmp_path: Path) -> None:
     write_kfd(tmp_path, nodes.MI300X)
     nvml.describe(nodes.H200)
-    both = dataclasses.replace(nodes.H200, gpus=nodes.H200.gpus + nodes.MI300X.gpus)
+    both = structs.replace(nodes.H200, gpus=nodes.H200.gpus + nodes.MI300X.gpus)
     assert ask(nvml.environment, sysfs=tmp_path).gpus == both
 
 
@@ -251,7 +253,7 @@ def test_a_library_that_does_not_load_lacks_where_there_are_devices(
 @pytest.mark.parametrize("code", [NOT_SUPPORTED, FUNCTION_NOT_FOUND, NO_PERMISSION])
 @pytest.mark.parametrize("function", ASKED)
 def test_what_a_gpu_does_not_tell_is_empty(nvml: FakeNvml, empty: Path, function: str, code: int) -> None:
-    node = dataclasses.replace(changed(nodes.A100_MIG, ecc=True), links=())
+    node = structs.replace(changed(nodes.A100_MIG, ecc=True), links=())
     nvml.describe(node, fails={function: code})
     assert ask(nvml.environment, sysfs=empty).gpus == changed(node, **ASKED[function])
 
@@ -259,12 +261,12 @@ def test_what_a_gpu_does_not_tell_is_empty(nvml: FakeNvml, empty: Path, function
 def test_a_driver_that_tells_no_version_has_gpus_nevertheless(nvml: FakeNvml, empty: Path) -> None:
     silent = {"nvmlSystemGetDriverVersion": UNKNOWN, "nvmlSystemGetCudaDriverVersion": NOT_SUPPORTED}
     nvml.describe(nodes.H100, fails=silent)
-    assert ask(nvml.environment, sysfs=empty).gpus == dataclasses.replace(nodes.H100, driver="", cuda="")
+    assert ask(nvml.environment, sysfs=empty).gpus == structs.replace(nodes.H100, driver="", cuda="")
 
 
 @pytest.mark.parametrize("code", [NOT_SUPPORTED, GPU_IS_LOST])
 def test_ways_that_are_not_told_are_left_out(nvml: FakeNvml, empty: Path, code: int) -> None:
-    node = dataclasses.replace(nodes.H200, gpus=nodes.H200.gpus[:3], links=("0-1 nvlink", "1-2 node"))
+    node = structs.replace(nodes.H200, gpus=nodes.H200.gpus[:3], links=("0-1 nvlink", "1-2 node"))
     silent = {"nvmlDeviceGetTopologyCommonAncestor": code}
     nvml.describe(node, one_fails={0: silent})
     assert ask(nvml.environment, sysfs=empty).gpus.links == ("0-1 nvlink", "1-2 node")
@@ -346,7 +348,7 @@ def test_a_gpu_that_does_not_tell_who_runs_hides_no_other(nvml: FakeNvml, empty:
 
 def test_mps_is_seen_by_its_clients(nvml: FakeNvml, empty: Path) -> None:
     nvml.describe(nodes.H200, mps={7: [4242]})
-    assert ask(nvml.environment, sysfs=empty).gpus == dataclasses.replace(nodes.H200, mps=True)
+    assert ask(nvml.environment, sysfs=empty).gpus == structs.replace(nodes.H200, mps=True)
 
 
 def test_mps_is_seen_by_its_daemon(
@@ -355,7 +357,7 @@ def test_mps_is_seen_by_its_daemon(
     write(tmp_path, "mps/control", "")
     pipes = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "mps")}
     nvml.describe(nodes.H100)
-    assert ask({**nvml.environment, **pipes}, sysfs=empty).gpus == dataclasses.replace(nodes.H100, mps=True)
+    assert ask({**nvml.environment, **pipes}, sysfs=empty).gpus == structs.replace(nodes.H100, mps=True)
     assert ask({**without, **pipes}, sysfs=empty, dev=empty).gpus == Gpus()
 
 
@@ -433,7 +435,7 @@ def test_an_amd_gpu_that_is_not_given_to_us_is_no_lack(amd: Path, monkeypatch: p
         return path.read_text().strip()
 
     monkeypatch.setattr("rekindle.node.gpu._read", read)
-    assert probe(sysfs=amd) == dataclasses.replace(nodes.MI300X, gpus=nodes.MI300X.gpus[1:])
+    assert probe(sysfs=amd) == structs.replace(nodes.MI300X, gpus=nodes.MI300X.gpus[1:])
 
 
 def test_gpus_are_in_the_kernels_order(amd: Path) -> None:
@@ -445,4 +447,4 @@ def test_gpus_are_in_the_kernels_order(amd: Path) -> None:
 
 def test_the_kernels_own_amdgpu_has_no_version(amd: Path) -> None:
     (amd / "module/amdgpu/version").unlink()
-    assert probe(sysfs=amd) == dataclasses.replace(nodes.MI300X, driver="")
+    assert probe(sysfs=amd) == structs.replace(nodes.MI300X, driver="")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stranger wrote into a record is shown as text, and does nothing to the terminal."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from oci import image, media_types
 from oci.layout import Layout
@@ -53,14 +53,14 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def test_text_of_a_record_makes_no_line_of_its_own(tmp_path: Path) -> None:
-    done = inspect(tmp_path, dataclasses.replace(FULL_RECORD, made_by="x\nfits here   yes"))
+    done = inspect(tmp_path, structs.replace(FULL_RECORD, made_by="x\nfits here   yes"))
     assert b"\nfits here   yes" not in done.stdout
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_text_of_a_record_does_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
     plain = inspect(tmp_path, FULL_RECORD)
-    done = inspect(tmp_path / "other", dataclasses.replace(FULL_RECORD, **changes))
+    done = inspect(tmp_path / "other", structs.replace(FULL_RECORD, **changes))
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(plain.stdout.splitlines())
     assert all(character.isprintable() or character == "\n" for character in done.stdout.decode())

@@ -2,7 +2,6 @@
 """A tag names a whole image or what it named before; nothing in a layout is trusted unread."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci import image as images
 from oci import layout as layouts
@@ -43,7 +43,7 @@ def build(layout: Layout, name: str, *, parts: int = 1) -> Descriptor:
         put_layer(layout, b"shared"),
         *(put_layer(layout, f"{name} {n}".encode()) for n in range(parts)),
     ]
-    return images.build(layout, dataclasses.replace(RECORD, command=[name]), layers).index
+    return images.build(layout, structs.replace(RECORD, command=[name]), layers).index
 
 
 def put_layer(layout: Layout, content: bytes) -> Descriptor:

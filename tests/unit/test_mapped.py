@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file is the one that a process has mapped, or it is said what is there instead."""
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rekindle.digest import Digest
 from rekindle.node import elf, mapped
@@ -149,7 +149,7 @@ def test_the_program_that_runs_this_is_what_it_is() -> None:
     assert file is not None
     build_id = elf.build_id(program)
     assert file.identity == (f"build-id:{build_id}" if build_id else Digest.of_file(program))
-    assert difference(dataclasses.replace(file, mtime_ns=0)) == ""
+    assert difference(structs.replace(file, mtime_ns=0)) == ""
 
 
 def test_a_file_that_may_not_be_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_record_that_lies_about_a_large_file_makes_nobody_read_it(tmp_path: Pa
 def test_a_file_in_words() -> None:
     file = MappedFile(path="/x", size=1234567, identity="build-id:" + "ab" * 20)
     assert in_words(file) == "1,234,567 bytes, build-id:abababababababab"
-    assert in_words(dataclasses.replace(file, identity="")) == "1,234,567 bytes"
+    assert in_words(structs.replace(file, identity="")) == "1,234,567 bytes"
 
 
 NAMES = st.sampled_from(["/", "//", "/proc/self/mem", "/dev/zero", "/a\0b", "/\ud800", "", "x" * 5000])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, MismatchError, UsageError
@@ -30,7 +31,7 @@ def process(*facts: Any) -> list[Reason]:
 
 def differences(**changes: Any) -> list[Reason]:
     """The reasons on a node that is the recorded one but for some facts; every file is as recorded."""
-    return process(RECORD, dataclasses.replace(NODE, **changes), ABLE, {})
+    return process(RECORD, structs.replace(NODE, **changes), ABLE, {})
 
 
 CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
@@ -97,19 +98,19 @@ def test_a_node_differs_in(changes: dict[str, object], wanted: list[tuple[str, s
 
 def on_gpus(recorded: Any, here: Any, held: int = 1) -> list[tuple[str, bool]]:
     gpus = tuple(gpu.uuid for gpu in recorded.gpus[:held])
-    record = dataclasses.replace(
+    record = structs.replace(
         RECORD,
-        node=dataclasses.replace(NODE, devices=recorded),
-        process=dataclasses.replace(RECORD.process, gpus=gpus),
+        node=structs.replace(NODE, devices=recorded),
+        process=structs.replace(RECORD.process, gpus=gpus),
     )
-    node = dataclasses.replace(NODE, devices=here)
+    node = structs.replace(NODE, devices=here)
     return [(reason.code, reason.hard) for reason in process(record, node, ABLE, {})]
 
 
 def other(devices: Any, **changes: Any) -> Any:
     """The same GPUs, but for their UUIDs and what is said."""
-    gpus = tuple(dataclasses.replace(gpu, uuid=f"{gpu.uuid}-other", **changes) for gpu in devices.gpus)
-    return dataclasses.replace(devices, gpus=gpus)
+    gpus = tuple(structs.replace(gpu, uuid=f"{gpu.uuid}-other", **changes) for gpu in devices.gpus)
+    return structs.replace(devices, gpus=gpus)
 
 
 GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
@@ -117,7 +118,7 @@ GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
     "of the same model": (H100, other(H100), 1, [("gpu-uuid", False)]),
     "of another model": (
         H100,
-        dataclasses.replace(L4, driver=H100.driver),
+        structs.replace(L4, driver=H100.driver),
         1,
         [("gpu-model", True), ("gpu-memory", True), ("gpu-uuid", False)],
     ),
@@ -128,26 +129,26 @@ GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
         [("gpu-memory", True), ("gpu-uuid", False)],
     ),
     "no ECC": (H100, other(H100, ecc=False), 1, [("gpu-ecc", False), ("gpu-uuid", False)]),
-    "none": (H100, dataclasses.replace(H100, gpus=()), 1, [("gpu-count", True)]),
+    "none": (H100, structs.replace(H100, gpus=()), 1, [("gpu-count", True)]),
     "all of a node": (H200, H200, 8, []),
     "one of a node": (H200, H200, 1, []),
-    "fewer": (H200, dataclasses.replace(H200, gpus=H200.gpus[:4]), 8, [("gpu-count", True)]),
+    "fewer": (H200, structs.replace(H200, gpus=H200.gpus[:4]), 8, [("gpu-count", True)]),
     "other links": (
         H200,
-        dataclasses.replace(H200, links=("0-1 sys",)),
+        structs.replace(H200, links=("0-1 sys",)),
         8,
         [("gpu-topology", True)],
     ),
-    "other links, to one that is held": (H200, dataclasses.replace(H200, links=("0-1 sys",)), 1, []),
+    "other links, to one that is held": (H200, structs.replace(H200, links=("0-1 sys",)), 1, []),
     "another branch of the driver": (
         H100,
-        dataclasses.replace(H100, driver="550.90.07"),
+        structs.replace(H100, driver="550.90.07"),
         1,
         [("driver", True)],
     ),
     "the same branch": (
         H100,
-        dataclasses.replace(H100, driver="580.99.01"),
+        structs.replace(H100, driver="580.99.01"),
         1,
         [("driver-version", False)],
     ),
@@ -157,10 +158,10 @@ GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
         1,
         [("mig", True)],
     ),
-    "MPS": (H100, dataclasses.replace(H100, mps=True), 1, [("mps", True)]),
+    "MPS": (H100, structs.replace(H100, mps=True), 1, [("mps", True)]),
     "NVML does not start": (
         H100,
-        dataclasses.replace(H100, gpus=(), lack="NVML does not start"),
+        structs.replace(H100, gpus=(), lack="NVML does not start"),
         1,
         [("gpu-probe", True)],
     ),
@@ -175,13 +176,13 @@ def test_gpus_differ(recorded: Any, here: Any, held: int, wanted: list[tuple[str
 
 def test_a_device_map_keeps_what_is_there() -> None:
     recorded = [gpu.uuid for gpu in H200.gpus[:3]]
-    process = dataclasses.replace(RECORD.process, gpus=tuple(recorded))
-    alone = dataclasses.replace(NODE, devices=dataclasses.replace(H200, gpus=()))
-    record = dataclasses.replace(RECORD, process=process, node=alone)
+    process = structs.replace(RECORD.process, gpus=tuple(recorded))
+    alone = structs.replace(NODE, devices=structs.replace(H200, gpus=()))
+    record = structs.replace(RECORD, process=process, node=alone)
 
     def places(*uuids: str) -> dict[str, str]:
-        gpus = tuple(dataclasses.replace(H200.gpus[0], uuid=uuid) for uuid in uuids)
-        node = dataclasses.replace(NODE, devices=dataclasses.replace(H200, gpus=gpus))
+        gpus = tuple(structs.replace(H200.gpus[0], uuid=uuid) for uuid in uuids)
+        node = structs.replace(NODE, devices=structs.replace(H200, gpus=gpus))
         return device_map(record, node)
 
     a, b, c = recorded
@@ -192,8 +193,8 @@ def test_a_device_map_keeps_what_is_there() -> None:
     assert places("x") == {a: "x"}
     everything = [f"x{number}" for number in range(8)]
     assert list(places(*everything).values()) == everything[:3], "the record has no more"
-    node = dataclasses.replace(NODE, devices=H200)
-    record = dataclasses.replace(record, node=node)
+    node = structs.replace(NODE, devices=H200)
+    record = structs.replace(record, node=node)
     assert places(*everything) == dict(zip((gpu.uuid for gpu in H200.gpus), everything, strict=True))
 
 
@@ -232,7 +233,7 @@ FILE_CASES: dict[str, tuple[Mapping[str, str], list[tuple[str, str]]]] = {
 @pytest.mark.parametrize(("different", "wanted"), FILE_CASES.values(), ids=FILE_CASES)
 def test_a_file_differs_in(different: Mapping[str, str], wanted: list[tuple[str, str]]) -> None:
     files = [MappedFile(path="/lib/a", size=10), MappedFile(path="/lib/b", size=10)]
-    reasons = process(dataclasses.replace(RECORD, mapped_files=files), NODE, ABLE, different)
+    reasons = process(structs.replace(RECORD, mapped_files=files), NODE, ABLE, different)
     assert [(r.field, r.here) for r in reasons] == wanted
     assert all(r.code == "rootfs-file" and r.hard and r.recorded == "10 bytes" for r in reasons)
 
@@ -241,12 +242,12 @@ def test_a_model_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"12345")
     files = [{"name": "config.json", "size": 5}, {"name": "model.safetensors", "size": 9}]
     weights = {"model": str(tmp_path), "revision": "", "files": files}
-    record = dataclasses.replace(RECORD, weights=weights, mapped_files=[])
+    record = structs.replace(RECORD, weights=weights, mapped_files=[])
     different = differing_files(record)
     assert different == {str(tmp_path / "model.safetensors"): "missing"}
     (reason,) = process(record, NODE, ABLE, different)
     assert (reason.code, reason.hard) == ("model-file", False)
-    odd = dataclasses.replace(record, weights={"model": "org/name", "files": [7, {"name": 3}]})
+    odd = structs.replace(record, weights={"model": "org/name", "files": [7, {"name": 3}]})
     assert differing_files(odd) == {}
 
 
@@ -289,7 +290,7 @@ def test_a_hard_reason_forbids_the_process() -> None:
 def test_a_long_list_of_reasons_is_cut() -> None:
     files = [MappedFile(path=f"/lib/{number}", size=1) for number in range(30)]
     missing = {file.path: "missing" for file in files}
-    reasons = process(dataclasses.replace(RECORD, mapped_files=files), NODE, ABLE, missing)
+    reasons = process(structs.replace(RECORD, mapped_files=files), NODE, ABLE, missing)
     assert len(reasons) == 30
     with pytest.raises(MismatchError) as caught:
         require(reasons)

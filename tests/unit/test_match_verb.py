@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rekindle match` and `rekindle restore --plan` from outside: what they print, their status, no traces."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from oci import image, layers
 from oci.cache import pack
@@ -17,10 +17,10 @@ from rekindle import dump_tree
 from rekindle.engine.caches import CacheKind, CacheRoot
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import describe
-from rekindle.record import Record
+from rekindle.record import Record, RecordedCriu
 from tests.conftest import Done, Rekindle
 from tests.unit.cache_samples import CREATED, write
-from tests.unit.samples import RECORD
+from tests.unit.samples import RECORD, holding
 
 SKIP = "--dangerously-skip-verification"
 COMMAND = ["server", "--port", "8000"]
@@ -34,16 +34,17 @@ def of_this_node(place: Path, **changes: Any) -> Record:
     (dump / "shm").mkdir(exist_ok=True)
     library = describe(str(write(place / "lib/libx.so", b"a library")))
     assert library is not None
-    node = dataclasses.replace(Fingerprint.probe(), **changes.pop("node", {}))
+    node = structs.replace(Fingerprint.probe(), **changes.pop("node", {}))
     files = dump_tree.scan(dump)
-    fields = {"node": node, "files": files, "mapped_files": [library], "criu_version": "3.0", **changes}
-    return dataclasses.replace(RECORD, **fields)
+    criu = RecordedCriu(version=changes.pop("criu_version", "3.0"))
+    fields = {"node": node, "mapped_files": [library], "criu": criu, **changes}
+    return holding(structs.replace(RECORD, **fields), files)
 
 
 def publish(place: Path, record: Record, kernels: Callable[[Layout], Descriptor] | None = None) -> str:
     """An image of it, whose layers nobody can read."""
     layout = Layout.create(place / "layout")
-    stored = layers.pack(place / "dump", record.files, layout, workers=1)
+    stored = layers.pack(place / "dump", record.dump.files, layout, workers=1)
     built = image.build(layout, record, stored, kernels(layout) if kernels else None)
     layout.publish(layout, built.index, "1")
     for path in (layout.root / "blobs/sha256").iterdir():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from oci import image as images
 from oci import layers, resolve, transfer
@@ -36,6 +37,7 @@ from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu, Gpus
 from rekindle.node.mapped import MappedFile, describe
+from rekindle.record import Dump, RecordedEngine
 from rekindle.report import Report, Rung
 from rekindle.secrets.redact import HIDDEN
 from restore import dumps
@@ -82,26 +84,24 @@ def node(devices: Gpus, **changes: Any) -> Fingerprint:
         "packages": {"nvidia": ON_CUDA, "amd": ON_HIP, "": ON_CPU}[vendor],
         "devices": devices,
     }
-    return dataclasses.replace(NODE, **{**facts, **changes})
+    return structs.replace(NODE, **{**facts, **changes})
 
 
 def but(here: Fingerprint, **changes: Any) -> Fingerprint:
     """A node that differs in this, of itself or of its devices."""
-    ours = {each.name for each in dataclasses.fields(Fingerprint)}
+    ours = set(Fingerprint.__struct_fields__)
     devices = {name: changes.pop(name) for name in list(changes) if name not in ours}
-    return dataclasses.replace(here, devices=dataclasses.replace(here.devices, **devices), **changes)
+    return structs.replace(here, devices=structs.replace(here.devices, **devices), **changes)
 
 
 def gpus_but(here: Fingerprint, **changes: Any) -> Fingerprint:
     """A node each of whose GPUs differs in this."""
-    return but(here, gpus=tuple(dataclasses.replace(gpu, **changes) for gpu in here.devices.gpus))
+    return but(here, gpus=tuple(structs.replace(gpu, **changes) for gpu in here.devices.gpus))
 
 
 def others(here: Fingerprint) -> Fingerprint:
     """A node of the same kind, with GPUs of its own."""
-    return but(
-        here, gpus=tuple(dataclasses.replace(gpu, uuid=f"{gpu.uuid}-other") for gpu in here.devices.gpus)
-    )
+    return but(here, gpus=tuple(structs.replace(gpu, uuid=f"{gpu.uuid}-other") for gpu in here.devices.gpus))
 
 
 H100, A100, L4, B200 = node(nodes.H100), node(nodes.A100), node(nodes.L4), node(nodes.B200)
@@ -686,23 +686,21 @@ def made(case: Case, place: Place, layout: Layout) -> images.Image:
     mapped = [described(place.library), described(place.second)]
     if case.maps_a_kernel:
         launcher = described(write(place.made / "launcher.so", library(3)))
-        mapped.append(dataclasses.replace(launcher, path=str(kernel(place))))
+        mapped.append(structs.replace(launcher, path=str(kernel(place))))
     dump = place.made / "dump"
     write(dump / "criu/core-7.img", os.urandom(700))
     write(dump / "criu/pages-1.img", os.urandom(PAGES_BYTES))
     write(dump / "shm/segment", os.urandom(5_000))
     files = dump_tree.scan(dump)
     held = tuple(gpu.uuid for gpu in gpus[: len(gpus) if case.held is None else case.held])
-    record = dataclasses.replace(
+    record = structs.replace(
         RECORD,
-        engine="vllm",
-        engine_options={},
+        engine=RecordedEngine(name="vllm", options={}),
         command=list(case.command),
         node=case.was,
-        process=dataclasses.replace(RECORD.process, gpus=held),
+        process=structs.replace(RECORD.process, gpus=held),
         mapped_files=mapped,
-        stored_bytes=sum(file.size for file in files),
-        files=files,
+        dump=Dump(dump_bytes=1 << 30, stored_bytes=sum(file.size for file in files), files=files),
     )
     return images.build(layout, record, layers.pack(dump, files, layout, workers=1), kernels)
 

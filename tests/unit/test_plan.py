@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci import media_types
 from oci.cache.image import CacheImage
@@ -21,21 +22,21 @@ from rekindle.digest import Digest
 from rekindle.engine.caches import CacheKind
 from rekindle.node.gpu import Gpus
 from rekindle.node.mapped import MappedFile
-from rekindle.record import Record
+from rekindle.record import Record, RecordedCriu
 from rekindle.report import Reason, Rung
 from rekindle.secrets.redact import HIDDEN
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan, Step, make
 from restore.decide.rules import RULES, Strictness
 from tests.fakes import nodes
-from tests.unit.samples import NODE, RECORD
+from tests.unit.samples import NODE, RECORD, holding
 
 ABLE = Abilities(criu=Criu(path=Path("/criu"), version="4.2.1"))
 NO_BLOBS: Any = None  # a plan looks at no blob
 UNREACHED = Reason(
     rung=Rung.PROCESS, code="registry", field="image", recorded="", here="no such host", hard=True
 )
-ON_CPUS = dataclasses.replace(NODE, devices=Gpus())
+ON_CPUS = structs.replace(NODE, devices=Gpus())
 
 
 def descriptor(size: int, media_type: str = media_types.DUMP_LAYER) -> Descriptor:
@@ -72,7 +73,7 @@ def root(recorded: str, *entries: Entry, kind: CacheKind = CacheKind.TRITON) -> 
 def cache(*roots: StoredRoot, sizes: Sequence[int] = ()) -> CacheImage:
     """An image of these caches, `sizes` the bytes of their layers."""
     placed = [
-        dataclasses.replace(each, layer=number, prefix=f"io.rekindle.cache/{each.kind}-{number}")
+        structs.replace(each, layer=number, prefix=f"io.rekindle.cache/{each.kind}-{number}")
         for number, each in enumerate(roots)
     ]
     layers = [descriptor(size, media_types.TAR_GZIP_LAYER) for size in sizes or [100] * len(roots)]
@@ -116,10 +117,10 @@ NODES = st.sampled_from(
     [nodes.H100, nodes.H200, nodes.A100, nodes.A100_MIG, nodes.L4, nodes.B200, nodes.MI300X, Gpus()]
 )
 DEVICES = st.builds(
-    lambda gpus, count, other, changes: dataclasses.replace(
+    lambda gpus, count, other, changes: structs.replace(
         gpus,
         gpus=tuple(
-            dataclasses.replace(gpu, uuid=gpu.uuid + "-other") if number in other else gpu
+            structs.replace(gpu, uuid=gpu.uuid + "-other") if number in other else gpu
             for number, gpu in enumerate(gpus.gpus[:count])
         ),
         **changes,
@@ -138,7 +139,7 @@ DEVICES = st.builds(
     ),
 )
 FINGERPRINTS = st.builds(
-    lambda **changes: dataclasses.replace(NODE, **changes),
+    lambda **changes: structs.replace(NODE, **changes),
     architecture=st.sampled_from(["x86_64", "aarch64"]),
     cpu_vendor=WORDS,
     cpu_features=FEATURES,
@@ -187,16 +188,16 @@ def records(draw: st.DrawFn) -> Record:
     node = draw(FINGERPRINTS)
     uuids = [*(gpu.uuid for gpu in node.devices.gpus), "GPU-of-nobody"]
     gpus = tuple(draw(st.lists(st.sampled_from(uuids), max_size=8)))
-    return dataclasses.replace(
+    return structs.replace(
         RECORD,
         node=node,
-        process=dataclasses.replace(RECORD.process, gpus=gpus),
-        criu_version=draw(WORDS),
+        process=structs.replace(RECORD.process, gpus=gpus),
+        criu=RecordedCriu(version=draw(WORDS)),
         command=draw(COMMANDS),
         mapped_files=[MappedFile(path=path, size=1) for path in draw(st.lists(st.sampled_from(PATHS)))],
         weights=draw(st.sampled_from([{}, {"model": "/m", "files": [{"name": "w", "size": 1}]}])),
         start_seconds=draw(st.sampled_from([0.0, 0.1, 60.0]) | st.floats(0, 1e9)),
-        stored_bytes=draw(st.integers(0, 1 << 50)),
+        dump=structs.replace(RECORD.dump, stored_bytes=draw(st.integers(0, 1 << 50))),
     )
 
 
@@ -315,7 +316,7 @@ def test_what_is_here_is_not_fetched(changes: Mapping[str, Any], wanted: int) ->
 def test_a_deadline_is_no_longer_than_the_cold_start_that_is_spared(
     rung: Rung, size: int, start_seconds: float, wanted: float | None
 ) -> None:
-    record = dataclasses.replace(RECORD, start_seconds=start_seconds, stored_bytes=size)
+    record = holding(structs.replace(RECORD, start_seconds=start_seconds), (), stored_bytes=size)
     kernels = cache(root("/c", entry()), sizes=[size])
     found = step(make(facts(record, size, cache=kernels)), rung)
     assert found.deadline_seconds is not None
@@ -338,7 +339,7 @@ def test_the_lower_rungs_take_as_long_as_the_recorded_start() -> None:
     kernels = step(plan, Rung.CACHE)
     assert kernels.seconds is not None
     assert kernels.seconds >= RECORD.start_seconds
-    unknown = dataclasses.replace(RECORD, start_seconds=0.0)
+    unknown = structs.replace(RECORD, start_seconds=0.0)
     plan = make(facts(unknown, cache=cache(root("/c", entry()))))
     assert [each.seconds is None for each in plan.steps] == [False, True, True]
 
@@ -347,7 +348,7 @@ def test_the_lower_rungs_take_as_long_as_the_recorded_start() -> None:
 
 KERNEL = MappedFile(path="/caches/0/key/launcher.so", size=10)
 LIBRARY = MappedFile(path="/lib/x.so", size=10)
-WITH_KERNEL = dataclasses.replace(RECORD, mapped_files=[KERNEL, LIBRARY])
+WITH_KERNEL = structs.replace(RECORD, mapped_files=[KERNEL, LIBRARY])
 TWO_CACHES = cache(root("/caches/0", entry()), root("/caches/1", entry()), sizes=[30, 400])
 
 
@@ -398,7 +399,7 @@ def test_without_the_kernel_cache_a_missing_kernel_is_missing() -> None:
     ],
 )
 def test_a_lower_rung_needs_a_command(recorded: list[str], given: list[str] | None, wanted: bool) -> None:
-    record = dataclasses.replace(RECORD, command=recorded)
+    record = structs.replace(RECORD, command=recorded)
     for more in ({}, {"cache": cache(root("/c", entry()))}, {"cache_unread": True}):
         plan = make(facts(record, given=given, **more))
         for rung in (Rung.CACHE, Rung.COLD):
@@ -431,16 +432,16 @@ def test_without_an_image_and_a_command_there_is_nothing() -> None:
 CUDA = Target(backend="cuda", arch="90", warp_size=32)
 HIP = Target(backend="hip", arch="gfx942", warp_size=64)
 CPU = Target(backend="cpu", arch="x86_64", warp_size=0)
-SLOWER = dataclasses.replace(ON_CPUS, cpu_features=NODE.cpu_features - {"avx512f"})
+SLOWER = structs.replace(ON_CPUS, cpu_features=NODE.cpu_features - {"avx512f"})
 
 
 def on(devices: Gpus, **changes: Any) -> Any:
-    return dataclasses.replace(NODE, devices=devices, **changes)
+    return structs.replace(NODE, devices=devices, **changes)
 
 
 def held_by(devices: Gpus) -> Record:
-    process = dataclasses.replace(RECORD.process, gpus=tuple(gpu.uuid for gpu in devices.gpus))
-    return dataclasses.replace(RECORD, node=on(devices), process=process)
+    process = structs.replace(RECORD.process, gpus=tuple(gpu.uuid for gpu in devices.gpus))
+    return structs.replace(RECORD, node=on(devices), process=process)
 
 
 GRAPH = entry("torch_compile_cache/0")
@@ -462,42 +463,42 @@ ENTRY_CASES: dict[str, tuple[Record, Any, list[StoredRoot], list[tuple[str, bool
     "of another backend": (
         RECORD,
         on(nodes.H100),
-        [root("/a", entry("K", dataclasses.replace(CUDA, backend="hip")))],
+        [root("/a", entry("K", structs.replace(CUDA, backend="hip")))],
         [("cache-target", True)],
         [],
     ),
     "of another warp size": (
         RECORD,
         on(nodes.H100),
-        [root("/a", entry("K", dataclasses.replace(CUDA, warp_size=64)))],
+        [root("/a", entry("K", structs.replace(CUDA, warp_size=64)))],
         [("cache-target", True)],
         [],
     ),
     "of any warp size": (
         RECORD,
         on(nodes.H100),
-        [root("/a", entry("K", dataclasses.replace(CUDA, warp_size=0)))],
+        [root("/a", entry("K", structs.replace(CUDA, warp_size=0)))],
         [],
         ["triton-0"],
     ),
     "for one chip alone": (
         RECORD,
         on(nodes.H100),
-        [root("/a", entry("K", dataclasses.replace(CUDA, arch="90a")), kind=CacheKind.FLASHINFER)],
+        [root("/a", entry("K", structs.replace(CUDA, arch="90a")), kind=CacheKind.FLASHINFER)],
         [],
         ["flashinfer-0"],
     ),
     "for another chip alone": (
         RECORD,
         on(nodes.H100),
-        [root("/a", entry("K", dataclasses.replace(CUDA, arch="100a")), kind=CacheKind.FLASHINFER)],
+        [root("/a", entry("K", structs.replace(CUDA, arch="100a")), kind=CacheKind.FLASHINFER)],
         [("cache-target", True)],
         [],
     ),
     "of AMD's with a letter": (
         RECORD,
         on(nodes.MI300X),
-        [root("/a", entry("K", dataclasses.replace(HIP, arch="gfx942a")))],
+        [root("/a", entry("K", structs.replace(HIP, arch="gfx942a")))],
         [("cache-target", True)],
         [],
     ),
@@ -581,7 +582,7 @@ ENTRY_CASES: dict[str, tuple[Record, Any, list[StoredRoot], list[tuple[str, bool
     ),
     "the gravest reason is told": (
         RECORD,
-        dataclasses.replace(NEWER, devices=nodes.L4),
+        structs.replace(NEWER, devices=nodes.L4),
         [root("/a", entry("K", CUDA, triton="3.5.0", torch="2.9.0"))],
         [("cache-target", True)],
         [],
@@ -654,6 +655,6 @@ def test_what_a_policy_hardens_forbids_a_cache_of_which_some_would_fit() -> None
 
 
 def test_the_architecture_of_a_cache_is_that_of_its_image() -> None:
-    arm = dataclasses.replace(NODE, architecture="aarch64")
+    arm = structs.replace(NODE, architecture="aarch64")
     found = step(make(facts(cache=cache(root("/a", entry())), node=arm)), Rung.CACHE)
     assert (codes(found), found.fetch_bytes) == ([("cache-architecture", True)], 0)

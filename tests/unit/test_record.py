@@ -3,7 +3,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rekindle import dump_tree
 from rekindle.cell import Network
@@ -67,22 +67,22 @@ def test_a_record_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize("network", Network)
 def test_either_network_comes_back(network: Network) -> None:
-    process = dataclasses.replace(RECORD.process, network=network)
-    record = dataclasses.replace(RECORD, process=process)
+    process = structs.replace(RECORD.process, network=network)
+    record = structs.replace(RECORD, process=process)
     assert Record.parse(record.to_bytes()).process.network is network
 
 
 def test_equal_records_give_equal_bytes() -> None:
-    node = dataclasses.replace(
+    node = structs.replace(
         RECORD.node, cpu_features=frozenset(sorted(RECORD.node.cpu_features, reverse=True))
     )
-    options = dict(reversed(list(RECORD.engine_options.items())))
-    other = dataclasses.replace(RECORD, node=node, engine_options=options)
+    options = dict(reversed(list(RECORD.engine.options.items())))
+    other = structs.replace(RECORD, node=node, engine=structs.replace(RECORD.engine, options=options))
     assert other.to_bytes() == RECORD.to_bytes()
 
 
 def test_a_record_is_ascii() -> None:
-    record = dataclasses.replace(RECORD, command=["sérve", "\udcff"])
+    record = structs.replace(RECORD, command=["sérve", "\udcff"])
     assert record.to_bytes().isascii()
     assert Record.parse(record.to_bytes()).command == ["sérve", "\udcff"]
 
@@ -161,8 +161,10 @@ def test_a_missing_field_is_named(name: str) -> None:
     value = document()
     *outer, last = steps(name)
     del at(value, outer)[last]
-    with pytest.raises(FormatError, match=rf"^record.*\.{last} is not|^record\.{last}"):
+    with pytest.raises(FormatError) as caught:
         parse(value)
+    place = re.sub(r"\.(\d+)", r"[\1]", name)
+    assert caught.value.message.startswith(f"record.{place} is ")
 
 
 WRONG: dict[str, object] = {
@@ -341,21 +343,22 @@ def test_a_path_of_half_a_character_is_refused() -> None:
 )
 def test_a_strange_name_is_no_hostile_one(path: str, tmp_path: Path) -> None:
     record = parse(with_files(file(path)))
-    assert record.files[0].path == PurePosixPath(path)
-    dump_tree.make(record.files, tmp_path)
+    assert record.dump.files[0].path == PurePosixPath(path)
+    dump_tree.make(record.dump.files, tmp_path)
     assert (tmp_path / path).is_file()
 
 
 def test_a_link_may_point_anywhere() -> None:
     record = parse(with_files(file("shm/x", "symlink", target="/etc/../nowhere")))
-    assert record.files[0].kind is FileKind.SYMLINK
+    assert record.dump.files[0].kind is FileKind.SYMLINK
 
 
 def test_a_hundred_thousand_files_are_enough() -> None:
     files = [file(f"criu/{number}") for number in range(100_001)]
-    with pytest.raises(FormatError, match="at most"):
+    with pytest.raises(FormatError, match=r"^record\.dump\.files is not valid") as caught:
         parse(with_files(*files))
-    assert len(parse(with_files(*files[:2000])).files) == 2000
+    assert "length <= 100000" in caught.value.cause
+    assert len(parse(with_files(*files[:2000])).dump.files) == 2000
 
 
 def test_a_record_over_the_limit_is_refused() -> None:
@@ -481,7 +484,7 @@ def test_what_is_read_stays_inside(tmp_path: Path, files: list[dict[str, object]
         return
     seen = {PurePosixPath("criu"), PurePosixPath("shm")}
     links: set[PurePosixPath] = set()
-    for each in record.files:
+    for each in record.dump.files:
         assert each.path.parts[0] in {"criu", "shm"}
         assert ".." not in each.path.parts
         assert each.path.parent in seen

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server on a recorded kernel cache finds: its variables, and the cache where they lead."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci.cache.inventory import StoredRoot
 from rekindle.engine.caches import CacheKind
@@ -20,7 +20,7 @@ COMMAND = ["vllm", "serve", "m"]
 
 
 def recorded(command: Sequence[str] = COMMAND, /, **variables: str) -> Record:
-    return dataclasses.replace(RECORD, environment=variables, command=command)
+    return structs.replace(RECORD, environment=variables, command=command)
 
 
 # The environment.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's identity: its files by digest, wherever vLLM finds them."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci.trust import signer
 from rekindle.engine.vllm import VllmEngine
@@ -67,7 +67,7 @@ def test_a_command_names_its_model(words: list[str], model: tuple[str, str] | No
 def test_a_record_and_its_attestation_carry_it(tmp_path: Path) -> None:
     fill(tmp_path / "model")
     weights = identify(str(tmp_path / "model"), "main", {})
-    record = Record.parse(dataclasses.replace(RECORD, weights=weights).to_bytes())
+    record = Record.parse(structs.replace(RECORD, weights=weights).to_bytes())
     assert record.weights == weights
     assert signer.predicate(record)["weights"] == weights
 
