@@ -55,7 +55,7 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
     if not args.dir.is_dir():
         raise UsageError(f"{args.dir} is not a directory")
     with report.phase("look"):
-        roots = find_caches.below(args.dir, args.kind)
+        roots = find_caches.find_below(args.dir, args.kind)
     if not roots:
         raise UsageError(
             f"no known kernel cache in {args.dir}",

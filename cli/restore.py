@@ -2,6 +2,7 @@
 """`rekindle restore`: restore a saved server in the fastest way that this node allows, and serve."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < 1e6:
         raise argparse.ArgumentTypeError(f"invalid number of seconds '{text}'")
     return seconds

@@ -5,8 +5,8 @@
 
     image = snapshot(SnapshotOptions(image="tiny", command=("vllm", "serve", "MODEL")))
 
-docs/library.md shows more. What a name stands for is imported when it is first asked for: a program that
-looks at one module pays for that module alone.
+docs/library.md shows more. Names are imported when they are first used, so that a program which needs one
+module does not load the others.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA state of a server in its cell: moved into host memory before the dump, and seen to be in it."""
+"""Move the CUDA state of a server into host memory before its dump, and check that the dump holds it."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,20 +16,22 @@ from rekindle.report import Report
 if TYPE_CHECKING:
     from rekindle.cuda.door import Door
 
-# For a GPU to finish what it was given, and for its memory to go through the slowest bus; the last is for the
-# latter if nobody tells how much there is.
-_LOCK_SECONDS = 60.0
-_BYTES_PER_SECOND = 500e6
-_CHECKPOINT_SECONDS = 600.0
-# What a CUDA context takes on its GPU beside what the program asked for; it is not part of its state.
+_LOCK_SECONDS = 60.0  # for a GPU to finish the work it was given
+_BYTES_PER_SECOND = 500e6  # of GPU memory through the slowest bus
+_CHECKPOINT_SECONDS = 600.0  # if the amount of GPU memory is unknown
+# What a CUDA context takes on its GPU in addition to the program's memory; it is not part of its state.
 _CONTEXT_BYTES = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaState:
-    """Which processes hold CUDA, by their PIDs in the cell, on which GPUs, and how many bytes in all (0 if
-    nobody tells); and what they have in host memory before that of the GPUs comes to it."""
+    """The CUDA state of a server.
+
+    `pids` are the processes with CUDA state, by their PIDs in the cell; `gpus` their GPUs, by UUID.
+    `device_bytes` is their GPU memory, 0 if it is unknown; `host_bytes` their anonymous memory before the
+    GPU memory is moved there.
+    """
 
     pids: Sequence[int] = ()
     gpus: Sequence[str] = ()
@@ -39,61 +41,63 @@ class CudaState:
 
 @contextlib.contextmanager
 def checkpointed(
-    cell: Cell, find_door: Callable[[], "Door"] | None, work: Path, report: Report
+    cell: Cell, find_backend: Callable[[], "Door"] | None, work: Path, report: Report
 ) -> Iterator[CudaState]:
-    """While within, the CUDA state of the cell's processes is in their memory, and no GPU is in use. Left by
-    an exception, every process is as it was found.
+    """Hold the CUDA state of the cell's processes in host memory within the context, with no GPU in use.
 
-    `find_door` is None where there is no NVIDIA GPU. Raises CapabilityError, CudaError, and NotDumpableError
-    or SpaceError before anything is done to a process.
+    An exception that leaves the context rolls every process back. `find_backend` is None on a node without
+    NVIDIA GPUs. Raises CapabilityError, CudaError; NotDumpableError or SpaceError before any process is
+    touched.
     """
-    if find_door is None:
+    if find_backend is None:
         yield CudaState()
         return
     from rekindle.cuda.session import Session
 
     with contextlib.ExitStack() as stack:
         with report.phase("cuda"):
-            door = _open(cell, find_door, stack)
-            holders, state = _look(cell, door) if door else ([], CudaState())
-            _refuse(_with_devices(cell, except_for=state.pids))
-            if door and holders:
-                _refuse_unsupported(state.gpus)
+            backend = _open_backend(cell, find_backend, stack)
+            holders, state = _find_holders(cell, backend) if backend else ([], CudaState())
+            _require_none(_device_holders(cell, except_for=state.pids))
+            if backend and holders:
+                _require_supported(state.gpus)
                 _require_memory(state.device_bytes)
-                moved = state.device_bytes / _BYTES_PER_SECOND or _CHECKPOINT_SECONDS
-                session = stack.enter_context(Session(door, holders, work / CUDA_JOURNAL))
-                session.checkpoint_all(_LOCK_SECONDS + moved)
-                _refuse(_with_devices(cell))
+                seconds = state.device_bytes / _BYTES_PER_SECOND or _CHECKPOINT_SECONDS
+                session = stack.enter_context(Session(backend, holders, work / CUDA_JOURNAL))
+                session.checkpoint_all(_LOCK_SECONDS + seconds)
+                _require_none(_device_holders(cell))
         yield state
 
 
 def require_state(state: CudaState, dump_bytes: int) -> None:
-    """Raises DumpError for a dump in which what was on the GPUs cannot be."""
+    """Raise DumpError if the dump is too small to hold the GPU memory."""
     contexts = _CONTEXT_BYTES * len(state.pids) * max(1, len(state.gpus))
     if dump_bytes < state.host_bytes + state.device_bytes - contexts:
         raise DumpError(
             "the dump lacks the state of the GPU",
-            cause=f"{state.device_bytes:,} bytes were held on it, and the dump has {dump_bytes:,}",
-            hint="is the driver 580 or newer? `rekindle doctor --check cuda`",
+            cause=f"the GPU held {state.device_bytes:,} bytes, but the dump has only {dump_bytes:,}",
+            hint="is the driver 580 or newer? See `rekindle doctor --check cuda`",
         )
 
 
-def _open(cell: Cell, find_door: Callable[[], "Door"], stack: contextlib.ExitStack) -> "Door | None":
-    """The door; None if there is none, and nobody here uses a GPU."""
+def _open_backend(
+    cell: Cell, find_backend: Callable[[], "Door"], stack: contextlib.ExitStack
+) -> "Door | None":
+    """Return the backend, or None if none works but no process in the cell uses a GPU."""
     try:
-        return stack.enter_context(contextlib.closing(find_door()))
+        return stack.enter_context(contextlib.closing(find_backend()))
     except CapabilityError:
-        if _with_devices(cell):
+        if _device_holders(cell):
             raise
         return None
 
 
-def _look(cell: Cell, door: "Door") -> tuple[list[int], CudaState]:
-    """The processes that hold CUDA, by the PIDs that they have here, and what they hold."""
+def _find_holders(cell: Cell, backend: "Door") -> tuple[list[int], CudaState]:
+    """Return the processes with CUDA state, by their PIDs on the host, and that state."""
     from rekindle.cuda.session import holders
 
     inside = {pid: processes.inner_pid(pid) for pid in processes.host_pids(cell)}
-    found = holders(door, inside)
+    found = holders(backend, inside)
     pids = sorted(inside[pid] for pid in found)
     if not found:
         return found, CudaState()
@@ -107,11 +111,12 @@ def _look(cell: Cell, door: "Door") -> tuple[list[int], CudaState]:
     return found, state
 
 
-def _refuse_unsupported(gpus: Collection[str]) -> None:
+def _require_supported(gpus: Collection[str]) -> None:
+    """Raise NotDumpableError if MPS, or MIG on one of the GPUs, prevents checkpointing."""
     devices = gpu.probe()
-    found = ["MPS is on, which CUDA checkpointing does not support; end its daemon"] if devices.mps else []
+    found = ["MPS is on, which CUDA checkpointing does not support: end its daemon"] if devices.mps else []
     found += [
-        f"{each.name} is in MIG mode, which CUDA checkpointing does not support; nvidia-smi -mig 0"
+        f"{each.name} is in MIG mode, which CUDA checkpointing does not support: nvidia-smi -mig 0"
         for each in devices.gpus
         if each.mig and each.uuid in gpus
     ]
@@ -119,23 +124,23 @@ def _refuse_unsupported(gpus: Collection[str]) -> None:
         raise NotDumpableError(
             "the server holds GPU state that cannot be checkpointed",
             cause="\n".join(found),
-            hint="turn off what is named above and snapshot again",
+            hint="turn these off, then snapshot again",
         )
 
 
 def _require_memory(device_bytes: int) -> None:
-    """All that is on the GPUs goes through host memory."""
+    """Raise SpaceError if the GPU memory does not fit into host memory, where it is moved."""
     available = available_bytes()
     if available < device_bytes:
         raise SpaceError(
-            "there is not enough memory for what is on the GPUs",
-            cause=f"{device_bytes:,} bytes are held there, and {available:,} of the node's memory are free",
+            "not enough host memory for the state of the GPUs",
+            cause=f"{device_bytes:,} bytes are needed, and {available:,} are available",
             hint="give vLLM less KV cache (--gpu-memory-utilization), or --weights reload",
         )
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
-    """How much memory can be had here: of the node, and of every control group (version 2) that we are in."""
+    """Return the memory available to us, limited by the node and all our control groups (version 2)."""
     lines = (proc / "meminfo").read_text().splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     groups = (proc / "self/cgroup").read_text().splitlines()
@@ -144,12 +149,12 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int
             with contextlib.suppress(OSError, ValueError):
                 limit, used = (int((directory / f"memory.{name}").read_text()) for name in ("max", "current"))
                 counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                found.append(limit - used + int(counts.get("inactive_file", 0)))  # the kernel takes that back
+                found.append(limit - used + int(counts.get("inactive_file", 0)))  # reclaimed on demand
     return max(0, min(found))
 
 
-def _with_devices(cell: Cell, except_for: Collection[int] = ()) -> list[str]:
-    """What holds an NVIDIA device, in words."""
+def _device_holders(cell: Cell, except_for: Collection[int] = ()) -> list[str]:
+    """Describe each descriptor and mapping of an NVIDIA device in the cell."""
     return [
         f"process {pid} ({processes.command(cell, pid)}), {where}"
         for pid in processes.pids(cell)
@@ -162,13 +167,16 @@ def _with_devices(cell: Cell, except_for: Collection[int] = ()) -> list[str]:
     ]
 
 
-def _refuse(found: Sequence[str]) -> None:
-    """A checkpointed process has let go of its GPUs, and one without CUDA should have none. What still holds
-    a device would not come back."""
-    if found:
+def _require_none(holders: Sequence[str]) -> None:
+    """Raise NotDumpableError if a process still holds an NVIDIA device.
+
+    A checkpointed process has closed its devices, and one without CUDA state should have none. Another
+    device would not be restored.
+    """
+    if holders:
         raise NotDumpableError(
             "processes hold an NVIDIA device that is not part of their CUDA state",
-            cause="\n".join(found),
-            hint="children that are forked keep their parent's: set VLLM_WORKER_MULTIPROC_METHOD=spawn; and "
-            "who asks NVML keeps it open until nvmlShutdown",
+            cause="\n".join(holders),
+            hint="forked children inherit their parent's devices: set VLLM_WORKER_MULTIPROC_METHOD=spawn; a "
+            "process that used NVML keeps the device open until nvmlShutdown",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record says of the server that was dumped."""
+"""Describe a server for its record: where it listens, and which files it uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,20 @@ from rekindle.record import Record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dumped:
-    """What came of it: the record of the dump, and where the server's kernel caches can be read."""
+    """The record of a dump, and the server's kernel caches, with paths that can be read here."""
 
     record: Record
     caches: Sequence[CacheRoot]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A server as it stood before the dump: where it listens, the PID that gets its signals (inside the
-    cell), its threads, and the files that its processes have mapped or open, but for its own output."""
+class RunningServer:
+    """A server just before its dump.
+
+    `endpoint` is where it listens. `server_pid` is the PID in the cell that gets its signals. `threads` is
+    the number of its threads. `opened` are the paths that its processes have mapped or open, without its
+    own logs.
+    """
 
     endpoint: Endpoint
     server_pid: int
@@ -32,14 +36,14 @@ class Seen:
 
 
 def listened_endpoint(cell: Cell, engine: Engine) -> Endpoint:
-    """Where the server really listens: on every address or on one, which the command need not say."""
+    """Return where the server really listens, which its command need not say: on all addresses or on one."""
     hosts = [each.host for each in processes.listeners(cell) if each.port == engine.endpoint.port]
     host = engine.endpoint.host if engine.endpoint.host in hosts or not hosts else hosts[0]
     return Endpoint(host=host, port=engine.endpoint.port)
 
 
 def opened_files(cell: Cell, pids: Sequence[int]) -> set[str]:
-    """What the processes have mapped or open."""
+    """Return the targets of all descriptors and mappings of the processes."""
     paths: set[str] = set()
     for pid in pids:
         paths |= set(processes.mapped_paths(cell, pid))
@@ -48,14 +52,16 @@ def opened_files(cell: Cell, pids: Sequence[int]) -> set[str]:
 
 
 def readable_path(path: str, tree: Path) -> Path:
-    """Where a file can be read that the server saw at a path: its /dev/shm lies beside the dump now."""
+    """Return where a file at a path in the cell can be read: files in /dev/shm are copied to the dump."""
     inside = path.removeprefix("/dev/shm/")  # noqa: S108
     return tree / "shm" / inside if inside != path else Path(path)
 
 
 def mapped_files(opened: set[str]) -> list[MappedFile]:
-    """The files outside the cell's /dev/shm that must be there, and the same, at a restore. What was deleted
-    while it was open is not among them: CRIU stores its content."""
+    """Describe the files that must be present and unchanged for a restore.
+
+    Files in the cell's /dev/shm are part of the snapshot, and deleted files are stored by CRIU.
+    """
     paths = [
         path
         for path in sorted(opened)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the kernel caches of a server, by its environment, its open files and by what directories hold."""
+"""Find the kernel caches of a server by its environment, its open files and the content of directories."""
 
 import os
 import posixpath
@@ -10,9 +10,9 @@ from pathlib import Path
 from rekindle.engine.caches import VARIABLES, CacheKind, CacheRoot, is_within, place, place_below
 
 _DELETED = " (deleted)"
-_LOOKED_AT = 1000  # entries of a directory, to tell what it is
+_ENTRIES_LIMIT = 1000  # entries of a directory that are read to recognise it
 
-# What a path within a cache looks like, and where the cache begins. Triton's keys are 32 bytes in base32.
+# Paths of files within caches; the group is the cache's directory. Triton's keys are 32 bytes in base32.
 _PATTERNS: tuple[tuple[CacheKind, re.Pattern[str]], ...] = (
     (CacheKind.VLLM, re.compile(r"(/.+?)/torch_compile_cache/.+")),
     (CacheKind.INDUCTOR, re.compile(r"(/(?:.+?/)?torchinductor_[^/]+)/.+")),
@@ -35,11 +35,11 @@ def find(
     *,
     usual_places: bool = True,
 ) -> list[CacheRoot]:
-    """The caches of a server that are there and hold something, each once and none within another.
+    """Return the caches of a server that hold files, each once and none within another.
 
-    `opened` are the paths that its processes have open or mapped; `readable` says where a path that the
-    server sees can be read from here. Without `usual_places`, a cache that no variable names and of which
-    nothing is open is not this server's. Only the file system is looked at.
+    `opened` are the paths that its processes have open or mapped. `readable` maps a path as the server sees
+    it to a path that can be read here. Without `usual_places`, only caches that a variable names or that
+    have open files are returned.
     """
     candidates: dict[str, CacheKind] = {}
     for kind in CacheKind:
@@ -57,17 +57,17 @@ def find(
             if match := pattern.fullmatch(posixpath.normpath(path.removesuffix(_DELETED))):
                 candidates.setdefault(match[1], kind)
                 break
-    taken = _models(environment)
+    models = _models(environment)
     roots = [
         CacheRoot(kind=kind, path=readable(recorded), recorded=recorded)
         for recorded, kind in candidates.items()
-        if not any(is_within(model, recorded) or is_within(recorded, model) for model in taken)
+        if not any(is_within(model, recorded) or is_within(recorded, model) for model in models)
     ]
     return _outermost(root for root in roots if _holds_a_file(root.path))
 
 
 def recognise(directory: Path) -> CacheKind | None:
-    """What kind of cache a directory is, by what lies in it."""
+    """Return the kind of cache that a directory is, by its content; None if it is unknown."""
     names = _names(directory)
     inner = [name for name in names if (directory / name).is_dir()]
     if {"torch_compile_cache", "modelinfos"} & set(inner):
@@ -95,10 +95,10 @@ def recognise(directory: Path) -> CacheKind | None:
     return None
 
 
-def below(directory: Path, kind: CacheKind | None = None) -> list[CacheRoot]:
-    """The caches of a directory: itself, if it is one or `kind` says so, or else its subdirectories.
+def find_below(directory: Path, kind: CacheKind | None = None) -> list[CacheRoot]:
+    """Return the cache that a directory is, by its content or `kind`, or else those in its subdirectories.
 
-    A subdirectory that is called as a kind is one of that kind, as `rekindle extract --to` makes them.
+    A subdirectory named like a kind is of that kind, as `rekindle extract --to` makes them.
     """
     directory = directory.absolute()
     found = kind or recognise(directory)
@@ -121,7 +121,7 @@ def _root(kind: CacheKind, path: Path) -> CacheRoot:
 
 
 def _outermost(roots: Iterable[CacheRoot]) -> list[CacheRoot]:
-    """Without those that lie in another: vLLM keeps an Inductor and a Triton cache in its own."""
+    """Drop the caches that lie in another one: vLLM keeps an Inductor and a Triton cache in its own."""
     kept: list[CacheRoot] = []
     for root in sorted(roots, key=lambda root: len(root.recorded)):
         if not any(
@@ -134,7 +134,7 @@ def _outermost(roots: Iterable[CacheRoot]) -> list[CacheRoot]:
 
 
 def _models(environment: Mapping[str, str]) -> list[str]:
-    """Where models lie: a cache that holds such a directory, or lies in one, is none."""
+    """Return the directories of models. A directory that contains or lies in one is not a kernel cache."""
     home = environment.get("HOME") or "/root"
     caches = environment.get("XDG_CACHE_HOME") or posixpath.join(home, ".cache")
     named = [environment[name] for name in ("HF_HOME", "HF_HUB_CACHE") if environment.get(name)]
@@ -144,7 +144,7 @@ def _models(environment: Mapping[str, str]) -> list[str]:
 def _names(directory: Path) -> list[str]:
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry, _ in zip(entries, range(_LOOKED_AT), strict=False))
+            return sorted(entry.name for entry, _ in zip(entries, range(_ENTRIES_LIMIT), strict=False))
     except OSError:
         return []
 

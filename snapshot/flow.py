@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One snapshot, from its options to the published image: make, pack, sign, prove, publish."""
+"""Take one snapshot, from its options to the published image: make, pack, sign, prove, publish."""
 
 import os
 import shutil
@@ -40,16 +40,17 @@ from snapshot.options import Progress, SnapshotOptions
 from snapshot.warm import read_requests
 
 Signatures = tuple[list[Descriptor], list[Descriptor]]
-"""Those by this machine's key, and those by the user's."""
+"""The signatures by this machine's key, and those by the user's."""
 
 
 def snapshot(
     options: SnapshotOptions, report: Report | None = None, progress: Progress | None = None
 ) -> images.Image:
-    """Start a server, warm it, prove it, and save it as an image; fill the report. The server ends with it.
+    """Start a server, warm it, save it as an image, prove the image, and fill the report.
 
-    Needs root. The tag is published last: on any failure nothing is visible, and nothing is left. Raises
-    SecretError, NotDumpableError, DumpError, OracleError, and what registries and keys raise.
+    Needs root. The server has ended when this returns or raises. Atomic: the tag is written last, and a
+    failure leaves nothing behind. Raises SecretError, NotDumpableError, DumpError, OracleError, and the
+    errors of registries and keys.
     """
     report = report or Report(verb="snapshot")
     progress = progress or Progress()
@@ -60,7 +61,7 @@ def snapshot(
     environment = {**engine.environment(), **ours}
     nvidia = any(gpu.vendor == "nvidia" for gpu in probe().gpus)
     warmed = options.warm_file is not None
-    engine = _sleeping(engine, options.weights, command, environment, nvidia=nvidia, warmed=warmed)
+    engine = _sleeping_engine(engine, options.weights, command, environment, nvidia=nvidia, warmed=warmed)
     credentials = secret_search.KnownSecrets.of(environment, command, options.secrets)
     home = store.open_home()
     spec = make.ServerSpec(
@@ -73,7 +74,7 @@ def snapshot(
         find_backend=cuda_door(home) if nvidia else None,
     )
     access = resolve.access(options.registry, home)
-    _require_target(reference, access)
+    _require_writable(reference, access)
     with home.work("snapshot") as work, credentials.kept_out_of_errors():
         with report.phase("find criu"):
             tool = criu.find(home)
@@ -120,7 +121,7 @@ def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:
         )
 
 
-def _sleeping(
+def _sleeping_engine(
     engine: Engine,
     weights: Weights | None,
     command: list[str],
@@ -129,10 +130,10 @@ def _sleeping(
     nvidia: bool,
     warmed: bool,
 ) -> Engine:
-    """The engine of a server that sleeps through the snapshot, if it can and shall."""
+    """Return the engine that puts the server to sleep for the snapshot, or `engine` if it stays awake."""
     if not isinstance(engine, VllmEngine):
         if weights not in {None, Weights.AS_IS}:
-            raise UsageError(f"--weights {weights} is for vLLM; other servers are taken as they are")
+            raise UsageError(f"--weights {weights} is for vLLM only")
         return engine
     weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
     if weights is Weights.AS_IS:
@@ -140,11 +141,11 @@ def _sleeping(
     return asleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
 
 
-def _require_target(reference: Reference, access: Access) -> None:
-    """Raises what a registry that cannot be pushed to would raise at the end, after all the work."""
+def _require_writable(reference: Reference, access: Access) -> None:
+    """Raise now, before the work, if an image cannot be pushed to this reference."""
     if isinstance(reference, RegistryReference):
         if reference.digest is not None:
-            raise UsageError(f"{reference} names a digest, which nobody knows before", hint="give it a tag")
+            raise UsageError(f"cannot save to {reference}: it names a digest", hint="use a tag")
         with Repository(reference, access) as repository:
             repository.tagged(reference.tag)
 
@@ -167,11 +168,11 @@ def _publish(
                 transfer.into_registry(staging, tree, reference, access)
             report.bytes.sent = access.tally.sent_bytes
         except RekindleError as error:
-            # It took minutes to make.
+            # The image took minutes to make: keep it in the store.
             name = f"{reference.repository}:{reference.tag}"
             kept = Layout.create(home.store)
             kept.publish(staging, image.index, name, [*own, *given])
-            error.hint = f"it is kept here: rekindle push {name} {reference}"
+            error.hint = f"the image is in the local store: rekindle push {name} {reference}"
             raise
         return
     layout = store.layout_of(reference, home, create=True)
@@ -188,9 +189,9 @@ def _prove(
     engine: Engine,
     report: Report,
 ) -> None:
-    """Restores what will be published, and asks the oracle. The unpacked dump is kept for `restore`.
+    """Restore the image that will be published, and ask the oracle. The unpacked dump is kept for `restore`.
 
-    As on another day: the files that the server logged to are gone.
+    The server's log files are moved away first, since a later restore will not find them either.
     """
     image = proved.value
     for name in ("stdout.log", "stderr.log"):
@@ -226,6 +227,5 @@ def _prove(
 
 
 def _copy(dump: Path, target: Path) -> None:
-    """Keeps CRIU's dump as it is, for `rekindle bench` to compare with."""
-
+    """Keep an unmodified copy of CRIU's dump, for `rekindle bench`."""
     shutil.copytree(dump, target, symlinks=True)

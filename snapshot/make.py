@@ -27,8 +27,15 @@ from rekindle.report import Report
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import find_caches, secret_search
 from snapshot.cuda_state import checkpointed, require_state
-from snapshot.describe import Dumped, Seen, listened_endpoint, mapped_files, opened_files, readable_path
-from snapshot.obstacles import check
+from snapshot.describe import (
+    Dumped,
+    RunningServer,
+    listened_endpoint,
+    mapped_files,
+    opened_files,
+    readable_path,
+)
+from snapshot.obstacles import require_dumpable
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
@@ -75,7 +82,7 @@ def make(
     with Cell() as cell:
         server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
         with report.phase("check"):
-            seen = _inspect(cell, server, spec, engine, work)
+            running = _inspect(cell, server, spec, engine, work)
         with (
             checkpointed(cell, spec.find_backend, work, report) as cuda,
             report.phase("dump"),
@@ -93,16 +100,16 @@ def make(
             (tree / "criu" / leftover).unlink(missing_ok=True)
         criu_images.drop_zero_pages(tree / "criu")
         files = scan(tree)
-        mapped = mapped_files(seen.opened)
+        mapped = mapped_files(running.opened)
     with report.phase("search for secrets"):
-        secret_search.refuse(tree, spec.credentials)
+        secret_search.require_no_secrets(tree, spec.credentials)
     with report.phase("find caches"):
         readable = functools.partial(readable_path, tree=tree)
-        roots = find_caches.find(server.environment, seen.opened, readable, usual_places=engine.compiles)
+        roots = find_caches.find(server.environment, running.opened, readable, usual_places=engine.compiles)
     process = Process(
         root_pid=server.root_pid,
-        server_pid=seen.server_pid,
-        tasks=seen.threads,
+        server_pid=running.server_pid,
+        tasks=running.threads,
         network=spec.network,
         monotonic_ns=clocks.monotonic_ns,
         boottime_ns=clocks.boottime_ns,
@@ -118,7 +125,7 @@ def make(
         command=redact_command(spec.argv, spec.credentials.values),
         directory=str(Path.cwd()),
         environment=redact_environment({**spec.environment, **server.added}, spec.credentials.values),
-        endpoint=seen.endpoint,
+        endpoint=running.endpoint,
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
@@ -160,19 +167,20 @@ def _bring_up(
     return server, start_seconds, oracle
 
 
-def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> Seen:
+def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> RunningServer:
     """Describe the server's processes and remove its disposable files. Raise if it cannot be dumped."""
     own = (server.stdout, server.stderr)
-    check(cell, server.root_pid, spec.network, own=own, work=work, gpus=spec.find_backend is not None)
+    gpus = spec.find_backend is not None
+    require_dumpable(cell, server.root_pid, spec.network, own=own, work=work, gpus=gpus)
     pids = processes.tree(cell, server.root_pid)
-    seen = Seen(
+    running = RunningServer(
         endpoint=listened_endpoint(cell, engine),
         server_pid=server.server_pid,
         threads=sum(processes.threads(cell, pid) for pid in pids),
         opened=opened_files(cell, pids) - {str(path) for path in own},
     )
     _drop_disposable(cell, pids, engine.disposable())
-    return seen
+    return running
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server holds that CRIU cannot dump: found before the dump, and named with its remedy.
+"""Find what CRIU cannot dump in a server before the dump, and name it with its remedy.
 
-The rules follow CRIU 4.2.1: `criu/files.c` (which descriptors it knows), `criu/sockets.c` (which
-families), `criu/proc_parse.c` (which mappings).
+The rules follow CRIU 4.2.1: `criu/files.c` (descriptors), `criu/sockets.c` (socket families) and
+`criu/proc_parse.c` (mappings).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rekindle.errors import NotDumpableError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
-    """Something that cannot be dumped. `where` is a descriptor, a mapping or the process itself."""
+    """Something that CRIU cannot dump. `where` is a descriptor, a mapping or the process itself."""
 
     pid: int
     command: str
@@ -35,7 +35,7 @@ class Obstacle:
 _CAT_SECONDS = 10.0
 Finding = tuple[str, str]  # what is wrong, and the remedy
 
-_SECRET_MEMORY = ("is secret memory, which the kernel hides from CRIU too", "turn it off")
+_SECRET_MEMORY = ("is secret memory, which the OS kernel hides from CRIU", "turn it off")
 
 # Anonymous inodes that CRIU dumps; every other one is an obstacle.
 _KNOWN_ANONYMOUS = re.compile(
@@ -43,7 +43,7 @@ _KNOWN_ANONYMOUS = re.compile(
 )
 _ANONYMOUS_REMEDIES = {
     "[io_uring]": "set UV_USE_IO_URING=0 for libuv, USE_IO_URING=0 for others",
-    "[userfaultfd]": "turn off what moves memory in user space",
+    "[userfaultfd]": "turn off the feature that handles page faults in user space",
     "[perf_event]": "end the profiler",
     "bpf-prog": "end the tracer",
     "bpf-map": "end the tracer",
@@ -51,7 +51,7 @@ _ANONYMOUS_REMEDIES = {
 # Character devices that CRIU knows, by major number: memory devices (null, zero, urandom), ttys,
 # ptmx, and pseudo-terminals.
 _KNOWN_MAJORS = {1, 4, 5, *range(136, 144)}
-# The tables of /proc/net, and the column with the socket's inode.
+# The tables of /proc/net, and the column of the socket's inode.
 _SOCKET_TABLES = {
     **dict.fromkeys(("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6"), 9),
     "unix": 6,
@@ -60,33 +60,36 @@ _SOCKET_TABLES = {
 }
 _NVIDIA = "/dev/nvidia"
 _GPUS = (_NVIDIA, "/dev/kfd", "/dev/dri/")
-# Of whatever kind the kernel says that they are; also where CUDA's own devices are no obstacle.
+# By path alone. They stay obstacles where the other NVIDIA devices are none.
 _NAMED = {
-    "/dev/infiniband/": ("is RDMA, whose state nobody can save", "set NCCL_IB_DISABLE=1"),
+    "/dev/infiniband/": ("is RDMA, whose state cannot be saved", "set NCCL_IB_DISABLE=1"),
     "/dev/nvidia-caps-imex-channels/": ("is memory shared over NVLink", "set NCCL_NVLS_ENABLE=0"),
-    "/dmabuf:": ("is GPU memory that others may use", "turn CUDA IPC and RDMA off, or use one GPU"),
+    "/dmabuf:": ("is GPU memory shared with others", "turn CUDA IPC and RDMA off, or use one GPU"),
 }
-_STATES_OF_CONNECTION = {"01", "02", "03", "04", "05", "08", "09", "0B"}
+_CONNECTED_STATES = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
-def check(
+def require_dumpable(
     cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path, gpus: bool = False
 ) -> None:
-    """Raises NotDumpableError that names every obstacle. `own` are the logs that a restore replaces. With
-    `gpus`, NVIDIA's devices are none: their state will be checkpointed, and then they must be gone."""
+    """Raise NotDumpableError, which names every obstacle, if there is any.
+
+    `own` are the server's logs, which a restore replaces. With `gpus`, NVIDIA devices are no obstacles: the
+    CUDA checkpoint that follows closes them.
+    """
     found = [*obstacles(cell, root, network, own, gpus=gpus), *_system_v(cell, work)]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
             cause="\n".join(str(obstacle) for obstacle in found),
-            hint="end or turn off what is named above and snapshot again",
+            hint="remove each of these, then snapshot again",
         )
 
 
 def obstacles(
     cell: Cell, root: int, network: Network, own: Collection[Path], *, gpus: bool = False
 ) -> Iterator[Obstacle]:
-    """Every obstacle in the cell, process by process."""
+    """Yield every obstacle in the cell, process by process."""
     tree = processes.tree(cell, root)
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
@@ -95,7 +98,7 @@ def obstacles(
                 pid=pid,
                 command=name,
                 where="the process",
-                what="has left the server's process tree, so it would be missing after a restore",
+                what="has left the server's process tree, and would be missing after a restore",
                 remedy="start it in the foreground",
             )
             continue
@@ -110,7 +113,7 @@ def _of_process(
     if fields.get("TracerPid", "0") != "0":
         yield "the process", "is traced by a debugger", "detach it"
     if fields.get("Seccomp") == "1":
-        yield "the process", "is in seccomp strict mode", "start it without"
+        yield "the process", "is in seccomp strict mode", "start it without that mode"
     sockets = _sockets(cell, pid, network)
     for fd, target in processes.descriptors(cell, pid):
         named = next((found for prefix, found in _NAMED.items() if target.startswith(prefix)), None)
@@ -131,10 +134,10 @@ def _of_descriptor(link: Path, target: str, sockets: Mapping[str, Finding | None
         if _KNOWN_ANONYMOUS.fullmatch(target):
             return None
         kind = target.removeprefix("anon_inode:")
-        return "is a kernel object that CRIU does not know", _ANONYMOUS_REMEDIES.get(kind, "close it")
+        return "is an OS kernel object unknown to CRIU", _ANONYMOUS_REMEDIES.get(kind, "close it")
     if target.startswith("socket:["):
         inode = target.removeprefix("socket:[").removesuffix("]")
-        unknown = ("is a socket of a family that CRIU does not know", "close it")
+        unknown = ("is a socket of a family unknown to CRIU", "close it")
         return sockets.get(inode, unknown)
     if target.startswith("/secretmem"):
         return _SECRET_MEMORY
@@ -149,17 +152,20 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
         return "is a block device", "close it"
     if stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) not in _KNOWN_MAJORS:
         if target.startswith(_GPUS):
-            return "is a GPU of which nothing tells how to save its state", "see `rekindle doctor`"
-        return "is a device that CRIU does not know", "close it"
+            return "is a GPU whose state cannot be saved", "see `rekindle doctor`"
+        return "is a device unknown to CRIU", "close it"
     if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
-        return "is a deleted file that has other names", "keep such files below $TMPDIR"
+        return "is a deleted file with other hard links", "keep such files below $TMPDIR"
     if not status.st_nlink and status.st_size > GHOST_LIMIT_BYTES:
-        return f"is a deleted file of {status.st_size:,} bytes, more than CRIU stores", "keep its name"
+        return f"is a deleted file of {status.st_size:,} bytes, more than CRIU stores", "do not delete it"
     return None
 
 
 def _of_writing(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
-    """A file that grows does not fit its snapshot any more, and replicas would write to one file."""
+    """Return a finding for a file that is open for writing.
+
+    It may change after the snapshot, which then does not fit it, and replicas would all write to it.
+    """
     if target.startswith(("/dev/", "/proc/", "/memfd:")) or not target.startswith("/"):
         return None
     process = processes.proc(cell) / str(pid)
@@ -170,7 +176,7 @@ def _of_writing(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
         if (
             stat.S_ISREG(status.st_mode)
             and status.st_nlink
-            and status.st_size  # an empty one is a lock
+            and status.st_size  # an empty file is a lock
             and flags & os.O_ACCMODE != os.O_RDONLY
         ):
             return "is open for writing", "log to stdout or stderr, and keep other files below $TMPDIR"
@@ -178,9 +184,9 @@ def _of_writing(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
 
 
 def _system_v(cell: Cell, work: Path) -> Iterator[Obstacle]:
-    """System V IPC objects of the cell. CRIU dumps them with their namespace only, and we dump none."""
+    """Yield the System V IPC objects of the cell. CRIU dumps them only with their namespace, unlike us."""
     for table, what in (("sem", "semaphores"), ("msg", "message queue"), ("shm", "shared memory")):
-        listing = work / f"sysvipc-{table}"  # the kernel shows a reader that of the reader's namespace
+        listing = work / f"sysvipc-{table}"  # read in the cell: /proc/sysvipc shows the reader's namespace
         command = Command(
             argv=["cat", f"/proc/sysvipc/{table}"],
             env={"PATH": os.defpath},
@@ -202,15 +208,17 @@ def _of_mapping(path: str) -> tuple[str, str] | None:
     if path.startswith("/SYSV"):
         return "is System V shared memory", "use POSIX shared memory"
     if path.startswith("anon_inode:") and "i915" not in path:
-        return "is memory of a kernel object that CRIU does not know", "turn it off"
+        return "is memory of an OS kernel object unknown to CRIU", "turn it off"
     if path.startswith("/secretmem"):
         return _SECRET_MEMORY
     return None
 
 
 def _sockets(cell: Cell, pid: int, network: Network) -> dict[str, Finding | None]:
-    """The sockets of a process's network that are of a family that CRIU knows, by inode, each with what
-    is wrong with it, if anything is."""
+    """Return the sockets of known families in a process's network, by inode.
+
+    The value is the finding for a socket that is an obstacle, else None.
+    """
     found: dict[str, Finding | None] = {}
     for name, column in _SOCKET_TABLES.items():
         with contextlib.suppress(OSError):
@@ -226,14 +234,13 @@ def _sockets(cell: Cell, pid: int, network: Network) -> dict[str, Finding | None
 
 
 def _of_unix_path(path: str) -> Finding | None:
-    """Sockets in the cell's /dev/shm and abstract ones are the cell's own."""
-    if path.startswith(("@", "/dev/shm/")):  # noqa: S108
+    if path.startswith(("@", "/dev/shm/")):  # noqa: S108 - both are private to the cell
         return None
-    return f"is bound to {path}, which every replica would take from the others", "put it below $TMPDIR"
+    return f"is bound to {path}, which replicas would take from each other", "put it below $TMPDIR"
 
 
 def _of_connection(fields: Sequence[str]) -> Finding | None:
     (here, _), (there, port) = processes.address(fields[1]), processes.address(fields[2])
-    if fields[3] not in _STATES_OF_CONNECTION or here == there:
+    if fields[3] not in _CONNECTED_STATES or here == there:
         return None
-    return f"is connected to {there} port {port}, which will not be there", "close the connection"
+    return f"is connected to {there} port {port}, which is lost after a restore", "close the connection"

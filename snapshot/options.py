@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a snapshot may be asked for."""
+"""The options of a snapshot."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotOptions:
-    """What `rekindle snapshot` may be told. Raises UsageError for what contradicts itself.
+    """The options of `rekindle snapshot`. Raises UsageError if they contradict each other.
 
-    `image` is a reference as users write it, `command` the server. A server that is not vLLM needs
+    `image` is a reference as users write it, `command` starts the server. A server other than vLLM needs
     `ready_url`, which answers 2xx once it is ready, and `oracle_file`, the request whose answer proves it.
-    `warm_file` holds requests, a JSON object a line. `ready_seconds` bounds its start. `weights` is for vLLM
-    on a GPU; None chooses. `secrets` names what the image may hold. `sign` is how the image is signed besides
-    by this machine's key; `private_variables` are those that the server must not get. `keep_dump` gets a copy
-    of CRIU's dump before anything is taken out of it.
+    `ready_seconds` limits its start. `warm_file` holds requests, one JSON object per line. `weights` is for
+    vLLM on a GPU; None chooses. `secrets` names the secrets that the image may hold. `sign` signs the image,
+    in addition to this machine's key. `private_variables` are withheld from the server. `keep_dump` is a
+    directory for a copy of CRIU's unmodified dump.
     """
 
     image: str
@@ -46,14 +46,14 @@ class SnapshotOptions:
 
     def __post_init__(self) -> None:
         if not self.command:
-            raise UsageError("there is no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")
+            raise UsageError("no command", hint="rekindle snapshot IMAGE -- vllm serve MODEL")
         if self.oracle_file and not self.ready_url:
-            raise UsageError("--oracle-request goes with --ready-url")
+            raise UsageError("--oracle-request needs --ready-url")
 
 
 class Progress:
-    """Who is shown how much was sent. This one shows nothing."""
+    """Shows the progress of a snapshot. This one shows nothing; override `sending`."""
 
     def sending(self, tally: "Tally") -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        """Bytes are sent within the context, which `tally` counts."""
+        """Return a context in which bytes are sent, counted by `tally`."""
         return contextlib.nullcontext()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Search a dump for credentials before it is packed. See docs/secrets.md.
 
-Hyperscan searches for the values and the beginnings of tokens at once; Python judges what it finds. Values
-are never shown, and never leave this process's memory.
+Hyperscan searches for all values and beginnings of tokens at once; Python checks each hit. Values are never
+shown, and never leave this process's memory.
 
-Pages that are neighbours in a file may be far apart in memory. So the search goes through extents: bytes
-that follow one another in memory, too. Threads share them in pieces. A hit belongs to the piece that it
-begins in, and a piece is read with what stands around it: a string across a border is found, once.
+Pages that are adjacent in a file may be far apart in memory. So the search covers extents: bytes that are
+adjacent in both. Threads search them in pieces. A hit belongs to the piece that it begins in, and a piece is
+read with some bytes before and after it, so a string across a border is found exactly once.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from rekindle.files import PAGE_BYTES, data_extents
 from rekindle.secrets.forms import FORMS, Form, find_token, is_secret_value
 from rekindle.secrets.redact import HIDDEN, Secret, command_secrets, environment_secrets
 
-# Shorter values are part of too much else: they are looked for with their name alone, NAME=value.
+# Shorter values occur by chance: they are searched for only with their name, NAME=value.
 _ALONE_CHARACTERS = 6
-_DISTINCT_CHARACTERS = 3  # so that no stretch of equal bytes is a million hits
+_DISTINCT_CHARACTERS = 3  # or a run of equal bytes would be a million hits
 _STRING_LIMIT_BYTES = 512
-_AROUND_BYTES = _STRING_LIMIT_BYTES, 1024  # what is read before and behind the beginning of a hit
+_AROUND_BYTES = _STRING_LIMIT_BYTES, 1024  # read before and after the beginning of a hit
 _PIECE_BYTES = 512 << 10  # stays in a core's cache
 _WORKERS_LIMIT = 8
 _CORE_MAGIC = 0x55053847
@@ -42,7 +42,7 @@ _ENDS = frozenset({b"", *(bytes([byte]) for byte in _END_OF_WORD)})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """A string that must not be found. `ends`: only where a word ends behind it."""
+    """A string that must not be in a dump. `ends`: it only counts if a word ends after it."""
 
     names: frozenset[str]
     content: bytes
@@ -57,7 +57,7 @@ class Text:
         return max(re.split(rb"[\r\n\0]", self.content), key=len)[:_STRING_LIMIT_BYTES]
 
     def is_at(self, content: bytes, position: int) -> bool:
-        """Return whether the text is where its needle was found. Of a long text, the needle is enough."""
+        """Return whether the text is where its needle was found. For a long text, the needle is enough."""
         if not self.ends:
             return True
         start = position - self.content.index(self.needle)
@@ -67,7 +67,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A credential in a dump: its name or kind, and the first place where it is."""
+    """A credential in a dump: its name or kind, and the first place where it was found."""
 
     name: str
     title: str
@@ -80,21 +80,24 @@ class KnownSecrets:
 
     texts: Sequence[Text]
     allowed: Sequence[bytes]
-    kinds: frozenset[str]  # of tokens that are allowed
-    values: frozenset[str]  # all that stand alone, to keep them out of messages
+    kinds: frozenset[str]  # of allowed tokens
+    values: frozenset[str]  # all values that are distinctive, to hide them in messages
 
     @classmethod
     def of(
         cls, environment: Mapping[str, str], argv: Sequence[str], allow: Collection[str] = ()
     ) -> "KnownSecrets":
-        """Collect them. `allow`: names of variables, of options (with or without dashes), kinds of tokens."""
+        """Collect the secrets of a server.
+
+        `allow` holds names of variables and options, with or without dashes, and kinds of tokens.
+        """
         allow = {_plain(name) for name in allow}
         secrets = [
             secret
             for secret in (*environment_secrets(environment), *command_secrets(argv))
             if is_secret_value(secret.name if secret.by_name else "PASSWORD", secret.value)
         ]
-        # Who may read a value under one of its names may read it under the others.
+        # A value that is allowed under one name is allowed under all its names.
         allowed = {secret.value for secret in secrets if _plain(secret.name) in allow}
         texts: dict[tuple[bytes, bool], set[str]] = {}
         for secret in secrets:
@@ -108,12 +111,12 @@ class KnownSecrets:
             ],
             allowed=[os.fsencode(value) for value in allowed],
             kinds=frozenset(allow),
-            values=frozenset(secret.value for secret in secrets if _stands_alone(secret.value)),
+            values=frozenset(secret.value for secret in secrets if _is_distinctive(secret.value)),
         )
 
     @contextlib.contextmanager
     def kept_out_of_errors(self) -> Iterator[None]:
-        """Hide the values in errors that pass through, and in the logs that they name."""
+        """Hide the values in errors raised within the context, and in the logs that they name."""
         try:
             yield
         except RekindleError as error:
@@ -137,14 +140,14 @@ def _plain(name: str) -> str:
     return name.lstrip("-").replace("_", "-").lower()
 
 
-def _stands_alone(value: str) -> bool:
+def _is_distinctive(value: str) -> bool:
     return len(value) >= _ALONE_CHARACTERS and len(set(value)) >= _DISTINCT_CHARACTERS
 
 
 def _forms_of(secret: Secret) -> Iterator[tuple[bytes, bool]]:
-    """Yield how a value may stand in memory, and whether a word must end behind it."""
+    """Yield the forms that a secret has in memory, and whether a word must end after each."""
     name, value = os.fsencode(secret.name), os.fsencode(secret.value)
-    if _stands_alone(secret.value):
+    if _is_distinctive(secret.value):
         yield value, False
         return
     yield name + b"=" + value, True
@@ -159,8 +162,11 @@ def _hide_in_file(path: Path, values: Sequence[bytes]) -> None:
     path.write_bytes(content)
 
 
-def refuse(tree: Path, credentials: KnownSecrets) -> None:
-    """Search `tree/{criu,shm}`. Raises SecretError, which names all that was found and where; DumpError."""
+def require_no_secrets(tree: Path, credentials: KnownSecrets) -> None:
+    """Raise SecretError if `tree/{criu,shm}` holds credentials; it names each and where it was found.
+
+    Raises DumpError if the dump cannot be searched.
+    """
     found = search(tree, credentials)
     if not found:
         return
@@ -169,7 +175,8 @@ def refuse(tree: Path, credentials: KnownSecrets) -> None:
     raise SecretError(
         f"the server's memory holds {names}",
         cause="\n".join(f"{each.name}: {each.place}" for each in found),
-        hint="start the server without it, or let whoever can read the image read it, too: " + options,
+        hint="start the server without it, or allow it in the image, where all its readers can see it: "
+        + options,
     )
 
 
@@ -189,7 +196,7 @@ def search(tree: Path, credentials: KnownSecrets) -> list[Found]:
         try:
             found = list(chain.from_iterable(job.result() for job in jobs))
         except (OSError, hyperscan.error) as error:
-            raise DumpError("the dump could not be searched for secrets", cause=str(error)) from error
+            raise DumpError("cannot search the dump for secrets", cause=str(error)) from error
         finally:
             stop.set()
     first: dict[str, Found] = {}
@@ -199,7 +206,7 @@ def search(tree: Path, credentials: KnownSecrets) -> list[Found]:
 
 
 def _search(pieces: "_Shared", needles: "_Needles", stop: threading.Event) -> Collection[Found]:
-    """Search as many pieces as this thread gets. Reading and scanning release the GIL."""
+    """Search the pieces that this thread gets. Reading and scanning release the GIL."""
     scratch = needles.scratch()
     buffer = memoryview(bytearray(_AROUND_BYTES[0] + _PIECE_BYTES + _AROUND_BYTES[1]))
     found: dict[str, Found] = {}
@@ -213,7 +220,7 @@ def _search(pieces: "_Shared", needles: "_Needles", stop: threading.Event) -> Co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Extent:
-    """Bytes of a file that follow one another in memory, too."""
+    """Bytes of a file that are adjacent in memory, too."""
 
     path: Path
     offset: int
@@ -223,19 +230,19 @@ class _Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """A part of an extent, and what is read of the extent to judge it."""
+    """A part of an extent, with some of the bytes around it."""
 
     extent: _Extent
-    start: int  # of what is read, in the file
+    start: int  # of the bytes to read, in the file
     length: int
-    own: range  # of the part itself, in what is read
+    own: range  # of the part itself, in the bytes read
 
     def read(self, buffer: memoryview) -> memoryview:
-        """Return the bytes, in the buffer. Raises OSError, DumpError if the file ends too soon."""
+        """Read the bytes into the buffer and return them. Raises OSError; DumpError for a short file."""
         with open(self.extent.path, "rb", buffering=0) as file:
             length = os.preadv(file.fileno(), [buffer[: self.length]], self.start)
         if length != self.length:
-            raise DumpError("the dump could not be searched for secrets", cause=f"{file.name} is too short")
+            raise DumpError("cannot search the dump for secrets", cause=f"{file.name} is too short")
         return buffer[:length]
 
 
@@ -268,7 +275,7 @@ def _memory_extents(dump: Path) -> Iterator[_Extent]:
 
 
 def _process(dump: Path, pid: str) -> str:
-    """Return words for the process whose memory a pagemap describes."""
+    """Describe the process whose memory a pagemap lists."""
     if not pid.isdecimal():
         return "in shared memory"
     core = dump / f"core-{pid}.img"
@@ -282,9 +289,9 @@ def _process(dump: Path, pid: str) -> str:
 
 
 def _file_extents(tree: Path) -> Iterator[_Extent]:
-    """Yield all other files: pipes, sockets and deleted files as CRIU stored them, and /dev/shm."""
+    """Yield the extents of all other files: CRIU's image files, and those in /dev/shm."""
     seen: set[int] = set()
-    for top, place in (("criu", "in what CRIU stored in {}"), ("shm", "in /dev/shm/{}")):
+    for top, place in (("criu", "in CRIU's file {}"), ("shm", "in /dev/shm/{}")):
         for path in sorted((tree / top).rglob("*")):
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_ino in seen:
@@ -303,7 +310,7 @@ def _redacted(name: str) -> str:
 
 
 class _Shared:
-    """Hand out each piece to one of several threads."""
+    """An iterator that several threads share: each piece goes to one of them."""
 
     def __init__(self, pieces: Iterator[_Piece]) -> None:
         self._pieces = pieces
@@ -319,7 +326,7 @@ class _Shared:
 
 
 class _Needles:
-    """The strings that are searched for, and what each may be the beginning of."""
+    """The strings to search for, and the secrets that each may be the beginning of."""
 
     def __init__(self, credentials: KnownSecrets) -> None:
         self._allowed = [value for value in credentials.allowed if len(value) >= _ALONE_CHARACTERS]
@@ -339,7 +346,7 @@ class _Needles:
         return bool(self._strings)
 
     def scratch(self) -> hyperscan.Scratch:
-        """Return what each thread that searches needs for itself."""
+        """Return scratch space for one thread."""
         return hyperscan.Scratch(self._database)
 
     def search(
@@ -347,7 +354,7 @@ class _Needles:
     ) -> Iterator[tuple[str, str]]:
         """Yield the names and titles of the credentials that begin in a part of `content`.
 
-        A token within a value is told by the value's name alone.
+        A token within a value is reported only under the value's name.
         """
         value_end = 0
         for at, length, needle in self._hits(content, scratch):
@@ -364,13 +371,13 @@ class _Needles:
                             yield name, f"the value of {name}"
 
     def _hits(self, content: memoryview, scratch: hyperscan.Scratch) -> list[tuple[int, int, bytes]]:
-        """Return each string in the content: (place, length, string), the longest first at one place."""
+        """Return the strings in the content as (position, length, string), the longest first per position."""
         ends: list[tuple[int, int]] = []
 
         def note(string: int, _: int, end: int, *__: object) -> None:
             ends.append((string, end))
 
-        # The stub allows str and bytes; the code takes all that has a buffer.
+        # The stub allows str and bytes; the code accepts any buffer.
         self._database.scan(content, match_event_handler=note, scratch=scratch)  # type: ignore[type-var]
         hits = (
             (end - len(needle), len(needle), needle)
@@ -380,8 +387,8 @@ class _Needles:
         return sorted(hits, key=lambda hit: (hit[0], -hit[1]))
 
     def _is_token(self, form: Form, content: bytes, at: int) -> bool:
-        drawn = form.token_at(content, at)
-        if drawn is None:
+        token = form.token_at(content, at)
+        if token is None:
             return False
-        behind = content[at:]
-        return not any(drawn in value or behind.startswith(value) for value in self._allowed)
+        rest = content[at:]
+        return not any(token in value or rest.startswith(value) for value in self._allowed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that was started in a cell, so that it can be snapshotted."""
+"""Run the server to snapshot in a cell."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 from rekindle.cell import Cell, Command, exit_status, processes
 from rekindle.errors import UsageError, WorkloadError
 
-# A shell stands above the server as the tree's root. CRIU restores the memory of a tree's root only
-# after that of all others; with a root that has none, the server's own is restored beside theirs.
+# A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
+# of all others: with a root that has next to none, the server's memory is restored in parallel with theirs.
 _ROOT = ["/bin/sh", "-c", '"$@"; exit $?', "sh"]
 TEMPORARY = Path("/dev/shm/tmp")  # noqa: S108 - in the cell's private file system, and kept in the snapshot
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_LAST_WORDS_BYTES = 4000
+_LOG_TAIL_BYTES = 4000
 _SPAWN_SECONDS = 10.0
 
 
@@ -30,23 +30,26 @@ class Server:
         cwd: Path,
         logs: Path,
     ) -> None:
-        """Starts it. Its output goes to `stdout.log` and `stderr.log` in `logs`."""
+        """Start the server. Its output goes to `stdout.log` and `stderr.log` in the directory `logs`.
+
+        Raises UsageError if the command is not found.
+        """
         from shutil import which
 
         if which(argv[0], path=environment.get("PATH")) is None:
-            raise UsageError(f"there is no command {argv[0]}", hint="is its environment on PATH?")
+            raise UsageError(f"command not found: {argv[0]}", hint="is its virtual environment on PATH?")
         self.cell = cell
         self.stdout = logs / "stdout.log"
         self.stderr = logs / "stderr.log"
         self.added = {
-            "PYTHONHASHSEED": "0",  # with equal layouts, dumps of equal servers share most pages
-            "TMPDIR": str(TEMPORARY),  # sockets and files there are the cell's own, and come along
+            "PYTHONHASHSEED": "0",  # equal memory layouts: dumps of equal servers share most pages
+            "TMPDIR": str(TEMPORARY),  # private to the cell, and part of the snapshot
         }
         self.environment = {**environment, **self.added}
         make_temporary(cell)
         self.root_pid = cell.spawn(
             Command(
-                argv=[*_ROOT, *_odd_variables(self.environment), *argv],
+                argv=[*_ROOT, *_env_command(self.environment), *argv],
                 env=self.environment,
                 cwd=cwd,
                 files={0: Path(os.devnull), 1: self.stdout, 2: self.stderr},
@@ -56,7 +59,7 @@ class Server:
 
     @property
     def server_pid(self) -> int:
-        """The process of the command itself."""
+        """The PID of the command itself, below the shell. Raises WorkloadError if it does not start."""
         deadline = time.monotonic() + _SPAWN_SECONDS
         while True:
             if found := processes.children(self.cell, self.root_pid):
@@ -66,38 +69,41 @@ class Server:
                 raise WorkloadError("the server did not start", log=self.stderr)
 
     def raise_if_dead(self, timeout: float) -> None:
-        """Waits for the server's end for some time; raises WorkloadError if it comes."""
+        """Wait up to `timeout` seconds for the server's exit; raise WorkloadError if it has exited."""
         status = self.cell.wait(self.root_pid, timeout)
         if status is not None:
             raise WorkloadError(
-                f"the server ended with status {exit_status(status)}",
-                cause=self.last_words(),
+                f"the server exited with status {exit_status(status)}",
+                cause=self.log_tail(),
                 hint="does the same command run without rekindle?",
                 log=self.stderr,
             )
 
-    def last_words(self) -> str:
-        """The end of what it wrote."""
+    def log_tail(self) -> str:
+        """Return the end of the server's output."""
         ends = []
         for path in (self.stdout, self.stderr):
             try:
                 with open(path, "rb") as file:
-                    file.seek(max(0, path.stat().st_size - _LAST_WORDS_BYTES))
+                    file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
                     ends.append(file.read().decode(errors="replace").strip())
             except OSError:
                 continue
-        return "\n".join(end for end in ends if end)[-_LAST_WORDS_BYTES:]
+        return "\n".join(end for end in ends if end)[-_LOG_TAIL_BYTES:]
 
 
 def make_temporary(cell: Cell) -> Path:
-    """Makes the server's TMPDIR, open to all its users; returns it as the host sees it. Idempotent."""
+    """Make the server's TMPDIR, writable by all users; return its path on the host. Idempotent."""
     inside = cell.root / TEMPORARY.relative_to("/")
     inside.mkdir(exist_ok=True)
     inside.chmod(0o1777)
     return inside
 
 
-def _odd_variables(environment: Mapping[str, str]) -> list[str]:
-    """A command that sets the variables which a shell does not pass on: those whose name is no identifier."""
+def _env_command(environment: Mapping[str, str]) -> list[str]:
+    """Return an `env` command with the variables that a shell does not pass on; empty if there are none.
+
+    These are the variables whose names are not identifiers.
+    """
     odd = [f"{name}={value}" for name, value in environment.items() if not _IDENTIFIER.fullmatch(name)]
     return ["env", *odd] if odd else []

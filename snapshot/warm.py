@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a started server to one that is worth keeping: wait, warm, ask."""
+"""Bring a started server to the state worth saving: wait until it is ready, warm it, ask its oracle."""
 
 import json
 import os
@@ -26,9 +26,10 @@ def wait_ready(
     timeout: float,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Waits until the server takes requests, and calls `meanwhile` at every look.
+    """Wait until the server is ready, and call `meanwhile` before every poll.
 
-    Raises WorkloadError as soon as it dies, NotReadyError when time is over; both with its last words.
+    Raises WorkloadError as soon as it exits, NotReadyError after `timeout` seconds; both with the end of
+    its log.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -42,16 +43,17 @@ def wait_ready(
         if time.monotonic() > deadline:
             raise NotReadyError(
                 f"the server was not ready after {timeout:.0f} s",
-                cause=server.last_words(),
-                hint="give it more time with --ready-timeout, or look at its log for what it waits for",
+                cause=server.log_tail(),
+                hint="allow more time with --ready-timeout, or look in its log for the reason",
                 log=server.stderr,
             )
 
 
 def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Sequence[Request]]) -> int:
-    """Sends batches of requests, each batch at once; returns how many were sent.
+    """Send batches of requests, those of a batch in parallel; return how many were sent.
 
-    A request that the server refuses (4xx) is no error: models differ in what they take.
+    A status of 4xx is accepted, since models differ in the requests that they support. Raises
+    WorkloadError for a status of 5xx or a broken connection.
     """
     sent = 0
     for batch in batches:
@@ -62,12 +64,12 @@ def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Seque
                 try:
                     responses = [job.result() for job in jobs]
                 except (Interrupted, KeyboardInterrupt):
-                    server.cell.end()  # which breaks the connections that the pool would wait for
+                    server.cell.end()  # breaks the connections that the pool would otherwise wait for
                     raise
         except OSError as error:
             server.raise_if_dead(1.0)
             raise WorkloadError(
-                "the server broke off while it was warmed", cause=str(error), log=server.stderr
+                "the server closed a connection during warm-up", cause=str(error), log=server.stderr
             ) from error
         for response in responses:
             if response.status >= 500:
@@ -81,7 +83,7 @@ def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Seque
 
 
 def ask_twice(server: Server, engine: Engine, client: Client) -> Oracle:
-    """Asks the oracle two times; raises OracleError if the answers differ."""
+    """Ask the oracle twice and return it. Raises OracleError if the answers differ."""
     try:
         request = engine.oracle_request(client)
         authorized = engine.authorize(request, os.environ)
@@ -89,19 +91,19 @@ def ask_twice(server: Server, engine: Engine, client: Client) -> Oracle:
     except OSError as error:
         server.raise_if_dead(1.0)
         raise WorkloadError(
-            "the server broke off while the oracle was asked", cause=str(error), log=server.stderr
+            "the server did not answer the oracle's request", cause=str(error), log=server.stderr
         ) from error
     if not engine.agree(first, second):
         raise OracleError(
-            "the server answers the same question in two ways, so a restored one could not be proved",
+            "the server gave two answers to the same request, so a restore could not be checked",
             cause=f"first {json.dumps(first)[:300]}, then {json.dumps(second)[:300]}",
-            hint="choose a question with one answer (greedy, fixed seed): --oracle-request FILE",
+            hint="use a deterministic request (greedy, fixed seed): --oracle-request FILE",
         )
     return Oracle(request=request, answer=first)
 
 
 def read_requests(path: Path) -> list[list[Request]]:
-    """Warm-up requests from a file, one JSON object a line, each a batch of its own. Raises UsageError."""
+    """Read warm-up requests from a file, one JSON object per line, each its own batch. Raises UsageError."""
     try:
         if path.stat().st_size > _REQUESTS_LIMIT_BYTES:
             raise UsageError(f"{path} is larger than {_REQUESTS_LIMIT_BYTES} bytes")
@@ -109,7 +111,7 @@ def read_requests(path: Path) -> list[list[Request]]:
         return [[Request.from_json(json.loads(line))] for line in lines]
     except (OSError, ValueError, FormatError) as error:
         raise UsageError(
-            f"{path} holds no requests",
+            f"cannot read requests from {path}",
             cause=str(error),
-            hint='write a line a request: {"method": "POST", "path": "/…", "body": {…}}',
+            hint='write one request per line: {"method": "POST", "path": "/…", "body": {…}}',
         ) from error

@@ -258,13 +258,13 @@ def test_a_restored_server_that_answers_differently(
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        ("vsock", "family that CRIU does not know"),
-        ("loop", "device that CRIU does not know"),
-        ("perf", "kernel object that CRIU does not know; end the profiler"),
+        ("vsock", "family unknown to CRIU"),
+        ("loop", "device unknown to CRIU"),
+        ("perf", "kernel object unknown to CRIU; end the profiler"),
         ("log", "is open for writing"),
         ("sysv", "System V semaphores"),
-        ("unix", "which every replica would take from the others"),
-        ("link", "is a deleted file that has other names"),
+        ("unix", "which replicas would take from each other"),
+        ("link", "is a deleted file with other hard links"),
         ("daemon", "has left the server's process tree"),
     ],
 )
@@ -338,16 +338,16 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
         (["restore", "x", "--rung", "cache", "--require", "process"], "--rung cache is below"),
         (["restore", "x", "--require", "cold"], "invalid choice"),
         (["restore", "x", "--process-deadline", "0"], "invalid number of seconds '0'"),
-        (["restore", "x", "--process-deadline", "soon"], "invalid _seconds value"),
+        (["restore", "x", "--process-deadline", "soon"], "invalid number of seconds 'soon'"),
         (["restore", "x", "--ready-url", "http://x/"], "--ready-url needs a COMMAND"),
         (["restore", "x", "--ready-file", "/dev/null"], "no regular file"),
         (["restore", "x", "--ready-file", "/no/such/place/ready"], "cannot be used"),
-        (["snapshot", "x"], "there is no command"),
+        (["snapshot", "x"], "no command"),
         (["snapshot", "x", "--", "frobnicate"], "no server that rekindle knows"),
-        (["snapshot", "x", "--oracle-request", "f", "--", "y"], "goes with --ready-url"),
+        (["snapshot", "x", "--oracle-request", "f", "--", "y"], "--oracle-request needs --ready-url"),
         (["snapshot", "x", "--ready-url", "ftp://x", "--", "y"], "not of the form"),
         (["snapshot", "x", "--ready-url", "http://x/", "--oracle-request", "/none", "--", "y"], "no request"),
-        (["snapshot", "x", "--warm-requests", "/none", "--", "vllm", "serve", "m"], "no requests"),
+        (["snapshot", "x", "--warm-requests", "/none", "--", "vllm", "serve", "m"], "cannot read requests"),
         (["snapshot", "x", "--", "vllm", "serve", "m", "--port", "0"], "no port"),
         (["snapshot", "x", "--", "vllm", "serve", "m", "--uds", "/s"], "--uds"),
         (["bench", "--runs", "0", "--", "vllm", "serve", "m"], "--runs"),
@@ -371,7 +371,7 @@ def test_an_image_that_is_not_there(rekindle: Rekindle) -> None:
 def test_a_command_that_is_not_there(rekindle: Rekindle, port: int) -> None:
     done = rekindle("snapshot", "x", *workhorse_flags(port), "--", "/no/such/server")
     assert done.status == 2
-    assert "there is no command /no/such/server" in done.stderr
+    assert "command not found: /no/such/server" in done.stderr
 
 
 def test_a_home_that_cannot_be_made(rekindle: Rekindle, tmp_path: Path) -> None:

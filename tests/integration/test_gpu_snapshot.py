@@ -468,7 +468,7 @@ def test_too_little_memory_is_told_before_anything_is_locked(
     rekindle: Rekindle, node: FakeGpuNode, port: int
 ) -> None:
     said = refused(rekindle, node, port, 14, "cuda=1000000000")
-    assert "not enough memory for what is on the GPUs" in said
+    assert "not enough host memory for the state of the GPUs" in said
     assert "1,048,576,000,000,000 bytes" in said
 
 
@@ -478,7 +478,7 @@ def test_a_dump_without_the_gpus_state_is_refused(
     done = rekindle.snapshot_workhorse("horse", port, "cuda=3072")
     assert done.status == 33, done.stderr
     assert "the dump lacks the state of the GPU" in done.stderr
-    assert "3,221,225,472 bytes were held on it" in done.stderr
+    assert "the GPU held 3,221,225,472 bytes" in done.stderr
     assert rekindle("inspect", "horse").status == 12
     nothing_left()
 

@@ -193,11 +193,12 @@ def test_several_caches_below_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "cuda-2/blob")
     write(tmp_path / "flashinfer/.cache/flashinfer/0.2/90/x")
     write(tmp_path / "else/picture.png")
-    assert {(root.kind, root.recorded) for root in find_caches.below(tmp_path)} == {
+    assert {(root.kind, root.recorded) for root in find_caches.find_below(tmp_path)} == {
         (CacheKind.TRITON, str(tmp_path / "anything")),
         (CacheKind.VLLM, str(tmp_path / "vllm")),
         (CacheKind.CUDA, str(tmp_path / "cuda-2")),
         (CacheKind.FLASHINFER, str(tmp_path / "flashinfer/.cache/flashinfer")),
     }
-    assert find_caches.below(tmp_path / "else") == []
-    assert [root.kind for root in find_caches.below(tmp_path / "else", CacheKind.CUDA)] == [CacheKind.CUDA]
+    assert find_caches.find_below(tmp_path / "else") == []
+    found = find_caches.find_below(tmp_path / "else", CacheKind.CUDA)
+    assert [root.kind for root in found] == [CacheKind.CUDA]

@@ -17,7 +17,7 @@ from rekindle.errors import DumpError, SecretError, WorkloadError
 from rekindle.secrets.forms import FORMS, is_secret_value
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import secret_search
-from snapshot.secret_search import KnownSecrets, refuse, search
+from snapshot.secret_search import KnownSecrets, require_no_secrets, search
 from tests.unit.samples import memory_peak
 from tests.unit.test_criu_image import BASE, ONE, PAGE, entry, mapping, write_dump
 
@@ -390,7 +390,7 @@ def test_a_refusal_names_all_and_shows_nothing(tree: Path) -> None:
     hold(tree, f"{KEY}\0{token}".encode())
     (tree / "shm" / "file").write_text("other-Key-1")
     with pytest.raises(SecretError) as raised:
-        refuse(tree, KnownSecrets.of({"A_KEY": "other-Key-1"}, ["--b-token", KEY]))
+        require_no_secrets(tree, KnownSecrets.of({"A_KEY": "other-Key-1"}, ["--b-token", KEY]))
     error = raised.value
     assert error.exit_status == 36
     assert error.message == (
@@ -405,7 +405,7 @@ def test_a_refusal_names_all_and_shows_nothing(tree: Path) -> None:
 
 
 def test_nothing_found_is_no_refusal(tree: Path) -> None:
-    refuse(tree, KnownSecrets.of({"A_KEY": KEY}, []))
+    require_no_secrets(tree, KnownSecrets.of({"A_KEY": KEY}, []))
 
 
 def test_values_stay_out_of_errors_and_their_logs(tmp_path: Path) -> None:
@@ -468,14 +468,14 @@ def test_which_values_are_secrets(name: str, value: str, wanted: bool) -> None:
 def test_a_dump_that_is_cut_off_is_no_pass(tree: Path) -> None:
     hold(tree, b"\1" * (4 << 20))
     os.truncate(tree / "criu/pages-1.img", (4 << 20) - 1)
-    with pytest.raises(DumpError, match="could not be searched") as raised:
+    with pytest.raises(DumpError, match="cannot search the dump") as raised:
         names(tree)
     assert "pages-1.img is too short" in raised.value.cause
 
 
 def test_a_dump_without_its_pages_is_no_pass(tree: Path) -> None:
     (tree / "criu/pages-1.img").unlink()
-    with pytest.raises(DumpError, match="could not be searched"):
+    with pytest.raises(DumpError, match="cannot search the dump"):
         names(tree)
 
 
@@ -484,7 +484,7 @@ def test_a_scan_that_fails_is_no_pass(tree: Path, monkeypatch: pytest.MonkeyPatc
         raise hyperscan.error("no memory")
 
     monkeypatch.setattr(hyperscan, "Scratch", fail)
-    with pytest.raises(DumpError, match="could not be searched"):
+    with pytest.raises(DumpError, match="cannot search the dump"):
         names(tree)
 
 
@@ -512,5 +512,5 @@ def test_a_gigabyte_without_a_zero_byte_takes_little_memory(tree: Path) -> None:
 def test_no_descriptors_are_left(tree: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with contextlib.suppress(SecretError):
-        refuse(tree, KnownSecrets.of({}, []))
+        require_no_secrets(tree, KnownSecrets.of({}, []))
     assert len(os.listdir("/proc/self/fd")) == before
