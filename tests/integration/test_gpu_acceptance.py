@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import PREFIX, ROOT, VLLM_BIN
+from tests.conftest import PREFIX, ROOT, VLLM_BIN, wait_for
 from tests.fakes import nodes
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
@@ -29,6 +29,7 @@ class Machine:
     out: Path
 
     def run(self, *words: str, timeout: float = 300) -> int:
+        before = orphans()
         libraries = [self.cuda.environment["LD_LIBRARY_PATH"], self.nvml.environment["LD_LIBRARY_PATH"]]
         environment = {**os.environ, **self.cuda.environment, **self.nvml.environment}
         environment |= {"LD_LIBRARY_PATH": ":".join(libraries)}
@@ -43,8 +44,19 @@ class Machine:
             check=False,
         )
         assert done.returncode in {0, 1}, done.stderr
-        assert leftovers() == [], done.stderr
+        assert self.leftovers() == [], done.stderr
+        wait_for(lambda: not orphans() - before, 5)
         return done.returncode
+
+    def leftovers(self) -> list[str]:
+        """Return the processes of this machine that are still there."""
+        wanted, found = f"FAKE_CUDA={self.cuda.environment['FAKE_CUDA']}".encode(), []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
 
     @property
     def steps(self) -> dict[str, Any]:
@@ -55,6 +67,12 @@ class Machine:
         return (self.out / "report.md").read_text()
 
 
+def orphans() -> set[Path]:
+    """Return the files of the fake driver whose process is gone."""
+    files = {path: path.name.partition("fake-cuda-")[2] for path in Path("/dev/shm").glob("*fake-cuda-*")}
+    return {path for path, pid in files.items() if not Path("/proc", pid.partition(".")[0]).exists()}
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     for name in ("cuda", "nvml"):
@@ -62,17 +80,6 @@ def machine(tmp_path: Path) -> Machine:
     made = Machine(FakeCuda(tmp_path / "cuda"), FakeNvml(tmp_path / "nvml"), tmp_path / "out")
     made.nvml.describe(nodes.H100)
     return made
-
-
-def leftovers() -> list[str]:
-    """Return processes of a run that are still there, and files of the fake driver."""
-    found = [str(path) for path in Path("/dev/shm").glob("*fake-cuda-*")]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if b"REKINDLE_ACCEPTANCE=" in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return found
 
 
 @pytest.mark.criu
