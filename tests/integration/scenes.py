@@ -6,7 +6,6 @@ a test has put there: a mule, unless it says otherwise.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -24,11 +23,11 @@ from oci import image as images
 from oci import media_types
 from oci.layout import Layout
 from tests.conftest import SERVERS, KeyPair, Rekindle, free_port, listening, wait_for, workhorse_flags
+from tests.traces import adopting_orphans, children
 from tests.unit.cache_samples import write
 
 MULE = [sys.executable, str(SERVERS / "mule.py")]
 FAULTY = [sys.executable, str(SERVERS / "faulty.py")]
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,29 +242,15 @@ def scene(saved: Saved, directory: Path) -> Iterator[Scene]:
     for known in (saved.place / "home" / "tools").glob("*.json"):  # that CRIU works here was tried already
         (tools / known.name).write_bytes(known.read_bytes())
     made.puts(*MULE)
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield made
-    finally:
-        made.close()
-        deadline = time.monotonic() + 10
-        while left := children():
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-
-
-def children() -> dict[int, str]:
-    """Our children that live, by PID; those that have ended, and that nobody waits for, are reaped."""
-    found = {}
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            for pid in map(int, (task / "children").read_text().split()):
-                with contextlib.suppress(ChildProcessError):
-                    if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                        found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return found
+    with adopting_orphans():
+        try:
+            yield made
+        finally:
+            made.close()
+            deadline = time.monotonic() + 10
+            while left := children():
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                assert time.monotonic() < deadline
+                time.sleep(0.02)

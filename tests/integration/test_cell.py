@@ -15,6 +15,8 @@ import pytest
 from rekindle.cell import Cell, Clocks, Command, Network, exit_status, processes
 from rekindle.cell import init as cell_init
 from rekindle.errors import RekindleError
+from tests.conftest import wait_for
+from tests.traces import adopting_orphans, descendants
 
 pytestmark = pytest.mark.criu
 
@@ -209,22 +211,18 @@ cell.spawn(Command(argv=["sleep", "100"], env=dict(os.environ), cwd=Path("/"), w
 print(json.dumps(cell.init_pid), flush=True)
 time.sleep(100)
 """
-    import subprocess
-
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        init = json.loads(parent.stdout.readline())
-        assert Path(f"/proc/{init}").exists()
-        parent.kill()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{init}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with adopting_orphans():
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None
+            init = json.loads(parent.stdout.readline())
+            assert init in descendants()
+            parent.kill()
+        wait_for(lambda: init not in descendants(), 10)
 
 
 def test_an_ended_cell_says_so() -> None:
     with Cell() as cell:
         cell.enter(Network.PRIVATE)
         os.kill(cell.init_pid, signal.SIGKILL)
-        with pytest.raises(RekindleError, match="cell has ended"):
+        with pytest.raises(RekindleError, match="the cell ended unexpectedly"):
             cell.wait(1001, 5)

@@ -217,12 +217,24 @@ def test_another_user_than_root_is_served_on_the_cache(saved: Saved) -> None:
 # Where nothing can be written.
 
 
+# /tmp may be, or hold, file systems of its own.
+_TMP_READ_ONLY = """
+mount --rbind /tmp /tmp
+while read -r _ point _; do
+    case $point in
+        PLACE | PLACE/*) ;;
+        /tmp | /tmp/*) mount -o remount,bind,ro "$point" ;;
+    esac
+done </proc/mounts
+"""
+
+
 def read_only(scene: Scene, before: str = "", *, tmp: bool = False) -> list[str]:
     """The root's file system cannot be written, nor, unless `tmp` says so, /tmp, but for the directory of
     the test."""
     place = scene.directory
-    script = [f"mount --bind {place} {place}", before, "mount --rbind /tmp /tmp"]
-    script += [] if tmp else ["mount -o remount,bind,ro /tmp"]
+    script = [f"mount --bind {place} {place}", before]
+    script += [] if tmp else [_TMP_READ_ONLY.replace("PLACE", str(place))]
     return mounted("\n".join([*script, "mount -o remount,bind,ro /"]))
 
 

@@ -17,7 +17,8 @@ import pytest
 from rekindle.engine import Endpoint, vllm_gate
 from rekindle.engine.client import Client
 from rekindle.engine.vllm_asleep import AtBoundary
-from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, Replica, Traces, free_port, wait_for
+from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, Replica, free_port, wait_for
+from tests.traces import Traces, adopting_orphans
 
 pytestmark = [pytest.mark.criu, pytest.mark.vllm, pytest.mark.timeout(900)]
 PORT = 18_200
@@ -115,17 +116,18 @@ def test_the_snapshot_is_proved_small_and_made_in_little_memory(
 def test_ten_restores_in_a_row_give_ten_right_answers_and_leave_nothing(
     vllm: tuple[Rekindle, dict[str, object]], start: Callable[..., Replica]
 ) -> None:
-    before = Traces.now()
     answers = set()
-    for _ in range(10):
-        replica = start()
-        assert replica.report["oracle"]["match"] is True
-        answers.add(complete(replica))
-        replica.kill()
-        time.sleep(0.1)
-    assert len(answers) == 1
-    assert vllm[0]("doctor", "--check", "root").status == 0
-    before.wait_until_nothing_is_left()
+    with adopting_orphans():
+        before = Traces.now()
+        for _ in range(10):
+            replica = start()
+            assert replica.report["oracle"]["match"] is True
+            answers.add(complete(replica))
+            replica.kill()
+            time.sleep(0.1)
+        assert len(answers) == 1
+        assert vllm[0]("doctor", "--check", "root").status == 0
+        before.wait_until_nothing_is_left()
     assert not list((vllm[0].home / "run").iterdir())
 
 
