@@ -27,7 +27,6 @@ from rekindle.node import gpu
 
 SCHEMA = "rekindle.doctor/1"
 _FREE_BYTES = 8 << 30
-_NVIDIA_CONTROL = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +162,8 @@ def _shell(_: Home) -> Iterator[Check]:
 def _cuda(home: Home) -> Iterator[Check]:
     yield from _cuda_journals(home)
     try:
-        gpus = gpu.probe()
-        seen = any(each.vendor == "nvidia" for each in gpus.gpus) or _NVIDIA_CONTROL.exists()
+        found = gpu.probe_nvidia()
+        seen = bool(found.gpus or found.lack)
     except ImportError:  # this node has NVML, but the package that asks it is not installed
         seen = True
     if not seen:
@@ -173,9 +172,9 @@ def _cuda(home: Home) -> Iterator[Check]:
 
     from rekindle.cuda import search
 
-    found = search.candidates(home)
-    opens = any(candidate.chosen for candidate in found)
-    for candidate in found:
+    candidates = search.candidates(home)
+    opens = any(candidate.chosen for candidate in candidates)
+    for candidate in candidates:
         works = candidate.detail + ("" if candidate.chosen else ", not needed")
         yield Check(
             name="cuda",

@@ -15,8 +15,7 @@ from msgspec import Meta, Struct
 
 from rekindle.documents import Count
 
-_SYS = Path("/sys")
-_DEV = Path("/dev")
+_SYS, _DEV, _PROC = Path("/sys"), Path("/dev"), Path("/proc")
 _GPUS_LIMIT = 1024
 _MEMORY_LIMIT_BYTES = 1 << 50
 _FILE_LIMIT_BYTES = 1 << 16
@@ -66,13 +65,9 @@ class _SilentError(Exception):
     """NVML cannot be asked. Its text is the lack; it is empty if there is nothing to be asked about."""
 
 
-def probe(*, sysfs: Path = _SYS, dev: Path = _DEV) -> Gpus:
-    """Asks the drivers now. CUDA_VISIBLE_DEVICES and the like are not regarded."""
-    try:
-        with _nvml(sysfs, dev) as nvml:
-            nvidia = _nvidia(nvml)
-    except _SilentError as silent:
-        nvidia = Gpus(lack=str(silent))
+def probe(*, sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Gpus:
+    """Ask the drivers now. CUDA_VISIBLE_DEVICES and the like are not regarded."""
+    nvidia = probe_nvidia(sysfs=sysfs, dev=dev, proc=proc)
     amd = _amd(sysfs)
     return Gpus(
         driver=nvidia.driver or amd.driver,
@@ -82,6 +77,15 @@ def probe(*, sysfs: Path = _SYS, dev: Path = _DEV) -> Gpus:
         links=nvidia.links,
         lack="; ".join(lack for lack in (nvidia.lack, amd.lack) if lack),
     )
+
+
+def probe_nvidia(*, sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Gpus:
+    """Ask the driver of NVIDIA's GPUs alone, as `probe` does."""
+    try:
+        with _nvml(sysfs, dev, proc) as nvml:
+            return _nvidia(nvml)
+    except _SilentError as silent:
+        return Gpus(lack=str(silent))
 
 
 def held_by(pids: Collection[int]) -> tuple[str, ...]:
@@ -112,14 +116,14 @@ def memory_held(pids: Collection[int]) -> int:
 
 
 @contextlib.contextmanager
-def _nvml(sysfs: Path = _SYS, dev: Path = _DEV) -> Iterator[Any]:
+def _nvml(sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Iterator[Any]:
     """NVML, ready to be asked; it is shut down afterwards. Raises _SilentError."""
     import ctypes
 
     try:
         ctypes.CDLL("libnvidia-ml.so.1")  # 0.2 ms without a driver; to import pynvml takes 25
     except OSError as error:
-        raise _SilentError(str(error) if (dev / "nvidiactl").exists() else "") from None
+        raise _SilentError(str(error) if _has_driver(dev, proc) else "") from None
     import pynvml
 
     try:
@@ -260,6 +264,12 @@ def _words(nvml: Any, error: Exception) -> str:
 
 def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _has_driver(dev: Path, proc: Path) -> bool:
+    """Return whether NVIDIA's driver is loaded and given to us. The device alone proves nothing: any libcuda
+    makes it, on any machine, if it may."""
+    return (dev / "nvidiactl").exists() and (proc / "driver/nvidia/version").exists()
 
 
 def _on_the_bus(sysfs: Path) -> bool:

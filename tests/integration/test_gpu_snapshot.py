@@ -521,3 +521,13 @@ def test_the_gpus_are_all_of_the_nodes_where_nobody_tells_which_are_held(
     done = rekindle.snapshot_workhorse("horse", port, *CUDA, flags=["--no-prove"])
     assert done.status == 0, done.stderr
     assert process_of(rekindle)["gpus"] == [gpu.uuid for gpu in TWO.gpus]
+
+
+def test_a_device_that_a_libcuda_made_is_no_gpu(rekindle: Rekindle, tmp_path: Path) -> None:
+    """Without a driver, in /proc or as a library, even where this machine has one."""
+    no_driver = 'test ! -d /proc/driver || mount -t tmpfs none /proc/driver; exec "$@"'
+    rekindle.prefix = [*with_device("/dev/nvidiactl", tmp_path / "dev"), "sh", "-ec", no_driver, "sh"]
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libnvidia-ml.so.1").touch()
+    done = rekindle("doctor", "--check", "cuda", env={"LD_LIBRARY_PATH": str(tmp_path / "lib")})
+    assert (done.status, done.stdout) == (0, "note  cuda       this node has no NVIDIA GPU\n"), done.stderr

@@ -49,7 +49,6 @@ def leave_locked(fake: FakeCuda, home: Home, pids: list[int]) -> Path:
     return directory
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_a_node_without_a_gpu_needs_none(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
     node.describe(Gpus())
     done = doctor("doctor", "--check", "cuda")

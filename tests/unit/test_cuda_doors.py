@@ -395,9 +395,9 @@ def test_a_client_that_was_killed_is_started_anew(fake: FakeCuda, home: Home) ->
 
 
 def test_a_driver_that_crashes_the_client_is_told(fake: FakeCuda, home: Home) -> None:
+    fake.describe(init_seconds=30)
     with contextlib.closing(Driver()) as driver:
         (client,) = clients()
-        fake.describe(init_seconds=30)
         os.kill(client, signal.SIGSEGV)
         driver.wait()
         assert "ended with status -11" in driver.lack

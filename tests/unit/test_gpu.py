@@ -133,9 +133,14 @@ def amd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "amd"
 
 
+def probe_below(sysfs: Path) -> Gpus:
+    """The GPUs of a node that has this sysfs and no driver of NVIDIA's."""
+    return probe(sysfs=sysfs, dev=sysfs / "dev", proc=sysfs / "proc")
+
+
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
-    """A sysfs, or a /dev, with nothing in it."""
+    """A sysfs, a /dev or a /proc with nothing in it."""
     (tmp_path / "empty").mkdir()
     return tmp_path / "empty"
 
@@ -166,7 +171,7 @@ def test_nvidia_gpus_are_as_nvml_tells_them(nvml: FakeNvml, empty: Path, node: G
 def test_amd_gpus_are_as_sysfs_tells_them(amd: Path, gfx: str) -> None:
     node = changed(nodes.MI300X, arch=gfx, ecc=False)
     write_kfd(amd, node)
-    assert probe(sysfs=amd) == node
+    assert probe_below(amd) == node
 
 
 def test_both_vendors_gpus_are_found(nvml: FakeNvml, tmp_path: Path) -> None:
@@ -177,13 +182,13 @@ def test_both_vendors_gpus_are_found(nvml: FakeNvml, tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_there_is_nothing_and_nothing_lacks(without: dict[str, str], empty: Path) -> None:
-    said = ask(without, pids=[1], sysfs=empty, dev=empty)
+    said = ask(without, pids=[1], sysfs=empty, dev=empty, proc=empty)
     assert (said.gpus, said.held) == (Gpus(), ())
     assert not said.modules & {"pynvml", "torch", "subprocess"}
 
 
 def test_without_a_gpu_it_takes_no_time(without: dict[str, str], empty: Path) -> None:
-    assert min(ask(without, sysfs=empty, dev=empty).seconds for _ in range(3)) < 0.003
+    assert min(ask(without, sysfs=empty, dev=empty, proc=empty).seconds for _ in range(3)) < 0.003
 
 
 def test_with_gpus_it_takes_little_time(nvml: FakeNvml, empty: Path) -> None:
@@ -241,12 +246,23 @@ def test_a_driver_that_is_not_loaded_lacks_only_where_there_is_a_gpu(
     assert ask(nvml.environment, sysfs=empty).gpus == Gpus(lack=lack)
 
 
-def test_a_library_that_does_not_load_lacks_where_there_are_devices(
-    without: dict[str, str], empty: Path
+@pytest.mark.parametrize(
+    ("device", "driver", "lacks"),
+    [
+        (True, True, True),
+        (True, False, False),  # a libcuda made it, on a node without GPUs
+        (False, True, False),  # the node has GPUs, and gives us none
+    ],
+)
+def test_a_library_that_does_not_load_lacks_where_there_is_a_driver_for_us(
+    without: dict[str, str], empty: Path, device: bool, driver: bool, lacks: bool
 ) -> None:
-    (empty / "nvidiactl").touch()
-    gpus = ask(without, sysfs=empty, dev=empty).gpus
-    assert gpus.lack.endswith("libnvidia-ml.so.1: file too short")
+    if device:
+        (empty / "nvidiactl").touch()
+    if driver:
+        write(empty, "driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\n")
+    gpus = ask(without, sysfs=empty, dev=empty, proc=empty).gpus
+    assert gpus.lack.endswith("libnvidia-ml.so.1: file too short") == lacks
     assert gpus == Gpus(lack=gpus.lack)
 
 
@@ -358,7 +374,7 @@ def test_mps_is_seen_by_its_daemon(
     pipes = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "mps")}
     nvml.describe(nodes.H100)
     assert ask({**nvml.environment, **pipes}, sysfs=empty).gpus == structs.replace(nodes.H100, mps=True)
-    assert ask({**without, **pipes}, sysfs=empty, dev=empty).gpus == Gpus()
+    assert ask({**without, **pipes}, sysfs=empty, dev=empty, proc=empty).gpus == Gpus()
 
 
 @pytest.mark.parametrize(
@@ -382,25 +398,25 @@ def test_what_sysfs_cannot_mean_is_a_lack(amd: Path, name: str, value: str | Non
     path = amd / NODES / "2/properties"
     lines = [line for line in path.read_text().splitlines() if line.partition(" ")[0] != name]
     path.write_text("\n".join([*lines, *([] if value is None else [f"{name} {value}"])]))
-    gpus = probe(sysfs=amd)
+    gpus = probe_below(amd)
     assert gpus.lack == f"KFD node 2: {lack}"
     assert gpus.gpus == nodes.MI300X.gpus[1:]
 
 
 def test_memory_that_cannot_be_is_a_lack(amd: Path) -> None:
     write(amd, f"{NODES}/2/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {1 << 63}\n")
-    assert probe(sysfs=amd).lack == f"KFD node 2: size_in_bytes is '{1 << 63}'"
+    assert probe_below(amd).lack == f"KFD node 2: size_in_bytes is '{1 << 63}'"
 
 
 def test_memory_is_what_the_processor_sees_of_it_and_what_not(amd: Path) -> None:
     write(amd, f"{NODES}/2/mem_banks/2/properties", "heap_type 2\nsize_in_bytes 4096\n")
-    first, *_ = probe(sysfs=amd).gpus
+    first, *_ = probe_below(amd).gpus
     assert first.memory_bytes == nodes.MI300X.gpus[0].memory_bytes + 4096
 
 
 def test_a_kfd_node_that_is_half_there_is_a_lack(amd: Path) -> None:
     (amd / NODES / "9/properties").unlink()
-    gpus = probe(sysfs=amd)
+    gpus = probe_below(amd)
     assert gpus.lack.startswith("KFD node 9: [Errno 2]")
     assert gpus.gpus == nodes.MI300X.gpus[:-1]
 
@@ -423,7 +439,7 @@ def test_an_amd_gpu_is_called_what_its_maker_calls_it(
             (amd / path).unlink()
         else:
             write(amd, path, f"{text}\n")
-    assert probe(sysfs=amd) == changed(nodes.MI300X, name=expected)
+    assert probe_below(amd) == changed(nodes.MI300X, name=expected)
 
 
 def test_an_amd_gpu_that_is_not_given_to_us_is_no_lack(amd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,16 +451,16 @@ def test_an_amd_gpu_that_is_not_given_to_us_is_no_lack(amd: Path, monkeypatch: p
         return path.read_text().strip()
 
     monkeypatch.setattr("rekindle.node.gpu._read", read)
-    assert probe(sysfs=amd) == structs.replace(nodes.MI300X, gpus=nodes.MI300X.gpus[1:])
+    assert probe_below(amd) == structs.replace(nodes.MI300X, gpus=nodes.MI300X.gpus[1:])
 
 
 def test_gpus_are_in_the_kernels_order(amd: Path) -> None:
     shutil.rmtree(amd)
     write_kfd(amd, nodes.MI300X, cpus=8)  # the nodes 8 to 15
     write(amd, f"{NODES}/generation_id", "1\n")
-    assert probe(sysfs=amd).gpus == nodes.MI300X.gpus
+    assert probe_below(amd).gpus == nodes.MI300X.gpus
 
 
 def test_the_kernels_own_amdgpu_has_no_version(amd: Path) -> None:
     (amd / "module/amdgpu/version").unlink()
-    assert probe(sysfs=amd) == structs.replace(nodes.MI300X, driver="")
+    assert probe_below(amd) == structs.replace(nodes.MI300X, driver="")
