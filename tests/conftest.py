@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests stand on: capabilities, a home of their own, the command line, and a look at what is left.
 
-A test that needs CRIU, vLLM or the registry tools is skipped where they are not, unless
+A test that needs CRIU, vLLM, the registry tools or Sigstore's vectors is skipped where they are not, unless
 REKINDLE_TEST_REQUIRE=all, as in CI: there, a lack is a failure.
 """
 
@@ -42,6 +42,7 @@ SKOPEO = REGISTRY_TOOLS / "skopeo"  # needs --insecure-policy, and --tls-verify=
 CRANE = REGISTRY_TOOLS / "crane"
 COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
+VECTORS = ROOT.parent / "shared" / "sigstore-conformance"
 
 
 def _reset_signals_for_children() -> None:
@@ -69,6 +70,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, there in (("criu", criu), ("vllm", vllm), ("registry", registry)):
         if item.get_closest_marker(name):
             need(there, name)
+    if item.get_closest_marker("vectors"):
+        need(VECTORS.is_dir(), "Sigstore's conformance vectors", f"put them at {VECTORS}")
 
 
 def need(there: object, what: str, hint: str = "run `make setup-dev` as root") -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sigstore's conformance vectors, run offline; docs/conformance.md says case by case what comes out.
 
-They lie beside the repository, where they are at all; without them this is skipped.
+They lie beside the repository.
 """
 
 import base64
@@ -19,15 +19,12 @@ from oci.trust.bundle import Bundle
 from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.policy import Identity
 from rekindle.errors import FormatError, UsageError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, VECTORS
 
-VECTORS = ROOT.parent / "shared" / "sigstore-conformance"
 TABLE = ROOT / "docs" / "conformance.md"
 _BEACON = "https://github.com/sigstore-conformance/extremely-dangerous-public-oidc-beacon"
 IDENTITY = f"{_BEACON}/.github/workflows/extremely-dangerous-oidc-beacon.yml@refs/heads/main"
 ISSUER = "https://token.actions.githubusercontent.com"
-
-needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="sigstore's conformance vectors are not here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +140,7 @@ def table() -> Iterator[tuple[Row, str]]:
             yield Row(case.strip("`"), said[must], said[rekindle], said[beneath]), remark
 
 
-@needs_vectors
+@pytest.mark.vectors
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.place.name)
 def test_what_the_table_says_is_so(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
@@ -152,7 +149,7 @@ def test_what_the_table_says_is_so(case: Case, caplog: pytest.LogCaptureFixture)
     assert row in [each for each, _ in table()], (row, case.rekindle(), case.beneath())
 
 
-@needs_vectors
+@pytest.mark.vectors
 def test_the_table_lists_every_case_once() -> None:
     assert [row.case for row, _ in table()] == [case.place.name for case in cases()]
 
@@ -168,7 +165,7 @@ def test_the_table_accepts_nothing_that_must_fail_and_says_why_it_refuses_what_n
             assert remark, row.case
 
 
-@needs_vectors
+@pytest.mark.vectors
 def test_a_managed_key_verifies_its_own_message_only() -> None:
     """The suite's wrong key is malformed, which proves nothing of signatures."""
     case = Case(VECTORS / "managed-key-happy-path")
