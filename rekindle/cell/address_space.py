@@ -97,16 +97,23 @@ class AddressSpace:
                 return Area(start, end, offset, inode, is_shared, self._name.value if size else b"")
         if not self._parsed:
             self._parsed = list(self._parse())
-        at = bisect_right(self._parsed, address, key=lambda mapping: mapping.end)
-        return next((mapping for mapping in self._parsed[at:] if mapping.inode or not of_file), None)
+        at = bisect_right(self._parsed, address, key=lambda area: area.end)
+        return next((area for area in self._parsed[at:] if area.inode or not of_file), None)
 
     def _parse(self) -> Iterator[Area]:
         with open(self._open("maps"), "rb", closefd=False) as file:
+            file.seek(0)
             for line in file:
                 span, permissions, offset, _, inode, *name = line.rstrip(b"\n").split(None, 5)
                 start, end = (int(text, 16) for text in span.split(b"-"))
                 is_shared = permissions.endswith(b"s")
                 yield Area(start, end, int(offset, 16), int(inode), is_shared, name[0] if name else b"")
+
+    def is_still(self, area: Area, start: int, end: int) -> bool:
+        """Tell whether a part of an area is mapped as before."""
+        self._parsed = []
+        found = self.find(start)
+        return found is not None and found.name == area.name and found.start <= start and end <= found.end
 
     def between(self, start: int, end: int, *, of_file: bool = False) -> Iterator[Area]:
         """Return the mappings that have a page in a range, in order."""

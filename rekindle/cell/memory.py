@@ -23,7 +23,7 @@ from collections.abc import Sequence
 # madvise(2). MADV_GUARD_INSTALL drops pages, too.
 MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL = 4, 8, 24, 102
 # mremap(2)
-MREMAP_FIXED, MREMAP_DONTUNMAP = 2, 4
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

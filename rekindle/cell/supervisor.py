@@ -20,6 +20,7 @@ from rekindle.cell.memory import (
     MADV_GUARD_INSTALL,
     MREMAP_DONTUNMAP,
     MREMAP_FIXED,
+    MREMAP_MAYMOVE,
     Call,
     CallSource,
     GoneError,
@@ -91,18 +92,23 @@ class Supervisor:
             memory.close()
 
     def _remap(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
-        """Refuse growth with ENOMEM, upon which realloc allocates, copies and frees."""
-        _, old_size, new_size, flags, new_address = call.arguments[:5]
-        if not any(self._has(mapping) for mapping in memory.between(start, end, of_file=True)):
+        """Refuse growth with ENOMEM; realloc then allocates, copies and frees."""
+        _, old_size, new_size, flags, new_start = call.arguments[:5]
+        if not any(self._has(area) for area in memory.between(start, end, of_file=True)):
             call.let_go_on()
-        elif flags & MREMAP_DONTUNMAP or not old_size or not new_size:
-            # What stays mapped would have to be zeros. Linux before 5.7 knows no MREMAP_DONTUNMAP.
+        elif flags & MREMAP_DONTUNMAP or not old_size:
+            # What stays mapped would have to become zeros. Linux before 5.7 does not know MREMAP_DONTUNMAP.
             call.answer(errno.EINVAL)
         elif pages(new_size) > pages(old_size):
-            call.answer(errno.ENOMEM)
+            if flags & MREMAP_FIXED and not _is_valid_move(*call.arguments[:5]):
+                call.answer(errno.EINVAL)
+            else:
+                area = memory.find(start)
+                is_whole = area is not None and area.start <= start and end <= area.end
+                call.answer(errno.ENOMEM if is_whole else errno.EFAULT)
         else:
             if flags & MREMAP_FIXED:
-                self._add(new_address, new_address + pages(new_size))
+                self._add(new_start, new_start + pages(new_size))
             call.let_go_on()
         yield
 
@@ -139,7 +145,12 @@ class Supervisor:
             stop = min(found.end, end, limit)
             if is_zeroing:  # MADV_FREE may leave pages as they are
                 stop = min(stop, start + _PIECE_BYTES)
-                self._drop(memory, found, start, stop)
+                try:
+                    self._drop(memory, found, start, stop)
+                except OSError:
+                    if memory.is_still(found, start, stop):
+                        raise
+                    continue  # another thread unmaps it meanwhile
             start = stop
             if start >= end:
                 break
@@ -195,6 +206,12 @@ class Supervisor:
             start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
         self._starts[first:last] = [start]
         self._ends[first:last] = [end]
+
+
+def _is_valid_move(start: int, old_size: int, new_size: int, flags: int, new_start: int) -> bool:
+    """Tell whether mremap accepts the arguments of a move to a given place."""
+    is_apart = start + pages(old_size) <= new_start or new_start + pages(new_size) <= start
+    return bool(flags & MREMAP_MAYMOVE) and new_start % PAGE_BYTES == 0 and is_apart
 
 
 def _range(call: Call) -> tuple[int, int]:
