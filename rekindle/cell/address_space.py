@@ -9,6 +9,7 @@ Sources: proc_pid_maps(5), proc_pid_pagemap(5), linux/fs.h (PROCMAP_QUERY).
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import struct
 from bisect import bisect_right
@@ -49,6 +50,13 @@ class Area:
         return not self.is_shared and not self.inode and is_named
 
 
+def _parse(line: bytes) -> Area:
+    span, permissions, offset, _, inode, *name = line.rstrip(b"\n").split(None, 5)
+    start, end = (int(text, 16) for text in span.split(b"-"))
+    is_shared = permissions.endswith(b"s")
+    return Area(start, end, int(offset, 16), int(inode), is_shared, name[0] if name else b"")
+
+
 class AddressSpace:
     """The memory of a task that waits for us, by its files in /proc.
 
@@ -64,6 +72,7 @@ class AddressSpace:
         self._tid = tid
         self.check = check
         self._fds: dict[str, int] = {}
+        self._text: io.BufferedReader | None = None
         self._parsed: list[Area] = []
 
     def close(self) -> None:
@@ -95,23 +104,29 @@ class AddressSpace:
                 _, _, _, start, end, shown, _, offset, inode, _, _, size, *_ = _QUERY.unpack(query)
                 is_shared = bool(shown & _IS_SHARED)
                 return Area(start, end, offset, inode, is_shared, self._name.value if size else b"")
-        if not self._parsed:
-            self._parsed = list(self._parse())
-        at = bisect_right(self._parsed, address, key=lambda area: area.end)
-        return next((area for area in self._parsed[at:] if area.inode or not of_file), None)
+        return self._find_in_text(address, of_file)
 
-    def _parse(self) -> Iterator[Area]:
-        with open(self._open("maps"), "rb", closefd=False) as file:
-            file.seek(0)
-            for line in file:
-                span, permissions, offset, _, inode, *name = line.rstrip(b"\n").split(None, 5)
-                start, end = (int(text, 16) for text in span.split(b"-"))
-                is_shared = permissions.endswith(b"s")
-                yield Area(start, end, int(offset, 16), int(inode), is_shared, name[0] if name else b"")
+    def _find_in_text(self, address: int, of_file: bool) -> Area | None:
+        """Do as `find` by reading /proc/PID/maps, no further than it takes."""
+        if self._text is None:
+            self._text = open(self._open("maps"), "rb", closefd=False)  # noqa: SIM115 - closed with its descriptor
+        at = bisect_right(self._parsed, address, key=lambda area: area.end)
+        while True:
+            if at == len(self._parsed):
+                line = self._text.readline()
+                if not line:
+                    return None
+                self._parsed.append(_parse(line))
+            area = self._parsed[at]
+            if area.end > address and (area.inode or not of_file):
+                return area
+            at += 1
 
     def is_still(self, area: Area, start: int, end: int) -> bool:
         """Tell whether a part of an area is mapped as before."""
-        self._parsed = []
+        if self._text is not None:
+            self._text.seek(0)
+            self._parsed = []
         found = self.find(start)
         return found is not None and found.name == area.name and found.start <= start and end <= found.end
 

@@ -6,9 +6,11 @@ memory file, as a restored process has. What each call returns, and what the mem
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.cell import MEMORY_PLACE, Cell, Command, MappingRefused, MemoryFiles, Network
+from rekindle.cell import MEMORY_PLACE, Cell, Command, MappingRefused, MemoryFiles, Network, processes
+from rekindle.cell import init as cell_init
+from rekindle.cell.memory import FILTER
 from tests.conftest import SERVERS
 from tests.servers.memory_actor import PAGE, START
 
@@ -122,15 +126,36 @@ class Pair:
         return expected
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+# What an older kernel does not know, and what it is replaced by here.
+OLDER = [
+    ("address_space.py", "can_query = True", "can_query = False"),  # PROCMAP_QUERY, Linux 6.11
+    ("memory.py", "_SYNC_WAKE_UP = 1", "_SYNC_WAKE_UP = 1 << 20"),  # Linux 6.6
+    ("memory.py", "_FLAG_WAIT_KILLABLE_RECV = 0x20", "_FLAG_WAIT_KILLABLE_RECV = 1 << 30"),  # Linux 5.19
+]
+
+
+def write_older_init(place: Path) -> Path:
+    """Write an init that does without what older kernels do not know, and return its path."""
+    room = place / "rekindle" / "cell"
+    shutil.copytree(Path(cell_init.__file__).parent, room)
+    for name, now, then in OLDER:
+        text = (room / name).read_text()
+        assert text.count(now) == 1
+        (room / name).write_text(text.replace(now, then))
+    return room / "init.py"
+
+
+@pytest.fixture(scope="module", params=["this kernel", "Linux 5.6"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     place = tmp_path_factory.mktemp("memory")
     directory = place / "files"
     write_memory_file(directory)
-    with (
-        actor(directory, place / "anonymous.log", supervised=False) as anonymous,
-        actor(directory, place / "mapped.log", supervised=True) as mapped,
-    ):
+    with contextlib.ExitStack() as stack:
+        if request.param != "this kernel":
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(cell_init, "__file__", str(write_older_init(place)))
+        anonymous = stack.enter_context(actor(directory, place / "anonymous.log", supervised=False))
+        mapped = stack.enter_context(actor(directory, place / "mapped.log", supervised=True))
         yield Pair(anonymous, mapped)
 
 
@@ -443,7 +468,7 @@ operation = st.one_of(
 )
 
 
-@settings(max_examples=int(os.environ.get("REKINDLE_TEST_EXAMPLES", "100")), deadline=None, database=None)
+@settings(max_examples=int(os.environ.get("REKINDLE_TEST_EXAMPLES", "50")), deadline=None, database=None)
 @given(st.lists(operation, min_size=1, max_size=25))
 def test_no_sequence_of_calls_tells_them_apart(both: Pair, operations: list[tuple[Any, ...]]) -> None:
     both.start()
@@ -459,6 +484,23 @@ def test_no_sequence_of_calls_tells_them_apart(both: Pair, operations: list[tupl
                 both.do("child", [["advise", *arguments, DONTNEED], ["look"]])
             case _:
                 both.do(name, *arguments)
+
+
+def test_the_filter_is_seen_in_a_process_as_its_bytes(both: Pair) -> None:
+    """A dump takes it from there, and it is taken out of the dump again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    seize, interrupt, get_filter, detach = 0x4206, 0x4207, 0x420C, 17
+    (pid,) = (pid for pid in processes.host_pids(both.mapped.cell) if pid != both.mapped.cell.init_pid)
+    assert libc.ptrace(seize, pid, None, None) == 0
+    try:
+        assert libc.ptrace(interrupt, pid, None, None) == 0
+        os.waitpid(pid, 0)
+        program = ctypes.create_string_buffer(len(FILTER))
+        count = libc.ptrace(get_filter, pid, None, program)
+        assert count * 8 == len(FILTER)
+        assert program.raw == FILTER
+    finally:
+        libc.ptrace(detach, pid, None, None)
 
 
 # --- Without the filter, and where it cannot be had ---------------------------------------------------
