@@ -32,6 +32,7 @@ demo: setup-dev ## Run the demo: cold start, snapshot, restores, a table and a p
 docs: $(VENV)/.ready ## Write the generated pages
 	@$(BIN)/python -m hack.docs.errors_page
 	@$(BIN)/python -m hack.docs.matching_page
+	@$(BIN)/python -m hack.docs.schemas
 
 check: $(VENV)/.ready ## Run the linters and type checks, and compare the generated pages
 	@$(BIN)/ruff check .
@@ -40,6 +41,7 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/shellcheck $(SCRIPTS)
 	@$(BIN)/python -m hack.docs.errors_page --check
 	@$(BIN)/python -m hack.docs.matching_page --check
+	@$(BIN)/python -m hack.docs.schemas --check
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
 	@$(BIN)/python -m pytest

@@ -30,6 +30,8 @@ _Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
 
 class FileKind(StrEnum):
+    """What a file of the dump is."""
+
     FILE = "file"
     DIRECTORY = "directory"
     SYMLINK = "symlink"
