@@ -6,6 +6,8 @@ dependencies are installed.
 """
 
 import argparse
+import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -23,7 +25,6 @@ from rekindle.criu import amx
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
 from rekindle.journal import CUDA_JOURNAL
-from rekindle.node import gpu
 
 SCHEMA = "rekindle.doctor/1"
 _FREE_BYTES = 8 << 30
@@ -162,10 +163,12 @@ def _shell(_: Home) -> Iterator[Check]:
 def _cuda(home: Home) -> Iterator[Check]:
     yield from _cuda_journals(home)
     try:
+        from rekindle.node import gpu
+
         found = gpu.probe_nvidia()
         seen = bool(found.gpus or found.lack)
-    except ImportError:  # this node has NVML, but the package that asks it is not installed
-        seen = True
+    except ImportError:  # dependencies are not installed, so the GPUs cannot be listed
+        seen = _has_nvml()
     if not seen:
         yield Check(name="cuda", ok=False, needed=False, detail="this node has no NVIDIA GPU")
         return
@@ -183,6 +186,13 @@ def _cuda(home: Home) -> Iterator[Check]:
             detail=f"{candidate.name}: {candidate.lack or works}",
             remedy=candidate.hint,
         )
+
+
+def _has_nvml() -> bool:
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libnvidia-ml.so.1")
+        return True
+    return False
 
 
 def _cuda_journals(home: Home) -> Iterator[Check]:

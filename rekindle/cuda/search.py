@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Self
 
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.home import Home
-from rekindle.record import Record
 
 if TYPE_CHECKING:
     from rekindle.cuda.door import Door
     from rekindle.cuda.driver import Driver
+    from rekindle.record import Record
 
 
 def cuda_door(home: Home) -> "Callable[[], Door]":
@@ -23,7 +23,7 @@ def cuda_door(home: Home) -> "Callable[[], Door]":
     return lambda: find(home)
 
 
-def starting_cuda(record: Record, home: Home) -> "contextlib.AbstractContextManager[Search | None]":
+def starting_cuda(record: "Record", home: Home) -> "contextlib.AbstractContextManager[Search | None]":
     """The driver, which takes seconds to start, for a record with CUDA state; given up at the end if nobody
     took the door."""
     if not record.process.cuda_pids:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle doctor` finds a package that hides one of rekindle's."""
+"""`rekindle doctor` runs without dependencies, and finds a package that hides one of rekindle's."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +31,18 @@ def test_a_package_that_hides_one_of_rekindle_is_named(
     (check,) = done.json["checks"]
     assert not check["ok"]
     assert f"`import {name}` finds {tmp_path}/other" in check["detail"]
+
+
+def test_it_runs_where_no_dependency_is_installed(tmp_path: Path) -> None:
+    """hack/get-criu runs it with the system's Python."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "rekindle", "doctor", "--json"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "REKINDLE_HOME": str(tmp_path)},
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    names = {check["name"] for check in json.loads(done.stdout)["checks"]}
+    assert names >= {"root", "cell", "criu", "amx", "cuda", "shell", "disk", "packages"}, done.stderr
