@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors (OCI image specification 1.1), and what can give the blobs that they name."""
+"""Descriptors (OCI image specification 1.1), and the protocol for reading the blobs that they name."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _MANIFESTS_LIMIT = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
-    """What a blob is, by digest and size in bytes."""
+    """A reference to a blob: its media type, its digest, and its size in bytes."""
 
     media_type: str
     digest: Digest
@@ -39,7 +39,7 @@ class Descriptor:
 
     @classmethod
     def from_json(cls, value: object, where: str) -> "Descriptor":
-        """Raises FormatError for what is no descriptor of a sha256 digest."""
+        """Parse a descriptor. Raises FormatError if it is malformed or its digest is not sha256."""
         fields = Fields(value, where)
         try:
             digest = Digest.parse(fields.text("digest"))
@@ -56,45 +56,47 @@ class Descriptor:
 
 
 def _texts_of(platform: JSON) -> dict[str, str]:
-    """What of a platform is text: `os.features` and the like are lists, and nothing to us."""
+    """Return the text fields of a platform. Others, such as the list `os.features`, are not used."""
     if not isinstance(platform, dict):
-        raise FormatError("a descriptor's platform is not a JSON object", cause=f"{platform!r:.80}")
+        raise FormatError("the platform of a descriptor is not a JSON object", cause=f"{platform!r:.80}")
     return {name: value for name, value in platform.items() if isinstance(value, str)}
 
 
 def platform_of(machine: str) -> dict[str, str]:
-    """The platform of a machine, which is given as the kernel calls it."""
+    """Return the OCI platform of a machine, given the name that `uname -m` prints."""
     return {"architecture": _ARCHITECTURES.get(machine, machine), "os": "linux"}
 
 
 def manifests_of(index: Fields) -> list[Descriptor]:
-    """What the index of a snapshot names. Raises FormatError."""
+    """Return the manifests that the index of a snapshot lists. Raises FormatError."""
     return index.list_of("manifests", Descriptor.from_json, at_most=_MANIFESTS_LIMIT)
 
 
 def cache_among(manifests: Sequence[Descriptor], index: Digest) -> Descriptor | None:
-    """The kernel cache among what an index names, if it names one. Raises FormatError for several."""
+    """Return the kernel cache among the manifests of an index, or None. Raises FormatError for several."""
     caches = [d for d in manifests if d.annotations.get(media_types.ROLE) == media_types.CACHE_ROLE]
     if len(caches) > 1:
-        raise FormatError(f"{index} names {len(caches)} kernel caches and not one")
+        raise FormatError(f"{index} lists {len(caches)} kernel caches instead of one")
     return caches[0] if caches else None
 
 
 class Blobs(Protocol):
-    """Where blobs are read from: a layout, or a repository of a registry."""
+    """A place to read blobs from: a layout, or a repository of a registry."""
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
-        """A small blob, whole and checked against its digest. Raises IntegrityError, FormatError."""
+        """Return a small blob, checked against its digest. Raises IntegrityError, FormatError."""
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
-        """A blob's bytes, in order and *unchecked*; see `open_verified`."""
+        """Open a blob as a stream of *unchecked* bytes; see `open_verified`."""
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
-        """The manifests that say that they refer to this one: signatures and the like. Each one's own
-        `subject` is still to be checked."""
+        """Return the manifests listed as referring to this one, such as signatures.
+
+        The caller must check the `subject` of each.
+        """
 
     def cancel(self) -> None:
-        """Ends all reads that are under way in other threads, where they could take long."""
+        """Abort the reads of other threads, where they could take long."""
 
     def fall_back_to_origin(self) -> bool:
         """Read from the origin alone from now on. Return False if that changes nothing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image from one place to another, and the question who signed it: the whole of each, from its options."""
+"""The public operations on images: copy one, and find out who signed it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from oci.trust.verifier import Trust
 
 Show = Callable[["Tally"], contextlib.AbstractContextManager[None]]
-"""Shows people, within the context, what a tally counts."""
+"""A context manager that shows people the progress that a tally counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copied:
-    """An image that was copied: its digest, what was moved, and which image it replaced, if any."""
+    """The result of a copy: the digest, the bytes moved, and the digest of the image that was replaced."""
 
     digest: Digest
     tally: "Tally"
@@ -41,8 +41,9 @@ def copy(
 ) -> Copied:
     """Copy an image with its signatures between the local store, OCI layouts and registries.
 
-    Digests stay, everything is checked against them on the way, and the tag comes last. What is there already
-    is not sent. Raises NotFoundError, RegistryError, CredentialsError, IntegrityError, SpaceError.
+    Digests do not change, and everything is checked against them on the way. Blobs that the target has are
+    not sent, and its tag is set last. Raises NotFoundError, RegistryError, CredentialsError, IntegrityError,
+    SpaceError.
     """
     from oci import transfer
     from oci.registry.repository import Repository
@@ -68,7 +69,7 @@ def copy(
         with report.phase("transfer"), show(access.tally) if show else contextlib.nullcontext():
             if isinstance(goal, RegistryReference):
                 same = isinstance(origin, RegistryReference) and origin.host == goal.host
-                # What the registry can take from the source's repository by itself.
+                # The registry can mount these blobs itself.
                 mount_from = [origin.repository] if isinstance(origin, RegistryReference) and same else []
                 transfer.into_registry(blobs, tree, goal, access, mount_from=mount_from)
             else:
@@ -84,7 +85,7 @@ def copy(
 def verify(
     image: str, *, trust: TrustOptions | None = None, registry: RegistryOptions | None = None
 ) -> "tuple[Digest, Trust]":
-    """Return the digest of an image and who signed it, by the policy or the rule given. Raises TrustError."""
+    """Verify an image by the given rule or policy; return its digest and signer. Raises TrustError."""
     reference, home = parse(image), Home.from_environment()
     with resolve.source(reference, home, registry or RegistryOptions()) as source:
         verified = resolve.verified(source, reference, home, trust or TrustOptions())
@@ -93,7 +94,7 @@ def verify(
 
 @contextlib.contextmanager
 def _counted(report: Report, tally: "Tally") -> Iterator[None]:
-    """Put into the report what was moved, also when the copy fails."""
+    """Write the bytes moved into the report, also when the copy fails."""
     try:
         yield
     finally:

@@ -15,14 +15,14 @@ from rekindle.fields import Fields
 from rekindle.record import Record
 
 _DEFAULTS = Limits()
-_CACHE_HINT = "it holds a kernel cache and no process: `rekindle extract`"
+_CACHE_HINT = "it is a kernel cache without a process: use `rekindle extract`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A snapshot: its descriptors, its record once checked and parsed, and where its blobs are.
+    """A snapshot: its descriptors, its parsed record, and where to read its blobs.
 
-    `limits` are those by which its layers are to be read, too.
+    `limits` also apply to its layers when they are read.
     """
 
     blobs: Blobs
@@ -35,25 +35,25 @@ class Image:
     record: Record
 
     def fetched_from(self, blobs: Blobs) -> Self:
-        """Return the same image, its layers fetched from other blobs."""
+        """Return the same image with its layers fetched from elsewhere."""
         return replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of the process image: what is stored, and what a node that has nothing fetches."""
+        """The size of the process image: what is stored, and what a node without any of it fetches."""
         return self.process.size + self.config.size + sum(layer.size for layer in self.layers)
 
 
 def build(
     layout: Layout, record: Record, layers: Sequence[Descriptor], cache: Descriptor | None = None
 ) -> Image:
-    """Writes the record, the manifest and the index of a snapshot whose layers are there already.
+    """Write the record, the manifest and the index of a snapshot whose layers are in the layout already.
 
     `cache` is the manifest of the kernel cache's image.
     """
     config = layout.put(record.to_bytes(), media_types.RECORD)
-    # Names of checkpointctl's where they mean the same; org.criu.checkpoint.container.name is not
-    # set, since a kubelet would try to restore the image as a container.
+    # checkpointctl's names where they mean the same. org.criu.checkpoint.container.name is not set, since a
+    # kubelet would try to restore the image as a container.
     annotations = {
         "org.opencontainers.image.created": record.created,
         "org.criu.checkpoint.engine.name": "rekindle",
@@ -93,9 +93,10 @@ def build(
 
 
 def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Image:
-    """Reads index, manifest and record, each checked against its digest; no layer is touched.
+    """Read index, manifest and record, each checked against its digest. No layer is fetched.
 
-    Raises IntegrityError for other bytes, FormatError for what is no snapshot or of a newer format.
+    Raises IntegrityError if bytes do not match their digest, FormatError if this is not a snapshot or has a
+    newer format.
     """
     index = Fields.parse(
         blobs.read(descriptor, limit_bytes=limits.manifest_bytes),
@@ -105,14 +106,14 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
     kind = index.text("artifactType", "")
     if kind != media_types.SNAPSHOT:
         raise FormatError(
-            f"{descriptor.digest} is no snapshot that this rekindle reads",
-            cause=f"its artifactType is {kind!r:.80}, and not {media_types.SNAPSHOT!r}",
+            f"{descriptor.digest} is not a snapshot, or its format is newer than this rekindle",
+            cause=f"its artifactType is {kind!r:.80} instead of {media_types.SNAPSHOT!r}",
             hint=_CACHE_HINT if _is_cache(blobs, descriptor, limits) else "",
         )
     manifests = manifests_of(index)
     processes = [d for d in manifests if d.artifact_type == media_types.PROCESS]
     if len(processes) != 1:
-        raise FormatError(f"{descriptor.digest} names {len(processes)} process images and not one")
+        raise FormatError(f"{descriptor.digest} lists {len(processes)} process images instead of one")
     (process,) = processes
     cache = cache_among(manifests, descriptor.digest)
     manifest = Fields.parse(
@@ -121,21 +122,19 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         limit_bytes=limits.manifest_bytes,
     )
     if manifest.text("artifactType", "") != media_types.PROCESS:
-        raise FormatError(f"{process.digest} is not the process image that the index calls it")
+        raise FormatError(f"{process.digest} is not a process image, although the index says so")
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
     given = manifest.json("layers")
     if isinstance(given, list) and len(given) > limits.layers:
         raise FormatError(
-            f"{process.digest} has {len(given)} layers, and {limits.layers} at most are taken",
-            hint="`layers` below [limits] in the configuration says how many: docs/operations.md",
+            f"{process.digest} has {len(given)} layers; the limit is {limits.layers}",
+            hint="the configuration sets it: `layers` in [limits], see docs/operations.md",
         )
     layers = manifest.list_of("layers", Descriptor.from_json, at_most=limits.layers)
     if config.media_type != media_types.RECORD or any(
         layer.media_type != media_types.DUMP_LAYER for layer in layers
     ):
-        raise FormatError(
-            f"{process.digest} has parts that this rekindle does not know", hint="use a newer rekindle"
-        )
+        raise FormatError(f"{process.digest} has parts of an unknown type", hint="use a newer rekindle")
     return Image(
         blobs=blobs,
         limits=limits,
@@ -151,7 +150,7 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
 
 
 def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
-    """Whether an image that is no snapshot is a kernel cache."""
+    """Whether an image that is not a snapshot is a kernel cache."""
     if descriptor.media_type != media_types.MANIFEST:
         return False
     from oci.cache import image as cache_image

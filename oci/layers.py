@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of a process image: pieces of the dump's files, in frames that can be unpacked side by side.
+"""Layers of a process image: pieces of the dump's files, in frames that can be unpacked in parallel.
 
 A layer is a sequence of pairs of Zstandard frames (RFC 8878): a skippable frame that says where a piece
-belongs, and the frame that holds the piece, at most 4 MiB of it:
+belongs, and a frame that holds the piece, at most 4 MiB of it:
 
     u32  0x184D2A5E      magic of this skippable frame, little-endian like all that follows
     u32  24              bytes of its content
@@ -11,8 +11,8 @@ belongs, and the frame that holds the piece, at most 4 MiB of it:
     u64  offset          where the piece begins in the file
     u64  length          bytes of the piece
 
-Pieces that are all zero are not there: files have their size from the record and holes elsewhere. Any
-zstd tool can decompress a layer, to its pieces one after the other.
+Pieces that are all zero are not stored: the record has the size of each file, and what no piece covers is a
+hole. Any zstd tool can decompress a layer, which gives its pieces one after the other.
 """
 
 import hashlib
@@ -44,17 +44,17 @@ PIECE_BYTES = 4 << 20
 _MAGIC = 0x184D2A5E
 _HEADER = struct.Struct("<IIIIQQ")
 _CONTENT_BYTES = _HEADER.size - 8
-_COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than zstd ever adds
+_COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than zstd can add
 
-_LAYER_BYTES = 256 << 20  # of raw content: what is sent again when an upload breaks
+_LAYER_BYTES = 256 << 20  # of raw content: how much an interrupted upload has to send again
 _LAYERS_LIMIT = 100  # registries take about 127
 _DEFAULTS = Limits()
-_LEVEL = 1  # 0.5 to 1 GB/s a core; level 3 takes twice as long for a tenth less
+_LEVEL = 1  # 0.5 to 1 GB/s per core; level 3 takes twice as long and saves a tenth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A stretch of a file, at most PIECE_BYTES long."""
+    """A range of a file, at most PIECE_BYTES long."""
 
     file: int
     offset: int
@@ -62,14 +62,14 @@ class Piece:
 
 
 def workers() -> int:
-    """How many threads to pack or unpack with: more than eight gain little and cost 20 MiB each."""
+    """Return how many threads to pack or unpack with. More than eight gain little and cost 20 MiB each."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
 def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: int) -> list[Descriptor]:
-    """Writes the content of the tree's files into layers in a layout; returns their descriptors.
+    """Write the content of the tree's files into layers of a layout; return their descriptors.
 
-    Holds about 10 MiB for each worker, whatever the size of the tree.
+    Takes about 10 MiB of memory for each worker, whatever the size of the tree.
     """
     small: list[Piece] = []
     pages: list[Piece] = []
@@ -145,7 +145,7 @@ def _write_layer(
 
 
 class _Opened:
-    """Files of a tree, by index, one open at a time: pieces come file by file, and there may be thousands."""
+    """The files of a tree, by index. Only one is open at a time: pieces come file by file."""
 
     def __init__(self, tree: Path, files: Sequence[StoredFile], mode: str) -> None:
         self._tree, self._files, self._mode = tree, files, mode
@@ -177,11 +177,11 @@ def unpack(
     workers: int,
     limits: Limits = _DEFAULTS,
 ) -> int:
-    """Writes the files of a dump below `tree`, which exists and is empty; returns the bytes written.
+    """Write the files of a dump into `tree`, an empty directory; return the bytes written.
 
-    The caller must not use the tree before this returns: only then is every digest known to match.
-    Raises IntegrityError for bytes that are not those of the digest, FormatError for a layer that lies or
-    that becomes larger than the limits allow.
+    The caller must not use the tree before this returns: only then has every digest matched. Raises
+    IntegrityError if bytes do not match their digest, FormatError if a layer is malformed or expands beyond
+    the limits.
     """
     tree_of.make(files, tree)
     stop = threading.Event()
@@ -217,7 +217,7 @@ def read_pieces(
     stop: threading.Event,
     limits: Limits = _DEFAULTS,
 ) -> int:
-    """Reads a layer to its end and writes its pieces; returns the bytes written."""
+    """Read a layer to its end and write its pieces; return the bytes written."""
     checked = verified(stream, layer, kind="layer")
     source = _Source(checked, layer)
     decompressor = zstandard.ZstdDecompressor()
@@ -240,9 +240,9 @@ def read_pieces(
                 raise source.verdict()
             if written + length > most:
                 raise FormatError(
-                    f"layer {layer.digest} becomes more than {most} bytes",
-                    cause=f"it has {layer.size}",
-                    hint="`expansion_ratio` in the configuration limits this",
+                    f"layer {layer.digest} expands to more than {most} bytes",
+                    cause=f"its compressed size is {layer.size} bytes",
+                    hint="the configuration sets the limit: `expansion_ratio` in [limits]",
                 )
             piece = content[:length]
             if not _decompress(decompressor, source.read(compressed), piece):
@@ -254,11 +254,11 @@ def read_pieces(
 
 
 def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, content: memoryview) -> bool:
-    """Whether a frame holds exactly what is to fill `content`, and nothing follows it."""
+    """Decompress a frame into `content`; return whether it fills it exactly and nothing follows."""
     try:
         if zstandard.frame_content_size(frame) != len(content):
             return False
-        # Across frames, so that whatever stands behind this one is looked at as well.
+        # Across frames, to notice whatever follows this one.
         with decompressor.stream_reader(frame, read_across_frames=True) as reader:
             count = 0
             while count < len(content) and (got := reader.readinto(content[count:])):
@@ -269,7 +269,7 @@ def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, con
 
 
 class _Source:
-    """The bytes of a layer, piece by piece."""
+    """The bytes of a layer, in pieces of the length that is asked for."""
 
     def __init__(self, stream: VerifiedStream, layer: Descriptor) -> None:
         self._stream = stream
@@ -285,10 +285,10 @@ class _Source:
         return into
 
     def verdict(self) -> FormatError:
-        """Return what is wrong with a layer that makes no sense.
+        """Return the error for a malformed layer.
 
-        Raises IntegrityError if its bytes are not those of its digest, which only all of them can tell, and
-        which is the reason most often.
+        Raises IntegrityError instead if its bytes do not match its digest, which is the usual reason and can
+        be told only after reading all of them.
         """
         self._stream.finish()
-        return FormatError(f"layer {self._layer.digest} is not of the form that its type says")
+        return FormatError(f"layer {self._layer.digest} is malformed")

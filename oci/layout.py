@@ -3,13 +3,13 @@
 
 DIR/
     oci-layout
-    index.json                  which manifest each tag names; replaced in one step
+    index.json                  the manifest of each tag; replaced atomically
     blobs/sha256/HEX
-    .lock                       held by whoever changes the index
-    .reading                    shared by readers, so that nobody removes a blob under them
-    .garbage                    there while blobs may be there that no tag needs
-    .incoming/HEX/              a layout of what has come so far of an image, by the digest of its manifest
-    .incoming/HEX.lock          held by who fetches it
+    .lock                       held while the index is changed
+    .reading                    shared by readers, exclusive for the collection of garbage
+    .garbage                    exists while there may be blobs that no tag needs
+    .incoming/HEX/              a layout with what was received so far of an image, by its manifest's digest
+    .incoming/HEX.lock          held while the image is being fetched
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from rekindle.os_errors import naming_full_disk
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
-# Of what is here already. What may come from elsewhere the configuration says, and that can be raised.
+# For blobs that are here already. The limits for images from elsewhere are set in the configuration.
 _MANIFEST_LIMIT_BYTES = 64 << 20
 _CHILDREN_LIMIT = 100_000
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
 _NO_FILE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _FORGOTTEN_SECONDS = 24 * 3600.0
-_WAIT_SECONDS = 3600.0  # who reads a large image holds the lock for minutes
+_WAIT_SECONDS = 3600.0  # reading a large image holds the lock for minutes
 
 
 class Layout:
@@ -54,10 +54,10 @@ class Layout:
 
     @classmethod
     def create(cls, root: Path) -> "Layout":
-        """Makes an empty layout, or opens the one that is there. Idempotent."""
+        """Open a layout, and make an empty one if there is none. Idempotent."""
         layout = cls(root)
         with naming_full_disk(root):
-            # What a process held in memory is nobody else's to read.
+            # A snapshot holds the memory of a process: other users must not read it.
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             layout._blobs.mkdir(parents=True, exist_ok=True)
             if not (root / "oci-layout").exists():
@@ -70,10 +70,10 @@ class Layout:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Keeps every blob in place while an image is read."""
+        """Keep every blob in place while an image is read."""
         try:
             fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:  # a layout that we may not write to: nobody with our locks changes it
+        except OSError:  # a read-only layout: no rekindle changes it either
             yield
             return
         try:
@@ -84,11 +84,11 @@ class Layout:
             os.close(fd)
 
     def tags(self) -> dict[str, Descriptor]:
-        """Every tag and what it names. Raises FormatError for a malformed index."""
+        """Return every tag with the manifest it names. Raises FormatError if the index is malformed."""
         return {d.annotations[TAG_ANNOTATION]: d for d in self._entries() if TAG_ANNOTATION in d.annotations}
 
     def resolve(self, tag: str) -> Descriptor:
-        """What a tag names. Raises NotFoundError."""
+        """Return the manifest that a tag names. Raises NotFoundError."""
         tags = self.tags()
         if tag not in tags:
             known = ", ".join(sorted(tags)[:8]) or "nothing"
@@ -96,22 +96,24 @@ class Layout:
         return tags[tag]
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
-        """A small blob, whole and checked against its digest. Raises IntegrityError, FormatError."""
+        """Return a small blob, checked against its digest. Raises IntegrityError, FormatError."""
         if descriptor.size > limit_bytes:
-            raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than is sane")
+            raise FormatError(
+                f"blob {descriptor.digest} has {descriptor.size} bytes; the limit is {limit_bytes}"
+            )
         with self.open_blob(descriptor) as file:
             content = file.read(descriptor.size + 1) or b""
         if len(content) != descriptor.size or Digest.of_bytes(content) != descriptor.digest:
             raise IntegrityError(
-                f"the bytes of blob {descriptor.digest} are not those of its digest",
+                f"the bytes of blob {descriptor.digest} do not match its digest",
                 hint="make the snapshot anew, or fetch it again",
             )
         return content
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
-        """A blob's bytes, unchecked. Raises IntegrityError if it is missing or has another size."""
-        # Whoever can write to a layout may have put anything there: a link that leads out, or a pipe that
-        # nobody writes to, for which a plain open would wait for ever.
+        """Open a blob, unchecked. Raises IntegrityError if it is missing or has another size."""
+        # Anyone who can write to a layout may have put a link there that leads out of it, or a pipe without a
+        # writer, which a plain open would wait for for ever.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             fd = os.open(self._blobs / descriptor.digest.hex, flags)
@@ -122,30 +124,30 @@ class Layout:
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
-            raise _is_no_file(descriptor, str(error)) from None
+            raise _not_a_file(descriptor, str(error)) from None
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
-            raise _is_no_file(descriptor, stat.filemode(status.st_mode))
+            raise _not_a_file(descriptor, stat.filemode(status.st_mode))
         file = open(fd, "rb", buffering=0)  # noqa: SIM115
         size = status.st_size
         if size != descriptor.size:
             file.close()
             raise IntegrityError(
-                f"blob {descriptor.digest} has {size} bytes and should have {descriptor.size}",
+                f"blob {descriptor.digest} has {size} bytes instead of {descriptor.size}",
                 hint="make the snapshot anew, or fetch it again",
             )
         return file
 
     def cancel(self) -> None:
-        """See `Blobs.cancel`: files do not take long."""
+        """Do nothing: reads of files are short. See `Blobs`."""
 
     def fall_back_to_origin(self) -> bool:
         """Return False: there is no origin but these files. See `Blobs`."""
         return False
 
     def put(self, content: bytes, media_type: str, *, artifact_type: str = "") -> Descriptor:
-        """Stores a small blob."""
+        """Store a small blob."""
         digest = Digest.of_bytes(content)
         write_atomically(self._blobs / digest.hex, content)
         return Descriptor(
@@ -154,7 +156,10 @@ class Layout:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[tuple[BinaryIO, Callable[[Digest], None]]]:
-        """A file to write a blob to, and the function that makes it one; without that call it is gone."""
+        """Open a file to write a blob to; the function with it, given the digest, makes it a blob.
+
+        Without that call the file is removed.
+        """
         import tempfile
 
         fd, name = tempfile.mkstemp(prefix=".staged-", dir=self._blobs)
@@ -175,10 +180,10 @@ class Layout:
     def publish(
         self, source: "Layout", descriptor: Descriptor, tag: str, attached: Sequence[Descriptor] = ()
     ) -> None:
-        """Takes over an image from another layout on the same disk, tag last, with what refers to it.
+        """Move an image and its attachments here from another layout on the same disk, and tag it last.
 
-        Readers see what the tag named before, or all of the new image. A publisher that is killed midway
-        leaves blobs at most, for `collect_garbage`. Other entries of the index stay as they are.
+        Readers see the old image of the tag or all of the new one. A publisher that is killed leaves at most
+        some blobs, for `collect_garbage`. Other entries of the index are not changed.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
             self._take_all(source, [descriptor, *attached])
@@ -191,10 +196,10 @@ class Layout:
 
     @contextlib.contextmanager
     def incoming(self, digest: Digest) -> Iterator["Arrival"]:
-        """Where to bring an image, with what an interrupted try has brought already.
+        """Open the place to fetch an image to, with what an interrupted attempt has fetched already.
 
-        Whoever brings the same image at the same time waits. Its end with `Arrival.publish` removes it; of
-        one that was interrupted, everything stays for a day.
+        Another process that fetches the same image waits. `Arrival.publish` removes the place; after an
+        interruption, everything stays there for a day.
         """
         directory = self.root / ".incoming"
         with contextlib.ExitStack() as stack:
@@ -202,19 +207,19 @@ class Layout:
                 lock = directory / f"{digest.hex}.lock"
                 while True:
                     directory.mkdir(exist_ok=True)
-                    # Who ends last removes the directory, maybe while we wait for the lock in it.
+                    # The last one to finish removes the directory, maybe while we wait for the lock in it.
                     with contextlib.suppress(FileNotFoundError):
                         stack.enter_context(locked(lock, timeout=_WAIT_SECONDS))
                         break
                 stack.enter_context(self.reading())
                 layout = Layout.create(directory / digest.hex)
-            for staged in layout._blobs.glob(".staged-*"):  # of one that was killed: we hold the lock
+            for staged in layout._blobs.glob(".staged-*"):  # left by a killed process: we hold the lock
                 staged.unlink()
             os.utime(lock)
             yield Arrival(self, layout, lock)
 
     def drop_forgotten(self) -> None:
-        """Removes what came of images that nobody has gone on fetching for a day."""
+        """Remove what was received of images whose fetching was interrupted more than a day ago."""
         for lock in (self.root / ".incoming").glob("*.lock"):
             with contextlib.suppress(OSError, BusyError):
                 if time.time() - lock.stat().st_mtime > _FORGOTTEN_SECONDS:
@@ -222,14 +227,14 @@ class Layout:
                         _remove_incoming(lock)
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether a blob is there, and whole: its name alone does not say so."""
+        """Whether a blob is there and matches its digest. Its name alone does not prove that."""
         with contextlib.suppress(OSError, IntegrityError), open_verified(self, descriptor) as stream:
             stream.finish()
             return True
         return False
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:
-        """Takes over a blob. Nothing of it is there until its digest has matched. Raises IntegrityError."""
+        """Store a blob from elsewhere. It appears once its digest has matched. Raises IntegrityError."""
         buffer = memoryview(bytearray(READ_BYTES))
         with open_verified(source, descriptor) as stream, self.staging() as (staged, finish):
             while count := stream.readinto(buffer):
@@ -237,18 +242,18 @@ class Layout:
             finish(descriptor.digest)
 
     def attach(self, source: "Layout", attached: Sequence[Descriptor]) -> None:
-        """Takes over manifests that refer to an image of this layout."""
+        """Move manifests that refer to an image of this layout here, and list them in the index."""
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
             self._take_all(source, attached)
             document = self._document()
             self._write_index({**document, "manifests": _with_attached(document["manifests"], attached)})
 
     def referrers(self, digest: Digest) -> list[Descriptor]:
-        """See `Blobs.referrers`. They are the entries of the index without a tag."""
+        """Return the entries of the index without a tag that refer to a manifest. See `Blobs`."""
         return [each for each in self._entries() if self._subject(each) == digest]
 
     def _subject(self, entry: Descriptor) -> Digest | None:
-        """What an entry without a tag refers to."""
+        """Return what an entry without a tag refers to, or None."""
         if TAG_ANNOTATION in entry.annotations or entry.media_type not in media_types.DOCUMENTS:
             return None
         with contextlib.suppress(FormatError, IntegrityError):
@@ -259,7 +264,7 @@ class Layout:
         return None
 
     def reachable(self, roots: Sequence[Descriptor]) -> set[Digest]:
-        """The digests of all blobs below some manifests and indexes."""
+        """Return the digests of all blobs that are reachable from some manifests and indexes."""
         found: set[Digest] = set()
         queue = list(roots)
         while queue:
@@ -278,17 +283,17 @@ class Layout:
         return found
 
     def expect_garbage(self) -> None:
-        """Notes that there will be garbage to collect, whatever happens to us before we come to it."""
+        """Note that there will be garbage, in case this process is killed before it collects it."""
         (self.root / ".garbage").touch()
 
     def has_garbage(self) -> bool:
-        """Whether a collection is due: somebody was killed, or it was put off."""
+        """Whether garbage was left by a killed process, or its collection was postponed."""
         return (self.root / ".garbage").exists()
 
     def collect_garbage(self) -> None:
-        """Removes the blobs that no tag needs. For a layout that nobody else puts blobs into.
+        """Remove the blobs that no tag needs. Only for a layout into which rekindle alone puts blobs.
 
-        Puts it off, without an error, while somebody reads or as long as one of the images is damaged.
+        While the layout is being read, or one of its images is damaged, this does nothing and raises nothing.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS):
             fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -300,7 +305,7 @@ class Layout:
                 for path in self._blobs.iterdir():
                     if path.name not in keep:
                         path.unlink()
-                for path in self.root.glob(".index.json.*"):  # of a writer that was killed: we hold the lock
+                for path in self.root.glob(".index.json.*"):  # left by a killed writer: we hold the lock
                     path.unlink()
                 (self.root / ".garbage").unlink(missing_ok=True)
             except (FormatError, IntegrityError):
@@ -309,7 +314,7 @@ class Layout:
                 os.close(fd)
 
     def _drop_unattached(self) -> None:
-        """Takes out of the index what refers to images that are gone."""
+        """Remove the entries of the index that refer to images that are gone."""
         entries = self._entries()
         subjects = {entry.digest: self._subject(entry) for entry in entries}
         there = self.reachable([entry for entry in entries if subjects[entry.digest] is None])
@@ -320,21 +325,22 @@ class Layout:
             self._write_index({**document, "manifests": kept})
 
     def _take_all(self, source: "Layout", roots: Sequence[Descriptor]) -> None:
-        """Moves all that is below some manifests here."""
+        """Move everything that is reachable from some manifests here."""
         for digest in source.reachable(roots):
-            # One that is there already may be damaged, and ours is whole: it takes its place.
+            # A blob that is here already may be damaged; the new one was checked and replaces it.
             if source is not self:
                 self._take(source, digest)
         sync_directory(self._blobs)
 
     def _take(self, source: "Layout", digest: Digest) -> None:
-        """Moves a blob here, unless the source has left it out because it is here already."""
+        """Move a blob here. It may be missing from the source if it is here already."""
         try:
             _move(source._blobs / digest.hex, self._blobs / digest.hex)
         except FileNotFoundError:
             if not (self._blobs / digest.hex).exists():
                 raise IntegrityError(
-                    f"blob {digest} is missing from {self.root}", hint="it was removed meanwhile: try again"
+                    f"blob {digest} is missing from {self.root}",
+                    hint="another process has removed it: try again",
                 ) from None
 
     def _entries(self) -> list[Descriptor]:
@@ -342,7 +348,7 @@ class Layout:
         return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
 
     def _document(self) -> dict[str, JSON]:
-        """The index as it is written."""
+        """Return the index as a JSON object."""
         try:
             with open(self.root / "index.json", "rb") as file:
                 content = file.read(_INDEX_LIMIT_BYTES + 1)
@@ -360,7 +366,7 @@ class Layout:
 
 
 class Arrival:
-    """An image on its way into a layout. Implements `oci.transfer.Destination`."""
+    """An image that is being fetched into a layout. Implements `oci.transfer.Destination`."""
 
     def __init__(self, layout: Layout, incoming: Layout, lock: Path) -> None:
         self._layout = layout
@@ -368,7 +374,7 @@ class Arrival:
         self._lock = lock
 
     def has(self, descriptor: Descriptor) -> bool:
-        if descriptor.media_type in media_types.DOCUMENTS:  # few and small, and read again to publish
+        if descriptor.media_type in media_types.DOCUMENTS:  # publish reads them from there again
             return self._incoming.has(descriptor)
         return self._layout.has(descriptor) or self._incoming.has(descriptor)
 
@@ -379,30 +385,30 @@ class Arrival:
         self._incoming.upload(descriptor, source)
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """The name is given by `publish`."""
+        """Store a manifest. Its name is set by `publish`."""
         assert name is None
         return self._incoming.put(content, media_type).digest
 
     def cancel(self) -> None:
-        """See `Target.cancel`: files do not take long."""
+        """Do nothing: writes to files are short. See `Destination`."""
 
     def publish(self, root: Descriptor, tag: str, attached: Sequence[Descriptor] = ()) -> None:
-        """Takes what has come over into the layout, tag last, with what refers to it."""
+        """Move the image and its attachments into the layout, and tag it last."""
         self._layout.publish(self._incoming, root, tag, attached)
         _remove_incoming(self._lock)
 
 
 def _remove_incoming(lock: Path) -> None:
-    """Removes what has come of an image. The caller holds the lock."""
+    """Remove what was received of an image. The caller holds the lock."""
     remove_tree(lock.with_suffix(""))
     lock.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # others may be coming in
+    with contextlib.suppress(OSError):  # other images may be in it
         lock.parent.rmdir()
 
 
-def _is_no_file(descriptor: Descriptor, what: str) -> IntegrityError:
+def _not_a_file(descriptor: Descriptor, what: str) -> IntegrityError:
     return IntegrityError(
-        f"blob {descriptor.digest} is no plain file",
+        f"blob {descriptor.digest} is not a regular file",
         cause=what,
         hint="make the snapshot anew, or fetch it again",
     )
@@ -413,13 +419,13 @@ def _is_tagged(entry: JSON, tag: str) -> bool:
 
 
 def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> list[JSON]:
-    """The entries of an index with what refers to them, each once."""
+    """Return the entries of an index with the attachments that are not listed yet."""
     known = {entry.get("digest") for entry in entries}
     return [*entries, *(each.to_json() for each in attached if each.digest not in known)]
 
 
 def _move(source: Path, target: Path) -> None:
-    """Moves a blob; from another disk by way of a copy, so that the target is whole or not there."""
+    """Move a blob, between disks by way of a staged copy: the target is whole or absent."""
     try:
         source.replace(target)
     except OSError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The media types and artifact types of a snapshot's parts; docs/format.md says what each holds."""
+"""The media types and artifact types of a snapshot's parts; see docs/format.md."""
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-# Everything that names other blobs; Docker's of old mean the same.
+# Everything that lists other blobs. Docker's older types mean the same.
 DOCUMENTS = frozenset(
     {
         INDEX,
@@ -18,13 +18,13 @@ PROCESS = "application/vnd.rekindle.process.v1"
 RECORD = "application/vnd.rekindle.record.v1+json"
 DUMP_LAYER = "application/vnd.rekindle.dump.v1+zstd"
 
-# The kernel cache is an ordinary image, so that MCV, skopeo and container runtimes take it as one: no
-# artifactType, but an annotation on its descriptor in the snapshot's index.
+# The kernel cache is an ordinary image without an artifactType, so that MCV, skopeo and container runtimes
+# accept it. An annotation on its descriptor in the snapshot's index marks it.
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
 
-# On an entry of the local store's index: a signature by this machine's own key, which stays here.
+# Marks a signature by this machine's own key in the index of the local store; it is never copied elsewhere.
 SIGNER = "vnd.rekindle.signer"
 MACHINE = "machine"

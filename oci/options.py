@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How registries are reached, and who is trusted: what a caller may choose, before anything is read."""
+"""The options of a caller: how to reach registries, and whom to trust."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryOptions:
-    """How registries are reached. None: as config.toml or the default says.
+    """How to reach registries. None means the value in config.toml, or the default.
 
-    `limit_rate` is in bytes a second, of all connections together; `mirrors` are URLs that are asked first.
+    `limit_rate` is in bytes per second, over all connections. `mirrors` are URLs to try first.
     """
 
     jobs: int | None = None
@@ -24,10 +24,10 @@ class RegistryOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustOptions:
-    """Who is trusted.
+    """Whom to trust.
 
-    `rule` names keys and identities, and takes the place of a policy; `policy` is a policy file, and None
-    means that of $REKINDLE_HOME, if there is one.
+    `rule` names keys and identities and replaces any policy. `policy` is a policy file; None means the one in
+    $REKINDLE_HOME, if it exists.
     """
 
     rule: "TrustRule | None" = None

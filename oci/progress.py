@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a transfer is: counted by who moves bytes, looked at by whoever wants to show it."""
+"""The progress of a transfer: counted by the threads that move bytes, read by whoever shows it."""
 
 import threading
 import time
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """Bytes and blobs of one transfer. For many threads.
+    """The bytes and blobs of one transfer. Thread-safe.
 
-    `expected_bytes` is all that belongs to the images; of that, `reused_bytes` were there already.
-    `fetched_bytes` and `sent_bytes` have come from and gone to registries so far, repetitions included.
+    `expected_bytes` is the size of the images; `reused_bytes` of that were there already. `fetched_bytes` and
+    `sent_bytes` were received from and sent to registries so far, retries included.
     """
 
     expected_bytes: int = 0
@@ -24,33 +24,33 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def expect(self, size: int) -> None:
-        """One more blob belongs to it."""
+        """Count a blob of this size as part of the transfer."""
         with self._lock:
             self.expected_bytes += size
             self.blobs += 1
 
     def reuse(self, size: int) -> None:
-        """A blob is there already."""
+        """Count a blob that was there already."""
         with self._lock:
             self.reused_bytes += size
             self.reused_blobs += 1
 
     def fetch(self, size: int) -> None:
-        """So many bytes have come."""
+        """Count bytes that were received."""
         with self._lock:
             self.fetched_bytes += size
 
     def send(self, size: int) -> None:
-        """So many bytes have gone."""
+        """Count bytes that were sent."""
         with self._lock:
             self.sent_bytes += size
 
 
-_SLICE_SECONDS = 0.25  # after at most so long, whoever waits sees that all is over
+_SLICE_SECONDS = 0.25  # how long a waiting thread may take to notice that the transfer was aborted
 
 
 class Limiter:
-    """Keeps all threads of a transfer together below a rate."""
+    """Keep all threads of a transfer together below a rate."""
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
@@ -58,11 +58,11 @@ class Limiter:
         self._next = 0.0
 
     def piece_bytes(self, most: int) -> int:
-        """How much to move at once: no more than goes within a quarter of a second."""
+        """Return how much to move at once: at most a quarter of a second's worth."""
         return most if self._rate is None else max(4096, min(most, int(self._rate / 4)))
 
     def wait(self, size: int, is_over: Callable[[], bool] = lambda: False) -> None:
-        """Returns when so many bytes more may go, or when all is over."""
+        """Wait until `size` more bytes may be moved, or until the transfer is aborted."""
         if self._rate is None:
             return
         with self._lock:

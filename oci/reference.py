@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that users give images."""
+"""Image references: the names by which users call images."""
 
 import re
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ DOCKER_HUB = "docker.io"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutReference:
-    """An image in an OCI layout: that in `directory`, or the local store if that is None.
+    """An image in an OCI layout: the one in `directory`, or the local store if that is None.
 
-    `tag` is what the layout's index calls it: `name:tag` in the store, the tag alone in a directory.
+    `tag` is its name in the layout's index: `name:tag` in the store, the tag alone in a directory.
     """
 
     text: str
@@ -30,7 +30,7 @@ class LayoutReference:
 
     @property
     def in_store(self) -> bool:
-        """Whether it is in the local store."""
+        """Whether the image is in the local store."""
         return self.directory is None
 
     @property
@@ -44,7 +44,7 @@ class LayoutReference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryReference:
-    """An image in a repository of a registry. With a digest, the tag is for people only."""
+    """An image in a repository of a registry. If there is a digest, the tag is ignored."""
 
     text: str
     host: str
@@ -54,12 +54,12 @@ class RegistryReference:
 
     @property
     def api_host(self) -> str:
-        """Who answers for the host."""
+        """The host that serves the API."""
         return "registry-1.docker.io" if self.host == DOCKER_HUB else self.host
 
     @property
     def policy_name(self) -> str:
-        """The name that a policy's patterns are compared with, in the case in which DNS compares hosts."""
+        """The name that a policy's patterns are compared with. The host is in lower case, as in DNS."""
         return f"{self.host.lower()}/{self.repository}"
 
     def __str__(self) -> str:
@@ -70,16 +70,16 @@ Reference = LayoutReference | RegistryReference
 
 
 def parse(text: str) -> Reference:
-    """`name[:tag]`, `oci:DIR[:tag]` or `HOST[:PORT]/repository[:tag][@digest]`.
+    """Parse `name[:tag]`, `oci:DIR[:tag]` or `HOST[:PORT]/repository[:tag][@digest]`.
 
-    A name is one of a registry if its first part looks like a host: with a dot or a port, or `localhost`.
-    Raises UsageError for anything else.
+    The first part is a host if it contains a dot or a port, or is `localhost`. Raises UsageError for anything
+    else.
     """
     if text.startswith("oci:"):
         directory, _, tag = text.removeprefix("oci:").partition(":")
         tag = tag or "latest"
         if not directory or not _TAG.fullmatch(tag):
-            raise UsageError(f"{text} is not of the form oci:DIR[:TAG]")
+            raise UsageError(f"invalid image name {text!r}", hint="write oci:DIR[:TAG]")
         return LayoutReference(text=text, directory=Path(directory).absolute(), tag=tag)
     host, slash, rest = text.partition("/")
     if slash and ("." in host or ":" in host or host == "localhost"):
@@ -87,8 +87,8 @@ def parse(text: str) -> Reference:
     name, colon, tag = text.partition(":")
     if not _NAME.fullmatch(name) or (colon and not _TAG.fullmatch(tag)):
         raise UsageError(
-            f"{text!r} is no image name",
-            hint="write name[:tag], in lower case: letters, digits and single . _ - / between them",
+            f"invalid image name {text!r}",
+            hint="write name[:tag]: lower-case letters and digits, with single . _ - / between them",
         )
     return LayoutReference(text=text, directory=None, tag=f"{name}:{tag or 'latest'}")
 
@@ -96,7 +96,7 @@ def parse(text: str) -> Reference:
 def _registry(text: str, host: str, rest: str) -> RegistryReference:
     rest, at, digest = rest.partition("@")
     name, colon, tag = rest.partition(":")
-    # docker.io/vllm means docker.io/library/vllm, for docker and so for everybody.
+    # Docker reads docker.io/vllm as docker.io/library/vllm, and so does everyone else.
     if host == DOCKER_HUB and "/" not in name:
         name = f"library/{name}"
     port = re.search(r":(\d+)$", host)
@@ -107,11 +107,9 @@ def _registry(text: str, host: str, rest: str) -> RegistryReference:
         or len(name) > _NAME_LIMIT
         or (colon and not _TAG.fullmatch(tag))
     ):
-        raise UsageError(
-            f"{text!r} is no image of a registry", hint="write HOST[:PORT]/repository[:tag][@sha256:…]"
-        )
+        raise UsageError(f"invalid image name {text!r}", hint="write HOST[:PORT]/repository[:tag][@sha256:…]")
     try:
         parsed = Digest.parse(digest) if at else None
     except ValueError as error:
-        raise UsageError(f"{text!r} names no digest", cause=str(error)) from None
+        raise UsageError(f"invalid digest in image name {text!r}", cause=str(error)) from None
     return RegistryReference(text=text, host=host, repository=name, tag=tag or "latest", digest=parsed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The local store and other OCI image layouts: which one an image is in, and what is swept out of them."""
+"""The local store and other OCI image layouts: open them, and remove what is no longer needed."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ from rekindle.os_errors import FORBIDDEN, FULL
 
 
 def open_home() -> Home:
-    """$REKINDLE_HOME, after what a killed command left there has been removed."""
+    """Open $REKINDLE_HOME, and remove what killed commands left there."""
     home = Home.from_environment()
     sweep(home)
     return home
 
 
 def sweep(home: Home) -> list[Path]:
-    """Removes what killed commands left; returns their work directories."""
+    """Remove what killed commands left in the home; return the work directories that were removed."""
     try:
         removed = home.sweep()
         if removed:
@@ -34,12 +34,12 @@ def sweep(home: Home) -> list[Path]:
     except OSError as error:
         if error.errno not in FORBIDDEN:
             raise
-        return []  # somebody else's home, or a read-only one: its owner's commands will do it
+        return []  # read-only, or another user's home: the commands of its owner will do it
     return removed
 
 
 def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> Layout:
-    """The layout that an image is in. Raises UsageError for a directory that is none, or cannot be one."""
+    """Open the layout of an image, or create it. Raises UsageError if the directory is not a layout."""
     if image.directory is None:
         return Layout.create(home.store)
     if create:
@@ -53,18 +53,20 @@ def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> La
             ) from None
         if not os.access(image.directory, os.W_OK | os.X_OK):
             raise UsageError(
-                f"{image.directory} cannot be used as an OCI image layout", cause="it may not be written to"
+                f"{image.directory} cannot be used as an OCI image layout", cause="it is not writable"
             )
         return layout
     if not (image.directory / "oci-layout").exists():
-        raise UsageError(f"{image.directory} is no OCI image layout")
+        raise UsageError(f"{image.directory} is not an OCI image layout")
     return Layout(image.directory)
 
 
 @contextlib.contextmanager
 def collecting(layout: Layout, target: LayoutReference) -> Iterator[None]:
-    """Removes what an image that is replaced within leaves behind in the local store. A directory of the
-    user's may hold what others put there: it is left as it is."""
+    """Remove from the local store the blobs of an image that is replaced within the context.
+
+    A layout directory of the user is left alone: it may hold blobs that others put there.
+    """
     if target.directory is not None:
         yield
         return
@@ -72,6 +74,6 @@ def collecting(layout: Layout, target: LayoutReference) -> Iterator[None]:
     try:
         yield
         layout.collect_garbage()
-    except BaseException:  # also one that came in the middle of the collection
+    except BaseException:  # an interruption may also come during the collection itself
         layout.collect_garbage()
         raise

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel cache as an OCI image: packing, the inventory, reading it back."""
+"""The kernel cache as an OCI image: pack it, describe it, extract it."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extracts a kernel cache: verified before anything of it can be seen, and nowhere but where it may be.
+"""Extract a kernel cache. Nothing of it is visible before all of it was checked.
 
-Each cache is written into a private directory beside the place that it goes to, `.NAME.rekindle-XXXX`. Only
-when every layer's bytes have matched their digests, those directories are renamed, or merged with what is
-there already. Whatever ends the command, they are gone; of one that is killed, the next removes them.
+Each cache is written into a private directory beside its destination, `.NAME.rekindle-XXXX`. When the bytes
+of every layer have matched their digests, those directories are renamed to the destinations, or merged with
+what is there. They are removed if the command fails, and by the next command if it was killed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from oci.cache.staging import (
     ExtractedRoot,
     Job,
     _remove_if_empty,
-    refuse_what_is_too_much,
+    refuse_too_large,
     staging,
     target_of,
 )
@@ -39,7 +39,7 @@ _MANIFEST_LIMIT_BYTES = 256 << 20  # MCV's, which is read but not kept
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """What was written, and the variables that make a server use it."""
+    """The caches that were written, and the variables that make a server use them."""
 
     roots: Sequence[ExtractedRoot]
     environment: Mapping[str, str]
@@ -49,8 +49,7 @@ class Extraction:
         return sum(root.bytes for root in self.roots)
 
     def undo(self) -> None:
-        """Removes what was written, and the directories that are empty then. What others have put there since
-        stays."""
+        """Remove the files that were written, and the directories that are empty then. Other files stay."""
         for root in self.roots:
             real = Path(os.path.realpath(root.path))
             directories: set[PurePosixPath] = set()
@@ -71,15 +70,15 @@ def extract(
     overwrite: bool = False,
     workers: int = 0,
 ) -> Extraction:
-    """Writes the caches of an image, to `to/KIND/…` or, if that is None, to where each was recorded. A
-    mapping names by their roots' names the caches to write, and the place of each.
+    """Write the caches of an image to `to/KIND/…`, or if `to` is None, to where each was recorded.
 
-    A cache that is there already is added to, entry by entry; one of its entries that is there with other
-    content stays as it is, unless `overwrite`. Modes and times are as they were packed, but nobody else may
-    write; directories without files are not made. Idempotent.
+    If `to` is a mapping, only the roots that it names are written, each to its place. A cache that is there
+    already gets the entries it lacks; an entry with other content is kept, unless `overwrite`. Modes and
+    times are as packed, but without write permission for others; directories without files are not made.
+    Idempotent.
 
-    Raises IntegrityError for bytes that are not those of their digests, FormatError for a layer that lies,
-    NotFoundError if there is nothing of the kinds, UsageError for a place that cannot be, SpaceError.
+    Raises IntegrityError if bytes do not match their digest, FormatError for a malformed layer, NotFoundError
+    if the image has no cache of the kinds, UsageError for a destination that cannot be used, SpaceError.
     """
     image = verified.value
     roots = [
@@ -88,18 +87,18 @@ def extract(
         if (kinds is None or root.kind in kinds) and (not isinstance(to, Mapping) or root.name in to)
     ]
     if not roots:
-        raise NotFoundError(f"{image.manifest.digest} holds no kernel cache of that kind")
+        raise NotFoundError(f"{image.manifest.digest} has no kernel cache of that kind")
     targets = [target_of(root, to) for root in roots]
     real = [os.path.realpath(target) for target in targets]
     nested = any(one != other and is_within(one, other) for one in real for other in real)
     if nested or len(set(real)) != len(real):
         raise UsageError(
-            "two kernel caches of the image would be written into each other",
+            "the destinations of two kernel caches overlap",
             cause=", ".join(sorted(map(str, targets))),
             hint="extract them to a directory: --to DIR",
         )
     for root in roots:
-        refuse_what_is_too_much(root, image.layers[root.layer].size, limits)
+        refuse_too_large(root, image.layers[root.layer].size, limits)
     while True:
         with contextlib.ExitStack() as stack, naming_full_disk(targets[0], hint=_FULL_HINT):
             jobs = [
@@ -145,7 +144,7 @@ def _read_all(image: CacheImage, jobs: Sequence[Job], limits: Limits, workers: i
 
 
 def _read_layer(image: CacheImage, job: Job, limits: Limits, stop: threading.Event) -> None:
-    """Writes the files of a layer into the staging directory; all of its bytes are checked then."""
+    """Write the files of a layer into the staging directory, and check all of its bytes."""
     from concurrent.futures import ThreadPoolExecutor
 
     layer = image.layers[job.root.layer]
@@ -166,7 +165,7 @@ def _write_members(reader: LayerReader, job: Job, stop: threading.Event) -> None
     prefix = PurePosixPath(job.root.prefix)
     aside = PurePosixPath(prefix.parts[0].removesuffix(".cache") + ".manifest")
     names, known, seen_aside = Names(), {PurePosixPath()}, set[PurePosixPath]()
-    empty: dict[PurePosixPath, tuple[int, int]] = {}  # made when a file needs them: they cost next to nothing
+    empty: dict[PurePosixPath, tuple[int, int]] = {}  # made when a file needs them
     files = size = 0
     with _Tree(job.staging) as tree:
         for member in reader.members():
@@ -174,12 +173,12 @@ def _write_members(reader: LayerReader, job: Job, stop: threading.Event) -> None
                 return
             path = PurePosixPath(member.name)
             if str(path) != member.name or path.is_absolute() or not path.parts or ".." in path.parts:
-                raise FormatError("the layer has a name that is none", cause=f"{member.name!r:.120}")
+                raise FormatError("the layer has an invalid file name", cause=f"{member.name!r:.120}")
             if not path.is_relative_to(prefix) or path == prefix:
                 _skip(reader, member, path, prefix, aside, seen_aside)
                 continue
             path = path.relative_to(prefix)
-            if reason := names.refuses(path):
+            if reason := names.problem(path):
                 raise FormatError(f"the layer has a file that {reason}", cause=f"{member.name!r:.120}")
             if path.parent not in known:
                 raise FormatError("the layer has a file before its directory", cause=f"{member.name!r:.120}")
@@ -189,7 +188,7 @@ def _write_members(reader: LayerReader, job: Job, stop: threading.Event) -> None
             else:
                 files, size = files + 1, size + member.size
                 if files > job.root.files or size > job.root.bytes:
-                    raise FormatError("the layer holds more than the inventory says")
+                    raise FormatError("the layer has more files or bytes than its inventory says")
                 for directory in reversed(path.parents):
                     if directory in empty:
                         tree.make_directory(directory)
@@ -199,9 +198,9 @@ def _write_members(reader: LayerReader, job: Job, stop: threading.Event) -> None
                 if path.name.startswith("__grp__") and member.size <= METADATA_LIMIT_BYTES:
                     job.groups.append(path)
             if len(known) > FILES_LIMIT:
-                raise FormatError("the layer has more directories than is sane")
+                raise FormatError(f"the layer has more than {FILES_LIMIT:,} directories")
     if (files, size) != (job.root.files, job.root.bytes):
-        raise FormatError("the layer holds less than the inventory says")
+        raise FormatError("the layer has fewer files or bytes than its inventory says")
 
 
 def _skip(
@@ -212,7 +211,7 @@ def _skip(
     aside: PurePosixPath,
     seen: set[PurePosixPath],
 ) -> None:
-    """The directories above the cache, and MCV's manifest: nothing else may be beside it."""
+    """Skip the directories above the cache, and MCV's manifest. Raises FormatError for anything else."""
     expected = {*prefix.parents[:-1], prefix, aside} if member.is_directory else {aside / "manifest.json"}
     if path not in expected or path in seen or member.size > _MANIFEST_LIMIT_BYTES:
         raise FormatError("the layer has a file outside its cache", cause=f"{member.name!r:.120}")
@@ -223,7 +222,7 @@ def _skip(
 
 
 class _Tree:
-    """A directory that is written below, through descriptors, so that no link is ever followed."""
+    """A directory to write into by way of descriptors, so that no link is ever followed."""
 
     def __init__(self, root: Path) -> None:
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -253,7 +252,7 @@ class _Tree:
             os.close(fd)
 
     def _enter(self, path: PurePosixPath) -> int:
-        """A descriptor of a directory; files come directory by directory, so one is kept."""
+        """Return a descriptor of a directory. One is kept, since files come directory by directory."""
         if path != self._at:
             self._leave()
             self._here = open_below(self._root, path)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel cache as an OCI image: an ordinary one, in the form that MCV and KServe read.
+"""A kernel cache as an ordinary OCI image, in the form that MCV and KServe read.
 
     manifest    application/vnd.oci.image.manifest.v1+json
     config      application/vnd.oci.image.config.v1+json, with MCV's labels and our inventory
-    layers      application/vnd.oci.image.layer.v1.tar+gzip, one for each cache; what MCV reads is last
+    layers      application/vnd.oci.image.layer.v1.tar+gzip, one for each cache, the one that MCV reads last
 
-Where a cache lies in its layer depends on what else there is (docs/adr/0005-kernel-cache-image.md):
+The place of a cache in its layer depends on the others (docs/adr/0005-kernel-cache-image.md):
 
     with a cache of vLLM        io.vllm.cache/…, and the others below io.vllm.cache/KIND/…
     with one of Triton          io.triton.cache/…, and the others below io.rekindle.cache/KIND/…
@@ -32,7 +32,7 @@ _LABELS_LIMIT = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheImage:
-    """A kernel cache: its descriptors, and its config once checked and parsed. No layer has been touched."""
+    """A kernel cache: its descriptors and its parsed config. No layer was fetched."""
 
     blobs: Blobs
     manifest: Descriptor
@@ -45,19 +45,19 @@ class CacheImage:
     architecture: str
 
     def fetched_from(self, blobs: Blobs) -> Self:
-        """Return the same image, its layers fetched from other blobs."""
+        """Return the same image with its layers fetched from elsewhere."""
         return replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:
-        """What is stored, and what a node that has nothing fetches."""
+        """The size of the image: what is stored, and what a node without any of it fetches."""
         return self.manifest.size + self.config.size + sum(layer.size for layer in self.layers)
 
 
 def find(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> Descriptor:
-    """The manifest of the cache that a descriptor names: itself, or that of a snapshot's index.
+    """Return the manifest of a cache: `descriptor` itself, or the cache of a snapshot if that is its index.
 
-    Raises NotFoundError for a snapshot without one.
+    Raises NotFoundError for a snapshot without a cache.
     """
     if descriptor.media_type != media_types.INDEX:
         return descriptor
@@ -66,43 +66,42 @@ def find(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> Descriptor:
     )
     cache = cache_among(manifests_of(index), descriptor.digest)
     if cache is None:
-        raise NotFoundError(f"{descriptor.digest} holds no kernel cache")
+        raise NotFoundError(f"{descriptor.digest} has no kernel cache")
     return cache
 
 
 def load(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> CacheImage:
-    """Reads the manifest and the config of a cache, each checked against its digest; no layer is touched.
+    """Read manifest and config of a cache, each checked against its digest. No layer is fetched.
 
-    Raises IntegrityError for other bytes, FormatError for what is no cache image of ours.
+    Raises IntegrityError if bytes do not match their digest, FormatError if this is not a cache image of
+    ours.
     """
     where = f"{descriptor.digest}"
     if descriptor.media_type != media_types.MANIFEST:
-        raise FormatError(f"{where} is no cache image", cause=f"it is of type {descriptor.media_type!r:.80}")
+        raise FormatError(f"{where} is not a cache image", cause=f"its type is {descriptor.media_type!r:.80}")
     content = blobs.read(descriptor, limit_bytes=limits.manifest_bytes)
     manifest = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
     layers = manifest.list_of("layers", Descriptor.from_json, at_most=limits.layers)
     if config.media_type != media_types.IMAGE_CONFIG:
-        raise FormatError(f"{where} is no cache image", cause=f"its config is {config.media_type!r:.80}")
+        raise FormatError(f"{where} is not a cache image", cause=f"its config is {config.media_type!r:.80}")
     for layer in layers:
         if layer.media_type != media_types.TAR_GZIP_LAYER:
-            raise FormatError(
-                f"{where} has a layer that this rekindle does not know", cause=f"{layer.media_type!r:.80}"
-            )
+            raise FormatError(f"{where} has a layer of an unknown type", cause=f"{layer.media_type!r:.80}")
     document = Fields.parse(
         blobs.read(config, limit_bytes=limits.record_bytes), "config", limit_bytes=limits.record_bytes
     )
     if not document.has(FIELD):
         raise FormatError(
-            f"{where} has no inventory, so it is no cache image of rekindle's",
-            hint="one that MCV made is extracted by `mcv --extract`",
+            f"{where} is a cache image without an inventory, so rekindle did not make it",
+            hint="`mcv --extract` extracts one that MCV made",
         )
     inventory = Inventory.from_json(document.json(FIELD))
     diff_ids = document.inner("rootfs").list_of("diff_ids", _digest, at_most=limits.layers)
     if len(diff_ids) != len(layers):
         raise FormatError(f"{where} has {len(layers)} layers and {len(diff_ids)} digests of their content")
     if any(root.layer >= len(layers) for root in inventory.roots):
-        raise FormatError(f"the inventory of {where} names a layer that is not there")
+        raise FormatError(f"the inventory of {where} names a layer that does not exist")
     settings = document.inner("config") if document.has("config") else Fields({}, "config")
     labels = settings.text_map("Labels", {})
     if len(labels) > _LABELS_LIMIT:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a kernel cache, entry by entry and for which hardware: a field of the cache image's config.
+"""The inventory of a kernel cache, by entry and hardware: a field of the cache image's config.
 
     "vnd.rekindle.inventory": {
       "schema": "rekindle.inventory/1", "made_by": "rekindle 0.1.0",
@@ -10,9 +10,9 @@
           "key": "XTN6…", "targets": [{"backend": "hip", "arch": "gfx942", "warp_size": 64}],
           "versions": {"triton": "3.9.0"}, "files": 8, "bytes": 26200, "digest": "sha256:…"}]}]}
 
-The layer of the manifest with that number holds the root, below the prefix. An entry's digest is the sha256
-over its files in the order of the archive: path within the root, a zero byte, size in decimal, a zero byte,
-content. A key of `*` stands for the entries of a root that were too many to be listed.
+`layer` is the index of the layer that holds the root, below the prefix. An entry's digest is the sha256 over
+its files in the order of the archive: path within the root, a zero byte, size in decimal, a zero byte,
+content. The key `*` stands for all entries of a root that has too many to list.
 """
 
 import json
@@ -33,7 +33,7 @@ from rekindle.fields import JSON, Fields
 FIELD = "vnd.rekindle.inventory"
 SCHEMA = "rekindle.inventory/1"
 
-# containers/image, which skopeo and Podman are made of, reads configs of 4 MiB at most.
+# containers/image, which skopeo and Podman use, reads configs of at most 4 MiB.
 ENTRIES_LIMIT = 5000
 ROOTS_LIMIT = 64
 _TARGETS_LIMIT = 64
@@ -51,8 +51,10 @@ _Text = Annotated[str, Meta(max_length=_TEXT_LIMIT)]
 
 
 class Target(Struct, frozen=True, kw_only=True, order=True):
-    """What a kernel was compiled for: `cuda`, `90`, 32 or `hip`, `gfx942`, 64; or, if C++ was compiled for
-    the machine's own processor, `cpu`, its architecture as the kernel names it, 0."""
+    """The hardware that a kernel was compiled for: (`cuda`, `90`, 32) or (`hip`, `gfx942`, 64).
+
+    C++ for the processor of the machine is (`cpu`, the architecture as `uname -m` prints it, 0).
+    """
 
     backend: _Text
     arch: _Text
@@ -60,7 +62,7 @@ class Target(Struct, frozen=True, kw_only=True, order=True):
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """What a server looks up by one key."""
+    """The files that a server looks up by one key."""
 
     key: _Text
     targets: Annotated[Sequence[Target], Meta(max_length=_TARGETS_LIMIT)]
@@ -71,7 +73,7 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 class StoredRoot(Struct, frozen=True, kw_only=True):
-    """A cache as the image holds it: where it was, and in which layer, below which prefix, it is."""
+    """A cache in an image: the path where it was, and the layer and prefix where it is."""
 
     kind: CacheKind
     recorded: str
@@ -99,7 +101,7 @@ class StoredRoot(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """Return what its directory is called where many are extracted to: `KIND`, `KIND-2`."""
+        """The name of its directory when several are extracted together: `KIND`, `KIND-2`."""
         return self.prefix.partition("/")[2] or self.kind
 
 
@@ -112,11 +114,11 @@ class Inventory(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEM
     def __post_init__(self) -> None:
         for what in ("layer", "prefix", "recorded", "name"):
             if len({getattr(root, what) for root in self.roots}) != len(self.roots):
-                raise FormatError(f"two roots of the inventory have one {what}")
+                raise FormatError(f"two roots of the inventory have the same {what}")
 
     @property
     def targets(self) -> list[Target]:
-        """Return all that there are kernels for."""
+        """The hardware of all entries."""
         return sorted({target for root in self.roots for entry in root.entries for target in entry.targets})
 
     def to_json(self) -> dict[str, JSON]:
@@ -124,18 +126,18 @@ class Inventory(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEM
 
     @classmethod
     def from_json(cls, value: object) -> "Inventory":
-        """Raises FormatError for anything but a well-formed inventory of a version known here."""
+        """Parse an inventory. Raises FormatError if it is malformed or of an unknown version."""
         schema = Fields(value, "inventory").text("schema")
         if schema != SCHEMA:
             raise FormatError(
-                f"the inventory's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
+                f"the inventory has the format {schema!r:.60}; this rekindle reads {SCHEMA!r}",
                 hint="use a newer rekindle" if schema.startswith("rekindle.inventory/") else "",
             )
         return documents.read(value, cls, "inventory")
 
 
 def depends_on(kind: CacheKind) -> tuple[str, ...]:
-    """The packages whose versions are in the keys of a kind of cache."""
+    """Return the packages whose versions are part of the keys of a kind of cache."""
     return {
         CacheKind.VLLM: ("vllm", "torch"),
         CacheKind.TRITON: ("triton",),
@@ -148,7 +150,7 @@ def depends_on(kind: CacheKind) -> tuple[str, ...]:
 
 
 def bounded(entries: Sequence[Entry], at_most: int) -> list[Entry]:
-    """The entries, or if they are too many, one for each combination of targets and versions."""
+    """Return the entries, or if there are too many, one for each combination of targets and versions."""
     if len(entries) <= at_most:
         return list(entries)
     groups: dict[tuple[tuple[Target, ...], tuple[tuple[str, str], ...]], list[Entry]] = {}
@@ -169,7 +171,7 @@ def bounded(entries: Sequence[Entry], at_most: int) -> list[Entry]:
 
 
 def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
-    """Which entry of a cache a file belongs to; `.` for what is not kept by key."""
+    """Return the key of the entry that a file belongs to; `.` for a file without a key."""
     parts = path.parts
     match kind:
         case CacheKind.TRITON:
@@ -193,14 +195,17 @@ def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
 
 
 class Metadata(Struct):
-    """What is known of an entry from the names and the JSON in it, gathered file by file."""
+    """What the names and JSON files of an entry say about it, gathered file by file."""
 
     targets: set[Target] = set()
     versions: dict[str, str] = {}
 
     def look_at_name(self, root: CacheKind, path: PurePosixPath, recorded: str, machine: str) -> None:
-        """Kinds that say in a directory's name what they are for; and Inductor's C++ kernels, which are made
-        for the processor that they are compiled on. Triton's launchers are not: any of its kind runs them."""
+        """Learn from a file's path, for kinds whose directory names hold the target.
+
+        Inductor's C++ kernels are for the processor they were compiled on. Triton's launchers are not: every
+        processor of the architecture runs them.
+        """
         if (
             root in {CacheKind.VLLM, CacheKind.INDUCTOR}
             and path.suffix == ".so"
@@ -241,7 +246,7 @@ class Metadata(Struct):
 
 
 def json_object(content: bytes) -> dict[str, JSON] | None:
-    """A JSON object of a foreign file, or None: a cache may hold anything."""
+    """Parse a JSON object; return None for anything else, since a cache may hold any file."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -250,7 +255,7 @@ def json_object(content: bytes) -> dict[str, JSON] | None:
 
 
 def triton_target(document: Mapping[str, JSON]) -> Target | None:
-    """What a kernel's JSON by Triton says that it is for."""
+    """Return the target in the JSON that Triton writes for a kernel, or None."""
     target = document.get("target")
     if not isinstance(target, dict) or not isinstance(document.get("hash"), str):
         return None

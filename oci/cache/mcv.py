@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Model Cache Vault (MCV) and KServe's Kernel Manager look for in a cache image: labels, a manifest.
+"""The labels and the manifest that Model Cache Vault (MCV) and KServe's Kernel Manager read in a cache image.
 
 Written after MCV's `docs/spec-compat.md` and its Go code, `pkg/cache`, `pkg/cacheplan` and
 `pkg/preflightcheck` (repository redhat-et/GKM, directory mcv; before that redhat-et/MCU).
-docs/cache-image.md says what they make of our images.
+docs/cache-image.md says what they do with our images.
 """
 
 import json
@@ -17,10 +17,10 @@ from rekindle import documents
 from rekindle.engine.caches import CacheKind, environment_for
 from rekindle.fields import JSON
 
-_LABEL_LIMIT_BYTES = 4096  # MCV gives up a capture whose label is longer
+_LABEL_LIMIT_BYTES = 4096  # MCV fails on a longer label
 _HASHES_LIMIT = 64
 _MANIFEST_ENTRIES_LIMIT = 100_000
-# Below VLLM_CACHE_ROOT: MCV neither packs nor extracts these, and does not count their bytes.
+# Directories below VLLM_CACHE_ROOT that MCV neither packs, extracts nor counts.
 _NOT_COUNTED = {"modelinfos", "dummy_cache"}
 _RANK = re.compile(r"rank_\d+_\d+")
 _WARP_SIZES = {"cuda": 32, "rocm": 64, "hip": 64, "tpu": 128, "cpu": 1}
@@ -29,7 +29,7 @@ _FORMATS = ("aot_compile", "binary", "triton")
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
-    """What MCV wants to know of the root that it reads, gathered file by file while that is packed."""
+    """What MCV needs to know about the root that it reads, gathered file by file while that is packed."""
 
     kind: CacheKind
     counted_bytes: int = 0
@@ -48,7 +48,7 @@ class Survey:
         return f"io.{self.kind}.manifest/manifest.json"
 
     def look_at(self, path: PurePosixPath, size: int, content: bytes | None) -> None:
-        """A file of the root; its content if it is JSON."""
+        """Take note of a file of the root. `content` is given if it is JSON."""
         parts = path.parts
         if self.kind is not CacheKind.VLLM:
             self.counted_bytes += size
@@ -89,7 +89,7 @@ class Survey:
             artifacts["artifact_count"] += 1
             artifacts["cache_save_format"] = "unpacked" if len(rest) > 3 else "binary"
         elif name == "cache_key_factors.json" and content and (factors := json_object(content)):
-            # The environment itself is not copied: vLLM's own file has it, and one copy is enough.
+            # The environment is not copied: it is in vLLM's own file already.
             for hash_name in ("code_hash", "config_hash", "compiler_hash"):
                 if isinstance(text := factors.get(hash_name), str):
                     artifacts[hash_name] = text
@@ -100,7 +100,7 @@ class Survey:
                 artifacts["target_device"] = device
 
     def manifest(self) -> bytes:
-        """`manifest.json`, in MCV's schema."""
+        """Return `manifest.json` in MCV's schema."""
         if self.kind is not CacheKind.VLLM:
             kernels = self._kernels.get("", [])[:_MANIFEST_ENTRIES_LIMIT]
             return json.dumps({"triton": kernels}, indent=1).encode()
@@ -121,8 +121,10 @@ class Survey:
     def labels(
         self, roots: Sequence[StoredRoot], targets: Sequence[Target], extra_bytes: int
     ) -> dict[str, str]:
-        """The labels of an image with these roots. `extra_bytes` are those of the other roots that MCV takes
-        for a part of this one."""
+        """Return the labels of an image with these roots.
+
+        `extra_bytes` is the size of the other roots that MCV counts as part of this one.
+        """
         entries = self._vllm_entries()
         if self.kind is CacheKind.VLLM:
             count = len(entries)
@@ -146,7 +148,7 @@ class Survey:
         return labels
 
     def _kserve_labels(self, roots: Sequence[StoredRoot]) -> dict[str, str]:
-        """Hints for KServe's Kernel Manager: where to mount what, and which variables to set."""
+        """Return hints for KServe's Kernel Manager: where to mount what, and which variables to set."""
         own = next(root for root in roots if root.prefix == self.top)
         below_aot = self._below_aot and self._hashes == set(self._aot)
         labels = {
@@ -169,7 +171,7 @@ class Survey:
 def _mount(root: StoredRoot, top: str) -> Mapping[str, JSON]:
     mount: dict[str, JSON] = {"subPath": root.prefix.removeprefix(top + "/"), "absPath": root.recorded}
     variables = environment_for(root.kind, root.recorded)
-    # MCV's reader takes the variable to lead to absPath itself, so FlashInfer's cannot be named.
+    # To MCV, the variable's value is absPath itself. FlashInfer's is not, so it is left out.
     for name, value in variables.items():
         if value == root.recorded:
             mount["env"] = name
@@ -181,8 +183,10 @@ def _entry(hashed: str, form: str, items: Sequence[Mapping[str, JSON]]) -> dict[
 
 
 def _kernel(content: bytes) -> dict[str, JSON] | None:
-    """MCV's words for a kernel, of Triton's. (Its dummy_key needs the Triton of the node that checks it;
-    MCV compares it with --baremetal only.)"""
+    """Return MCV's description of a Triton kernel, or None.
+
+    It has no dummy_key, which depends on the Triton of the node that checks it; only `mcv --baremetal` does.
+    """
     document = json_object(content)
     target = triton_target(document) if document is not None else None
     if document is None or target is None:

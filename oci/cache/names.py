@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which names the files of a cache image may have, so that every file system takes them as they are."""
+"""The file names that a cache image may have, so that every file system accepts them unchanged."""
 
 import unicodedata
 from pathlib import PurePosixPath
@@ -10,31 +10,31 @@ _DEPTH_LIMIT = 64
 
 
 class Names:
-    """The paths of one cache, relative to it."""
+    """The paths of one cache, relative to its root."""
 
     def __init__(self) -> None:
         self._folded: set[str] = set()
 
-    def refuses(self, path: PurePosixPath) -> str:
-        """Why a path may not be there, or nothing; it is taken then."""
+    def problem(self, path: PurePosixPath) -> str:
+        """Return the reason to reject `path`, or "" and remember it."""
         try:
             encoded = str(path).encode()
         except UnicodeEncodeError:
             return "has a name that is not UTF-8"
         if not path.parts or path.is_absolute() or ".." in path.parts:
-            return "leads out"
+            return "leads out of the cache"
         if len(encoded) > _PATH_LIMIT_BYTES or len(path.parts) > _DEPTH_LIMIT:
             return "has a name that is too long"
         for part in path.parts:
             if len(part.encode()) > _NAME_LIMIT_BYTES:
                 return "has a name that is too long"
             if part.startswith(".wh."):
-                return "has a name that removes files when an image is unpacked"
+                return "has the name of a whiteout, which would remove files"
         if not str(path).isprintable():
             return "has a name that cannot be printed"
-        # As file systems compare that fold case, as on macOS, or ext4 with casefold.
+        # As file systems that ignore case compare names: on macOS, or ext4 with casefold.
         folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", str(path)).casefold())
         if folded in self._folded:
-            return "has the name of another but for case or composition"
+            return "has the name of another file, but for case or Unicode composition"
         self._folded.add(folded)
         return ""

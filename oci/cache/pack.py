@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of a kernel cache into layers, with the inventory of what is in it."""
+"""Pack kernel caches into layers, with an inventory of what is in them."""
 
 import dataclasses
 import hashlib
@@ -83,15 +83,15 @@ def pack(
     workers: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Descriptor:
-    """Writes caches as an image into a layout; returns the descriptor of its manifest, which has no tag yet.
+    """Write caches as an image into a layout; return the descriptor of its manifest, which has no tag yet.
 
-    Equal trees, with equal times and modes, give equal bytes. `targets` is what the caches are for where
-    they do not say it themselves; `versions` are those of the packages that made them, as far as they are
-    known; `architecture` that of the machine, as the kernel calls it, if it is not this one. What is left
-    out is told to `say`. Holds about 20 MiB, whatever the size.
+    Equal trees with equal times and modes give equal bytes. `targets` is the hardware of caches that do not
+    tell; `versions` are those of the packages that made them, where known; `architecture` is that of the
+    machine, as `uname -m` prints it, if it is not this one. `say` is called with what is left out. Takes
+    about 20 MiB of memory, whatever the size.
 
-    Raises UsageError if there is nothing to pack, SecretError for a cache that holds a credential,
-    IntegrityError if a file changes meanwhile.
+    Raises UsageError if there is nothing to pack, SecretError if a cache holds a credential, IntegrityError
+    if a file changes while it is packed.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -99,7 +99,7 @@ def pack(
     if not planned:
         raise UsageError("there is no kernel cache to pack")
     if len(planned) > ROOTS_LIMIT:
-        raise UsageError(f"{len(planned)} kernel caches are more than an image holds")
+        raise UsageError(f"{len(planned)} kernel caches are more than an image can hold ({ROOTS_LIMIT})")
     workers = workers or len(os.sched_getaffinity(0))
     machine = architecture or os.uname().machine
     read_by_mcv = planned[-1].prefix.count("/") == 0
@@ -141,10 +141,10 @@ def pack(
 
 
 def _plan(roots: Sequence[CacheRoot], say: Callable[[str], None]) -> list[_Planned]:
-    """What goes where: the cache that MCV reads last, since older MCVs read the last layer only."""
+    """Choose the place of each cache. The one that MCV reads is last: older MCVs read the last layer only."""
     found = [(root, members) for root in roots if (members := list(_members(root, say)))]
     found = [(root, members) for root, members in found if any(_is_file(member) for member in members)]
-    # A server that compiled nothing leaves only what it knows of models, which MCV makes nothing of.
+    # A server that compiled nothing leaves only model infos, which are of no use to MCV.
     kinds = [root.kind for root, members in found if root.kind is not CacheKind.VLLM or _compiled(members)]
     read = next((kind for kind in (CacheKind.VLLM, CacheKind.TRITON) if kind in kinds), None)
     first = next(
@@ -156,7 +156,7 @@ def _plan(roots: Sequence[CacheRoot], say: Callable[[str], None]) -> list[_Plann
         -1,
     )
     base = "io.vllm.cache" if read is CacheKind.VLLM else "io.rekindle.cache"
-    # Below io.vllm.cache, what vLLM has at the top of its own cache has its name already.
+    # The names at the top of vLLM's own cache are taken.
     taken = {str(member.path) for member in found[first][1]} if read is CacheKind.VLLM else set()
     planned: list[_Planned] = []
     for number, (root, members) in enumerate(found):
@@ -177,7 +177,7 @@ def _compiled(members: Sequence[_Member]) -> bool:
 
 
 def _members(root: CacheRoot, say: Callable[[str], None]) -> Iterator[_Member]:
-    """The directories and files of a cache, each directory before what is in it, names sorted by bytes."""
+    """Yield the directories and files of a cache: directories before their content, names sorted by bytes."""
     names = Names()
     queue = [PurePosixPath()]
     while queue:
@@ -188,10 +188,10 @@ def _members(root: CacheRoot, say: Callable[[str], None]) -> Iterator[_Member]:
                 continue
             is_directory = stat.S_ISDIR(status.st_mode)
             if not is_directory and not stat.S_ISREG(status.st_mode):
-                say(f"left out of the {root.kind} cache: {path}, which is neither a file nor a directory")
+                say(f"left out of the {root.kind} cache: {path} is neither a file nor a directory")
                 continue
-            if reason := names.refuses(path):
-                say(f"left out of the {root.kind} cache: {path}, which {reason}")
+            if reason := names.problem(path):
+                say(f"left out of the {root.kind} cache: {path} {reason}")
                 continue
             yield _Member(path=path, status=status)
             if not is_directory:
@@ -311,7 +311,7 @@ def _add_file(
 
 
 def _read(readinto: Callable[[memoryview], int | None], size: int) -> bytes:
-    """Up to `size` bytes; fewer only at the end of the file."""
+    """Return `size` bytes, or fewer at the end of the file."""
     buffer = bytearray(size)
     view = memoryview(buffer)
     count = 0
@@ -333,7 +333,7 @@ def _config(
     roots: Sequence[StoredRoot],
     inventory: Inventory,
 ) -> bytes:
-    """The image's config (image specification 1.1); readers ignore the field that they do not know."""
+    """Return the image's config (image specification 1.1). Readers ignore fields they do not know."""
     document: dict[str, JSON] = {
         "created": created,
         **platform,

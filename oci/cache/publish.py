@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A staged kernel cache takes its place: renamed, or merged with what is there already."""
+"""Move a staged kernel cache to its destination: rename it, or merge it with what is there."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ _WITH_GROUPS = {CacheKind.TRITON, CacheKind.INDUCTOR, CacheKind.VLLM}
 
 
 def open_below(root: int, path: PurePosixPath) -> int:
-    """Opens a directory without following a link. Raises OSError."""
+    """Open a directory without following a link. Raises OSError."""
     fd = os.dup(root)
     for part in path.parts:
         try:
@@ -30,7 +30,7 @@ def open_below(root: int, path: PurePosixPath) -> int:
 
 
 def finish(job: Job) -> None:
-    """Makes paths within the cache true at its new place, and gives directories their modes and times."""
+    """Correct the paths in the cache for its destination, and set modes and times of directories."""
     if job.root.kind in _WITH_GROUPS:
         together = set(job.paths)
         for path in job.groups:
@@ -43,12 +43,14 @@ def finish(job: Job) -> None:
 
 
 def _rewrite_group(job: Job, path: PurePosixPath, together: Collection[PurePosixPath]) -> None:
-    """Lets a group of Triton's name its files where they are now: it holds absolute paths, and Triton takes
-    the whole group for missing if one of them is."""
+    """Correct the absolute paths in a group file of Triton.
+
+    Triton ignores the whole group if one of the files is missing.
+    """
     file = job.staging / path
     try:
         document = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):  # Triton compiles anew then
+    except (ValueError, RecursionError):  # Triton will compile again
         return
     children = document.get("child_paths") if isinstance(document, dict) else None
     if not isinstance(children, dict):
@@ -68,10 +70,10 @@ def _rewrite_group(job: Job, path: PurePosixPath, together: Collection[PurePosix
 
 
 def publish(job: Job, *, overwrite: bool) -> ExtractedRoot:
-    """Lets the cache be seen: in one step if nothing is there, or else entry by entry."""
+    """Make the cache visible: in one step if nothing is there, else entry by entry."""
     target = Path(os.path.realpath(job.target))
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        with contextlib.suppress(OSError):  # somebody has put one there meanwhile
+        with contextlib.suppress(OSError):  # another process has put one there meanwhile
             os.rename(job.staging, target)  # noqa: PTH104 - onto an empty directory, too
             return ExtractedRoot(
                 kind=job.root.kind,
@@ -84,7 +86,7 @@ def publish(job: Job, *, overwrite: bool) -> ExtractedRoot:
     try:
         there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except NotADirectoryError:
-        raise UsageError(f"{job.target} is no directory", hint="--to DIR chooses another place") from None
+        raise UsageError(f"{job.target} is not a directory", hint="--to DIR chooses another place") from None
     try:
         return _merge(job, there, overwrite=overwrite)
     finally:
@@ -95,7 +97,7 @@ def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
     groups: dict[str, list[PurePosixPath]] = {}
     for path in job.paths:
         key = entry_key(job.root.kind, path)
-        # What is kept by no key stands for itself, but for CUDA's cache, whose index belongs to all of it.
+        # A file without a key is an entry by itself, except in CUDA's cache, whose index covers all files.
         whole = key != "." or job.root.kind is CacheKind.CUDA
         groups.setdefault(key if whole else str(path), []).append(path)
     modes = {path: (mode, mtime_ns) for path, mode, mtime_ns in job.directories}
@@ -126,7 +128,7 @@ def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
 
 
 def _compare(staged: Path, there: int, path: PurePosixPath) -> str:
-    """What is at a path: `absent`, `same`, `different`, or `blocked` by what is no file of a cache."""
+    """Compare a path with the staged file: `absent`, `same`, `different`, or `blocked` by something else."""
     try:
         parent = open_below(there, path.parent)
     except FileNotFoundError:
@@ -161,7 +163,7 @@ def _move(
     *,
     replace: bool,
 ) -> None:
-    """Moves one file to where it goes. Readers see it whole or not at all."""
+    """Move one file to its destination. Readers see it whole or not at all."""
     at = PurePosixPath()
     parent = os.dup(there)
     try:
@@ -175,7 +177,7 @@ def _move(
         if replace:
             os.rename(staging / path, path.name, dst_dir_fd=parent)
             return
-        # A link and not a rename: somebody may have put the same entry there meanwhile, and theirs stays.
+        # A link, not a rename, which would replace an entry that another process has put there meanwhile.
         try:
             os.link(staging / path, path.name, dst_dir_fd=parent, follow_symlinks=False)
         except FileExistsError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks for credentials in the files of a kernel cache before they are packed. Values are never shown.
+"""Search the files of a kernel cache for credentials before they are packed. Values are never shown.
 
-vLLM writes the environment that its cache key is made of into `cache_key_factors.json`. 0.32 leaves its API
-key out, versions before it did not. Whatever else compiles may write down what it likes, so texts are
-searched for tokens by their form, too.
+vLLM writes the environment that its cache key depends on to `cache_key_factors.json`. Versions before 0.32
+write its API key, too. Other compilers may write anything, so all texts are searched for tokens by their
+form.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,24 @@ from rekindle.fields import JSON
 from rekindle.secrets.forms import find_token, is_secret_value
 from rekindle.secrets.redact import is_secret_name, redact_environment
 
-SEARCHED_BYTES = 8 << 20  # of a file; texts are smaller
+SEARCHED_BYTES = 8 << 20  # per file; texts are smaller
 _SNIFFED_BYTES = 8192
 _FACTORS = "cache_key_factors.json"
-_HINT = "compile once more in an environment without it, or give that to the server by a file"
+_HINT = "compile again in an environment without it, or pass it to the server in a file"
 
 
 def refuse_secrets(path: PurePosixPath, content: bytes) -> None:
-    """Raises SecretError, which names file and key, if a file's first bytes hold a credential."""
+    """Raise SecretError, with file and key, if the first bytes of a file hold a credential."""
     if path.name == _FACTORS and (document := json_object(content)) is not None:
         for key, value in _texts(document, ""):
             if _is_secret(key, value):
-                raise SecretError(f"{path} of the kernel cache holds the value of {key:.80}", hint=_HINT)
+                raise SecretError(f"{path} in the kernel cache holds the value of {key:.80}", hint=_HINT)
     if b"\0" in content[:_SNIFFED_BYTES]:
         return
     if found := find_token(content):
         form, position = found
         line = content.count(b"\n", 0, position) + 1
-        raise SecretError(f"{path} of the kernel cache holds {form.title}, in line {line}", hint=_HINT)
+        raise SecretError(f"{path} in the kernel cache holds {form.title}, in line {line}", hint=_HINT)
 
 
 def _is_secret(key: str, value: str) -> bool:
@@ -45,7 +45,7 @@ def _is_secret(key: str, value: str) -> bool:
 
 
 def _texts(value: JSON, key: str) -> Iterator[tuple[str, str]]:
-    """Every text of a document, with the names that lead to it."""
+    """Yield every text of a document with its path of keys."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a kernel cache may go, and the private directory beside it that it is written to first."""
+"""Choose the destination of a kernel cache, and make the private directory that it is first written to."""
 
 import contextlib
 import os
@@ -15,28 +15,31 @@ from rekindle.errors import FormatError, UsageError
 from rekindle.files import remove_tree, try_lock
 
 FILES_LIMIT = 1_000_000
-"""Of one cache, with its directories."""
+"""How many files and directories one cache may have."""
 
 _STAGED = ".rekindle-"
 _ALONE_SECONDS = 60.0
 _FULL_HINT = "free some, or extract to another disk"
 
 
-# Nobody's kernel cache lies there, and a file that appears there may be run or read by others.
+# No kernel cache is there, and other programs may run or read files that appear there.
 _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 _SYSTEM_ALLOWED = ("/dev/shm", "/usr/local/share", "/usr/share")  # noqa: S108
 _PRIVATE = {".ssh", ".gnupg", ".config", ".aws", ".kube", ".docker", ".local"}
 
 
-# Of what programs keep for a user, a cache may lie beside the rest, where nothing is started from by itself.
+# A cache may be in the data directory of a user, but not where programs are started from automatically.
 _DATA = (".local", "share")
 _STARTED = {"applications", "systemd", "dbus-1", "autostart", "keyrings", "bash-completion", "fish", "zsh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractedRoot:
-    """Where a cache is now. `kept` are the entries that were there with other content, and stayed so;
-    `written` the paths below `path` of the files that were not there before."""
+    """A cache that was extracted to `path`.
+
+    `kept` are the entries that were there with other content and were not replaced; `written` are the files,
+    relative to `path`, that were not there before.
+    """
 
     kind: CacheKind
     path: Path
@@ -48,7 +51,7 @@ class ExtractedRoot:
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A cache on its way."""
+    """A cache that is being extracted."""
 
     root: StoredRoot
     target: Path
@@ -69,7 +72,7 @@ def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
         and not any(is_within(real, directory) for directory in _SYSTEM_ALLOWED)
     ) or any(_is_private(PurePosixPath(path)) for path in (root.recorded, real)):
         raise UsageError(
-            f"the {root.kind} cache was recorded at {root.recorded}, where no cache belongs",
+            f"the {root.kind} cache was recorded at {root.recorded}, where rekindle does not write",
             hint="extract it to a directory: --to DIR",
         )
     return Path(root.recorded)
@@ -85,21 +88,21 @@ def _is_private(path: PurePosixPath) -> bool:
     return bool(_PRIVATE & set(parts))
 
 
-def refuse_what_is_too_much(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
+def refuse_too_large(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
     if root.files > FILES_LIMIT or root.bytes > limits.expanded_bytes(stored_bytes):
         raise FormatError(
-            f"the {root.kind} cache becomes larger than is sane",
-            cause=f"{root.files:,} files of {root.bytes:,} bytes, from {stored_bytes:,} bytes",
-            hint="if that is as it should be, raise limits.expansion_ratio in the configuration",
+            f"the {root.kind} cache is larger than the limits allow",
+            cause=f"{root.files:,} files with {root.bytes:,} bytes, compressed to {stored_bytes:,} bytes",
+            hint="if that is right, raise `expansion_ratio` in [limits] of the configuration",
         )
 
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A private directory beside a place, locked while it is in use; gone at the end.
+    """Make a private directory beside a destination, locked while it is in use, and remove it at the end.
 
-    Within the place if that is a volume of its own, as in containers, or what is beside it cannot be
-    written: files can be moved on one file system only.
+    It is inside the destination if that is a mount of its own, as in containers, or if its parent is not
+    writable: files can be renamed only within one file system.
     """
     real = Path(os.path.realpath(target))
     within = os.path.ismount(real) or (real.is_dir() and not os.access(real.parent, os.W_OK))
@@ -111,12 +114,12 @@ def staging(target: Path) -> Iterator[Path]:
             except FileExistsError:
                 continue
             except OSError as error:
-                if directory.is_dir():  # a file system that may not be written to, further up
+                if directory.is_dir():  # a read-only file system, further up
                     continue
                 raise cannot_be_written(target, error) from None
             stack.callback(_remove_if_empty, directory)
         staging = parent / f".{target.name}{_STAGED}{os.urandom(6).hex()}"
-        # Held until ours is locked, lest another extraction take it for one that was left behind.
+        # Held until ours is locked, so that no other extraction removes it as left behind.
         with alone_in(parent) as alone:
             if alone:
                 sweep(parent, target.name)
@@ -133,10 +136,10 @@ def staging(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone_in(parent: Path) -> Iterator[bool]:
-    """Keeps other extractions from making or sweeping staging directories there; whether it could."""
+    """Keep other extractions from making or removing staging directories there; yield whether that worked."""
     fd = -1
     alone = False
-    with contextlib.suppress(OSError):  # it is a file, or its file system has no such locks
+    with contextlib.suppress(OSError):  # it is a file, or its file system has no locks
         fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         alone = try_lock(fd, timeout=_ALONE_SECONDS)
     try:
@@ -160,7 +163,7 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def sweep(parent: Path, name: str) -> None:
-    """Removes what killed extractions left beside a place."""
+    """Remove what killed extractions left beside a destination."""
     prefix = f".{name}{_STAGED}"
     left: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(parent) as entries:

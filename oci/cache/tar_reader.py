@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a gzip-compressed tar archive from foreign hands: strictly, streamed, and hashed as it comes.
+"""Read an untrusted gzip-compressed tar archive: strictly, streamed, and hashed while it is read.
 
-Taken is what a cache needs, regular files and directories with POSIX pax headers; anything else is refused:
-links, devices, sparse files, GNU's long names, global headers, a second gzip member, bytes after the end.
+Only what a cache needs is accepted: regular files and directories with POSIX pax headers. Refused are links,
+devices, sparse files, GNU's long names, global headers, a second gzip member, and bytes after the end.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _INFLATED_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 _PAX_LIMIT_BYTES = 64 << 10
 _SIZE_LIMIT_BYTES = 1 << 43
-# What pax headers may say; owners are not taken over.
+# The keys that pax headers may have. Owners are ignored.
 _PAX_KEYS = {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,5}) ")
 _PAX_TIME = re.compile(rb"([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?")
@@ -34,7 +34,7 @@ _PAX_SIZE = re.compile(rb"[0-9]{1,14}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A file or directory of an archive. The name is as it stands there, but for a directory's slash."""
+    """A file or directory of an archive. The name is unchanged, but for the final slash of a directory."""
 
     name: str
     is_directory: bool
@@ -44,9 +44,9 @@ class Member:
 
 
 class LayerReader:
-    """A layer's archive. The content of a file must be read before the next member.
+    """The archive in a layer. The content of a file must be read before the next member.
 
-    With a pool, a piece is received, hashed and inflated while the caller is busy with the one before.
+    With a pool, the next piece is received, hashed and inflated while the caller handles the current one.
     """
 
     def __init__(
@@ -68,25 +68,25 @@ class LayerReader:
         self._stream.close()
 
     def members(self) -> Iterator[Member]:
-        """Raises FormatError for an archive that is not as it should be."""
+        """Yield the members. Raises FormatError if the archive is malformed."""
         while any(block := self._exactly(_BLOCK_BYTES)):
             pax: dict[bytes, bytes] = {}
             info = _header(block)
             if info.type == tarfile.XHDTYPE:
                 if not 0 < info.size <= _PAX_LIMIT_BYTES:
-                    raise FormatError("the layer has a pax header without a sane size")
+                    raise FormatError("the layer has a pax header of an invalid size")
                 pax = _pax(self._exactly(info.size))
                 self._skip_padding(info.size)
                 info = _header(self._exactly(_BLOCK_BYTES))
             yield _member(info, pax)
         if any(self._exactly(_BLOCK_BYTES)):
-            raise FormatError("the layer's archive has no proper end")
+            raise FormatError("the layer's archive does not end with two zero blocks")
         while len(rest := self._some(_INFLATED_BYTES)):
             if any(rest):
                 raise FormatError("the layer has bytes after the end of its archive")
 
     def content(self, size: int) -> Iterator[memoryview]:
-        """The content of the file that `members` gave last, in pieces. To be read to its end."""
+        """Yield the content of the file that `members` yielded last, in pieces. Must be read to the end."""
         left = size
         while left:
             piece = self._some(left)
@@ -97,7 +97,7 @@ class LayerReader:
         self._skip_padding(size)
 
     def finish(self, diff_id: Digest) -> None:
-        """To be called after the last member. Raises IntegrityError unless all bytes match their digests."""
+        """Finish after the last member. Raises IntegrityError unless all bytes match their digests."""
         self._settle()
         if not self._inflater.eof:
             raise FormatError("the layer's gzip stream has no end")
@@ -105,15 +105,13 @@ class LayerReader:
             raise FormatError("the layer has bytes after its gzip stream")
         self._stream.finish()
         if Digest.of_hash(self._raw) != diff_id:
-            raise IntegrityError(
-                f"the content of layer {self._layer.digest} is not that of the config's diff_id"
-            )
+            raise IntegrityError(f"the content of layer {self._layer.digest} does not match its diff_id")
 
     def verdict(self, error: FormatError) -> FormatError:
-        """Return what is wrong with a layer that makes no sense.
+        """Return the error for a malformed layer.
 
-        Raises IntegrityError if its bytes are not those of its digest, which only all of them can tell, and
-        which is the reason most often.
+        Raises IntegrityError instead if its bytes do not match its digest, which is the usual reason and can
+        be told only after reading all of them.
         """
         self._settle()
         self._stream.finish()
@@ -133,7 +131,7 @@ class LayerReader:
         return bytes(out)
 
     def _some(self, at_most: int) -> memoryview:
-        """Some bytes of the archive; none at its end."""
+        """Return some bytes of the archive; none at its end."""
         if not self._ready:
             self._inflate()
         piece, self._ready = self._ready[:at_most], self._ready[at_most:]
@@ -147,7 +145,7 @@ class LayerReader:
         self._ready = memoryview(piece)
 
     def _settle(self) -> None:
-        """Waits until nothing but the caller touches the stream."""
+        """Wait until no other thread uses the stream."""
         if self._ahead is not None:
             self._ahead.cancel()
             if not self._ahead.cancelled():
@@ -155,7 +153,7 @@ class LayerReader:
             self._ahead = None
 
     def _next_piece(self) -> bytes:
-        """Up to 1 MiB of the archive; none at its end."""
+        """Return up to 1 MiB of the archive; nothing at its end."""
         while not self._inflater.eof:
             if not self._input:
                 count = self._stream.readinto(self._buffer)
@@ -170,8 +168,8 @@ class LayerReader:
             self._raw_left -= len(out)
             if self._raw_left < 0:
                 raise FormatError(
-                    f"layer {self._layer.digest} becomes larger than is sane",
-                    hint="if that is as it should be, raise limits.expansion_ratio in the configuration",
+                    f"layer {self._layer.digest} expands beyond the limits",
+                    hint="if that is right, raise `expansion_ratio` in [limits] of the configuration",
                 )
             if out:
                 self._raw.update(out)
@@ -187,7 +185,7 @@ def _header(block: bytes) -> tarfile.TarInfo:
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header, each of the form `LENGTH KEY=VALUE` and a line feed."""
+    """Parse the records of a pax header, each of the form `LENGTH KEY=VALUE` and a line feed."""
     out: dict[bytes, bytes] = {}
     while content:
         match = _PAX_LENGTH.match(content)
@@ -197,7 +195,7 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
             raise FormatError("the layer has a malformed pax header")
         key, equals, value = record[match.end() : -1].partition(b"=")
         if not equals or key not in _PAX_KEYS or key in out:
-            raise FormatError("the layer has a pax header that a cache does not need", cause=f"{key!r:.80}")
+            raise FormatError("the layer has an unsupported pax header", cause=f"{key!r:.80}")
         out[key] = value
         content = content[length:]
     return out
@@ -207,7 +205,7 @@ def _member(info: tarfile.TarInfo, pax: dict[bytes, bytes]) -> Member:
     is_directory = info.type == tarfile.DIRTYPE
     if not is_directory and info.type not in {tarfile.REGTYPE, tarfile.AREGTYPE}:
         raise FormatError(
-            "the layer holds something that is neither a file nor a directory",
+            "the layer has a member that is neither a file nor a directory",
             cause=f"{info.name!r:.120} is of type {info.type!r}",
         )
     name, size, mtime_ns = info.name, info.size, int(info.mtime) * 1_000_000_000
@@ -227,11 +225,11 @@ def _member(info: tarfile.TarInfo, pax: dict[bytes, bytes]) -> Member:
             raise FormatError("the layer has a malformed pax header", cause=f"{pax[b'mtime']!r:.80}")
         mtime_ns = int(time[1]) * 1_000_000_000 + int((time[2] or b"").ljust(9, b"0"))
     if not 0 <= size <= _SIZE_LIMIT_BYTES or (is_directory and size) or info.linkname:
-        raise FormatError("the layer has a tar header that makes no sense", cause=f"{name!r:.120}")
+        raise FormatError("the layer has an invalid tar header", cause=f"{name!r:.120}")
     return Member(
         name=name,
         is_directory=is_directory,
         size=size,
-        mode=info.mode & 0o755,  # nobody else is to change what a server will run
+        mode=info.mode & 0o755,  # other users must not change what a server will run
         mtime_ns=min(max(mtime_ns, 0), 1 << 62),
     )

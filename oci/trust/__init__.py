@@ -2,11 +2,13 @@
 """Signatures, in the forms of cosign and Sigstore.
 
 keys          P-256 key pairs, and cosign's encrypted key files
-statement     what is signed: an in-toto statement within a DSSE envelope
+statement     what is signed: an in-toto statement in a DSSE envelope
 bundle        Sigstore bundles v0.3, and cosign's older simple signing
-attachments   where signatures lie: referrers of an image, or cosign's tags
-keyless       certificates of Fulcio's, by way of sigstore-python
-policy        whom we trust
-signer        makes signatures
-verifier      the one place where an image becomes a verified one
+attachments   where signatures are stored: referrers of an image, or cosign's tags
+keyless       certificates issued by Fulcio, by way of sigstore-python
+policy        whom to trust
+machine       the key of this machine
+seen          the newest image seen of each tag
+signer        sign images
+verifier      verify images; the only module that makes a `Verified`
 """

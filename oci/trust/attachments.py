@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where signatures lie: manifests that refer to the image, or the tag that cosign used before 2.6.
+"""Find and store signatures: manifests that refer to the image, or the tag that cosign used before 2.6.
 
-A bundle is the one layer of a manifest whose `subject` is the image (OCI image specification 1.1). An older
+A bundle is the only layer of a manifest whose `subject` is the image (OCI image specification 1.1). An older
 signature is a layer of the image under the tag `sha256-HEX.sig`, with the signature in an annotation.
 """
 
@@ -23,16 +23,16 @@ from rekindle.fields import JSON, Fields
 _EMPTY = "application/vnd.oci.empty.v1+json"
 _IMAGE_CONFIG = media_types.IMAGE_CONFIG
 _SIGNATURE = "dev.cosignproject.cosign/signature"
-_LIMIT = 100  # of an image's attachments that are looked at
+_LIMIT = 100  # how many attachments of an image are read
 
 
 def find(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Bundle]:
-    """The bundles that are attached to an image, none of them verified.
+    """Yield the bundles that are attached to an image, not verified.
 
-    What is malformed, or attached to another image, is passed over: anybody may attach anything.
+    Malformed ones and those of another image are skipped, since anyone may attach anything.
     """
     for descriptor in source.referrers(digest)[:_LIMIT]:
-        # Not by the descriptor's artifactType: in cosign 3's fallback index it is that of the empty config.
+        # The descriptor's artifactType is no help: in cosign 3's fallback index it is the empty config's.
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
             manifest = _manifest(source, descriptor, limits)
             if manifest.inner("subject").text("digest") != digest:
@@ -43,7 +43,7 @@ def find(source: Blobs, digest: Digest, limits: Limits) -> Iterator[Bundle]:
 
 
 def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterator[SimpleSignature]:
-    """The signatures in the image under cosign's tag, none of them verified; see `find`."""
+    """Yield the signatures in the image under cosign's tag, not verified; see `find`."""
     layers: list[Descriptor] = []
     with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
         manifest = _manifest(source, descriptor, limits)
@@ -57,12 +57,12 @@ def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterat
 
 
 def simple_tag(digest: Digest) -> str:
-    """The tag under which cosign looks for older signatures of an image."""
+    """Return the tag under which cosign before 2.6 looks for the signatures of an image."""
     return f"sha256-{digest.hex}.sig"
 
 
 def store(layout: Layout, subject: Descriptor, bundle: Bundle, predicate_type: str) -> Descriptor:
-    """Writes a bundle with its manifest into a layout; returns the manifest's descriptor."""
+    """Write a bundle and its manifest into a layout; return the manifest's descriptor."""
     layer = layout.put(bundle.content, bundles.MEDIA_TYPE)
     config = layout.put(b"{}", _EMPTY)
     manifest: Mapping[str, JSON] = {
@@ -82,7 +82,7 @@ def store(layout: Layout, subject: Descriptor, bundle: Bundle, predicate_type: s
 
 
 def store_simple(layout: Layout, signatures: Sequence[SimpleSignature]) -> Descriptor:
-    """Writes older signatures as cosign's image; returns the manifest's descriptor."""
+    """Write older signatures in cosign's form of an image; return the manifest's descriptor."""
     from base64 import b64encode
 
     layers = []

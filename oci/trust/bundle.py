@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sigstore bundles v0.3 with a key's signature, and cosign's simple signing of before.
+"""Sigstore bundles v0.3 with a signature by a key, and cosign's older simple signing.
 
-A bundle that was made keyless, with a certificate, is left to `oci.trust.keyless`; here it is told apart.
+Bundles with a certificate are only recognised here; `oci.trust.keyless` verifies them.
 """
 
 import json
@@ -22,9 +22,9 @@ _SIMPLE_TYPE = "cosign container image signature"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle, well-formed and not yet verified. `content` are its bytes as they came.
+    """A well-formed bundle, not yet verified. `content` has the bytes as they were received.
 
-    `hint` names the key; it is None if a certificate stands in its place.
+    `hint` identifies the key; it is None if the bundle has a certificate instead.
     """
 
     content: bytes
@@ -33,16 +33,14 @@ class Bundle:
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
-        """Raises FormatError."""
+        """Parse a bundle. Raises FormatError."""
         fields = Fields.parse(content, "the bundle", limit_bytes=LIMIT_BYTES)
         if fields.text("mediaType") != MEDIA_TYPE:
-            raise FormatError(
-                "the bundle is of a version that is not known here", cause=f"{fields.text('mediaType')!r:.80}"
-            )
+            raise FormatError("the bundle has an unknown version", cause=f"{fields.text('mediaType')!r:.80}")
         material = fields.inner("verificationMaterial")
         hint = material.inner("publicKey").text("hint", "") if material.has("publicKey") else None
         if (hint is None) == (not material.has("certificate")):
-            raise FormatError("the bundle has neither a key nor a certificate, or both")
+            raise FormatError("the bundle must have either a key or a certificate")
         return cls(content=content, envelope=Envelope.from_json(fields.json("dsseEnvelope")), hint=hint)
 
     @classmethod
@@ -63,8 +61,10 @@ class Bundle:
         return cls(content=json.dumps(document).encode(), envelope=signed, hint=hint)
 
     def statement(self, key: PublicKey) -> Statement | None:
-        """What it says, if it was signed with this key; else None. Raises FormatError for a key's signature
-        on what is no statement."""
+        """Return the statement if this key signed it, else None.
+
+        Raises FormatError if the key signed something that is not a statement.
+        """
         (signature,) = self.envelope.signatures
         if self.hint is None or not key.verifies(signature, self.envelope.signed):
             return None
@@ -73,7 +73,7 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimpleSignature:
-    """A signature as cosign wrote it before 2.6: over a JSON document that names the digest."""
+    """A signature in the form of cosign before 2.6: over a JSON document that holds the digest."""
 
     payload: bytes
     signature: bytes
@@ -93,7 +93,7 @@ class SimpleSignature:
 
     @classmethod
     def of(cls, payload: bytes, signature: str) -> Self:
-        """Raises FormatError."""
+        """Decode a signature. Raises FormatError."""
         return cls(payload=payload, signature=from_base64(signature, "the signature"))
 
     def statement(self, key: PublicKey) -> Statement | None:
@@ -102,9 +102,9 @@ class SimpleSignature:
             return None
         critical = Fields.parse(self.payload, "the payload", limit_bytes=LIMIT_BYTES).inner("critical")
         if critical.text("type") != _SIMPLE_TYPE:
-            raise FormatError("the payload is no signature of an image")
+            raise FormatError("the payload is not about an image")
         try:
             digest = Digest.parse(critical.inner("image").text("docker-manifest-digest"))
         except ValueError as error:
-            raise FormatError("the payload names no digest", cause=str(error)) from None
+            raise FormatError("the payload has no valid digest", cause=str(error)) from None
         return Statement(subject=digest, predicate_type=COSIGN_SIGN, predicate={})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keyless signatures: certificates of Fulcio's for whom an issuer vouches, by way of sigstore-python.
+"""Keyless signatures, with certificates issued by Fulcio, by way of sigstore-python.
 
-Verifying asks nobody: the trusted root is a file, or the public good instance's as sigstore-python packages
-it. `ClientTrustConfig.production(offline=True)` would not do: it reads what lies in a cache of the user's.
-Importing sigstore takes a quarter of a second, so it is imported where it is needed.
+Verification is offline: the trusted root is a file, or that of the public good instance, which
+sigstore-python ships. `ClientTrustConfig.production(offline=True)` is not used, since it reads a cache in the
+user's home. Importing sigstore takes a quarter of a second, so it is imported where it is needed.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ _SERVICES_TIMEOUT = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signed:
-    """What was verified, who signed it, and when by the log's word.
+    """A verified statement, its signer, and the time that the log attests.
 
-    `signed_at` is None if a timestamping authority alone vouches for the time, as with Rekor's version 2.
+    `signed_at` is None if only a timestamping authority attests the time, as with Rekor v2.
     """
 
     statement: Statement
@@ -54,34 +54,34 @@ class Signed:
 
 
 def verify(bundle: Bundle, accepted: Sequence[Identity], *, trusted_root: Path | None) -> Signed | str:
-    """What one of the accepted identities signed; a reason if that is not so.
+    """Return what one of the accepted identities signed, or the reason to refuse the bundle.
 
-    The certificate must chain to the root, have been logged, and have been valid when the transparency log
-    took the signature in. Raises UsageError for a trusted root that cannot be used.
+    The certificate must chain to the root and be logged, and must have been valid when the transparency log
+    recorded the signature. Raises UsageError for a trusted root that cannot be used.
     """
     root = _trusted_root(trusted_root)
-    pinned = _Pinned(accepted)
+    pinned = _AcceptedIdentities(accepted)
     try:
         found, payload = _verify(bundle, root, pinned)
     except Exception as error:
-        # Whatever the parsers below sigstore-python raise for a hostile bundle is a reason to refuse it, and
-        # must not keep us from looking at the other signatures.
-        return f"a certificate signed it, but {_objection(error)}"
+        # Parsers that sigstore-python uses may raise anything for a hostile bundle, and the other signatures
+        # must be read nevertheless.
+        return f"it was signed with a certificate, but {_objection(error)}"
     if pinned.signer is None:
-        return "a certificate signed it, but nobody looked at whose it is"
+        return "it was signed with a certificate whose identity was not checked"
     try:
         statement = Statement.parse(payload)
     except FormatError as error:
-        return f"{pinned.signer.identity} signed what is no statement: {error.message}"
+        return f"{pinned.signer.identity} signed something else than a statement: {error.message}"
     return Signed(statement=statement, identity=pinned.signer, signed_at=_integrated(found))
 
 
 def signer(*, token: str | None, trust_config: Path | None) -> Callable[[Statement], Bundle]:
-    """Signs statements by who we are: as the token says, else the CI that we run in, else a browser.
+    """Return a function that signs with our identity: that of the token, the CI job, or a browser login.
 
-    `trust_config` describes a Sigstore of one's own. The certificate is asked for at the first statement and
-    serves for those after it. Raises UsageError for a token or a configuration that cannot be used; what it
-    returns raises that and TrustError.
+    `trust_config` describes a private Sigstore instance. The certificate is requested for the first statement
+    and used for the rest. Raises UsageError for an unusable token or configuration; the function returned
+    raises that and TrustError.
     """
     config = _config(trust_config)
     given = _token(token) if token else None
@@ -91,8 +91,8 @@ def signer(*, token: str | None, trust_config: Path | None) -> Callable[[Stateme
 # Verifying.
 
 
-class _Pinned:
-    """A policy of sigstore-python's: the certificate names one of those who are accepted, and its issuer."""
+class _AcceptedIdentities:
+    """A policy for sigstore-python: the certificate has one of the accepted subjects, from its issuer."""
 
     def __init__(self, accepted: Sequence[Identity]) -> None:
         self._accepted = accepted
@@ -103,7 +103,7 @@ class _Pinned:
         from sigstore.verify import policy
 
         for each in self._accepted:
-            # sigstore-python leaves an issuer that is empty unchecked.
+            # sigstore-python does not check an empty issuer.
             if not each.identity or not each.issuer:
                 continue
             with contextlib.suppress(VerificationError):
@@ -112,7 +112,7 @@ class _Pinned:
                 return
         names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         name = ", ".join(str(each.value) for each in names)
-        raise VerificationError(f"it is {name}'s (issuer {_issuer(cert)}), whom the policy does not accept")
+        raise VerificationError(f"the policy does not accept {name} (issuer {_issuer(cert)})")
 
 
 def _issuer(cert: x509.Certificate) -> str:
@@ -120,7 +120,7 @@ def _issuer(cert: x509.Certificate) -> str:
     return extension.value.decode() if isinstance(extension, x509.UnrecognizedExtension) else "unknown"
 
 
-class _Anybody:
+class _AnyIdentity:
     """A policy that accepts every certificate, for what we have just signed ourselves."""
 
     def verify(self, cert: x509.Certificate) -> None:
@@ -128,16 +128,16 @@ class _Anybody:
 
 
 def _verify(bundle: Bundle, root: "TrustedRoot", policy: "VerificationPolicy") -> tuple["Found", bytes]:
-    """Raises whatever sigstore-python and its parsers raise."""
+    """Verify a bundle with sigstore-python. Raises whatever that and its parsers raise."""
     from sigstore.errors import VerificationError
     from sigstore.models import Bundle as Found
     from sigstore.verify import Verifier
 
     found = Found.from_json(bundle.content)
     payload_type, payload = Verifier(trusted_root=root).verify_dsse(found, policy)
-    # We and sigstore-python each parsed the bundle; neither may have read another envelope than the other.
+    # Both we and sigstore-python parsed the bundle, and must have read the same envelope.
     if payload_type != PAYLOAD_TYPE or payload != bundle.envelope.payload:
-        raise VerificationError("its payload is not what it seems")
+        raise VerificationError("its payload is ambiguous")
     return found, payload
 
 
@@ -145,12 +145,12 @@ def _objection(error: Exception) -> str:
     from sigstore.errors import CertValidationError
 
     if isinstance(error, CertValidationError):
-        return f"the trusted root does not bear the certificate out, at that time: {_reason(error)}"
+        return f"the trusted root does not confirm the certificate at that time: {_reason(error)}"
     return _reason(error)
 
 
 def _integrated(found: "Found") -> datetime | None:
-    """When the log took it in, if the log signed that."""
+    """Return when the log recorded the signature, if the log signed that time."""
     (entry,) = json.loads(found.to_json())["verificationMaterial"]["tlogEntries"]
     if not entry.get("inclusionPromise") or not entry.get("integratedTime"):
         return None
@@ -158,13 +158,13 @@ def _integrated(found: "Found") -> datetime | None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line about a failure; what it quotes may come from whoever made the bundle."""
+    """Describe a failure in one line. It may quote text from an untrusted bundle."""
     text = str(error) or str(error.__cause__ or "") or type(error).__name__
     line = printable(" ".join(text.split()))
     return line if len(line) <= _REASON_LIMIT else f"{line[:_REASON_LIMIT]}…"
 
 
-# Whom Sigstore consists of.
+# Trusted roots and configurations.
 
 
 def _trusted_root(path: Path | None) -> "TrustedRoot":
@@ -186,19 +186,19 @@ def _config(path: Path | None) -> "ClientTrustConfig":
     try:
         text = path.read_text() if path is not None else _packaged()
         config = ClientTrustConfig.from_json(text)
-        _ = config.trusted_root, config.signing_config  # which are checked no sooner than they are asked for
+        _ = config.trusted_root, config.signing_config  # both are checked on first use
     except Exception as error:
         named = path or "that sigstore-python packages"
         raise UsageError(
             f"the trust configuration {named} cannot be used",
             cause=_reason(error),
-            hint="it holds a trusted root and a signing configuration: docs/trust.md says more",
+            hint="it must hold a trusted root and a signing configuration: docs/trust.md",
         ) from None
     return config
 
 
 def _packaged() -> str:
-    """The configuration of the public good instance."""
+    """Return the configuration of the public good instance."""
     from importlib import resources
 
     store = resources.files("sigstore._store").joinpath(_PUBLIC_GOOD)
@@ -212,7 +212,7 @@ def _packaged() -> str:
 
 @functools.cache
 def _silence() -> None:
-    # Its warnings about a stranger's bundle would go to stderr, past our report.
+    # Its warnings about an untrusted bundle would go to stderr.
     logging.getLogger("sigstore").addHandler(logging.NullHandler())
 
 
@@ -220,7 +220,7 @@ def _silence() -> None:
 
 
 class _Keyless:
-    """Signs with a certificate that it asks for when it needs one."""
+    """Sign with a certificate that is requested for the first statement."""
 
     def __init__(self, config: "ClientTrustConfig", given: "IdentityToken | None") -> None:
         self._config = config
@@ -233,19 +233,19 @@ class _Keyless:
 
         signable = Signable(statement.to_bytes())
         if self._signer is None:
-            token = self._given or _who_we_are(self._config)
+            token = self._given or _detect_identity(self._config)
             context = SigningContext.from_trust_config(self._config)
-            self._signer = _in_time(lambda: Signer(token, context))
+            self._signer = _with_timeout(lambda: Signer(token, context))
         by = self._signer
-        content = _in_time(lambda: by.sign_dsse(signable)).to_json().encode()
+        content = _with_timeout(lambda: by.sign_dsse(signable)).to_json().encode()
         made = Bundle.parse(content)
         try:
-            _verify(made, self._config.trusted_root, _Anybody())
+            _verify(made, self._config.trusted_root, _AnyIdentity())
         except Exception as error:
             raise TrustError(
-                "the trusted root does not bear out the signature that was made",
+                "the new signature does not verify with the trusted root",
                 cause=_reason(error),
-                hint="nobody would accept it: are the services those that the trust configuration describes?",
+                hint="check that the services are those that the trust configuration describes",
             ) from None
         return made
 
@@ -263,32 +263,32 @@ def _token(text: str) -> "IdentityToken":
         ) from None
 
 
-def _who_we_are(config: "ClientTrustConfig") -> "IdentityToken":
-    """By what the CI says, else by what a person does in a browser."""
+def _detect_identity(config: "ClientTrustConfig") -> "IdentityToken":
+    """Return the identity of the CI job, else of the person who logs in with a browser."""
     from sigstore.oidc import Issuer, detect_credential
 
     try:
-        ambient = _in_time(detect_credential)
+        ambient = _with_timeout(detect_credential)
         if ambient:
             return _token(ambient)
         if not sys.stdin.isatty():
             raise UsageError(
-                "nothing says who signs",
+                "there is no identity to sign with",
                 hint="set $SIGSTORE_ID_TOKEN, give the CI job an identity (`id-token: write`),"
                 " or run this in a terminal to log in with a browser",
             )
         issuer = Issuer(config.signing_config.get_oidc_url())
-        # It prints and prompts; our stdout is for what was asked of us.
+        # It prints and prompts; our stdout carries data only.
         with contextlib.redirect_stdout(sys.stderr):
             return issuer.identity_token()
     except RekindleError:
         raise
     except Exception as error:
-        raise TrustError("logging in did not work", cause=_reason(error)) from None
+        raise TrustError("the login failed", cause=_reason(error)) from None
 
 
-def _in_time(work: Callable[[], T]) -> T:
-    """What work with Sigstore's services comes to: sigstore-python waits for them without end.
+def _with_timeout(work: Callable[[], T]) -> T:
+    """Return the result of work that uses Sigstore's services, for which sigstore-python has no timeout.
 
     Raises TrustError.
     """
@@ -308,7 +308,7 @@ def _in_time(work: Callable[[], T]) -> T:
         return done[0]
     error = failed[0] if failed else TimeoutError(f"no answer within {_SERVICES_TIMEOUT:.0f} s")
     raise TrustError(
-        "Sigstore did not sign",
+        "signing with Sigstore failed",
         cause=f"{type(error).__name__}: {_reason(error)}",
-        hint="can its services be reached from here, and is the identity token still valid?",
+        hint="check that its services can be reached from here and that the identity token is still valid",
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key pairs: ECDSA on P-256 with SHA-256, in PEM, and encrypted as `cosign generate-key-pair` does.
 
-A file of cosign's is PEM around JSON: the key in PKCS #8, sealed by NaCl's secretbox with a key that scrypt
+A cosign key file is PEM around JSON: the key in PKCS #8, encrypted by NaCl's secretbox with a key that scrypt
 derives from the password.
 """
 
@@ -31,7 +31,7 @@ _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicKey:
-    """A key that signatures are checked with. `hint` names it in bundles, as cosign does."""
+    """A key to verify signatures with. `hint` identifies it in bundles, as cosign does."""
 
     key: ec.EllipticCurvePublicKey
     hint: str
@@ -43,22 +43,24 @@ class PublicKey:
 
     @classmethod
     def parse(cls, pem: bytes) -> Self:
-        """Raises FormatError for what is no public key on P-256 in PEM."""
+        """Parse a key. Raises FormatError unless it is a public key on P-256 in PEM."""
         try:
             key = serialization.load_pem_public_key(pem[:_KEY_FILE_LIMIT_BYTES])
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise FormatError("this is no public key in PEM", cause=str(error)) from None
+            raise FormatError("not a public key in PEM", cause=str(error)) from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise FormatError("this is no public key on the curve P-256")
+            raise FormatError("not a public key on the curve P-256")
         return cls.of(key)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises UsageError for a file that cannot be used."""
+        """Read a key file. Raises UsageError if it cannot be used."""
         try:
             return cls.parse(_read(path))
         except FormatError as error:
-            raise UsageError(f"{path} holds no public key", cause=error.cause or error.message) from None
+            raise UsageError(
+                f"{path} does not hold a public key", cause=error.cause or error.message
+            ) from None
 
     def verifies(self, signature: bytes, content: bytes) -> bool:
         try:
@@ -75,7 +77,7 @@ class PublicKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class PrivateKey:
-    """A key that signs."""
+    """A key to sign with."""
 
     key: ec.EllipticCurvePrivateKey
 
@@ -85,7 +87,7 @@ class PrivateKey:
 
     @classmethod
     def read(cls, path: Path, password: bytes) -> Self:
-        """A key in PEM, plain, encrypted by PKCS #8, or by cosign. Raises UsageError."""
+        """Read a key in PEM: plain, encrypted by PKCS #8, or encrypted by cosign. Raises UsageError."""
         pem = _read(path)
         try:
             if any(b"-----BEGIN " + label in pem for label in _LABELS):
@@ -100,7 +102,7 @@ class PrivateKey:
                 hint="is $COSIGN_PASSWORD right? `rekindle generate-key-pair` makes a new pair",
             ) from None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise UsageError(f"{path} holds no private key on the curve P-256")
+            raise UsageError(f"{path} does not hold a private key on the curve P-256")
         return cls(key=key)
 
     @property
@@ -108,11 +110,11 @@ class PrivateKey:
         return PublicKey.of(self.key.public_key())
 
     def sign(self, content: bytes) -> bytes:
-        """The signature, in DER."""
+        """Return the signature, in DER."""
         return self.key.sign(content, _ALGORITHM)
 
     def to_pem(self) -> bytes:
-        """In PKCS #8, open to whoever reads it."""
+        """Return the key in PKCS #8, unencrypted."""
         return self.key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -120,7 +122,7 @@ class PrivateKey:
         )
 
     def write(self, path: Path, password: bytes) -> None:
-        """Writes it as cosign does, readable by its owner alone."""
+        """Write the key as cosign does, encrypted, and readable by its owner only."""
         der = self.key.private_bytes(
             serialization.Encoding.DER,
             serialization.PrivateFormat.PKCS8,
@@ -157,7 +159,7 @@ def _seal(der: bytes, password: bytes) -> bytes:
 
 
 def _open_sealed(pem: bytes, password: bytes) -> bytes:
-    """The key in a file of cosign's. Raises ValueError, FormatError."""
+    """Decrypt the key of a cosign key file; return its DER. Raises ValueError, FormatError."""
     from nacl.exceptions import CryptoError
     from nacl.secret import SecretBox
 
@@ -168,7 +170,7 @@ def _open_sealed(pem: bytes, password: bytes) -> bytes:
         )
         kdf, cipher = fields.inner("kdf"), fields.inner("cipher")
         if (kdf.text("name"), cipher.text("name")) != ("scrypt", "nacl/secretbox"):
-            raise FormatError("the key is sealed in a way that is not known here")
+            raise FormatError("the key is encrypted in an unknown way")
         parameters = kdf.inner("params")
         key = _derive(
             password,
@@ -180,6 +182,6 @@ def _open_sealed(pem: bytes, password: bytes) -> bytes:
         nonce = base64.b64decode(cipher.text("nonce"))
         return SecretBox(key).decrypt(base64.b64decode(fields.text("ciphertext")), nonce)
     except binascii.Error as error:
-        raise FormatError("the key file is not as it should be", cause=str(error)) from None
+        raise FormatError("the key file is malformed", cause=str(error)) from None
     except CryptoError:
-        raise FormatError("the password does not open it") from None
+        raise FormatError("wrong password") from None

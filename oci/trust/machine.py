@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key of this machine, which signs what is made here, for the local store alone."""
+"""The key of this machine. It signs what is made here, and is trusted in the local store only."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,20 +17,20 @@ from rekindle.home import Home
 
 
 def machine_public(home: Home) -> PublicKey | None:
-    """The key of this machine, if there is one."""
+    """Return the public key of this machine, or None if it has none yet."""
     path = home.root / "machine.pub"
     return PublicKey.read(path) if path.exists() else None
 
 
 def machine_key(home: Home) -> PrivateKey:
-    """The key of this machine, made if there is none yet. It never leaves $REKINDLE_HOME."""
+    """Return the key of this machine, and make one if there is none. It never leaves $REKINDLE_HOME."""
     path = home.root / "machine.key"
     with locked(home.root / "lock"):
         if not path.exists():
             write_atomically(path, PrivateKey.generate().to_pem(), mode=0o600)
         key = PrivateKey.read(path, b"")
         public = home.root / "machine.pub"
-        if not public.exists():  # it is written second: whoever made the key may have been killed before
+        if not public.exists():  # it is written second: the process that made the key may have been killed
             write_atomically(public, key.public.to_pem())
         return key
 
@@ -42,9 +42,9 @@ def sign(
     by: signer.Sign | None,
     home: Home,
 ) -> tuple[list[Descriptor], list[Descriptor]]:
-    """Sign images that were made here, in the layout that they are in, and attach the signatures to them.
+    """Sign images that were made here, and attach the signatures to them in their layout.
 
-    Returns those by this machine's key, which are for the local store alone, and those by the user's.
+    Returns the signatures by this machine's key, for the local store only, and those by `by`.
     """
     own = signer.sign(
         staging,
@@ -59,6 +59,6 @@ def sign(
 
 
 def verify_made_here(image: Image, staging: Layout, home: Home) -> Verified[Image]:
-    """Return an image that was just made, verified as every other is."""
+    """Verify an image that was just made, in the same way as any other."""
     rule = TrustRule(name="", keys=(machine_key(home).public,))
     return verifier.verify(image, staging, image.index, rule, image.limits)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom we trust: a file of rules, by the name of an image.
+"""Whom to trust: a file of rules, by the name of an image.
 
     [[image]]
     name = "registry.example.com/models/*"      a pattern over host and repository, or a name in the store
     keys = ["prod.pub"]                         files, beside this one unless their path is absolute
     identities = [{ identity = "…", issuer = "…" }]
     max_age_days = 30
-    transparency_log = true                     only what is in a log: keyless signatures
-    trusted_root = "trusted_root.json"          for keyless signatures; the public good instance's otherwise
+    transparency_log = true                     require an entry in a log, and so a keyless signature
+    trusted_root = "trusted_root.json"          for keyless signatures; default: the public good instance's
 
-The first rule whose pattern fits is the one that counts. What is no question of trust, but of this node:
+The first rule whose pattern matches applies. One section is not about trust, but about this node:
 
     [match]
-    soft = ["driver"]                           of the rules in docs/matching.md: no longer forbids a rung
-    hard = ["kernel"]                           forbids one
+    soft = ["driver"]                           rules of docs/matching.md that no longer forbid a rung
+    hard = ["kernel"]                           rules that do
 """
 
 import fnmatch
@@ -34,7 +34,7 @@ _FIELDS = {"name", "keys", "identities", "max_age_days", "transparency_log", "tr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Whom a certificate of Fulcio's names, and who vouched for that. Both must be the same, in full."""
+    """The subject of a certificate issued by Fulcio, and its OIDC issuer. Both are compared in full."""
 
     identity: str
     issuer: str
@@ -42,7 +42,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustRule:
-    """Who may have signed an image, any one of them, and how long ago it may have been made."""
+    """The keys and identities of which one must have signed an image, and how old it may be."""
 
     name: str
     keys: tuple[PublicKey, ...] = ()
@@ -54,19 +54,19 @@ class TrustRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Rules, in order; and the codes of differences between nodes that are told only, or that forbid."""
+    """Rules in order, and the codes of differences between nodes that are made soft or hard."""
 
     rules: Sequence[TrustRule] = ()
     soft: frozenset[str] = frozenset()
     hard: frozenset[str] = frozenset()
 
     def rule_for(self, name: str) -> TrustRule | None:
-        """The rule for an image, by its name without tag and digest."""
+        """Return the first rule that matches an image, given its name without tag and digest."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(name, rule.name)), None)
 
     @classmethod
     def read(cls, path: Path) -> "Policy":
-        """Raises UsageError for a file that cannot be used."""
+        """Read a policy file. Raises UsageError if it cannot be read or is invalid."""
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -75,14 +75,14 @@ class Policy:
             return cls.parse(content, path.parent)
         except FormatError as error:
             raise UsageError(
-                f"the policy {path} is not as it should be",
+                f"invalid policy {path}",
                 cause=": ".join(part for part in (error.message, error.cause) if part),
-                hint="docs/trust.md shows what it may say",
+                hint="docs/trust.md describes the format",
             ) from None
 
     @classmethod
     def parse(cls, content: bytes, directory: Path) -> "Policy":
-        """`directory` is where relative paths begin. Raises FormatError, UsageError."""
+        """Parse a policy. Relative paths in it begin at `directory`. Raises FormatError, UsageError."""
         document = Fields.parse_toml(content, "it", limit_bytes=_FILE_LIMIT_BYTES)
         document.only({"image", "match"})
         fields = Fields({"image": [], "match": {}, **document.as_json()}, "policy")
@@ -107,10 +107,12 @@ def _rule(value: object, where: str, directory: Path) -> TrustRule:
         given.list_of("identities", _identity, at_most=_SIGNERS_LIMIT) if given.has("identities") else []
     )
     if not paths and not identities:
-        raise FormatError(f"{where} accepts nobody", cause="it has neither keys nor identities")
+        raise FormatError(f"{where} has neither keys nor identities")
     logged = given.truth("transparency_log", default=False)
     if logged and paths:
-        raise FormatError(f"{where} accepts keys, whose signatures are in no transparency log")
+        raise FormatError(
+            f"{where} has keys and requires a transparency log, which key signatures are not in"
+        )
     return TrustRule(
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),
@@ -128,7 +130,7 @@ def _rule(value: object, where: str, directory: Path) -> TrustRule:
 def _path(value: object, where: str) -> str:
     path = text_item(value, where)
     if not path or "\0" in path:
-        raise FormatError(f"{where} names no file", cause=f"{path!r:.80}")
+        raise FormatError(f"{where} is not a file name", cause=f"{path!r:.80}")
     return path
 
 
@@ -139,7 +141,7 @@ def _identity(value: object, where: str) -> Identity:
 
 
 def identity(name: str, issuer: str) -> Identity:
-    """An identity of a certificate: never one part alone, and never a pattern. Raises FormatError."""
+    """Return an identity. Raises FormatError if a part is missing or is a pattern."""
     if not name or not issuer or "*" in name + issuer:
-        raise FormatError("an identity is a name and its issuer, both in full")
+        raise FormatError("an identity needs a name and an issuer, both in full and without *")
     return Identity(identity=name, issuer=issuer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest image that was seen of each tag, so that an older one is not taken for it: seen.json."""
+"""seen.json: the newest creation time that was seen of each tag, to refuse older images."""
 
 import json
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ _SEEN_LIMIT = 10_000
 
 
 def refuse_older(reference: Reference, home: Home, trust: Trust) -> None:
-    """Remembers the newest creation time that was signed for a tag, and takes none before it."""
+    """Remember the newest signed creation time of a tag. Raises TrustError for an image that is older."""
     if isinstance(reference, RegistryReference) and reference.digest is not None:
         return
     tag = f"{reference.policy_name}:{reference.tag.rpartition(':')[2]}"
@@ -26,9 +26,9 @@ def refuse_older(reference: Reference, home: Home, trust: Trust) -> None:
         if newest is not None and (trust.created is None or trust.created.isoformat() < newest):
             made = f"{trust.created:%Y-%m-%d %H:%M}" if trust.created else "at an unknown time"
             raise TrustError(
-                f"{reference} is older than what was here before",
-                cause=f"made {made}, and {newest} was seen already",
-                hint="--allow-rollback, if it is meant to be",
+                f"{reference} is older than an image seen before under this tag",
+                cause=f"made {made}; the newest one seen was made {newest}",
+                hint="--allow-rollback, if this is intended",
             )
         if trust.created is not None and trust.created.isoformat() != newest:
             seen[tag] = trust.created.isoformat()
@@ -46,4 +46,4 @@ def _seen(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is not as it should be", cause=str(error), hint="remove it") from None
+        raise FormatError(f"{path} is malformed", cause=str(error), hint="remove it") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs images: their digest, and what is attested of a snapshot beside it."""
+"""Sign images: their digests, and for a snapshot an attestation of how it was made."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ Sign = Callable[[Statement], Bundle]
 
 
 def by_key(key: PrivateKey) -> Sign:
-    """Signs with a key pair."""
+    """Return a function that signs with a key."""
     return lambda statement: Bundle.sign(statement, key)
 
 
@@ -29,8 +29,10 @@ def sign(
     attested: Mapping[str, JSON] | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> list[Descriptor]:
-    """Writes a signature of each image into a layout, and an attestation of the first; returns the manifests
-    that refer to them, which nothing names yet. `annotations` are for their descriptors."""
+    """Write a signature of each image into a layout, and an attestation of the first if `attested` is given.
+
+    Returns the manifests, which the layout's index does not list yet; their descriptors have `annotations`.
+    """
     made = []
     for image in images:
         statement = Statement(subject=image.digest, predicate_type=COSIGN_SIGN, predicate={})
@@ -42,7 +44,7 @@ def sign(
 
 
 def predicate(record: Record) -> dict[str, JSON]:
-    """What is attested of a snapshot: docs/trust.md describes it."""
+    """Return the predicate of a snapshot's attestation; see docs/trust.md."""
     return {
         "created": record.created,
         "made_by": record.made_by,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is signed: an in-toto Statement v1 about an image's digest, within a DSSE envelope.
+"""What is signed: an in-toto Statement v1 about an image's digest, in a DSSE envelope.
 
-The signature is over the pre-authentication encoding of the payload and its type (DSSE 1.0.2), so that
-nothing else with the same bytes can be taken for it.
+The signature covers the pre-authentication encoding of the payload and its type (DSSE 1.0.2), so that it does
+not hold for the same bytes with another meaning.
 """
 
 import base64
@@ -25,7 +25,7 @@ _LIMIT_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
-    """That something holds of an image: of which, of what kind, and what."""
+    """A claim about an image: its digest, the kind of claim, and the claim."""
 
     subject: Digest
     predicate_type: str
@@ -34,7 +34,7 @@ class Statement:
     def to_bytes(self) -> bytes:
         document = {
             "_type": _STATEMENT_TYPE,
-            # sigstore-python signs no statement whose subject lacks a name.
+            # sigstore-python does not sign a statement whose subject has no name.
             "subject": [{"name": "", "digest": {"sha256": self.subject.hex}}],
             "predicateType": self.predicate_type,
             "predicate": dict(self.predicate),
@@ -43,13 +43,13 @@ class Statement:
 
     @classmethod
     def parse(cls, content: bytes) -> Self:
-        """Raises FormatError for what is no statement about exactly one image."""
+        """Parse a statement. Raises FormatError unless it is about exactly one image."""
         fields = Fields.parse(content, "the statement", limit_bytes=_LIMIT_BYTES)
         if fields.text("_type") not in {_STATEMENT_TYPE, "https://in-toto.io/Statement/v0.1"}:
-            raise FormatError("this is no statement", cause=f"_type is {fields.text('_type')!r:.80}")
+            raise FormatError("not an in-toto statement", cause=f"_type is {fields.text('_type')!r:.80}")
         subjects = fields.list_of("subject", _subject, at_most=1)
         if len(subjects) != 1:
-            raise FormatError("the statement is about nothing")
+            raise FormatError("the statement has no subject")
         return cls(
             subject=subjects[0],
             predicate_type=fields.text("predicateType"),
@@ -62,12 +62,12 @@ def _subject(value: object, where: str) -> Digest:
     try:
         return Digest.parse(f"sha256:{digest}")
     except ValueError as error:
-        raise FormatError(f"{where} has no digest that can be used", cause=str(error)) from None
+        raise FormatError(f"{where} has no valid digest", cause=str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """A signed payload, not yet checked: only `signed` is what a signature is over."""
+    """A signed payload, not yet verified. The signature covers `signed`."""
 
     payload: bytes
     payload_type: str
@@ -86,13 +86,15 @@ class Envelope:
 
     @classmethod
     def from_json(cls, value: object) -> Self:
-        """Raises FormatError; also for any number of signatures but one, which nobody here makes."""
+        """Parse an envelope. Raises FormatError, also unless it has exactly one signature."""
         fields = Fields(value, "the envelope")
         signatures = fields.list_of("signatures", _signature, at_most=1)
         if len(signatures) != 1:
             raise FormatError("the envelope has no signature")
         if fields.text("payloadType") != PAYLOAD_TYPE:
-            raise FormatError("the envelope holds no statement", cause=f"{fields.text('payloadType')!r:.80}")
+            raise FormatError(
+                "the envelope does not hold a statement", cause=f"{fields.text('payloadType')!r:.80}"
+            )
         return cls(
             payload=from_base64(fields.text("payload"), "the payload"),
             payload_type=PAYLOAD_TYPE,
@@ -105,16 +107,16 @@ def _signature(value: object, where: str) -> bytes:
 
 
 def encode(payload_type: str, payload: bytes) -> bytes:
-    """DSSE's pre-authentication encoding."""
+    """Return DSSE's pre-authentication encoding."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def from_base64(text: str, where: str) -> bytes:
-    """Raises FormatError."""
+    """Decode base64, strictly. Raises FormatError."""
     if len(text) > _LIMIT_BYTES * 2:
         raise FormatError(f"{where} is too long")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise FormatError(f"{where} is not in base64", cause=str(error)) from None
+        raise FormatError(f"{where} is not valid base64", cause=str(error)) from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where an image becomes a verified one."""
+"""Verify images. Only this module makes a `Verified`."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ U = TypeVar("U")
 
 
 class Fetchable(Protocol):
-    """What names its content by digests and fetches it from `blobs`."""
+    """A value that holds the digests of its content and fetches that from `blobs`."""
 
     def fetched_from(self, blobs: Blobs) -> Self:
-        """Return the same, fetched from other blobs."""
+        """Return the same value, with its content fetched from elsewhere."""
 
 
 F = TypeVar("F", bound=Fetchable)
@@ -38,20 +38,20 @@ _CLOCKS_APART = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """By whom an image was signed, and when it was made by their word; nobody if it was not verified."""
+    """Who signed an image, and the creation time they attest. `by` is None if it was not verified."""
 
     by: str | None
     created: datetime | None = None
 
 
 class Verified(Generic[T]):
-    """Something that belongs to an image whose signature was verified; only this module makes it."""
+    """A value that belongs to an image whose signature was verified. Only this module makes one."""
 
     __slots__ = ("_trust", "_value")
 
     def __init__(self, value: T, trust: Trust, seal: object) -> None:
         if seal is not _SEAL:
-            raise TypeError("only the verifier makes what is verified")
+            raise TypeError("only the verifier makes a Verified")
         self._value = value
         self._trust = trust
 
@@ -64,17 +64,17 @@ class Verified(Generic[T]):
         return self._trust
 
     def map(self, read: Callable[[T], U]) -> "Verified[U]":
-        """Return what a plain function reads, digest by digest, from the value that was verified.
+        """Return what a plain function reads from the verified value, as verified, too.
 
-        The function sees that value and nothing else: one that brings anything of its own (a closure, a
-        default, a bound method or a partial) could bless whatever it likes. Raises TypeError for such a one.
+        The function must see that value only, and read by digest. A closure, a default, a bound method or a
+        partial could pass off other values as verified: raises TypeError for those.
         """
         if not isinstance(read, FunctionType) or read.__closure__ or read.__defaults__ or read.__kwdefaults__:
-            raise TypeError(f"{read!r} may bring something that was not verified")
+            raise TypeError(f"{read!r} may bring in a value that was not verified")
         return Verified(read(self._value), self._trust, _SEAL)
 
     def fetched_from(self: "Verified[F]", blobs: Blobs) -> "Verified[F]":
-        """Return the same value, fetched from elsewhere: each read is checked against its digest."""
+        """Return the same value, with its content fetched from elsewhere and checked by digest."""
         return Verified(self._value.fetched_from(blobs), self._trust, _SEAL)
 
 
@@ -87,29 +87,33 @@ def verify(
     *,
     tagged: Callable[[str], Descriptor | None] | None = None,
 ) -> Verified[T]:
-    """Gives `value` the seal if its root is signed by one of those that the rule accepts.
+    """Return `value` as verified if a key or identity that the rule accepts has signed its root.
 
-    `tagged` finds what lies under a tag of the same repository, for signatures as older cosigns leave them.
-    Nothing is read but manifests and signatures. Raises TrustError.
+    1. Read the bundles attached to the root, and cosign's older signatures by their tag (`tagged`).
+    2. Keep the statements whose signature verifies with an accepted key or identity.
+    3. Require a signature among them that is about this digest.
+    4. Compare the attested creation time with the clock and the rule.
+
+    Only manifests and signatures are read. Raises TrustError, with the reasons why signatures were refused.
     """
     refused: list[str] = []
     statements: list[tuple[str, Statement]] = []
     for by, statement in _accepted(blobs, root, rule, limits, tagged, refused):
         if statement.subject != root.digest:
-            refused.append(f"{by} signed {statement.subject}, which is another image")
+            refused.append(f"{by} signed another image: {statement.subject}")
         elif statement.predicate_type in {COSIGN_SIGN, SNAPSHOT}:
             statements.append((by, statement))
             if statement.predicate_type == SNAPSHOT:
-                refused.append(f"{by} attested something of it, which is no signature")
+                refused.append(f"{by} made an attestation, but no signature")
         else:
-            refused.append(f"{by} signed another statement of it: {_shown(statement.predicate_type)}")
+            refused.append(f"{by} signed an unknown kind of statement: {_shown(statement.predicate_type)}")
     signers = [by for by, statement in statements if statement.predicate_type == COSIGN_SIGN]
     if not signers:
         cause = "\n".join(list(dict.fromkeys(refused))[:_SHOWN])
         raise TrustError(
-            f"{root.digest} is not signed by anybody whom the policy accepts",
+            f"{root.digest} has no signature that the policy accepts",
             cause=cause or "it has no signature",
-            hint="`rekindle verify` shows more; docs/trust.md says how to accept somebody",
+            hint="docs/trust.md says how to accept a key or an identity",
         )
     made = [_created(statement) for _, statement in statements if statement.predicate_type == SNAPSHOT]
     trust = Trust(by=signers[0], created=max((each for each in made if each), default=None))
@@ -118,7 +122,7 @@ def verify(
 
 
 def dangerously_skip(value: T) -> Verified[T]:
-    """Gives `value` the seal without a look. The report says so."""
+    """Return `value` as verified without verifying it. The report says so."""
     return Verified(value, Trust(by=None), _SEAL)
 
 
@@ -130,7 +134,7 @@ def _accepted(
     tagged: Callable[[str], Descriptor | None] | None,
     refused: list[str],
 ) -> Iterator[tuple[str, Statement]]:
-    """The statements by accepted signers; why others are not accepted is added to `refused`."""
+    """Yield the statements of accepted signers; add the reasons for refusing others to `refused`."""
     for bundle in attachments.find(blobs, root.digest, limits):
         if bundle.hint is None:
             yield from _keyless(bundle, rule, refused)
@@ -138,7 +142,7 @@ def _accepted(
             yield from _by_key(bundle, rule, refused, bundle.hint)
     image = None
     if tagged is not None:
-        with contextlib.suppress(FormatError, IntegrityError):  # anybody may put anything there
+        with contextlib.suppress(FormatError, IntegrityError):  # anyone may put anything there
             image = tagged(attachments.simple_tag(root.digest))
     if image is not None:
         for signature in attachments.find_simple(blobs, image, limits):
@@ -149,13 +153,13 @@ def _by_key(
     signed: Bundle | SimpleSignature, rule: TrustRule, refused: list[str], hint: str
 ) -> Iterator[tuple[str, Statement]]:
     if rule.transparency_log:
-        refused.append("a key signed it, without an entry in a transparency log, which the policy wants")
+        refused.append("a key signed it without an entry in a transparency log, which the policy requires")
         return
     for key in rule.keys:
         try:
             statement = signed.statement(key)
         except FormatError as error:
-            refused.append(f"the key {key.hint} signed what is no statement: {error.message}")
+            refused.append(f"the key {key.hint} signed something else than a statement: {error.message}")
             continue
         if statement is not None:
             yield f"key {key.hint}", statement
@@ -165,7 +169,7 @@ def _by_key(
 
 def _keyless(bundle: Bundle, rule: TrustRule, refused: list[str]) -> Iterator[tuple[str, Statement]]:
     if not rule.identities:
-        refused.append("a certificate signed it, and the policy accepts keys only")
+        refused.append("it was signed with a certificate, and the policy accepts only keys")
         return
     from oci.trust import keyless
 
@@ -185,21 +189,24 @@ def _created(statement: Statement) -> datetime | None:
 
 
 def _shown(text: str) -> str:
-    """What anybody may have written, for people: on one line, and not for long."""
+    """Return untrusted text in a form fit to show: one line, cut off."""
     return printable(text[:_SHOWN_LETTERS])
 
 
 def _require_age(root: Descriptor, rule: TrustRule, trust: Trust) -> None:
     now = datetime.now(UTC)
     if trust.created is not None and trust.created > now + _CLOCKS_APART:
-        raise TrustError(f"{root.digest} was made in the future", cause=f"{trust.created:%Y-%m-%d %H:%M} UTC")
+        raise TrustError(
+            f"the creation time of {root.digest} is in the future",
+            cause=f"{trust.created:%Y-%m-%d %H:%M} UTC",
+        )
     if rule.max_age_days is None:
         return
     if trust.created is None:
-        raise TrustError(f"{root.digest} does not say when it was made", cause="the policy limits its age")
+        raise TrustError(f"{root.digest} has no attested creation time", cause="the policy limits its age")
     if now - trust.created > timedelta(days=rule.max_age_days):
         raise TrustError(
             f"{root.digest} is older than the policy allows",
-            cause=f"made {trust.created:%Y-%m-%d}, at most {rule.max_age_days} days ago",
+            cause=f"made {trust.created:%Y-%m-%d}; max_age_days is {rule.max_age_days}",
             hint="make a new snapshot",
         )

@@ -337,9 +337,9 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["restore", "Name"], "no image name"),
-        (["restore", "registry.example/X"], "no image of a registry"),
-        (["restore", "oci:/no/such/dir"], "no OCI image layout"),
+        (["restore", "Name"], "invalid image name"),
+        (["restore", "registry.example/X"], "invalid image name"),
+        (["restore", "oci:/no/such/dir"], "not an OCI image layout"),
         (["restore", "x", "--publish", "99999"], ""),
         (["restore", "x", "--", "frobnicate"], "cannot start frobnicate"),
         (["restore", "x", "--rung", "cache", "--require", "process"], "--rung cache is below"),

@@ -44,7 +44,7 @@ def test_a_layout_of_somebody_else_is_not_written_to(rekindle: Rekindle, tmp_pat
     rekindle.prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     done = rekindle("copy", f"oci:{tmp_path}/from:1", f"oci:{tmp_path}/theirs:2")
     assert done.status == 2, done.stderr
-    assert "it may not be written to" in done.stderr
+    assert "it is not writable" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -210,5 +210,5 @@ def test_an_image_of_others_is_neither(rekindle: Rekindle, tmp_path: Path) -> No
     make_image(tmp_path / "from", layers=1, size=100)
     done = rekindle("inspect", f"oci:{tmp_path}/from:1")
     assert done.status == 20
-    assert "is no snapshot" in done.stderr
+    assert "is not a snapshot" in done.stderr
     assert "extract" not in done.stderr

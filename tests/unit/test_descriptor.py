@@ -44,5 +44,5 @@ def test_an_index_names_a_few_manifests() -> None:
 def test_a_snapshot_has_one_kernel_cache_or_none() -> None:
     assert cache_among([PROCESS, CACHE], INDEX) == CACHE
     assert cache_among([PROCESS], INDEX) is None
-    with pytest.raises(FormatError, match=f"{INDEX} names 2 kernel caches"):
+    with pytest.raises(FormatError, match=f"{INDEX} lists 2 kernel caches"):
         cache_among([CACHE, PROCESS, CACHE], INDEX)

@@ -116,9 +116,9 @@ RULE = '[[image]]\nname = "*"\n'
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[[image]]", "accepts nobody"),
-        (RULE, "accepts nobody"),
-        (RULE + "keys = []\nidentities = []", "accepts nobody"),
+        ("[[image]]", "neither keys nor identities"),
+        (RULE, "neither keys nor identities"),
+        (RULE + "keys = []\nidentities = []", "neither keys nor identities"),
         ('[[image]]\nkeys = ["prod.pub"]', "name is not text"),
         ('[[image]]\nname = 1\nkeys = ["prod.pub"]', "name is not text"),
         ("image = 5", "image is not a list"),
@@ -129,11 +129,11 @@ RULE = '[[image]]\nname = "*"\n'
         (RULE + 'keys = ["prod.pub"]\nmax_age = 5', "has no 'max_age'"),
         (RULE + 'keys = "prod.pub"', "keys is not a list"),
         (RULE + "keys = [5]", "is not text"),
-        (RULE + 'keys = [""]', "names no file"),
-        (RULE + 'keys = ["a\\u0000b"]', "names no file"),
+        (RULE + 'keys = [""]', "not a file name"),
+        (RULE + 'keys = ["a\\u0000b"]', "not a file name"),
         (RULE + 'keys = ["nowhere.pub"]', "nowhere.pub cannot be read"),
         (RULE + 'keys = ["keys"]', "keys cannot be read"),
-        (RULE + 'keys = ["policy.toml"]', "holds no public key"),
+        (RULE + 'keys = ["policy.toml"]', "does not hold a public key"),
         (RULE + "keys = [" + '"prod.pub", ' * 101 + "]", "a list of at most 100"),
         (RULE + 'identities = [{ identity = "a" }]', "issuer is not text"),
         (RULE + 'identities = [{ issuer = "a" }]', "identity is not text"),
@@ -149,7 +149,7 @@ RULE = '[[image]]\nname = "*"\n'
         (RULE + 'keys = ["prod.pub"]\nmax_age_days = true', "an integer from 1"),
         (RULE + 'keys = ["prod.pub"]\nmax_age_days = 1000000000', "an integer from 1"),
         (RULE + 'keys = ["prod.pub"]\ntrusted_root = 5', "is not text"),
-        (RULE + 'keys = ["prod.pub"]\ntrusted_root = ""', "names no file"),
+        (RULE + 'keys = ["prod.pub"]\ntrusted_root = ""', "not a file name"),
         ("image = [", "is not TOML"),
         ("\0", "is not TOML"),
         ("a = " + "[" * 10_000, "is not TOML"),
@@ -167,7 +167,7 @@ def test_what_is_no_policy_is_said(place: Path, text: str, said: str) -> None:
 
 def test_what_is_no_text_and_what_is_not_there(place: Path) -> None:
     (place / "policy.toml").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="not as it should be"):
+    with pytest.raises(UsageError, match="invalid policy"):
         Policy.read(place / "policy.toml")
     for path in (place / "nowhere", place):
         with pytest.raises(UsageError, match="cannot be read"):
@@ -291,7 +291,7 @@ def test_a_policy_that_says_nothing_of_nodes(place: Path, text: str) -> None:
 def test_what_is_no_rule_for_nodes_is_said(place: Path, text: str, said: str) -> None:
     path = place / "policy.toml"
     path.write_text(text)
-    with pytest.raises(UsageError, match="not as it should be") as caught:
+    with pytest.raises(UsageError, match="invalid policy") as caught:
         Policy.read(path)
     assert said in caught.value.cause
 

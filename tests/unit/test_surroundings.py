@@ -175,7 +175,7 @@ PLACES: dict[str, tuple[list[StoredRoot], dict[str, str], str, dict[str, str], d
         {"triton": "/here", "triton-2": "/was/second"},
         {"TRITON_CACHE_DIR": "/here"},
     ),
-    "variables that lead into each other": (
+    "variables that lead destinations of two kernel caches": (
         [VLLM, TRITON],
         {"VLLM_CACHE_ROOT": "/here", "TRITON_CACHE_DIR": "/here/triton"},
         "",

@@ -70,7 +70,7 @@ def test_a_key_that_was_sealed_opens_with_its_password(tmp_path: Path, password:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with pytest.raises(UsageError, match="cannot be used to sign") as caught:
         PrivateKey.read(path, password + b"!")
-    assert "password does not open it" in caught.value.cause
+    assert "wrong password" in caught.value.cause
 
 
 def test_the_same_key_is_never_sealed_the_same_way(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_keys_of_another_kind_are_refused(tmp_path: Path, key: Any) -> None:
     with pytest.raises(UsageError, match="P-256"):
         PrivateKey.read(tmp_path / "key", b"")
     (tmp_path / "pub").write_bytes(public_pem(key))
-    with pytest.raises(UsageError, match="holds no public key") as caught:
+    with pytest.raises(UsageError, match="does not hold a public key") as caught:
         PublicKey.read(tmp_path / "pub")
     assert "P-256" in caught.value.cause
 
