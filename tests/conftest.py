@@ -42,6 +42,7 @@ SKOPEO = REGISTRY_TOOLS / "skopeo"  # needs --insecure-policy, and --tls-verify=
 CRANE = REGISTRY_TOOLS / "crane"
 COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
+ALLOCATORS = PREFIX / "allocators" / "lib"
 VECTORS = ROOT.parent / "shared" / "sigstore-conformance"
 
 
@@ -67,7 +68,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     criu = os.geteuid() == 0 and ((PREFIX / "bin" / "criu").exists() or shutil.which("criu"))
     vllm = (VLLM_BIN / "vllm").exists() and TINY_MODEL.exists()
     registry = (REGISTRY_TOOLS.parent / ".complete").exists()
-    for name, there in (("criu", criu), ("vllm", vllm), ("registry", registry)):
+    allocators = (ALLOCATORS.parent / ".complete").exists()
+    named = {"criu": criu, "vllm": vllm, "registry": registry, "allocators": allocators}
+    for name, there in named.items():
         if item.get_closest_marker(name):
             need(there, name)
     if item.get_closest_marker("vectors"):
