@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a reference to a verified image: find it, and require a signature of somebody who is trusted."""
+"""Resolve a reference to a verified image: find it, and require a signature by a trusted signer."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundImage:
-    """An image that was found: its root's descriptor, where its blobs are, and what counts them."""
+    """An image that was found: the descriptor of its root, where to read its blobs, and their tally."""
 
     blobs: Blobs
     root: Descriptor
@@ -36,7 +36,7 @@ class FoundImage:
 
 
 def access(options: RegistryOptions, home: Home) -> "Access":
-    """Return how registries are reached: the options over config.toml. Raises UsageError."""
+    """Return how to reach registries: the options, then config.toml. Raises UsageError."""
     from oci.progress import Limiter, Tally
     from oci.registry.access import Access
 
@@ -57,14 +57,14 @@ def access(options: RegistryOptions, home: Home) -> "Access":
 
 @contextlib.contextmanager
 def source(reference: Reference, home: Home, options: RegistryOptions) -> Iterator[FoundImage]:
-    """Find an image; within the context its blobs stay where they are. Raises NotFoundError."""
+    """Find an image, and keep its blobs readable within the context. Raises NotFoundError."""
     if isinstance(reference, LayoutReference):
         layout = layout_of(reference, home)
         with layout.reading():
             limits = Config.read(home.root).limits
             yield FoundImage(blobs=layout, root=layout.resolve(reference.tag), limits=limits)
         return
-    # A restore from the local store needs no HTTP client, which takes time to import.
+    # Not imported for a restore from the local store, which needs no HTTP client.
     from oci.registry.repository import Repository
 
     how = access(options, home)
@@ -81,7 +81,7 @@ def source(reference: Reference, home: Home, options: RegistryOptions) -> Iterat
 def verified(
     found: FoundImage, reference: Reference, home: Home, options: TrustOptions
 ) -> Verified[FoundImage]:
-    """Return the image that was found, once its signature has been verified. Raises TrustError."""
+    """Verify the signature of an image that was found, and return it. Raises TrustError."""
     if options.skip_verification:
         return verifier.dangerously_skip(found)
     rule = _rule(reference, home, options)
@@ -92,7 +92,7 @@ def verified(
 
 
 def _rule(reference: Reference, home: Home, options: TrustOptions) -> TrustRule:
-    """Return whom to trust for an image. Raises TrustError if nothing says so."""
+    """Return whom to trust for an image. Raises TrustError if no option, policy or machine key says so."""
     name = reference.policy_name
     if options.rule is not None:
         return dataclasses.replace(options.rule, name=name)
@@ -101,7 +101,7 @@ def _rule(reference: Reference, home: Home, options: TrustOptions) -> TrustRule:
     given = Policy.read(path).rule_for(name) if path else None
     if given is None and path and not in_store:
         raise TrustError(f"the policy {path} has no rule for {name}", hint="docs/trust.md shows how")
-    # What this machine made itself needs no rule, unless the user named whom to trust. What it fetched does.
+    # An image that this machine made needs no rule, unless the user gave one; an image that it fetched does.
     machine = machine_public(home) if in_store else None
     if given is None and machine is None:
         raise TrustError(

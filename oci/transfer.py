@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images from one place to another: only what is not there yet, many blobs at once, the tag last."""
+"""Copy images between places: only missing blobs, many at once, the tag last."""
 
 import contextlib
 import itertools
@@ -24,31 +24,31 @@ _DEPTH_LIMIT = 4
 _NODES_LIMIT = 1000
 _NODES_BYTES = 64 << 20  # of all manifests together: they are held in memory
 _ATTACHMENTS_LIMIT = 64
-_LISTED_LIMIT = 1000  # of those that a list of attachments names; the rest is not looked at
+_LISTED_LIMIT = 1000  # how many attachments of an image are read
 
 
 class Destination(Protocol):
-    """What images can be brought to: a layout, or a repository of a registry."""
+    """A place to copy images to: a layout, or a repository of a registry."""
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether it is there, and need not be brought."""
+        """Whether a blob or manifest is there already."""
 
     def mount(self, descriptor: Descriptor) -> bool:
-        """Takes a blob over from where the target has it already; False if it has to be brought."""
+        """Take a blob from another repository of the destination. False if it must be uploaded."""
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:
-        """Brings a blob. Nothing of it is there until all of it is, and its digest matched."""
+        """Copy a blob. It appears when all of it was received and its digest matched."""
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """Stores a manifest whose parts are there, under its digest or a tag."""
+        """Store a manifest under its digest or a tag. Everything that it lists must be there."""
 
     def cancel(self) -> None:
-        """Ends what is under way in other threads, where it could take long."""
+        """Abort the transfers of other threads, where they could take long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A manifest or index of an image, as it is to be stored."""
+    """A manifest or index of an image, with the bytes to store."""
 
     descriptor: Descriptor
     content: bytes
@@ -56,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
-    """A small manifest that refers to an image, as signatures do, and its blobs. Nothing names it."""
+    """A small manifest that refers to an image, such as a signature, and its blobs."""
 
     node: Node
     blobs: Sequence[Descriptor]
@@ -64,9 +64,9 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """All that an image consists of. `nodes` come after those that they name; the last is the root.
+    """Everything that an image consists of. A node comes after those that it lists; the last is the root.
 
-    `attached` is no part of the image: it comes along if it can.
+    `attached` is not part of the image, and is copied with it where possible.
     """
 
     nodes: Sequence[Node]
@@ -75,27 +75,27 @@ class Tree:
 
 
 def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
-    """Reads the manifests of an image, each checked against its digest.
+    """Read the manifests of an image, each checked against its digest.
 
-    Raises FormatError for what is no image, or exceeds the limits. Of what is attached to it, that which
-    does so is left out.
+    Attachments that are malformed or exceed the limits are left out. Raises FormatError if the image itself
+    is or does.
     """
     nodes: dict[Digest, Node] = {}
     blobs: dict[Digest, Descriptor] = {}
     sizes: dict[Digest, int] = {}
     if root.media_type not in media_types.DOCUMENTS:
-        raise FormatError(f"{root.digest} is no image", cause=f"its type is {root.media_type!r:.80}")
+        raise FormatError(f"{root.digest} is not an image", cause=f"its type is {root.media_type!r:.80}")
 
     def visit(descriptor: Descriptor, depth: int) -> None:
         if sizes.setdefault(descriptor.digest, descriptor.size) != descriptor.size:
-            raise FormatError(f"{root.digest} gives {descriptor.digest} two sizes")
+            raise FormatError(f"{root.digest} lists {descriptor.digest} with two sizes")
         if descriptor.media_type not in media_types.DOCUMENTS:
             blobs.setdefault(descriptor.digest, descriptor)
             return
         if descriptor.digest in nodes:
             return
         if depth > _DEPTH_LIMIT or len(nodes) > _NODES_LIMIT:
-            raise FormatError(f"{root.digest} has more indexes within indexes than is sane")
+            raise FormatError(f"{root.digest} has too many manifests, or indexes nested too deep")
         if sum(len(node.content) for node in nodes.values()) > _NODES_BYTES:
             raise FormatError(f"{root.digest} has more than {_NODES_BYTES} bytes of manifests")
         content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
@@ -115,8 +115,10 @@ def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
 def _attached(
     source: Blobs, image: Sequence[Digest], sizes: Mapping[Digest, int], limits: Limits
 ) -> Iterator[Attachment]:
-    """What is attached to the manifests of an image, and fits it. Whoever can attach something must not be
-    able to break the image."""
+    """Yield the valid attachments of an image's manifests.
+
+    Invalid ones are skipped: anyone who can attach something must not be able to make the image unusable.
+    """
     seen = set(image)
     listed_left, bytes_left = _LISTED_LIMIT, _NODES_BYTES
     for digest in image:
@@ -141,8 +143,10 @@ def _attached(
 def _attachment(
     source: Blobs, descriptor: Descriptor, subject: Digest, sizes: Mapping[Digest, int], limits: Limits
 ) -> Attachment:
-    """A small manifest that really refers to one: a list of them may say anything, and nobody is to fetch
-    gigabytes for it. Raises FormatError, IntegrityError, NotFoundError."""
+    """Read an attachment. Its manifest must be small and refer to `subject`: the list of referrers may lie.
+
+    Raises FormatError, IntegrityError, NotFoundError.
+    """
     content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
     fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
     if not fields.has("subject") or fields.inner("subject").text("digest") != subject:
@@ -150,12 +154,12 @@ def _attachment(
     blobs: dict[Digest, Descriptor] = {}
     for child in _children(fields, limits):
         if child.media_type in media_types.DOCUMENTS:
-            raise FormatError(f"{descriptor.digest} is attached, and names manifests")
+            raise FormatError(f"the attachment {descriptor.digest} lists manifests")
         expected = blobs.setdefault(child.digest, child).size
         if {expected, sizes.get(child.digest, expected)} != {child.size}:
-            raise FormatError(f"{descriptor.digest} gives {child.digest} another size")
+            raise FormatError(f"{descriptor.digest} lists {child.digest} with another size")
     if sum(blob.size for blob in blobs.values()) > limits.record_bytes:
-        raise FormatError(f"{descriptor.digest} is larger than what is attached may be")
+        raise FormatError(f"the attachment {descriptor.digest} is larger than {limits.record_bytes} bytes")
     return Attachment(node=Node(descriptor=descriptor, content=content), blobs=tuple(blobs.values()))
 
 
@@ -169,7 +173,7 @@ def _children(fields: Fields, limits: Limits) -> Iterator[Descriptor]:
 
 
 def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Access) -> None:
-    """Brings an image to a layout. What came before an interruption stays for the next try."""
+    """Copy an image to a layout. After an interruption, the next attempt continues."""
     root = tree.nodes[-1].descriptor
     with layout.incoming(root.digest) as arrival:
         jobs = access.config.transfer.jobs
@@ -180,16 +184,16 @@ def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Acc
 def into_registry(
     source: Blobs, tree: Tree, target: RegistryReference, access: Access, *, mount_from: Sequence[str] = ()
 ) -> None:
-    """Brings an image to a registry. `mount_from` are repositories of it that may have its blobs.
+    """Copy an image to a registry. `mount_from` are repositories of it that may have the blobs.
 
-    Raises UsageError if the target's digest is not the image's.
+    Raises UsageError if the target names another digest than the image's.
     """
     digest = tree.nodes[-1].descriptor.digest
     if target.digest not in {None, digest}:
-        raise UsageError(f"{target} asks for another digest than the image has", cause=str(digest))
+        raise UsageError(f"{target} names another digest than the image has", cause=str(digest))
     tag = None if target.digest else target.tag
     with Repository(target, access, mount_from=mount_from) as repository:
-        # Asks who we are to it once, and not over all connections at a time: that might lock an account.
+        # Log in once before all connections are used: failing on all at once might lock an account.
         repository.has(tree.nodes[-1].descriptor)
         copy(source, tree, repository, tag=tag, jobs=access.config.transfer.jobs, tally=access.tally)
 
@@ -203,10 +207,10 @@ def copy(
     jobs: int,
     tally: Tally,
 ) -> list[Descriptor]:
-    """Brings an image to a target; its root under `tag`, if there is one, and last of all.
+    """Copy an image; store its root last, under `tag` if that is given.
 
-    Returns what came of that which is attached: where something is wrong with it, it is left out. Otherwise
-    raises what the source and the target raise. What has come until then stays, for the next try.
+    Returns the attachments that were copied; invalid ones are left out. Raises what the source and the target
+    raise; what was copied until then stays there for the next attempt.
     """
     of_attached = [blob for each in tree.attached for blob in each.blobs]
     for blob in {blob.digest: blob for blob in (*tree.blobs, *of_attached)}.values():
@@ -214,14 +218,14 @@ def copy(
 
     done: set[Digest] = set()
 
-    def bring(blob: Descriptor) -> None:
+    def copy_blob(blob: Descriptor) -> None:
         if target.has(blob) or target.mount(blob):
             tally.reuse(blob.size)
         else:
             target.upload(blob, source)
         done.add(blob.digest)
 
-    while not _bring_all([b for b in tree.blobs if b.digest not in done], bring, source, target, jobs):
+    while not _copy_all([b for b in tree.blobs if b.digest not in done], copy_blob, source, target, jobs):
         pass
     for node in tree.nodes[:-1]:
         if not target.has(node.descriptor):
@@ -230,7 +234,7 @@ def copy(
     for each in tree.attached:
         blobs = [blob for blob in each.blobs if blob.digest not in done]
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-            _bring_attached(blobs, bring, source)
+            _copy_attached(blobs, copy_blob, source)
             if not target.has(each.node.descriptor):
                 target.put_manifest(each.node.content, each.node.descriptor.media_type)
             attached.append(each.node.descriptor)
@@ -239,37 +243,39 @@ def copy(
     return attached
 
 
-def _bring_attached(blobs: Sequence[Descriptor], bring: Callable[[Descriptor], None], source: Blobs) -> None:
-    """Brings a few small blobs, one by one: nothing is cancelled if one cannot be had."""
+def _copy_attached(
+    blobs: Sequence[Descriptor], copy_blob: Callable[[Descriptor], None], source: Blobs
+) -> None:
+    """Copy a few small blobs, one by one. If one fails, nothing else is aborted."""
     for blob in blobs:
         while True:
             try:
-                bring(blob)
+                copy_blob(blob)
                 break
             except IntegrityError:
                 if not source.fall_back_to_origin():
                     raise
 
 
-def _bring_all(
+def _copy_all(
     blobs: Sequence[Descriptor],
-    bring: Callable[[Descriptor], None],
+    copy_blob: Callable[[Descriptor], None],
     source: Blobs,
     target: Destination,
     jobs: int,
 ) -> bool:
-    """Brings blobs side by side. False if the source gave wrong bytes and has another place to try."""
+    """Copy blobs in parallel. False if the source sent wrong bytes and can fall back to its origin."""
     # The largest first: the small ones then fill the gaps.
     ordered = sorted(blobs, key=lambda blob: -blob.size)
     with ThreadPoolExecutor(max(1, min(jobs, len(ordered)))) as pool:
-        running = [pool.submit(bring, blob) for blob in ordered]
+        running = [pool.submit(copy_blob, blob) for blob in ordered]
         try:
-            for job in as_completed(running):  # the first to fail ends all
+            for job in as_completed(running):  # the first failure ends all
                 job.result()
             return True
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            # The target is not to be cancelled before another try: that needs it.
+            # Not the target: another attempt needs it.
             if isinstance(error, IntegrityError) and source.fall_back_to_origin():
                 return False
             source.cancel()

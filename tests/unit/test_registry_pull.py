@@ -205,7 +205,7 @@ PULLS = [
         name="a manifest of no type",
         make=lambda _: [wrong.answers(manifest("1"), b"{}", headers={"Content-Type": "text/plain"})],
         error=FormatError,
-        word="no image",
+        word="not an image",
     ),
     Case(
         name="a huge manifest",

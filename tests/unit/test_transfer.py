@@ -74,7 +74,7 @@ def test_indexes_within_indexes_end_somewhere(layout: Layout) -> None:
     for _ in range(4):
         node = put_index(layout, node)
     assert len(explore(layout, node).nodes) == 5
-    with pytest.raises(FormatError, match="more indexes within indexes"):
+    with pytest.raises(FormatError, match="nested too deep"):
         explore(layout, put_index(layout, node))
 
 
@@ -111,13 +111,13 @@ def test_manifests_together_are_bounded(layout: Layout, monkeypatch: pytest.Monk
         explore(layout, root)
     monkeypatch.undo()
     monkeypatch.setattr(transfer, "_NODES_LIMIT", 3)
-    with pytest.raises(FormatError, match="than is sane"):
+    with pytest.raises(FormatError, match="nested too deep"):
         explore(layout, root)
 
 
 @pytest.mark.parametrize("media_type", ["", LAYER, "application/json"])
 def test_what_is_no_manifest_is_no_image(media_type: str, layout: Layout) -> None:
-    with pytest.raises(FormatError, match="no image"):
+    with pytest.raises(FormatError, match="not an image"):
         explore(layout, layout.put(b"{}", media_type))
 
 
