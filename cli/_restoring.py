@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cli import _arguments, _plan, _report, _trust
 from rekindle.report import Report, Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
-from restore.options import Listener, Options, Output
+from restore.options import Listener, Memory, Options, Output
 
 if TYPE_CHECKING:
     from oci.progress import Tally
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         cache_deadline=args.cache_deadline,
         cache_dir=args.cache_dir,
         paranoid=args.paranoid,
+        memory=Memory(args.memory),
         trust=_trust.options(args),
         registry=_arguments.registry(args),
         # With --json, only the report goes to stdout.

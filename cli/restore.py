@@ -64,6 +64,12 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
     parser.add_argument(
+        "--memory",
+        choices=["map", "copy"],
+        default="map",
+        help="map the dump's memory, which replicas share (default), or copy it for this one",
+    )
+    parser.add_argument(
         "--paranoid", action="store_true", help="unpack the dump again, which checks every byte of it"
     )
     _arguments.add_trust(parser)

@@ -73,15 +73,17 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
     """
     small: list[Piece] = []
     pages: list[Piece] = []
+    memory: list[Piece] = []
     shm: list[Piece] = []
     for index, file in enumerate(files):
         if file.kind is FileKind.FILE:
             is_pages = file.path.parts[0] == "criu" and file.path.name.startswith("pages-")
-            group = shm if file.path.parts[0] == "shm" else pages if is_pages else small
+            by_top = {"shm": shm, "memory": memory}
+            group = by_top.get(file.path.parts[0], pages if is_pages else small)
             group += list(_pieces(tree / file.path, index))
-    total = sum(piece.length for piece in (*small, *pages, *shm))
+    total = sum(piece.length for piece in (*small, *pages, *memory, *shm))
     layer_bytes = max(_LAYER_BYTES, -(-total // _LAYERS_LIMIT))
-    groups = {"metadata": small, "pages": pages, "shm": shm}
+    groups = {"metadata": small, "pages": pages, "memory": memory, "shm": shm}
     plan = [(role, layer) for role, group in groups.items() for layer in _split(group, layer_bytes)]
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_write_layer, tree, files, layer, role, layout) for role, layer in plan if layer]

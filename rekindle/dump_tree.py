@@ -8,11 +8,20 @@ from pathlib import Path, PurePosixPath
 
 from rekindle.record import FileKind, StoredFile
 
+TOPS = ("criu", "memory", "shm")
+"""What CRIU wrote; the memory of processes; what lay in the cell's /dev/shm."""
+
+
+def tops(files: Sequence[StoredFile]) -> list[str]:
+    """Return the top directories of a dump: a dump whose memory CRIU fills has no `memory`."""
+    used = {file.path.parts[0] for file in files}
+    return [top for top in TOPS if top != "memory" or top in used]
+
 
 def make(files: Sequence[StoredFile], tree: Path) -> None:
     """Makes every file of the dump, empty but of its size. The record has been checked: no path leads
     out, and nothing lies below a link."""
-    for top in ("criu", "shm"):
+    for top in tops(files):
         (tree / top).mkdir(mode=0o700)
     for file in files:
         path = tree / file.path
@@ -43,10 +52,10 @@ def finish(files: Sequence[StoredFile], tree: Path) -> None:
 
 
 def scan(tree: Path) -> list[StoredFile]:
-    """The files below `criu/` and `shm/`, in an order in which they can be made."""
+    """Return the files below `criu/`, `memory/` and `shm/`, in an order in which they can be made."""
     found: list[StoredFile] = []
     names: dict[tuple[int, int], str] = {}
-    for top in ("criu", "shm"):
+    for top in TOPS:
         for directory, directories, filenames in os.walk(tree / top):
             directories.sort()
             for name in [*directories, *sorted(filenames)]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rekindle.errors import BusyError
@@ -118,16 +118,18 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, offset - start
 
 
-def copy_sparse_tree(source: Path, target: Path) -> int:
+def copy_sparse_tree(source: Path, target: Path, *, without: Collection[str] = ()) -> int:
     """Copies the content of a directory into another that exists; returns the bytes written.
 
-    Holes stay holes; modes, owners, times and hard links are kept. Sockets are left out: their owner
-    makes them anew. Other special files than FIFOs are left out too.
+    Holes stay holes; modes, owners, times and hard links are kept. Sockets are left out: their owner makes
+    them anew. Other special files than FIFOs are left out too, and what at the top is named in `without`.
     """
     links: dict[tuple[int, int], Path] = {}
     made: list[tuple[Path, os.stat_result]] = []
     written = 0
     for directory, names, filenames in os.walk(source):
+        if Path(directory) == source:
+            names[:] = [name for name in names if name not in without]
         here = target / Path(directory).relative_to(source)
         for name in [*names, *filenames]:
             origin, copy = Path(directory, name), here / name

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record: our JSON about a snapshot, stored as the process image's config. See docs/format.md."""
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,12 +20,16 @@ from rekindle.fields import JSON, Fields
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import MappedFile
 
-SCHEMA = "rekindle.record/1"
+SCHEMA = "rekindle.record/2"
+SCHEMA_WITHOUT_MEMORY = "rekindle.record/1"
+"""Of an image whose memory CRIU fills: written where there are no memory files, and always read."""
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
 _GPUS_LIMIT = 1024
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
+_RANGES_LIMIT = 1 << 17  # twice the mappings that Linux lets a process have by default
+_TOPS = ("criu", "memory", "shm")
 _Pid = Annotated[int, Meta(ge=2, le=(1 << 22) - 1)]
 _Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
@@ -40,7 +45,8 @@ class FileKind(StrEnum):
 
 
 class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A file of the dump: below `criu/` what CRIU wrote, below `shm/` what lay in the cell's /dev/shm.
+    """A file of the dump: below `criu/` what CRIU wrote, below `memory/` the memory of processes, below
+    `shm/` what lay in the cell's /dev/shm.
 
     `target` is a symbolic link's text, or the path of the file that a hard link is another name of.
     """
@@ -64,19 +70,43 @@ class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
             )
 
 
-class Dump(Struct, frozen=True, kw_only=True):
-    """The files of the dump, with their bytes as CRIU wrote them, and as they are stored."""
+Range = tuple[Annotated[int, Meta(ge=0, le=1 << 62)], Annotated[int, Meta(ge=0, le=1 << 62)]]
+
+
+class StoredMemory(Struct, frozen=True, kw_only=True):
+    """A memory file of the dump: where its process maps it, and what was touched until the oracle's answer.
+
+    `path` is among the dump's files; `data_bytes` of it are not holes. `ranges` are addresses, [start, end),
+    in order. `working_set` are stretches of the file, [offset, length] in bytes; empty if it was not
+    measured.
+    """
+
+    path: PurePosixPath
+    data_bytes: Annotated[int, Meta(ge=0, le=_FILE_LIMIT_BYTES)]
+    ranges: Annotated[Sequence[Range], Meta(max_length=_RANGES_LIMIT)]
+    working_set: Annotated[Sequence[Range], Meta(max_length=_RANGES_LIMIT)] = ()
+
+    def __post_init__(self) -> None:
+        _require_inside(self.path)
+        ordered = all(start < end for start, end in self.ranges)
+        if not ordered or any(end > start for (_, end), (start, _) in itertools.pairwise(self.ranges)):
+            raise FormatError(f"the record's mappings of {self.path} are not in order")
+
+
+class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The files of the dump, with their bytes as CRIU wrote them, and as they are stored.
+
+    `memory` tells more of those that processes map; images of the first format have none.
+    """
 
     dump_bytes: Count
     stored_bytes: Count
     files: Annotated[Sequence[StoredFile], Meta(max_length=_FILES_LIMIT)]
+    memory: Annotated[Sequence[StoredMemory], Meta(max_length=_FILES_LIMIT)] = ()
 
     def __post_init__(self) -> None:
         """Require each file once, after its directory; a hard link after its file; nothing below a link."""
-        kinds: dict[PurePosixPath, FileKind] = {
-            PurePosixPath("criu"): FileKind.DIRECTORY,
-            PurePosixPath("shm"): FileKind.DIRECTORY,
-        }
+        kinds = {PurePosixPath(top): FileKind.DIRECTORY for top in _TOPS}
         for file in self.files:
             if file.path in kinds:
                 raise FormatError(f"the record names {file.path} twice")
@@ -87,6 +117,19 @@ class Dump(Struct, frozen=True, kw_only=True):
                     f"the record links {file.path} to {file.target}, which is not a file before it"
                 )
             kinds[file.path] = file.kind
+        self._require_memory()
+
+    def _require_memory(self) -> None:
+        """Require that memory files are files of the dump, each once, and as large as they must be."""
+        sizes = {file.path: file.size for file in self.files if file.kind is FileKind.FILE}
+        for each in self.memory:
+            size = sizes.pop(each.path, None)
+            if size is None or each.path.parts[0] != "memory":
+                raise FormatError(f"the record's memory names {each.path}, which is not a file of it")
+            if sum(end - start for start, end in each.ranges) > size or each.data_bytes > size:
+                raise FormatError(f"the record maps more of {each.path} than there is")
+            if any(offset + length > size for offset, length in each.working_set):
+                raise FormatError(f"the record's working set lies outside {each.path}")
 
 
 class Process(Struct, frozen=True, kw_only=True):
@@ -161,6 +204,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     def to_bytes(self) -> bytes:
         """Return the document. Equal records give equal bytes."""
         document = {**documents.to_json(self), "node": self.node.to_json()}
+        document["schema"] = SCHEMA if self.dump.memory else SCHEMA_WITHOUT_MEMORY
         return json.dumps(document, indent=1, sort_keys=True).encode()
 
     @classmethod
@@ -168,21 +212,21 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
         """Raises FormatError for anything but a well-formed record of a version known here."""
         fields = Fields.parse(content, "record", limit_bytes=limit_bytes)
         schema = fields.text("schema")
-        if schema != SCHEMA:
+        if schema not in {SCHEMA, SCHEMA_WITHOUT_MEMORY}:
             raise FormatError(
                 f"the record's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
                 hint="use a newer rekindle" if schema.startswith("rekindle.record/") else "",
             )
         node = Fingerprint.from_json(fields.json("node"), "record.node")
-        return documents.read({**fields.as_json(), "node": node}, cls, "record")
+        return documents.read({**fields.as_json(), "schema": SCHEMA, "node": node}, cls, "record")
 
 
 def _require_inside(path: PurePosixPath) -> None:
-    """Require a path below `criu/` or `shm/` that a file can have."""
+    """Require a path below `criu/`, `memory/` or `shm/` that a file can have."""
     if (
         path.is_absolute()
         or len(path.parts) < 2
-        or path.parts[0] not in {"criu", "shm"}
+        or path.parts[0] not in _TOPS
         or ".." in path.parts
         or len(_encoded(str(path))) > _PATH_LIMIT_BYTES // 2  # below the directory that it goes to
         or any(len(os.fsencode(part)) > _NAME_LIMIT_BYTES for part in path.parts)

@@ -131,6 +131,34 @@ class OracleAnswer:
         return found
 
 
+class MemoryMode(StrEnum):
+    MAPPED = "mapped"
+    COPIED = "copied"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """How a restored server has its memory, and how much of it when it first answered.
+
+    `mode` is `mapped` (memory files, shared by replicas) or `copied`; `reason` says why it was copied
+    although mapping was asked for. `own_bytes` belong to this replica alone, `file_bytes` are mapped files in
+    memory, shared with all who map them.
+    """
+
+    mode: MemoryMode
+    reason: str = ""
+    own_bytes: int = 0
+    file_bytes: int = 0
+
+    def to_json(self) -> dict[str, JSON]:
+        found: dict[str, JSON] = {
+            "mode": self.mode,
+            "own_bytes": self.own_bytes,
+            "file_bytes": self.file_bytes,
+        }
+        return {**found, "reason": self.reason} if self.reason else found
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
     """Filled by a command while it runs. `tell` is called with a line for people at each step."""
@@ -144,6 +172,7 @@ class Report:
     phases: list[Phase] = field(default_factory=list)
     bytes: ByteCounts = field(default_factory=ByteCounts)
     oracle: OracleAnswer | None = None
+    memory: MemoryUse | None = None
     cache: Mapping[str, JSON] | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
@@ -210,6 +239,7 @@ class Report:
             "cache": self.cache,
             "endpoint": self.endpoint,
             "pid": self.pid,
+            "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
             "error": self.error,

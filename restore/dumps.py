@@ -2,9 +2,10 @@
 """Keep unpacked dumps, named by the digest of their manifest.
 
     dumps/HEX/
-        criu/  shm/             the tree as CRIU reads it
+        criu/  memory/  shm/    the tree as CRIU reads it; running servers map what is in memory/
+        copied/                 made where memory cannot be mapped: CRIU's images with all of the memory
         ready.json              written last: boot id, size, seal; its mtime is the time of the last use
-    dumps/HEX.lock              held shared while restoring from the dump, exclusively to write or remove it
+    dumps/HEX.lock              held shared while it is restored from or mapped, exclusively to write it
 
 Dumps are not synced to disk, because they are quick to unpack again. One from before the last boot may
 therefore be incomplete, and is not used.
@@ -16,11 +17,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from oci.image import Image
 from oci.trust.verifier import Verified
+from rekindle.dump_tree import tops
 from rekindle.errors import BusyError, FormatError, IntegrityError, SpaceError, UsageError
 from rekindle.files import locked, remove_tree, try_lock
 from rekindle.home import Home
@@ -80,6 +82,42 @@ def is_ready(home: Home, image: Image) -> bool:
     return _is_ready(home.dumps / image.process.digest.hex, image)
 
 
+@contextlib.contextmanager
+def copied(dump: Path, work: Path) -> Iterator[Path]:
+    """Yield a form of a ready dump that CRIU fills by copying; made on first use, and kept beside the dump.
+
+    The caller holds the dump's lock, so that it stays. Raises SpaceError.
+    """
+    from rekindle.criu.memory_files import copy_back  # most restores map
+
+    target, seal = dump / "copied", dump / "copied.seal"
+    with contextlib.suppress(OSError):
+        if seal.read_text() == _seal_directory(target):
+            yield target
+            return
+    staged = work / "copied"
+    staged.mkdir(mode=0o700)
+    with naming_full_disk(work):
+        copy_back(dump / "criu", dump / "memory", staged)
+    with locked(dump.with_name(f"{dump.name}.copied.lock"), timeout=_WAIT_SECONDS):
+        if not target.exists():  # else another restore was faster, or something has changed it: ours is right
+            staged.replace(target)
+            seal.write_text(_seal_directory(target))
+            staged = target
+    yield staged
+
+
+def relabel(home: Home, before: Image, after: Image) -> None:
+    """Keep the dump of one image for another with the same files, if it is still there."""
+    old, new = (home.dumps / image.process.digest.hex for image in (before, after))
+    with (
+        locked(old.with_name(f"{old.name}.lock"), timeout=_WAIT_SECONDS),
+        locked(new.with_name(f"{new.name}.lock"), timeout=_WAIT_SECONDS),
+    ):
+        if old.is_dir() and not new.exists():
+            old.rename(new)
+
+
 def limit_bytes() -> int:
     """Return the bytes that kept dumps may take: $REKINDLE_DUMPS_LIMIT in GiB, 64 GiB if it is not set."""
     text = os.environ.get("REKINDLE_DUMPS_LIMIT", "")
@@ -94,9 +132,11 @@ def _room_bytes(image: Image) -> int:
 
     Bounded by what its layers can expand to: a record with false sizes would evict all other dumps.
     """
-    recorded = sum(file.size for file in image.record.dump.files if file.path.parts[0] == "criu")
+    dump = image.record.dump
+    recorded = sum(file.size for file in dump.files if file.path.parts[0] == "criu")
+    recorded += sum(each.data_bytes for each in dump.memory)
     possible = sum(image.limits.expanded_bytes(layer.size) for layer in image.layers)
-    return min(recorded, possible, image.record.dump.stored_bytes or recorded)
+    return min(recorded, possible, dump.stored_bytes or recorded)
 
 
 def _require_disk_size(dumps: Path, room: int) -> None:
@@ -159,10 +199,19 @@ def _seal(tree: Path, image: Image) -> str:
     file without changing its ctime.
     """
     files = [file.path for file in image.record.dump.files]
-    directories = {PurePosixPath("criu"), PurePosixPath("shm")}
+    directories = {PurePosixPath(top) for top in tops(image.record.dump.files)}
     directories |= {parent for path in files for parent in path.parents if parent.parts}
+    return _digest_of_metadata(tree, (*files, *sorted(directories)))
+
+
+def _seal_directory(directory: Path) -> str:
+    names = sorted(path.name for path in directory.iterdir())
+    return _digest_of_metadata(directory, [PurePosixPath(name) for name in ("", *names)])
+
+
+def _digest_of_metadata(tree: Path, paths: Iterable[PurePosixPath]) -> str:
     hasher = hashlib.sha256()
-    for path in (*files, *sorted(directories)):
+    for path in paths:
         status = (tree / path).lstat()
         facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino)
         times = (status.st_mtime_ns, status.st_ctime_ns)

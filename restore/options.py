@@ -3,6 +3,7 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,14 @@ from rekindle.report import Report, Rung
 
 if TYPE_CHECKING:
     from oci.progress import Tally
+
+
+class Memory(StrEnum):
+    """How a process gets its memory back: the memory files of the dump are mapped, and shared by all
+    replicas; or their pages are copied, for each replica anew."""
+
+    MAP = "map"
+    COPY = "copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,7 @@ class Options:
     cache_deadline: float | None = None
     cache_dir: Path | None = None
     paranoid: bool = False
+    memory: Memory = Memory.MAP
     trust: TrustOptions = field(default_factory=TrustOptions)
     registry: RegistryOptions = field(default_factory=RegistryOptions)
     output: Output = field(default_factory=Output)

@@ -3,13 +3,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rekindle.cell import Cell, processes
+from rekindle.criu.memory_files import MemoryFile
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node.mapped import MappedFile, describe
-from rekindle.record import Record
+from rekindle.record import Record, StoredMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,15 @@ class RunningServer:
     server_pid: int
     threads: int
     opened: set[str]
+
+
+def stored_memory(file: MemoryFile) -> StoredMemory:
+    """Describe a memory file for the record."""
+    return StoredMemory(
+        path=PurePosixPath("memory", file.name),
+        data_bytes=file.data_bytes,
+        ranges=[(each.start, each.end) for each in file.ranges],
+    )
 
 
 def listened_endpoint(cell: Cell, engine: Engine) -> Endpoint:

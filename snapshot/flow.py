@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from oci import image as images
 from oci import layers, resolve, store, transfer
 from oci.cache import pack
@@ -15,9 +17,8 @@ from oci.reference import Reference, RegistryReference, parse
 from oci.registry.access import Access
 from oci.registry.repository import Repository
 from oci.trust import machine, signer
-from oci.trust.verifier import Verified
 from rekindle import criu, dump_tree
-from rekindle.cell import Cell
+from rekindle.cell import Cell, working_set
 from rekindle.cuda.search import cuda_door, starting_cuda
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, asleep, for_command
@@ -94,15 +95,14 @@ def snapshot(
             packed = layers.pack(work / "dump", made.record.dump.files, staging, workers=layers.workers())
             remove_tree(work / "dump")
             image = images.build(staging, made.record, packed, kernels)
+        if options.prove:
+            image = _prove(home, work, staging, image, tool, engine, report)
         with report.phase("sign"):
             subjects = [image.index, *([image.cache] if image.cache else [])]
-            attested = signer.predicate(made.record)
+            attested = signer.predicate(image.record)
             signatures = machine.sign(staging, subjects, attested, options.sign, home)
-            proved = machine.verify_made_here(image, staging, home)
         report.image = ImageName(reference=options.image, digest=image.index.digest)
-        report.bytes.dump, report.bytes.written = made.record.dump.dump_bytes, image.size_bytes
-        if options.prove:
-            _prove(home, work, proved, tool, engine, report)
+        report.bytes.dump, report.bytes.written = image.record.dump.dump_bytes, image.size_bytes
         with report.phase("publish"):
             _publish(staging, image, signatures, reference, access, home, report, progress)
     return image
@@ -184,16 +184,19 @@ def _publish(
 def _prove(
     home: Home,
     work: Path,
-    proved: Verified[images.Image],
+    staging: Layout,
+    image: images.Image,
     tool: criu.Criu,
     engine: Engine,
     report: Report,
-) -> None:
-    """Restore the image that will be published, and ask the oracle. The unpacked dump is kept for `restore`.
+) -> images.Image:
+    """Restore what will be published, ask the oracle, and record what of its memory that touched.
 
-    The server's log files are moved away first, since a later restore will not find them either.
+    The server's log files are moved away first, since a later restore will not find them either. Returns the
+    image with that record; its dump is kept, unpacked, for `restore`.
     """
-    image = proved.value
+    machine.sign(staging, [image.index], signer.predicate(image.record), None, home)
+    proved = machine.verify_made_here(image, staging, home)
     for name in ("stdout.log", "stderr.log"):
         (work / name).rename(work / f"before-{name}")
     record = image.record
@@ -206,8 +209,8 @@ def _prove(
         with (
             report.phase("prove"),
             starting_cuda(record, home) as cuda,
-            Cell() as cell,
             dumps.ready(home, work, proved, proof) as dump,
+            Cell() as cell,
         ):
             process.restore(
                 cell,
@@ -221,9 +224,21 @@ def _prove(
                 engine=engine,
                 cuda=process.CudaRestore(search=cuda) if cuda else None,
             )
-        report.oracle = proof.oracle
+            working_sets = working_set.touched(cell)
+        report.oracle, report.memory = proof.oracle, proof.memory
     finally:
         os.close(log)
+    if not working_sets:
+        return image
+    memory = [
+        msgspec.structs.replace(each, working_set=tuple(working_sets.get(each.path.name, ())))
+        for each in record.dump.memory
+    ]
+    dumped = msgspec.structs.replace(record.dump, memory=memory)
+    changed = msgspec.structs.replace(record, dump=dumped)
+    known = images.build(staging, changed, image.layers, image.cache)
+    dumps.relabel(home, image, known)
+    return known
 
 
 def _copy(dump: Path, target: Path) -> None:

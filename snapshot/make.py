@@ -14,6 +14,8 @@ from rekindle import __version__, criu
 from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu
 from rekindle.criu import images as criu_images
+from rekindle.criu.memory_files import MemoryFile, move_memory
+from rekindle.dump_tree import TOPS
 from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify
@@ -34,6 +36,7 @@ from snapshot.describe import (
     mapped_files,
     opened_files,
     readable_path,
+    stored_memory,
 )
 from snapshot.obstacles import require_dumpable
 from snapshot.server import TEMPORARY, Server, make_temporary
@@ -69,7 +72,7 @@ def make(
     scan: Callable[[Path], list[StoredFile]],
     keep_untouched: Callable[[Path], None] | None = None,
 ) -> Dumped:
-    """Start the server, dump it into `work/dump/{criu,shm}`, and describe it.
+    """Start the server, dump it into `work/dump/{criu,memory,shm}`, and describe it.
 
     `scan` lists the files of a dump. `keep_untouched` is called with CRIU's dump before it is compacted.
     The server has ended when this returns or raises. Raises SecretError if the dump holds a credential
@@ -77,7 +80,7 @@ def make(
     """
     _check_preconditions(spec)
     tree = work / "dump"
-    for directory in (tree, tree / "criu", tree / "shm"):
+    for directory in (tree, *(tree / top for top in TOPS)):
         directory.mkdir(mode=0o700)
     with Cell() as cell:
         server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
@@ -96,9 +99,7 @@ def make(
         require_state(cuda, dump_bytes)
         if keep_untouched:
             keep_untouched(tree)
-        for leftover in ("dump.log", "criu.out"):
-            (tree / "criu" / leftover).unlink(missing_ok=True)
-        criu_images.drop_zero_pages(tree / "criu")
+        memory = _compact(tree)
         files = scan(tree)
         mapped = mapped_files(running.opened)
     with report.phase("search for secrets"):
@@ -131,7 +132,12 @@ def make(
         criu=RecordedCriu(version=tool.version),
         process=process,
         mapped_files=mapped,
-        dump=Dump(dump_bytes=dump_bytes, stored_bytes=_size_bytes(tree / "criu"), files=files),
+        dump=Dump(
+            dump_bytes=dump_bytes,
+            stored_bytes=_size_bytes(tree / "criu") + sum(each.data_bytes for each in memory),
+            files=files,
+            memory=tuple(stored_memory(each) for each in memory),
+        ),
         weights=_weights(engine, spec, report),
         start_seconds=round(start_seconds, 3),
     )
@@ -190,6 +196,14 @@ def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON
         return {}
     with report.phase("identify weights"):
         return identify(*model, spec.environment)
+
+
+def _compact(tree: Path) -> list[MemoryFile]:
+    """Take the zero pages out of a dump, and move what is large of the rest into memory files."""
+    for leftover in ("dump.log", "criu.out"):
+        (tree / "criu" / leftover).unlink(missing_ok=True)
+    criu_images.drop_zero_pages(tree / "criu")
+    return move_memory(tree / "criu", tree / "memory")
 
 
 def _size_bytes(directory: Path) -> int:

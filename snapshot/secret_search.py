@@ -23,6 +23,7 @@ from pathlib import Path
 import hyperscan
 
 from rekindle.criu import images as criu_images
+from rekindle.criu.protobuf import content, read_fields
 from rekindle.errors import DumpError, FormatError, RekindleError, SecretError
 from rekindle.files import PAGE_BYTES, data_extents
 from rekindle.secrets.forms import FORMS, Form, find_token, is_secret_value
@@ -282,16 +283,17 @@ def _process(dump: Path, pid: str) -> str:
     name = b""
     with contextlib.suppress(FormatError):
         for message in criu_images.read_messages(core, _CORE_MAGIC):
-            task = criu_images.parse_message(message, core).get(3)
-            comm = criu_images.parse_message(task, core).get(6) if isinstance(task, bytes) else None
+            task = content(read_fields(message, core), 3)
+            comm = content(read_fields(task, core), 6) if task is not None else None
             name = comm if isinstance(comm, bytes) else b""
     return f"in the memory of process {pid}" + (f" ({name.decode(errors='replace')})" if name else "")
 
 
 def _file_extents(tree: Path) -> Iterator[_Extent]:
-    """Yield the extents of all other files: CRIU's image files, and those in /dev/shm."""
+    """Yield the extents of all other files: memory files, CRIU's image files, and those in /dev/shm."""
     seen: set[int] = set()
-    for top, place in (("criu", "in CRIU's file {}"), ("shm", "in /dev/shm/{}")):
+    places = {"criu": "in CRIU's file {}", "memory": "", "shm": "in /dev/shm/{}"}
+    for top, place in places.items():
         for path in sorted((tree / top).rglob("*")):
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_ino in seen:
@@ -299,7 +301,10 @@ def _file_extents(tree: Path) -> Iterator[_Extent]:
             if top == "criu" and path.name.startswith("pages-"):
                 continue
             seen.add(status.st_ino)
-            where = place.format(_redacted(str(path.relative_to(tree / top))))
+            if top == "memory":
+                where = _process(tree / "criu", path.name)
+            else:
+                where = place.format(_redacted(str(path.relative_to(tree / top))))
             with open(path, "rb", buffering=0) as file:
                 for offset, length in data_extents(file.fileno(), status.st_size):
                     yield _Extent(path=path, offset=offset, length=length, place=where)

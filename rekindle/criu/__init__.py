@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.cell import Cell, Command, Network
+from rekindle.cell import Cell, Command, MemoryFiles, Network
 from rekindle.criu import amx
 from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
 from rekindle.files import write_atomically
@@ -187,10 +187,19 @@ def _expect(got: bytes, wanted: bytes) -> None:
         raise RestoreError(f"the trial process answered {got!r} instead of {wanted!r}")
 
 
-def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+def dump(
+    criu: Criu,
+    cell: Cell,
+    pid: int,
+    directory: Path,
+    *,
+    external: Sequence[str] = (),
+    timeout: float = _TIMEOUT_SECONDS,
+) -> None:
     """Dump a process of the cell and its descendants into a directory, and kill them.
 
-    Raises DumpError; the processes then keep running, unless CRIU had to be killed.
+    `external` names descriptors that lead out of the cell (criu(8), --external): the next restore gives
+    others. Raises DumpError; the processes then keep running, unless CRIU had to be killed.
     """
     argv = [
         str(criu.path),
@@ -202,6 +211,7 @@ def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = 
         f"--timeout={int(timeout)}",
         f"--ghost-limit={GHOST_LIMIT_BYTES}",
         *_COMMON,
+        *(f"--external={name}" for name in external),
     ]
     _call(cell, argv, directory, "dump.log", timeout, {}, DumpError("CRIU could not dump the server"))
 
@@ -214,12 +224,14 @@ def restore(
     inherit: Mapping[Path, int] | None = None,
     log_directory: Path | None = None,
     home: Home | None = None,
+    memory: MemoryFiles | None = None,
     timeout: float = _TIMEOUT_SECONDS,
 ) -> None:
     """Restore a dump in a cell; its root becomes a child of the cell's init.
 
-    `inherit` maps files that the processes had open to descriptors of ours that replace them. Raises
-    RestoreError; end the cell then, since some of its processes may exist already.
+    `inherit` maps files that the processes had open to descriptors of ours that replace them. `memory` says
+    where the memory files are that the dump maps. Raises MappingRefused if they cannot be mapped; nothing
+    was done then. Raises RestoreError; end the cell then, since some of its processes may exist already.
     """
     log_directory = log_directory or directory
     fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}
@@ -237,7 +249,7 @@ def restore(
         argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
     env = amx.environment(home.tools) if home else {}
     failure = RestoreError("CRIU could not restore the server")
-    _call(cell, argv, log_directory, "restore.log", timeout, env, failure, fds)
+    _call(cell, argv, log_directory, "restore.log", timeout, env, failure, fds, memory)
 
 
 def _call(
@@ -249,6 +261,7 @@ def _call(
     env: Mapping[str, str],
     failure: RekindleError,
     fds: Mapping[int, int] | None = None,
+    memory: MemoryFiles | None = None,
 ) -> None:
     output = log_directory / "criu.out"
     command = Command(
@@ -257,6 +270,7 @@ def _call(
         cwd=Path("/"),
         files={0: Path(os.devnull), 1: output, 2: output},
         fds=fds or {},
+        memory=memory,
     )
     status = cell.run(command, timeout)
     if status == 0:

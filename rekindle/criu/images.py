@@ -14,25 +14,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rekindle.criu.protobuf import encode_fields, integer, read_fields
 from rekindle.errors import FormatError
 from rekindle.files import PAGE_BYTES, nonzero_runs, write_at
 
 IMAGE_MAGIC = 0x54564319
 PAGEMAP_MAGIC = 0x56084025
 MM_MAGIC = 0x57492820
+FILES_MAGIC = 0x56303138
 
 # pagemap_entry.flags: the pages are in the pages file.
 PE_PRESENT = 1 << 2
 # vma_entry.status: the kind of mapping.
 VMA_ANON_PRIVATE = 1 << 9
 VMA_AIORING = 1 << 13
+VMA_GUARDS = 1 << 16
 MAP_HUGETLB = 0x40000
 
 _ADDRESS_END = 1 << 64
 _MESSAGE_LIMIT_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
-
-Value = int | bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +136,15 @@ def _compact(
                     write_at(file.fileno(), content[start:end], write_to)
                 write_to += end - start
                 kept = (end - start) // PAGE_BYTES
-                _append(left, Stretch(address=stretch.address + start, pages=kept, flags=stretch.flags))
+                new = Stretch(address=stretch.address + start, pages=kept, flags=stretch.flags)
+                append_stretch(left, new)
                 dropped -= kept
             dropped += stretch.pages
         file.truncate(write_to)
     return left, dropped
 
 
-def _append(stretches: list[Stretch], new: Stretch) -> None:
+def append_stretch(stretches: list[Stretch], new: Stretch) -> None:
     """Append a stretch, merged into the last one where it continues it."""
     last = stretches[-1] if stretches else None
     if last and last.flags == new.flags and last.address + last.pages * PAGE_BYTES == new.address:
@@ -177,18 +179,19 @@ def _pieces(stretches: Sequence[Stretch], droppable: Sequence[Mapping]) -> Itera
 def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
     """Return the number of the pages file and its stretches in order. Raises FormatError."""
     messages = read_messages(path, PAGEMAP_MAGIC)
-    head = parse_message(next(messages, b""), path)
+    head = read_fields(next(messages, b""), path)
     stretches = []
     previous_end = 0
     for message in messages:
-        fields = parse_message(message, path)
+        fields = read_fields(message, path)
         stretch = Stretch(
-            address=_integer(fields, 1, path),
+            address=integer(fields, 1, path),
             # nr_pages became 64 bits wide in CRIU 4.1; the old one is still written, as 0 or the same.
-            pages=_integer(fields, 5, path, default=0) or _integer(fields, 2, path),
-            flags=_integer(fields, 4, path, default=PE_PRESENT),
+            pages=integer(fields, 5, path, default=0) or integer(fields, 2, path),
+            flags=integer(fields, 4, path, default=PE_PRESENT),
         )
-        if fields.get(3) or stretch.address % PAGE_BYTES or not 0 < stretch.pages < 1 << 40:
+        in_parent = integer(fields, 3, path, default=0)
+        if in_parent or stretch.address % PAGE_BYTES or not 0 < stretch.pages < 1 << 40:
             raise FormatError(f"{path.name}: unsupported entry: {stretch}")
         if stretch.address < previous_end:
             raise FormatError(f"{path.name}: the entries are out of order")
@@ -196,16 +199,21 @@ def read_pagemap(path: Path) -> tuple[int, list[Stretch]]:
         if previous_end > _ADDRESS_END:
             raise FormatError(f"{path.name}: an entry beyond the end of the address space")
         stretches.append(stretch)
-    return _integer(head, 1, path), stretches
+    return integer(head, 1, path), stretches
 
 
 def write_pagemap(path: Path, pages_id: int, stretches: Sequence[Stretch]) -> None:
     """Overwrite a pagemap file. Not atomic."""
-    out = bytearray(struct.pack("<II", IMAGE_MAGIC, PAGEMAP_MAGIC))
-    messages = [_field(1, pages_id)]
+    messages = [encode_fields([(1, 0, pages_id)])]
     messages += [
-        _field(1, s.address) + _field(2, 0) + _field(4, s.flags) + _field(5, s.pages) for s in stretches
+        encode_fields([(1, 0, s.address), (2, 0, 0), (4, 0, s.flags), (5, 0, s.pages)]) for s in stretches
     ]
+    write_messages(path, PAGEMAP_MAGIC, messages)
+
+
+def write_messages(path: Path, magic: int, messages: Sequence[bytes]) -> None:
+    """Overwrite an image file. Not atomic."""
+    out = bytearray(struct.pack("<II", IMAGE_MAGIC, magic))
     for message in messages:
         out += struct.pack("<I", len(message)) + message
     path.write_bytes(out)
@@ -217,10 +225,12 @@ def read_mappings(path: Path) -> list[Mapping]:
     if message is None:
         raise FormatError(f"{path.name} is empty")
     mappings: list[Mapping] = []
-    for number, value in fields_of(message, path):
+    for number, _, value in read_fields(message, path):
         if number == 14 and isinstance(value, bytes):
-            fields = parse_message(value, path)
-            start, end = _integer(fields, 1, path), _integer(fields, 2, path)
+            fields = read_fields(value, path)
+            start, end = integer(fields, 1, path), integer(fields, 2, path)
+            if integer(fields, 7, path) & VMA_GUARDS:
+                continue  # pages of a mapping that is listed by itself; CRIU 4.2 appends them in no order
             before = mappings[-1].end if mappings else 0
             if start % PAGE_BYTES or end % PAGE_BYTES or end <= start or start < before:
                 raise FormatError(f"{path.name}: invalid mapping {start:#x}-{end:#x} after {before:#x}")
@@ -228,8 +238,8 @@ def read_mappings(path: Path) -> list[Mapping]:
                 Mapping(
                     start=start,
                     end=end,
-                    flags=_integer(fields, 6, path),
-                    status=_integer(fields, 7, path),
+                    flags=integer(fields, 6, path),
+                    status=integer(fields, 7, path),
                 )
             )
     return mappings
@@ -257,71 +267,3 @@ def read_messages(path: Path, magic: int) -> Iterator[bytes]:
             if len(message) < length:
                 raise FormatError(f"{path.name} is truncated")
             yield message
-
-
-def parse_message(message: bytes, path: Path) -> dict[int, Value]:
-    """Parse a protobuf message into {field number: value}; the last of a repeated field wins."""
-    return dict(fields_of(message, path))
-
-
-def fields_of(message: bytes, path: Path) -> Iterator[tuple[int, Value]]:
-    """Yield the fields of a protobuf message in order (wire types 0, 1, 2 and 5)."""
-    position = 0
-    try:
-        while position < len(message):
-            key, position = _varint(message, position)
-            value: Value
-            match key & 7:
-                case 0:
-                    value, position = _varint(message, position)
-                case 1 | 5 as wire_type:
-                    width = 8 if wire_type == 1 else 4
-                    value = int.from_bytes(_slice(message, position, width), "little")
-                    position += width
-                case 2:
-                    length, position = _varint(message, position)
-                    value = _slice(message, position, length)
-                    position += length
-                case _:
-                    raise ValueError(f"wire type {key & 7}")
-            yield key >> 3, value
-    except (ValueError, IndexError) as error:
-        raise FormatError(f"{path.name} is malformed", cause=str(error)) from None
-
-
-def _slice(message: bytes, position: int, length: int) -> bytes:
-    piece = message[position : position + length]
-    if len(piece) < length:
-        raise ValueError("a field extends beyond the message's end")
-    return piece
-
-
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, position
-        shift += 7
-        if shift > 63:
-            raise ValueError("a varint is longer than ten bytes")
-
-
-def _field(number: int, value: int) -> bytes:
-    """Encode a varint field."""
-    out = bytearray()
-    for integer in (number << 3, value):
-        while integer > 0x7F:
-            out.append(integer & 0x7F | 0x80)
-            integer >>= 7
-        out.append(integer)
-    return bytes(out)
-
-
-def _integer(fields: dict[int, Value], number: int, path: Path, default: int | None = None) -> int:
-    value = fields.get(number, default)
-    if not isinstance(value, int):
-        raise FormatError(f"{path.name}: field {number} is missing or not a number")
-    return value

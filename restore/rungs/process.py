@@ -2,10 +2,13 @@
 """The process rung: restore a dump into a cell, and check the server's answer before opening its port."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,14 +26,16 @@ from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Record
-from rekindle.report import OracleAnswer, Report, Rung
+from rekindle.report import MemoryMode, OracleAnswer, Report, Rung
 from restore import dumps
 from restore.decide.decision import Decision
 from restore.decide.match_process import differing_files
 from restore.decide.plan import Step
 from restore.decide.source import Source
-from restore.options import Output
+from restore.options import Memory, Output
 from restore.rungs.ladder import TakenRung
+from restore.rungs.memory import restore_with_memory
+from restore.rungs.prefetch import Prefetch
 from restore.rungs.run import Run
 from restore.serve.address import Address
 from restore.serve.foreground import RestoredServer, Serving
@@ -80,7 +85,6 @@ def take(
             with report.phase("extract"):
                 _extract_mapped_files(run, source, step, stack)
         stack.callback(cell.end)
-        # A restored process does not need its dump any longer: other restores may remove it to make room.
         with contextlib.ExitStack() as using:
             if source.tally is not None:
                 source.tally.expect(sum(layer.size for layer in image.layers))
@@ -88,6 +92,7 @@ def take(
                 dump = using.enter_context(
                     dumps.ready(home, work, source.image, report, paranoid=run.options.paranoid)
                 )
+            using.enter_context(Prefetch(dump, record.dump.memory))
             cuda = None
             if source.cuda is not None:
                 cuda = CudaRestore(search=source.cuda, device_map=decision.plan.device_map)
@@ -101,7 +106,13 @@ def take(
                 output=run.options.output,
                 report=report,
                 cuda=cuda,
+                memory=run.options.memory,
             )
+            # What the server maps must stay as it is while it lives. A copied dump is not needed any longer:
+            # other restores may remove it to make room.
+            if report.memory is not None and report.memory.mode is MemoryMode.MAPPED:
+                stack.push(using.pop_all().__exit__)
+                stack.callback(cell.end)  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
     replica = RestoredServer(cell, record.process)
     serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
@@ -172,6 +183,7 @@ def restore(
     report: Report,
     engine: Engine | None = None,
     cuda: CudaRestore | None = None,
+    memory: Memory = Memory.MAP,
 ) -> None:
     """Restore the server into a cell that was just booted, and ask the oracle.
 
@@ -186,15 +198,13 @@ def restore(
             copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
     # Importing the HTTP client takes 30 ms: do it while CRIU works.
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
-    with report.phase("restore"):
-        criu.restore(
-            tool,
-            cell,
-            dump / "criu",
-            inherit={Path(process.stdout): output.stdout, Path(process.stderr): output.stderr},
-            log_directory=work,
-            home=home,
-        )
+    with report.phase("restore"), contextlib.ExitStack() as opened:
+        inherit = {
+            Path(process.stdout): _seen_in_cell(cell, output.stdout, opened),
+            Path(process.stderr): _seen_in_cell(cell, output.stderr, opened),
+        }
+        call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
+        used = restore_with_memory(call, record, dump, work, memory)
     engine = engine or restored(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):
@@ -203,6 +213,22 @@ def restore(
         _wake(cell, record, engine, report)
     with report.phase("oracle"):
         _ask_oracle(cell, record, engine, report)
+        own, files = processes.memory_bytes(cell)
+        report.memory = dataclasses.replace(used, own_bytes=own, file_bytes=files)
+
+
+def _seen_in_cell(cell: Cell, fd: int, opened: contextlib.ExitStack) -> int:
+    """Return a descriptor for the server's output that CRIU can dump again.
+
+    Files, pipes and terminals of ours it can call external; a device like /dev/null must be the cell's own
+    (CRIU 4.2.1: "Can't lookup mount").
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != Path(os.devnull).stat().st_rdev:
+        return fd
+    inside = os.open(cell.root / os.devnull.lstrip("/"), os.O_RDWR | os.O_CLOEXEC)
+    opened.callback(os.close, inside)
+    return inside
 
 
 def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> None:

@@ -245,7 +245,7 @@ def test_a_value_out_of_range_is_refused(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "hint"),
-    [("rekindle.record/2", "newer"), ("rekindle.record/10", "newer"), ("rekindle.report/1", ""), ("", "")],
+    [("rekindle.record/3", "newer"), ("rekindle.record/10", "newer"), ("rekindle.report/1", ""), ("", "")],
 )
 def test_another_schema_is_refused(schema: str, hint: str) -> None:
     with pytest.raises(FormatError, match="format is") as caught:
@@ -255,8 +255,8 @@ def test_another_schema_is_refused(schema: str, hint: str) -> None:
 
 
 def test_a_newer_record_need_not_look_like_ours() -> None:
-    with pytest.raises(FormatError, match="record/2"):
-        parse({"schema": "rekindle.record/2"})
+    with pytest.raises(FormatError, match="record/3"):
+        parse({"schema": "rekindle.record/3"})
 
 
 HOSTILE = {
@@ -266,6 +266,7 @@ HOSTILE = {
     "two slashes": [file("//etc/passwd")],
     "absolute below criu": [file("criu//etc/passwd")],
     "criu itself": [file("criu")],
+    "memory itself": [file("memory", "directory")],
     "shm itself": [file("shm", "directory")],
     "nothing": [file("")],
     "a dot": [file(".")],

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private anonymous memory of a dump as files: a restore maps them and copies nothing.
+
+CRIU fills anonymous memory page by page, for each replica anew. Here the pages of large private anonymous
+mappings move into one memory file per process, and the mappings become *private file mappings* of it. CRIU
+maps the file at a restore and reads nothing; the OS kernel brings a page when it is touched, from the page
+cache that all replicas share, and copies it when it is written.
+
+    criu/mm-PID.img        vma_entry: MAP_ANONYMOUS gone, VMA_ANON_PRIVATE becomes VMA_FILE_PRIVATE, pgoff and
+                           shmid (the id of a file) are set
+    criu/pagemap-PID.img   without the pages that moved; so is criu/pages-N.img
+    criu/files.img         one more reg_file_entry for each memory file, at `rekindle.cell.MEMORY_PLACE`
+    memory/PID             the pages, sparse: what is zero is a hole
+
+One file per process, not one for all: CRIU takes two mappings of one file at one address in parent and child
+for inherited, and does not compare their offsets (CRIU 4.2.1; checkpoint-restore/criu#3037).
+
+What stays with CRIU: mappings with few pages, stacks and all that grows, locked memory, huge pages, AIO
+rings, mappings with guard pages or MADV_WIPEONFORK (a file mapping cannot have those), and run-time code. A
+file mapping also differs from anonymous memory under MADV_DONTNEED and mremap; `rekindle.cell` makes up for
+that.
+"""
+
+import bisect
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rekindle.cell import MEMORY_PLACE
+from rekindle.criu.images import (
+    FILES_MAGIC,
+    MAP_HUGETLB,
+    MM_MAGIC,
+    PE_PRESENT,
+    VMA_ANON_PRIVATE,
+    Stretch,
+    append_stretch,
+    read_messages,
+    read_pagemap,
+    write_messages,
+    write_pagemap,
+)
+from rekindle.criu.protobuf import Field, encode_fields, integer, read_fields
+from rekindle.errors import FormatError
+from rekindle.files import PAGE_BYTES, data_extents, write_at
+
+LEAST_PAGES = 64
+"""A mapping with fewer pages stays with CRIU: it costs more to map than to fill."""
+
+# vma_entry of CRIU's images/vma.proto, by field number.
+_START, _END, _PGOFF, _SHMID, _PROT, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 5, 6, 7, 9, 10
+_MAPPINGS = 14  # of mm_entry
+_VARINT, _BYTES = 0, 2  # wire types
+
+_MAP_ANONYMOUS, _MAP_GROWSDOWN, _MAP_LOCKED = 0x20, 0x100, 0x2000
+_PROT_EXEC = 4
+_MADV_WIPEONFORK = 1 << 18
+_VMA_STACK, _VMA_VSYSCALL, _VMA_VDSO, _VMA_FILE_PRIVATE = 1 << 1, 1 << 2, 1 << 3, 1 << 6
+_VMA_VVAR, _VMA_AIORING, _VMA_SHSTK, _VMA_GUARDS = 1 << 12, 1 << 13, 1 << 15, 1 << 16
+_SPECIAL = _VMA_STACK | _VMA_VSYSCALL | _VMA_VDSO | _VMA_VVAR | _VMA_AIORING | _VMA_SHSTK | _VMA_GUARDS
+
+_ALIGNMENT_BYTES = 2 << 20  # a huge page: offsets go with addresses, so that large folios can be mapped whole
+_COPY_BYTES = 4 << 20
+_MODE = 0o100600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappedRange:
+    """A mapping [start, end) of a memory file, which begins at `offset` in it."""
+
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFile:
+    """A memory file: its name below `memory/`, how many bytes of it are not holes, its mappings."""
+
+    name: str
+    data_bytes: int
+    ranges: Sequence[MappedRange]
+
+
+def move_memory(criu: Path, memory: Path) -> list[MemoryFile]:
+    """Move private anonymous memory of a dump without zero pages into files below `memory`, in place.
+
+    Not atomic: a dump in which this was interrupted is lost. Raises FormatError for image files that are not
+    as CRIU writes them.
+    """
+    path = criu / "files.img"
+    files = list(read_messages(path, FILES_MAGIC))
+    next_id = 1 + max((integer(read_fields(each, path), 2, path) for each in files), default=0)
+    moved = []
+    for pagemap in sorted(criu.glob("pagemap-[0-9]*.img")):
+        match = re.fullmatch(r"pagemap-(\d+)\.img", pagemap.name)
+        if match is None:
+            continue
+        task = _Task.read(criu, match[1])
+        task.choose()
+        if not task.chosen:
+            continue
+        data_bytes = task.move_pages(memory / task.pid)
+        task.map_file(next_id)
+        files.append(_file_entry(next_id, f"{MEMORY_PLACE}/{task.pid}", task.file_bytes))
+        moved.append(MemoryFile(name=task.pid, data_bytes=data_bytes, ranges=tuple(task.chosen.values())))
+        next_id += 1
+    write_messages(path, FILES_MAGIC, files)
+    return moved
+
+
+def copy_back(criu: Path, memory: Path, target: Path) -> int:
+    """Write a dump at `target` that CRIU fills by copying, as if nothing had been moved; return the bytes
+    copied.
+
+    For nodes on which memory files cannot be mapped. What is the same is a hard link where that is possible.
+    The dump at `criu` is not touched.
+    """
+    ids = {
+        integer(fields, 2, criu / "files.img"): Path(name).name
+        for fields, name in _regular_files(criu / "files.img")
+        if name.startswith(f"{MEMORY_PLACE}/")
+    }
+    pids = set(ids.values())
+    changed = {f"{kind}-{pid}.img" for pid in pids for kind in ("mm", "pagemap")}
+    changed |= {f"pages-{read_pagemap(criu / f'pagemap-{pid}.img')[0]}.img" for pid in pids}
+    for path in criu.iterdir():
+        if path.name not in changed and path.is_file():
+            # No hard link: that would change the time by which a ready dump is known to be untouched.
+            shutil.copyfile(path, target / path.name, follow_symlinks=False)
+    return sum(_Task.read(criu, pid).copy_back(memory / pid, ids, target) for pid in sorted(pids))
+
+
+class _Task:
+    """The memory images of one process."""
+
+    def __init__(
+        self, criu: Path, pid: str, mm: list[Field], pages_id: int, stretches: list[Stretch]
+    ) -> None:
+        self.criu, self.pid, self.mm = criu, pid, mm
+        self.pages_id, self.stretches = pages_id, stretches
+        self.chosen: dict[int, MappedRange] = {}  # by the position of its entry in `mm`
+        self.file_bytes = 0
+
+    @classmethod
+    def read(cls, criu: Path, pid: str) -> "_Task":
+        path = criu / f"mm-{pid}.img"
+        message = next(read_messages(path, MM_MAGIC), None)
+        if message is None:
+            raise FormatError(f"{path.name} holds nothing")
+        pages_id, stretches = read_pagemap(criu / f"pagemap-{pid}.img")
+        return cls(criu, pid, read_fields(message, path), pages_id, stretches)
+
+    def choose(self) -> None:
+        """Choose what moves, and where in the file it goes."""
+        path = self._path
+        entries = list(self._entries())
+        guards = [(start, end) for _, _, start, end, status, _ in entries if status & _VMA_GUARDS]
+        at = 0
+        for position, fields, start, end, status, flags in entries:
+            if (
+                status & VMA_ANON_PRIVATE
+                and not status & _SPECIAL
+                and not flags & (_MAP_GROWSDOWN | _MAP_LOCKED | MAP_HUGETLB)
+                and not integer(fields, _PROT, path) & _PROT_EXEC
+                and not integer(fields, _MADV, path, default=0) & _MADV_WIPEONFORK
+                and not any(first < end and start < last for first, last in guards)
+                and self._present(start, end) >= LEAST_PAGES
+            ):
+                # A hole between two mappings, too: the OS kernel must not merge what were two.
+                offset = at + start % _ALIGNMENT_BYTES
+                self.chosen[position] = MappedRange(start=start, end=end, offset=offset)
+                self.file_bytes = offset + end - start
+                at = -(-self.file_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES + _ALIGNMENT_BYTES
+
+    def move_pages(self, target: Path) -> int:
+        """Write the pages of what was chosen to a file, and leave the others in the pages file."""
+        left: list[Stretch] = []
+        read_from = write_to = moved = 0
+        buffer = memoryview(bytearray(_COPY_BYTES))
+        with (
+            open(self.criu / f"pages-{self.pages_id}.img", "r+b", buffering=0) as pages,
+            open(target, "xb", buffering=0) as file,
+        ):
+            os.fchmod(file.fileno(), _MODE & 0o777)
+            file.truncate(self.file_bytes)
+            for piece, inside in self._pieces():
+                if not piece.flags & PE_PRESENT:
+                    left.append(piece)
+                    continue
+                content = buffer[: piece.pages * PAGE_BYTES]
+                if os.preadv(pages.fileno(), [content], read_from) != len(content):
+                    raise FormatError(f"pages-{self.pages_id}.img is shorter than its pagemap says")
+                read_from += len(content)
+                if inside is not None:
+                    moved += write_at(file.fileno(), content, inside.offset + piece.address - inside.start)
+                    continue
+                if write_to != read_from - len(content):
+                    write_at(pages.fileno(), content, write_to)
+                write_to += len(content)
+                append_stretch(left, piece)
+            pages.truncate(write_to)
+        write_pagemap(self.criu / f"pagemap-{self.pid}.img", self.pages_id, left)
+        return moved
+
+    def map_file(self, file_id: int) -> None:
+        """Make private file mappings of what was chosen."""
+        for position, chosen in self.chosen.items():
+            self._change(
+                position,
+                pgoff=chosen.offset,
+                shmid=file_id,
+                set_flags=0,
+                clear_flags=_MAP_ANONYMOUS,
+                set_status=_VMA_FILE_PRIVATE,
+                clear_status=VMA_ANON_PRIVATE,
+            )
+        write_messages(self.criu / f"mm-{self.pid}.img", MM_MAGIC, [encode_fields(self.mm)])
+
+    def copy_back(self, source: Path, ids: dict[int, str], target: Path) -> int:
+        """Write the images of this process to `target` with its memory anonymous again."""
+        ranges, path = [], self._path
+        for position, fields, start, end, _, _ in list(self._entries()):
+            if ids.get(integer(fields, _SHMID, path)) == self.pid:
+                offset = integer(fields, _PGOFF, path)
+                ranges.append(MappedRange(start=start, end=end, offset=offset))
+                self._change(
+                    position,
+                    pgoff=0,
+                    shmid=0,
+                    set_flags=_MAP_ANONYMOUS,
+                    clear_flags=0,
+                    set_status=VMA_ANON_PRIVATE,
+                    clear_status=_VMA_FILE_PRIVATE,
+                )
+        write_messages(target / f"mm-{self.pid}.img", MM_MAGIC, [encode_fields(self.mm)])
+        with (
+            open(source, "rb", buffering=0) as file,
+            open(self.criu / f"pages-{self.pages_id}.img", "rb", buffering=0) as pages,
+            open(target / f"pages-{self.pages_id}.img", "xb", buffering=0) as out,
+        ):
+            found = _merged(self.stretches, pages.fileno(), ranges, file.fileno())
+            stretches: list[Stretch] = []
+            copied = 0
+            for stretch, fd, at in found:
+                append_stretch(stretches, stretch)
+                if stretch.flags & PE_PRESENT:
+                    _copy(fd, at, out.fileno(), copied, stretch.pages * PAGE_BYTES)
+                    copied += stretch.pages * PAGE_BYTES
+        write_pagemap(target / f"pagemap-{self.pid}.img", self.pages_id, stretches)
+        return copied
+
+    @property
+    def _path(self) -> Path:
+        return self.criu / f"mm-{self.pid}.img"
+
+    def _entries(self) -> Iterator[tuple[int, list[Field], int, int, int, int]]:
+        """Each vma_entry: position, fields, start, end, status, flags."""
+        path = self._path
+        for position, (number, _, value) in enumerate(self.mm):
+            if number == _MAPPINGS and isinstance(value, bytes):
+                fields = read_fields(value, path)
+                start, end = integer(fields, _START, path), integer(fields, _END, path)
+                if start % PAGE_BYTES or end % PAGE_BYTES or end <= start:
+                    raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}")
+                yield (
+                    position,
+                    fields,
+                    start,
+                    end,
+                    integer(fields, _STATUS, path),
+                    integer(fields, _FLAGS, path),
+                )
+
+    def _change(
+        self,
+        position: int,
+        *,
+        pgoff: int,
+        shmid: int,
+        set_flags: int,
+        clear_flags: int,
+        set_status: int,
+        clear_status: int,
+    ) -> None:
+        number, wire, value = self.mm[position]
+        assert isinstance(value, bytes)
+        path = self._path
+        fields = read_fields(value, path)
+        wanted = {
+            _PGOFF: pgoff,
+            _SHMID: shmid,
+            _FLAGS: (integer(fields, _FLAGS, path) | set_flags) & ~clear_flags,
+            _STATUS: (integer(fields, _STATUS, path) | set_status) & ~clear_status,
+            _FDFLAGS: os.O_RDONLY,
+        }
+        kept = [(n, w, wanted.pop(n) if n in wanted else v) for n, w, v in fields]
+        kept += [(n, _VARINT, v) for n, v in sorted(wanted.items())]
+        self.mm[position] = (number, wire, encode_fields(kept))
+
+    def _present(self, start: int, end: int) -> int:
+        """Count the pages of a range that the pages file holds."""
+        first = max(0, bisect.bisect_right(self.stretches, start, key=lambda each: each.address) - 1)
+        count = 0
+        for each in itertools.islice(self.stretches, first, None):
+            if each.address >= end:
+                break
+            last = min(each.address + each.pages * PAGE_BYTES, end)
+            if each.flags & PE_PRESENT and last > start:
+                count += (last - max(each.address, start)) // PAGE_BYTES
+        return count
+
+    def _pieces(self) -> Iterator[tuple[Stretch, MappedRange | None]]:
+        """Cut the stretches at the borders of what was chosen, and into pieces of a buffer's size."""
+        ranges = iter(sorted(self.chosen.values(), key=lambda each: each.start))
+        current = next(ranges, None)
+        for stretch in self.stretches:
+            address, end = stretch.address, stretch.address + stretch.pages * PAGE_BYTES
+            while address < end:
+                while current and current.end <= address:
+                    current = next(ranges, None)
+                inside = current if current and current.start <= address else None
+                border = end if current is None else current.end if inside else current.start
+                until = min(end, border, address + _COPY_BYTES)
+                pages = (until - address) // PAGE_BYTES
+                yield Stretch(address=address, pages=pages, flags=stretch.flags), inside
+                address = until
+
+
+def _merged(
+    stretches: Sequence[Stretch], pages_fd: int, ranges: Sequence[MappedRange], file_fd: int
+) -> list[tuple[Stretch, int, int]]:
+    """Yield what a filled process holds, by address: each stretch, and the descriptor and offset of its
+    pages.
+
+    What CRIU has of a mapping of a memory file was written since, and stands over the file's.
+    """
+    found: list[tuple[Stretch, int, int]] = []
+    at = 0
+    for stretch in stretches:
+        found.append((stretch, pages_fd, at))
+        at += stretch.pages * PAGE_BYTES if stretch.flags & PE_PRESENT else 0
+    written = sorted((s.address, s.address + s.pages * PAGE_BYTES) for s in stretches)
+    size = os.fstat(file_fd).st_size
+    for extent, length in data_extents(file_fd, size):
+        for each in ranges:
+            first = max(each.offset, extent)
+            last = min(each.offset + each.end - each.start, extent + length)
+            if first >= last:
+                continue
+            address = each.start + first - each.offset
+            for start, end in _without(address, address + last - first, written):
+                stretch = Stretch(address=start, pages=(end - start) // PAGE_BYTES, flags=PE_PRESENT)
+                found.append((stretch, file_fd, each.offset + start - each.start))
+    return sorted(found, key=lambda each: each[0].address)
+
+
+def _without(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of a range without others, which are sorted."""
+    for first, last in taken:
+        if last <= start or first >= end:
+            continue
+        if first > start:
+            yield start, first
+        start = max(start, last)
+    if start < end:
+        yield start, end
+
+
+def _copy(source: int, source_at: int, target: int, target_at: int, length: int) -> None:
+    while length:
+        count = os.copy_file_range(source, target, length, source_at, target_at)
+        if count == 0:
+            raise FormatError("a dump is shorter than its pagemap says")
+        source_at, target_at, length = source_at + count, target_at + count, length - count
+
+
+def _regular_files(path: Path) -> Iterator[tuple[list[Field], str]]:
+    """Yield the entries of regular files in files.img with their names."""
+    for message in read_messages(path, FILES_MAGIC):
+        fields = read_fields(message, path)
+        for number, _, value in fields:
+            if number == 3 and isinstance(value, bytes):
+                name = next((v for n, _, v in read_fields(value, path) if n == 6), b"")
+                if isinstance(name, bytes):
+                    yield fields, name.decode(errors="surrogateescape")
+
+
+def _file_entry(file_id: int, path: str, size: int) -> bytes:
+    """Return a file_entry of CRIU's images/fdinfo.proto for a regular file (images/regfile.proto)."""
+    owner = encode_fields([(number, _VARINT, 0) for number in (1, 2, 3, 4, 5)])
+    regular: list[Field] = [
+        (1, _VARINT, file_id),
+        (2, _VARINT, os.O_RDONLY),
+        (3, _VARINT, 0),
+        (5, _BYTES, owner),
+        (6, _BYTES, path.encode()),
+        (8, _VARINT, size),
+        (10, _VARINT, _MODE),
+    ]
+    return encode_fields([(1, _VARINT, 1), (2, _VARINT, file_id), (3, _BYTES, encode_fields(regular))])

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seccomp filters in a dump: one that belonged to the cell, and not to the server, is taken out.
+
+    seccomp.img   seccomp_entry: repeated seccomp_filter {bytes filter = 1; uint32 prev = 2; uint32 flags = 3}
+
+Threads name the last filter of their chain by its position, and `prev` the one before (CRIU's
+images/seccomp.proto).
+"""
+
+from pathlib import Path
+
+from rekindle.criu.images import read_messages, write_messages
+from rekindle.criu.protobuf import Field, content, encode_fields, integer, read_fields
+
+SECCOMP_MAGIC = 0x64413049
+
+_FILTER, _PREV = 1, 2
+_ALLOW = bytes.fromhex("060000000000ff7f")  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
+
+
+def drop_filter(dump: Path, program: bytes) -> int:
+    """Take every filter with this BPF program out of a dump, in place; return how many there were.
+
+    Positions must stay as they are, since threads name them: what comes before such a filter takes its place,
+    or a filter that allows everything.
+    """
+    path = dump / "seccomp.img"
+    if not path.exists():  # no process has a filter
+        return 0
+    dropped = 0
+    messages = []
+    for message in read_messages(path, SECCOMP_MAGIC):
+        filters: list[list[Field]] = []
+        for number, wire_type, value in read_fields(message, path):
+            assert (number, wire_type) == (1, 2)
+            assert isinstance(value, bytes)
+            fields = read_fields(value, path)
+            if content(fields, _FILTER) == program:
+                dropped += 1
+                before = integer(fields, _PREV, path, default=-1)
+                fields = filters[before] if 0 <= before < len(filters) else [(_FILTER, 2, _ALLOW)]
+            filters.append(fields)
+        messages.append(encode_fields([(1, 2, encode_fields(fields)) for fields in filters]))
+    write_messages(path, SECCOMP_MAGIC, messages)
+    return dropped

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dump a replica again: only what it has written since it was restored.
+
+A replica that maps the memory files of a dump needs of its memory only the pages that it has written; the
+rest is in these files still. So its dump is small, and quick to make and to restore, as long as the files
+stay.
+
+    criu/       what CRIU wrote: small, since pages that were not written are not in it
+    shm/        the cell's /dev/shm
+    delta.json  the digest of the dump that it builds on, and by which names CRIU knows the server's output
+
+The output of a restored server is a file, pipe or terminal of ours, outside of the cell: CRIU is told that it
+is external, and gets another at the next restore.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from rekindle import criu
+from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
+from rekindle.criu import Criu
+from rekindle.criu import images as criu_images
+from rekindle.criu.seccomp import drop_filter
+from rekindle.errors import NotDumpableError
+from rekindle.files import copy_sparse_tree
+from rekindle.os_errors import naming_full_disk
+from rekindle.record import Record
+from restore.options import Output
+
+_OWN_DIRECTORY = Path(MEMORY_PLACE).parts[3]
+"""What the cell keeps for itself in /dev/shm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A dump of a replica at `directory`, in the form that `restore.rungs.process.restore` takes.
+
+    `record` is that of the base, changed to what the replica was when it was dumped. `bytes` is what was
+    written, /dev/shm included. The base's memory files must stay as long as the delta does.
+    """
+
+    directory: Path
+    record: Record
+    bytes: int
+
+
+def dump_replica(
+    cell: Cell, record: Record, base: Path, directory: Path, *, tool: Criu, output: Output
+) -> Delta:
+    """Dump a replica that maps the memory files of the ready dump `base`, and end it.
+
+    `directory` is made. `output` is what the replica was given at its restore. Raises NotDumpableError for an
+    output that CRIU cannot give back, DumpError; the replica runs on then.
+    """
+    names = {fd: _name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
+    directory.mkdir(mode=0o700)
+    for top in ("criu", "shm"):
+        (directory / top).mkdir(mode=0o700)
+    with naming_full_disk(directory):
+        external = [name for name in dict.fromkeys(names.values()) if name.startswith(("file[", "tty["))]
+        criu.dump(tool, cell, record.process.root_pid, directory / "criu", external=external)
+        clocks = cell.clocks()
+        copy_sparse_tree(cell.root / "dev/shm", directory / "shm", without={_OWN_DIRECTORY})
+    for leftover in ("dump.log", "criu.out"):
+        (directory / "criu" / leftover).unlink(missing_ok=True)
+    drop_filter(directory / "criu", memory.FILTER)
+    criu_images.drop_zero_pages(directory / "criu")
+    (directory / "memory").symlink_to(base / "memory")
+    process = msgspec.structs.replace(
+        record.process,
+        monotonic_ns=clocks.monotonic_ns,
+        boottime_ns=clocks.boottime_ns,
+        stdout=names[output.stdout],
+        stderr=names[output.stderr],
+    )
+    return Delta(
+        directory=directory,
+        record=msgspec.structs.replace(record, process=process),
+        bytes=sum(_sizes(directory)),
+    )
+
+
+def _name_of_output(cell: Cell, ours: int) -> str:
+    """Return CRIU's name of a descriptor that the replica has from us (criu(8), --external)."""
+    wanted = os.fstat(ours)
+    for pid in processes.host_pids(cell):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                status = entry.stat()
+                info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
+            except OSError:
+                continue
+            same_device = stat.S_ISCHR(wanted.st_mode) and status.st_rdev == wanted.st_rdev
+            if not os.path.samestat(status, wanted) and not same_device:
+                continue
+            if same_device and not os.isatty(ours):
+                return str(entry.readlink())
+            if stat.S_ISFIFO(status.st_mode):
+                return f"pipe:[{status.st_ino}]"
+            mount = re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)
+            if os.isatty(ours):
+                return f"tty[{status.st_rdev:x}:{status.st_dev:x}]"
+            if mount is not None and stat.S_ISREG(status.st_mode):
+                return f"file[{int(mount[1]):x}:{status.st_ino:x}]"
+            raise NotDumpableError(
+                f"the server's output is {entry.readlink()}, which CRIU cannot give back",
+                hint="restore it with its output in a file or a pipe",
+            )
+    return "/dev/null"  # the replica has closed it
+
+
+def _sizes(directory: Path) -> Iterator[int]:
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            yield path.stat().st_blocks * 512

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a restored process gets its memory back: mapped from the dump's memory files, or copied."""
+
+import heapq
+from pathlib import Path
+from typing import Protocol
+
+from rekindle.cell import MappingRefused, MemoryFiles
+from rekindle.record import Record
+from rekindle.report import MemoryMode, MemoryUse
+from restore import dumps
+from restore.options import Memory
+
+
+class RestoreCall(Protocol):
+    """`rekindle.criu.restore`, with all arguments but the dump and its memory files."""
+
+    def __call__(self, directory: Path, *, memory: MemoryFiles | None = None) -> None: ...
+
+
+def restore_with_memory(
+    restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory
+) -> MemoryUse:
+    """Restore a dump with its memory files mapped, or copied if that was asked for or mapping is refused
+    here.
+
+    Copying takes seconds for gigabytes the first time: the pages are written once more, as CRIU reads them.
+    """
+    if not record.dump.memory:  # an image of format 1: CRIU copies all of its memory
+        restore(dump / "criu")
+        return MemoryUse(mode=MemoryMode.COPIED)
+    reason = ""
+    if asked is Memory.MAP:
+        try:
+            restore(
+                dump / "criu", memory=MemoryFiles(directory=dump / "memory", ranges=joined_ranges(record))
+            )
+        except MappingRefused as refused:
+            reason = str(refused)
+        else:
+            return MemoryUse(mode=MemoryMode.MAPPED)
+    with dumps.copied(dump, work) as copied:
+        restore(copied)
+    return MemoryUse(mode=MemoryMode.COPIED, reason=reason)
+
+
+def joined_ranges(record: Record) -> list[tuple[int, int]]:
+    """Return the addresses at which any process maps its memory file, in order and without overlaps."""
+    joined: list[tuple[int, int]] = []
+    for start, end in heapq.merge(*(each.ranges for each in record.dump.memory)):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
+        else:
+            joined.append((start, end))
+    return joined
