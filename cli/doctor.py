@@ -181,9 +181,9 @@ def _cuda(home: Home) -> Iterator[Check]:
         works = candidate.detail + ("" if candidate.chosen else ", not needed")
         yield Check(
             name="cuda",
-            ok=not candidate.lack,
+            ok=not candidate.problem,
             needed=not opens,
-            detail=f"{candidate.name}: {candidate.lack or works}",
+            detail=f"{candidate.name}: {candidate.problem or works}",
             remedy=candidate.hint,
         )
 

@@ -14,7 +14,7 @@ from rekindle.node import gpu
 from rekindle.report import Report
 
 if TYPE_CHECKING:
-    from rekindle.cuda.door import Door
+    from rekindle.cuda.backend import Backend
 
 _LOCK_SECONDS = 60.0  # for a GPU to finish the work it was given
 _BYTES_PER_SECOND = 500e6  # of GPU memory through the slowest bus
@@ -41,7 +41,7 @@ class CudaState:
 
 @contextlib.contextmanager
 def checkpointed(
-    cell: Cell, find_backend: Callable[[], "Door"] | None, work: Path, report: Report
+    cell: Cell, find_backend: Callable[[], "Backend"] | None, work: Path, report: Report
 ) -> Iterator[CudaState]:
     """Hold the CUDA state of the cell's processes in host memory within the context, with no GPU in use.
 
@@ -81,8 +81,8 @@ def require_state(state: CudaState, dump_bytes: int) -> None:
 
 
 def _open_backend(
-    cell: Cell, find_backend: Callable[[], "Door"], stack: contextlib.ExitStack
-) -> "Door | None":
+    cell: Cell, find_backend: Callable[[], "Backend"], stack: contextlib.ExitStack
+) -> "Backend | None":
     """Return the backend, or None if none works but no process in the cell uses a GPU."""
     try:
         return stack.enter_context(contextlib.closing(find_backend()))
@@ -92,7 +92,7 @@ def _open_backend(
         return None
 
 
-def _find_holders(cell: Cell, backend: "Door") -> tuple[list[int], CudaState]:
+def _find_holders(cell: Cell, backend: "Backend") -> tuple[list[int], CudaState]:
     """Return the processes with CUDA state, by their PIDs on the host, and that state."""
     from rekindle.cuda.session import holders
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take one snapshot, from its options to the published image: make, pack, sign, prove, publish."""
 
+import functools
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from oci.registry.repository import Repository
 from oci.trust import machine, signer
 from rekindle import criu, dump_tree
 from rekindle.cell import Cell, working_set
-from rekindle.cuda.search import cuda_door, starting_cuda
+from rekindle.cuda import search
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, asleep, for_command
 from rekindle.engine.vllm import VllmEngine
@@ -72,7 +73,7 @@ def snapshot(
         ready_timeout=options.ready_seconds,
         warm_requests=read_requests(options.warm_file) if options.warm_file else None,
         credentials=credentials,
-        find_backend=cuda_door(home) if nvidia else None,
+        find_backend=functools.partial(search.find, home) if nvidia else None,
     )
     access = resolve.access(options.registry, home)
     _require_writable(reference, access)
@@ -208,7 +209,7 @@ def _prove(
         proof = Report(verb="restore")
         with (
             report.phase("prove"),
-            starting_cuda(record, home) as cuda,
+            search.begin_search(record, home) as cuda,
             dumps.ready(home, work, proved, proof) as dump,
             Cell() as cell,
         ):

@@ -43,7 +43,7 @@ from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
 if TYPE_CHECKING:
-    from rekindle.cuda.door import Door
+    from rekindle.cuda.backend import Backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class ServerSpec:
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
-    find_backend: "Callable[[], Door] | None" = None
+    find_backend: "Callable[[], Backend] | None" = None
 
 
 def make(

@@ -15,7 +15,7 @@ from hack.gpu.journal import Found
 from hack.gpu.starts import LONG_SECONDS, Lab, Started, Subject, started
 from hack.gpu.trial import Trial
 from rekindle.cuda import search
-from rekindle.cuda.door import Door
+from rekindle.cuda.backend import Backend
 from rekindle.cuda.session import holders
 from rekindle.errors import RekindleError
 from rekindle.home import Home
@@ -43,7 +43,7 @@ def roll_back(trial: Trial, found: Found) -> None:
         raise StepError("; ".join(lost))
 
 
-def _provoke(case: rollback.Case, backend: Door, pids: list[int], server: Started, journal: Path) -> Found:
+def _provoke(case: rollback.Case, backend: Backend, pids: list[int], server: Started, journal: Path) -> Found:
     if case.busy_seconds:
         server.ask("/busy", {"seconds": case.busy_seconds})
     began = time.monotonic()
@@ -109,7 +109,7 @@ def try_backends(trial: Trial, found: Found) -> None:
 
 
 def _try_backend(trial: Trial, subject: Subject, name: str, found: Found) -> None:
-    only = {"REKINDLE_CUDA_DOOR": name}
+    only = {"REKINDLE_CUDA_BACKEND": name}
     home = Home(trial.lab.home)
     found |= {"cycles": [], "runs": []}
     with started(trial.lab, subject) as server, _environment(only):
@@ -140,7 +140,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _holders(backend: Door, server: Started) -> list[int]:
+def _holders(backend: Backend, server: Started) -> list[int]:
     found = holders(backend, [server.pid])
     if not found:
         raise StepError("the driver reports no CUDA state in the server")

@@ -15,14 +15,14 @@ from enum import StrEnum
 from pathlib import Path
 
 from rekindle.cuda import search
-from rekindle.cuda.door import Door, State
+from rekindle.cuda.backend import Backend, State
 from rekindle.cuda.session import Session, holders
 from rekindle.errors import CudaError
 from rekindle.home import Home
 
 JOURNAL = "cuda.json"
 _STEP_SECONDS = 60.0
-_PATIENCE_SECONDS = 30.0  # for a rollback: one that hangs must not use up the time of other steps
+_ROLLBACK_STEP_SECONDS = 30.0  # for a rollback: one that hangs must not use up the time of other steps
 _LOCK_SECONDS = 2.0
 
 
@@ -37,7 +37,7 @@ class When(StrEnum):
 class Watched:
     """A backend that times all calls. The first call of the step `fails_at` fails."""
 
-    inner: Door
+    inner: Backend
     fails_at: str = ""
     when: When = When.INSTEAD
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,19 +91,19 @@ class _DumpError(Exception):
 
 def cycle(backend: Watched, pids: list[int], journal: Path) -> None:
     """Checkpoint the processes and restore them."""
-    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+    with Session(backend, pids, journal, rollback_step_seconds=_ROLLBACK_STEP_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
         session.restore_all({}, _STEP_SECONDS)
 
 
 def _dump_fails(backend: Watched, pids: list[int], journal: Path) -> None:
-    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+    with Session(backend, pids, journal, rollback_step_seconds=_ROLLBACK_STEP_SECONDS) as session:
         session.checkpoint_all(_STEP_SECONDS)
         raise _DumpError("provoked failure of the dump, with everything checkpointed")
 
 
 def _lock_in_vain(backend: Watched, pids: list[int], journal: Path) -> None:
-    with Session(backend, pids, journal, patience_seconds=_PATIENCE_SECONDS) as session:
+    with Session(backend, pids, journal, rollback_step_seconds=_ROLLBACK_STEP_SECONDS) as session:
         session.checkpoint_all(_LOCK_SECONDS)
 
 
@@ -132,7 +132,7 @@ CASES = (
 )
 
 
-def provoke(case: Case, backend: Door, pids: list[int], journal: Path) -> str:
+def provoke(case: Case, backend: Backend, pids: list[int], journal: Path) -> str:
     """Provoke the failure. Return the message of the error, or "" if there was none, which is wrong."""
     try:
         case.act(Watched(backend, case.fails_at, case.when), pids, journal)

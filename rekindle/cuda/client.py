@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA driver's checkpointing, at a socket. A program of its own: `rekindle/cuda/driver.py` starts it.
+"""Serve the CUDA driver's checkpoint API on a socket, as a program that `rekindle.cuda.driver` starts.
 
-It runs by path under `python -I -S`, imports the standard library only, and lives as long as the command
-that started it. So the driver's start (2.7 s on an H100 node) is paid once, while that command does other
-things.
+It runs by path under `python -I -S`, imports only the standard library, and lives as long as the command
+that started it. The driver's start (2.7 s on an H100 node) is thus paid once, while that command does other
+work.
 
-rekindle talks to it over a SOCK_SEQPACKET socket, a JSON object a message, many calls at once:
+rekindle talks to it over a SOCK_SEQPACKET socket, one JSON object per message, with many calls in flight:
 
     to the client                                        from the client
-    -                                                    {"loaded": true}, if there is a driver for us; then
-                                                         {"version": 13000} or {"lack": text, "started": bool}
+    -                                                    {"loaded": true}, if the driver is usable; then
+                                                         {"version": 13000}, or {"problem": text,
+                                                         "started": bool}
     {"id", "call": "state" | "restore-thread", "pid"}    {"id", "status", "name", "text", "value"}
     {"id", "call": "lock", "pid", "timeout_ms"}          the same; `status` is the driver's, a CUresult
     {"id", "call": "checkpoint" | "unlock", "pid"}
     {"id", "call": "restore", "pid", "map": [[UUID, UUID]…]}
 
-It ends with rekindle, but not in the middle of a call, if that takes no longer than half a minute: one that
-is cut off can leave the process and the driver at odds (checkpoint-restore/criu#2547).
+It exits when rekindle does, but lets running calls finish for up to half a minute: an interrupted call can
+leave the process and the driver in different states (checkpoint-restore/criu#2547).
 
-Prototypes and structures are those of cuda.h since 12.8; what 13.0 added to CUcheckpointRestoreArgs was
-reserved, and zero, before.
+Prototypes and structures are those of cuda.h since 12.8; the fields that 13.0 added to
+CUcheckpointRestoreArgs were reserved and zero before.
 """
 
 import contextlib
@@ -72,8 +73,8 @@ class RestoreArgs(ctypes.Structure):
     )
 
 
-class LackError(Exception):
-    """Why the driver cannot be used. `started` says whether it was tried."""
+class UnusableError(Exception):
+    """The driver cannot be used. `started` tells whether it got as far as cuInit."""
 
     def __init__(self, text: str, *, started: bool) -> None:
         super().__init__(text)
@@ -81,35 +82,37 @@ class LackError(Exception):
 
 
 class LoadedDriver:
-    """libcuda. ctypes lets other threads run during a call."""
+    """libcuda, loaded. Calls may run in several threads, since ctypes releases the GIL."""
 
     def __init__(self) -> None:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise LackError(str(error), started=False) from None
+            raise UnusableError(str(error), started=False) from None
         missing = [name for name in CHECKPOINTING if not hasattr(self._library, name)]
         if missing:
-            raise LackError(f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False)
+            raise UnusableError(
+                f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False
+            )
 
     def start(self) -> int:
-        """Takes seconds; returns the newest CUDA that it knows."""
+        """Initialize the driver, which takes seconds; return the newest CUDA version that it supports."""
         if status := self._library.cuInit(0):
-            name, text = self.words(status)
-            raise LackError(f"cuInit: {name} ({status}): {text}", started=True)
+            name, text = self.describe(status)
+            raise UnusableError(f"cuInit: {name} ({status}): {text}", started=True)
         version = ctypes.c_int()
         self._library.cuDriverGetVersion(ctypes.byref(version))
         return version.value
 
-    def words(self, status: int) -> tuple[str, str]:
-        """The driver's name of a result, and what it says of it."""
+    def describe(self, status: int) -> tuple[str, str]:
+        """Return the driver's name and description of a result."""
         name, text = ctypes.c_char_p(), ctypes.c_char_p()
         self._library.cuGetErrorName(status, ctypes.byref(name))
         self._library.cuGetErrorString(status, ctypes.byref(text))
         return (name.value or b"CUDA_ERROR").decode(), (text.value or b"unknown error").decode()
 
     def call(self, request: dict) -> tuple[int, int]:  # type: ignore[type-arg]
-        """The result of one call, and the value that it gives."""
+        """Make one call; return its result and its value."""
         pid, value = request["pid"], ctypes.c_int()
         match request["call"]:
             case "state":
@@ -137,54 +140,54 @@ def uuid(text: str) -> "ctypes.Array[ctypes.c_ubyte]":
     return (ctypes.c_ubyte * 16)(*bytes.fromhex(text.removeprefix("GPU-").replace("-", "")))
 
 
-class BackendClient:
-    """Answers rekindle: a thread for each call."""
+class DriverClient:
+    """Answers rekindle's calls, each in a thread."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._under_way = threading.Semaphore(0)
+        self._finished = threading.Semaphore(0)
         self._begun = 0
         self._driver: LoadedDriver | None = None
-        self._settled = threading.Event()
+        self._start_over = threading.Event()
 
     def start(self) -> None:
-        """Starts the driver, and says how that went."""
+        """Start the driver and report the result."""
         try:
             driver = LoadedDriver()
-            self._say({"loaded": True})
+            self._send({"loaded": True})
             version = driver.start()
             self._driver = driver
-            self._say({"version": version})
-        except LackError as lack:
-            self._say({"lack": str(lack), "started": lack.started})
+            self._send({"version": version})
+        except UnusableError as error:
+            self._send({"problem": str(error), "started": error.started})
         finally:
-            self._settled.set()
+            self._start_over.set()
 
-    def take(self, message: bytes) -> None:
+    def begin(self, message: bytes) -> None:
         self._begun += 1
         threading.Thread(target=self._answer, args=[json.loads(message)], daemon=True).start()
 
     def finish(self, seconds: float) -> None:
-        """Waits for the calls under way, but no longer."""
+        """Wait for the running calls, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         for _ in range(self._begun):
-            if not self._under_way.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            if not self._finished.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 return
 
     def _answer(self, request: dict) -> None:  # type: ignore[type-arg]
         try:
-            self._settled.wait()
+            self._start_over.wait()
             if self._driver is None:
                 status, value, name, text = UNKNOWN, 0, "CUDA_ERROR_UNKNOWN", "the driver did not start"
             else:
                 status, value = self._driver.call(request)
-                name, text = self._driver.words(status)
-            self._say({"id": request["id"], "status": status, "name": name, "text": text, "value": value})
+                name, text = self._driver.describe(status)
+            self._send({"id": request["id"], "status": status, "name": name, "text": text, "value": value})
         finally:
-            self._under_way.release()
+            self._finished.release()
 
-    def _say(self, message: dict) -> None:  # type: ignore[type-arg]
-        # If rekindle is gone, the main thread sees that, too.
+    def _send(self, message: dict) -> None:  # type: ignore[type-arg]
+        # If rekindle is gone, the main thread notices and exits.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(json.dumps(message).encode())
 
@@ -192,16 +195,16 @@ class BackendClient:
 def receive(control: socket.socket) -> bytes:
     try:
         return control.recv(MESSAGE_BYTES)
-    except ConnectionResetError:  # rekindle went before it had read all
+    except ConnectionResetError:  # rekindle exited before it had read everything
         return b""
 
 
-def look() -> int:
-    """Prints why the driver cannot be used, as far as it shows without starting it."""
+def report_problem() -> int:
+    """Print why the driver cannot be used, without starting it; return the exit status."""
     try:
         LoadedDriver()
-    except LackError as lack:
-        print(lack, flush=True)
+    except UnusableError as error:
+        print(error, flush=True)
         return 1
     return 0
 
@@ -210,24 +213,24 @@ def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     parent = int(sys.argv[2])
-    # Not PR_SET_PDEATHSIG: that comes when the thread ends which started us.
-    gone = os.pidfd_open(parent)
+    # Not PR_SET_PDEATHSIG: that signal comes when the thread that started us ends.
+    parent_exit = os.pidfd_open(parent)
     if os.getppid() != parent:
         return 1
-    client = BackendClient(control)
+    client = DriverClient(control)
     threading.Thread(target=client.start, daemon=True).start()
     poller = poll()
     poller.register(control, POLLIN)
-    poller.register(gone, POLLIN)
+    poller.register(parent_exit, POLLIN)
     while True:
         ready = [fd for fd, _ in poller.poll()]
         if control.fileno() in ready and (message := receive(control)):
-            client.take(message)
+            client.begin(message)
             continue
         client.finish(FAREWELL_SECONDS)
         return 0
 
 
 if __name__ == "__main__":
-    status = look() if sys.argv[1:] == ["--look"] else main()
-    os._exit(status)  # a call that hangs would keep the interpreter
+    status = report_problem() if sys.argv[1:] == ["--look"] else main()
+    os._exit(status)  # not sys.exit: a hanging call would keep the interpreter alive

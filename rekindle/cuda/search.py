@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend checkpoints CUDA here: the driver's API, or the cuda-checkpoint utility."""
+"""Find the backend that checkpoints CUDA on this node: the driver's API, or the cuda-checkpoint utility."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -12,70 +12,61 @@ from rekindle.errors import CapabilityError, UsageError
 from rekindle.home import Home
 
 if TYPE_CHECKING:
-    from rekindle.cuda.door import Door
+    from rekindle.cuda.backend import Backend
     from rekindle.cuda.driver import Driver
     from rekindle.record import Record
 
 
-def cuda_door(home: Home) -> "Callable[[], Door]":
-    """What finds the door to CUDA's checkpoints, when it is called."""
-
-    return lambda: find(home)
-
-
-def starting_cuda(record: "Record", home: Home) -> "contextlib.AbstractContextManager[Search | None]":
-    """The driver, which takes seconds to start, for a record with CUDA state; given up at the end if nobody
-    took the door."""
-    if not record.process.cuda_pids:
-        return contextlib.nullcontext()
-    return Search(home)
-
-
 _NAMES = ("driver", "utility")
-_HINT = "update the NVIDIA driver to 580 or newer; `rekindle doctor` tells more"
+# $REKINDLE_CUDA_DOOR is the name that earlier versions documented.
+_VARIABLES = ("REKINDLE_CUDA_BACKEND", "REKINDLE_CUDA_DOOR")
+_HINT = "update the NVIDIA driver to 580 or newer; see `rekindle doctor`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendCandidate:
-    """A door that was tried. `lack` says why it does not open; empty: it does. `chosen` is the one for us."""
+    """A backend that was tried.
+
+    `problem` says why it does not work; "" if it does. `chosen` marks the one that `find` returns.
+    """
 
     name: str
     detail: str
-    lack: str
+    problem: str
     hint: str = ""
     chosen: bool = False
 
 
-def find(home: Home) -> "Door":
-    """The driver's API, or else cuda-checkpoint; tried, which takes as long as the driver takes to start.
+def find(home: Home) -> "Backend":
+    """Return the driver's API, or else cuda-checkpoint, once the driver has started, which takes seconds.
 
-    `$REKINDLE_CUDA_DOOR` (`driver` or `utility`) leaves no choice. Raises CapabilityError, with the reason
-    for each, if there is none. Close the door at the end.
+    `$REKINDLE_CUDA_BACKEND` (`driver` or `utility`) forces one. The caller closes the backend. Raises
+    UsageError for another value, and CapabilityError, with the reasons, if no backend works.
     """
     with Search(home) as search:
-        return search.door()
+        return search.backend()
 
 
 def candidates(home: Home) -> list[BackendCandidate]:
-    """Every door, each tried now."""
+    """Try every backend now."""
     with Search(home) as search:
         found: list[BackendCandidate] = []
-        for candidate, door in search.tried():
-            first = door is not None and not any(each.chosen for each in found)
+        for candidate, backend in search.tried():
+            first = backend is not None and not any(each.chosen for each in found)
             found.append(replace(candidate, chosen=first))
-            if door is not None:
-                door.close()
+            if backend is not None:
+                backend.close()
         return found
 
 
-def lack(home: Home) -> str:
-    """Why there is no door, as far as it shows without starting the driver; empty if nothing does."""
+def problem(home: Home) -> str:
+    """Return why no backend works; "" if one may work, as far as it shows without starting the driver."""
     found = []
     for name in _names():
         if name == "driver":
             from rekindle.cuda import driver
 
-            found.append(f"driver: {why}" if (why := driver.look()) else "")
+            found.append(f"driver: {reason}" if (reason := driver.problem()) else "")
         else:
             from rekindle.cuda.utility import Utility
 
@@ -89,8 +80,19 @@ def lack(home: Home) -> str:
     return "; ".join(found)
 
 
+def begin_search(record: "Record", home: Home) -> "contextlib.AbstractContextManager[Search | None]":
+    """Begin a search for a record with CUDA state, so that the driver starts during other work.
+
+    Returns a context manager: it gives None for a record without CUDA state, and stops the driver at the
+    end unless `Search.backend` has returned it.
+    """
+    if not record.process.cuda_pids:
+        return contextlib.nullcontext()
+    return Search(home)
+
+
 class Search:
-    """What `find` does, in two halves: the driver starts now, and `door` waits for it, after other work."""
+    """`find` in two halves: the constructor starts the driver, and `backend` waits for it."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -101,48 +103,47 @@ class Search:
 
             self._driver = driver.Driver()
 
-    def door(self) -> "Door":
-        """As `find`. The door is the caller's to close."""
+    def backend(self) -> "Backend":
+        """Return the backend as `find` does. The caller closes it."""
         tried = []
-        for candidate, door in self.tried():
-            if door is not None:
-                return door
+        for candidate, backend in self.tried():
+            if backend is not None:
+                return backend
             tried.append(candidate)
         raise CapabilityError(
-            "there is no way to checkpoint and restore CUDA here",
-            cause="; ".join(f"{candidate.name}: {candidate.lack}" for candidate in tried),
+            "cannot checkpoint and restore CUDA on this node",
+            cause="; ".join(f"{candidate.name}: {candidate.problem}" for candidate in tried),
             hint=tried[0].hint,
         )
 
-    def lack(self) -> str:
-        """Why there is no door, as far as that can be told before the driver has started; empty if there may
-        be one. Takes no seconds."""
-        lacks = []
+    def problem(self) -> str:
+        """Return why no backend works; "" if one may. Does not wait for the driver's start."""
+        problems = []
         if self._driver is not None:
-            self._driver.look()
-            if not self._driver.lack:
+            self._driver.wait_for_library()
+            if not self._driver.problem:
                 return ""
-            lacks.append(f"driver: {self._driver.lack}")
+            problems.append(f"driver: {self._driver.problem}")
         if "utility" in self._names:
-            candidate, _ = self._try_utility(in_vain=self._was_started())
-            if not candidate.lack:
+            candidate, _ = self._try_utility(driver_failed=self._was_started())
+            if not candidate.problem:
                 return ""
-            lacks.append(f"utility: {candidate.lack}")
-        return "; ".join(lacks)
+            problems.append(f"utility: {candidate.problem}")
+        return "; ".join(problems)
 
-    def tried(self) -> "Iterator[tuple[BackendCandidate, Door | None]]":
-        """Each candidate, and the door if it opens."""
-        in_vain = False
+    def tried(self) -> "Iterator[tuple[BackendCandidate, Backend | None]]":
+        """Yield each candidate, with its backend if it works."""
+        driver_failed = False
         for name in self._names:
             if name == "driver":
-                candidate, door = self._try_driver()
-                in_vain = bool(candidate.lack) and self._was_started()
+                candidate, backend = self._try_driver()
+                driver_failed = bool(candidate.problem) and self._was_started()
             else:
-                candidate, door = self._try_utility(in_vain=in_vain)
-            yield candidate, door
+                candidate, backend = self._try_utility(driver_failed=driver_failed)
+            yield candidate, backend
 
     def close(self) -> None:
-        """Gives up what was started and not handed out. Idempotent."""
+        """Stop the driver's client unless `backend` has returned it. Idempotent."""
         if self._driver is not None:
             self._driver.close()
             self._driver = None
@@ -158,35 +159,37 @@ class Search:
     def _was_started(self) -> bool:
         return self._driver is not None and self._driver.started
 
-    def _try_driver(self) -> "tuple[BackendCandidate, Door | None]":
+    def _try_driver(self) -> "tuple[BackendCandidate, Backend | None]":
         assert self._driver is not None
         driver = self._driver
         driver.wait()
-        if driver.lack:
-            return BackendCandidate(name="driver", detail="libcuda.so.1", lack=driver.lack, hint=_HINT), None
+        if problem := driver.problem:
+            return BackendCandidate(name="driver", detail="libcuda.so.1", problem=problem, hint=_HINT), None
         self._driver = None
         known = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
-        return BackendCandidate(name="driver", detail=f"libcuda.so.1, {known}", lack=""), driver
+        return BackendCandidate(name="driver", detail=f"libcuda.so.1, {known}", problem=""), driver
 
-    def _try_utility(self, *, in_vain: bool) -> "tuple[BackendCandidate, Door | None]":
+    def _try_utility(self, *, driver_failed: bool) -> "tuple[BackendCandidate, Backend | None]":
         from rekindle.cuda.utility import Utility
 
         try:
             utility = Utility.find(self._home)
         except CapabilityError as error:
-            return BackendCandidate(name="utility", detail="", lack=error.message, hint=error.hint), None
+            return BackendCandidate(name="utility", detail="", problem=error.message, hint=error.hint), None
         detail = f"{utility.path} {utility.version}"
-        if in_vain:
-            lack = "it starts the same driver"
-            return BackendCandidate(name="utility", detail=detail, lack=lack, hint=_HINT), None
-        return BackendCandidate(name="utility", detail=detail, lack=""), utility
+        if driver_failed:
+            problem = "it starts the same driver, which failed"
+            return BackendCandidate(name="utility", detail=detail, problem=problem, hint=_HINT), None
+        return BackendCandidate(name="utility", detail=detail, problem=""), utility
 
 
 def _names() -> tuple[str, ...]:
-    """The doors to try, in this order."""
-    asked = os.environ.get("REKINDLE_CUDA_DOOR")
-    if not asked:
+    """Return the backends to try, in order. Raises UsageError for an unknown one."""
+    variable, forced = next(
+        ((name, value) for name in _VARIABLES if (value := os.environ.get(name))), ("", "")
+    )
+    if not forced:
         return _NAMES
-    if asked not in _NAMES:
-        raise UsageError(f"REKINDLE_CUDA_DOOR is {asked!r}", hint=f"it may be {' or '.join(_NAMES)}")
-    return (asked,)
+    if forced not in _NAMES:
+        raise UsageError(f"invalid {variable} {forced!r}", hint=f"set it to {' or '.join(_NAMES)}")
+    return (forced,)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA's checkpointing by NVIDIA's `cuda-checkpoint`, for drivers whose API cannot be called (555 to 565).
+"""Checkpoint CUDA with NVIDIA's `cuda-checkpoint`, for drivers without the API (555 to 565).
 
-Each call starts the driver anew, which takes seconds. Its exit status is the driver's result, of which the
-shell sees the low eight bits, so what it prints tells more: `Could not lock on process ID 42: "…"`.
+Each call starts the driver again, which takes seconds. The exit status is the low eight bits of the
+driver's result, so we read the message instead: `Could not lock on process ID 42: "…"`.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from rekindle.cuda.door import (
+from rekindle.cuda.backend import (
     ANSWER_SECONDS,
     STEP_SECONDS,
     Action,
     State,
-    checked,
+    check_device_map,
     failure,
     holds_none,
-    late,
+    timed_out,
 )
 from rekindle.errors import CapabilityError, CudaError
 from rekindle.files import write_atomically
@@ -35,9 +35,9 @@ _HELP_SECONDS = 20.0
 _START_SECONDS = 60.0  # for cuInit, on a node of many GPUs
 _TIMED_OUT = 124  # from rekindle.run
 _DRIVER_WITH_MAPS = 580
-_HINT = "https://github.com/NVIDIA/cuda-checkpoint has it, or set REKINDLE_CUDA_CHECKPOINT to yours"
+_HINT = "get it from https://github.com/NVIDIA/cuda-checkpoint, or set REKINDLE_CUDA_CHECKPOINT to yours"
 
-# cuGetErrorString's texts, of what checkpointing can answer.
+# cuGetErrorString's texts for the results that checkpointing can return.
 _RESULTS = {
     "invalid argument": (1, "CUDA_ERROR_INVALID_VALUE"),
     "out of memory": (2, "CUDA_ERROR_OUT_OF_MEMORY"),
@@ -57,7 +57,7 @@ _RESULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utility:
-    """The door. `maps` says whether it has --device-map."""
+    """The backend that runs cuda-checkpoint. `maps` tells whether it has --device-map."""
 
     path: Path
     version: str
@@ -65,19 +65,20 @@ class Utility:
 
     @classmethod
     def find(cls, home: Home) -> Self:
-        """`$REKINDLE_CUDA_CHECKPOINT`, or the one on PATH. What it can do is remembered until it changes.
+        """Return `$REKINDLE_CUDA_CHECKPOINT`, or else the one on PATH.
 
-        Raises CapabilityError if there is none, or if it is too old.
+        Remembers its features until the file changes. Raises CapabilityError if there is none or it is too
+        old.
         """
         chosen = os.environ.get("REKINDLE_CUDA_CHECKPOINT") or shutil.which("cuda-checkpoint")
         if not chosen:
-            raise CapabilityError("there is no cuda-checkpoint on PATH", hint=_HINT)
+            raise CapabilityError("cuda-checkpoint is not on PATH", hint=_HINT)
         path = Path(chosen).absolute()
         text = _help(path, home.tools / "cuda-checkpoint-help.json")
         match = re.search(r"Version (\S+?)\.? ", text)
         version = match[1] if match else "of an unknown version"
         if "--action" not in text:
-            raise CapabilityError(f"{path} {version} knows no --action: it is older than 555", hint=_HINT)
+            raise CapabilityError(f"{path} {version} has no --action: it is older than 555", hint=_HINT)
         return cls(path=path, version=version, maps="--device-map" in text)
 
     @property
@@ -86,7 +87,7 @@ class Utility:
 
     def state(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> State:
         output = self._call(Action.STATE, pid, ["--get-state"], timeout_seconds)
-        for line in reversed(output.splitlines()):  # the driver may have something to say, too
+        for line in reversed(output.splitlines()):  # messages of the driver may come first
             with contextlib.suppress(ValueError):
                 return State(line.strip())
         raise failure(Action.STATE, pid, 0, "", f"it printed {output.strip()!r}")
@@ -115,7 +116,7 @@ class Utility:
     ) -> None:
         words = ["--action", "restore"]
         if device_map:
-            pairs = [f"{old}={new}" for old, new in checked(device_map, pid).items()]
+            pairs = [f"{old}={new}" for old, new in check_device_map(device_map, pid).items()]
             self._require_maps(pid)
             words += ["--device-map", ",".join(pairs)]
         self._call(Action.RESTORE, pid, words, timeout_seconds)
@@ -127,18 +128,18 @@ class Utility:
         pass
 
     def _require_maps(self, pid: int) -> None:
-        """A driver before 580 leaves the map unread, and would restore onto any GPU."""
+        """Raise CudaError for a driver before 580, which ignores the map and restores onto any GPU."""
         driver = gpu.probe().driver
         major = int(driver.partition(".")[0]) if driver.partition(".")[0].isdecimal() else _DRIVER_WITH_MAPS
         if not self.maps or major < _DRIVER_WITH_MAPS:
             raise CudaError(
-                f"process {pid} cannot be restored onto other GPUs here",
-                cause=f"that came with 580; here are {self.path} {self.version} and driver {driver or '?'}",
+                f"cannot restore process {pid} onto other GPUs on this node",
+                cause=f"that needs 580; found {self.path} {self.version} and driver {driver or '?'}",
                 hint="update the driver and cuda-checkpoint to 580 or newer, or restore onto the same GPUs",
             )
 
     def _call(self, step: Action, pid: int, words: list[str], seconds: float) -> str:
-        """What it printed."""
+        """Run cuda-checkpoint and return its output. Raises CudaError."""
         argv = [str(self.path), *words, "--pid", str(pid)]
         try:
             done = run(argv, timeout=seconds)
@@ -150,17 +151,18 @@ class Utility:
         quoted = re.search(r': "([^"]+)"\s*$', output)
         number, name = _RESULTS.get(quoted[1] if quoted else "", (0, ""))
         if done.status == _TIMED_OUT and not number:
-            raise late(step, pid, seconds, "cuda-checkpoint was at it, and was ended")
-        if number and not output.startswith("Could not"):  # `Error initializing CUDA: "…"`, of the utility
+            raise timed_out(step, pid, seconds, "cuda-checkpoint was still running and was killed")
+        # `Error initializing CUDA: "…"` is about cuda-checkpoint itself, not about the process.
+        if number and not output.startswith("Could not"):
             number, name = 0, ""
-        text = quoted[1] if quoted and number else output or f"it ended with status {done.status}"
+        text = quoted[1] if quoted and number else output or f"it exited with status {done.status}"
         refused = failure(step, pid, number, name, text)
         refused.command = tuple(argv)
         raise refused
 
 
 def _help(path: Path, known: Path) -> str:
-    """What it prints for --help, or printed when it was asked last."""
+    """Return the output of --help, from the cache in `known` if the file has not changed."""
     try:
         status = path.stat()
         identity = f"{path} {status.st_size} {status.st_mtime_ns}"
@@ -169,7 +171,7 @@ def _help(path: Path, known: Path) -> str:
                 return text
         done = run([str(path), "--help"], timeout=_HELP_SECONDS)
     except OSError as error:
-        raise CapabilityError(f"{path} cannot be run: {error}", hint=_HINT) from error
+        raise CapabilityError(f"cannot run {path}: {error}", hint=_HINT) from error
     if done.status == 0:
         with contextlib.suppress(OSError):
             write_atomically(known, json.dumps({identity: done.output}).encode())

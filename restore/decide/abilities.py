@@ -44,7 +44,7 @@ def cuda_lack(home: Home) -> str:
     driver, which takes seconds; empty if nothing does. For a record that names such GPUs."""
     from rekindle.cuda import search
 
-    return search.lack(home)
+    return search.problem(home)
 
 
 def _cell_lack(home: Home) -> str:

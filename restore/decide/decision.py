@@ -12,7 +12,7 @@ from oci.reference import parse
 from oci.trust.verifier import Verified
 from rekindle import os_errors
 from rekindle.cell import Network
-from rekindle.cuda.search import starting_cuda
+from rekindle.cuda.search import begin_search
 from rekindle.engine import Endpoint, Engine, parse_endpoint
 from rekindle.engine.choose import for_command, restored
 from rekindle.errors import CapabilityError, RekindleError, UsageError
@@ -142,7 +142,7 @@ def _gather(
     report.trusted_by = verified.trust.by
     image = gathering.load(verified)
     report.image = ImageName(reference=options.image, digest=image.value.index.digest)
-    cuda = connections.enter_context(starting_cuda(image.value.record, home)) if starts_cuda else None
+    cuda = connections.enter_context(begin_search(image.value.record, home)) if starts_cuda else None
     facts, kernels = gathering.gather(
         image,
         reference,

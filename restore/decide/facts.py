@@ -67,7 +67,7 @@ def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Ab
     able = abilities.probe(home)
     if not found.record.process.cuda_pids:
         return able
-    if lack := starting.lack() if starting else abilities.cuda_lack(home):
+    if lack := starting.problem() if starting else abilities.cuda_lack(home):
         return dataclasses.replace(able, lacks={**able.lacks, "cuda": lack})
     return able
 

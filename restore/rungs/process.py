@@ -241,9 +241,9 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> 
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]
-    with contextlib.closing(cuda.search.door()) as door:
+    with contextlib.closing(cuda.search.backend()) as backend:
         # No roll-back: if this fails, the processes end with the cell.
-        Session(door, holders).restore_all(cuda.device_map, roll_back=False)
+        Session(backend, holders).restore_all(cuda.device_map, roll_back=False)
 
 
 def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:

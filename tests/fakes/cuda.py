@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA driver for every command that gets its environment, and processes that hold CUDA.
 
-Its two doors, libcuda.so.1 and cuda-checkpoint, lead to the same states. cuda_engine.py says what it does,
+Its two backends, libcuda.so.1 and cuda-checkpoint, lead to the same states. cuda_engine.py says what it does,
 and what `describe` takes.
 """
 
@@ -45,7 +45,7 @@ class Event:
     event: str
     step: str
     pid: int
-    door: str
+    backend: str
     time: float
     code: int | None = None
     before: str | None = None
@@ -55,7 +55,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class FakeCuda:
-    """Both doors in a directory. It needs a C compiler."""
+    """Both backends in a directory. It needs a C compiler."""
 
     place: Path
 
@@ -93,7 +93,7 @@ class FakeCuda:
     def describe(
         self, *, driver: str = "580.65.06", library: bool = True, utility: bool = True, **facts: Any
     ) -> None:
-        """From now on the driver is this one, for every call; `library` and `utility` are the doors."""
+        """From now on the driver is this one, for every call; `library` and `utility` are the backends."""
         _replace(self.place / "driver", json.dumps({"driver": driver, **facts}))
         # Without a library, an empty file: the loader looks no further, even where this machine has one.
         which = "new" if int(driver.partition(".")[0]) >= 570 else "old"

@@ -145,14 +145,14 @@ def fault_of(config: JSON, step: str, pid: int, events: list[JSON]) -> tuple[int
 
 
 def perform(
-    step: str, pid: int, door: str, *, timeout_ms: int = 0, device_map: dict[str, str] | None = None
+    step: str, pid: int, backend: str, *, timeout_ms: int = 0, device_map: dict[str, str] | None = None
 ) -> tuple[int, int]:
     """One call: its result, and the value that it gives."""
     config = configuration()
     with Log() as log:
         number, fault = fault_of(config, step, pid, log.events())
-        log.add(event="begin", step=step, pid=pid, door=door, fault=number)
-    alone = door == "utility"
+        log.add(event="begin", step=step, pid=pid, backend=backend, fault=number)
+    alone = backend == "utility"
     if not wait(config.get("seconds", {}).get(step, 0) + fault.get("seconds", 0), even_alone=alone):
         sys.exit(1)
     if fault.get("hang"):
@@ -172,7 +172,7 @@ def perform(
         if "state" in fault and (held := read_state(pid)):
             write_state(pid, {**held, "state": fault["state"]})
         after = (read_state(pid) or {}).get("state")
-        log.add(event="end", step=step, pid=pid, door=door, code=code, before=before, after=after)
+        log.add(event="end", step=step, pid=pid, backend=backend, code=code, before=before, after=after)
     return code, value
 
 
@@ -211,12 +211,12 @@ def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) ->
     return 0, 0
 
 
-def initialise(door: str) -> int:
+def initialise(backend: str) -> int:
     """cuInit: its result."""
     config = configuration()
     with Log() as log:
         number, fault = fault_of(config, "init", 0, log.events())
-        log.add(event="begin", step="init", pid=0, door=door, fault=number)
+        log.add(event="begin", step="init", pid=0, backend=backend, fault=number)
     seconds = config.get("init_seconds", 0) + fault.get("seconds", 0)
     if not wait(HANG_SECONDS if fault.get("hang") else seconds, even_alone=False):
         sys.exit(1)

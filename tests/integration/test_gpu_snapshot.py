@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshot and restore of servers that hold CUDA: real CRIU, real processes, and a driver that is not there.
+"""Snapshot and restore servers that hold CUDA, with real CRIU, real processes and a fake driver.
 
-tests/fakes/cuda_engine.py says what that driver does. What is done to processes is tested through both doors
-to it.
+tests/fakes/cuda_engine.py describes that driver. What is done to processes is tested with both backends.
 """
 
 import json
@@ -39,9 +38,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> FakeGpuNode:
 
 @pytest.fixture
 def node(request: pytest.FixtureRequest, built: FakeGpuNode, rekindle: Rekindle) -> FakeGpuNode:
-    """Where this test's commands run, until the test says otherwise: one GPU, and one door."""
+    """Where this test's commands run, until the test says otherwise: one GPU, and one backend."""
     built.begin(ONE)
-    rekindle.env |= {**built.environment, "REKINDLE_CUDA_DOOR": getattr(request, "param", "driver")}
+    rekindle.env |= {**built.environment, "REKINDLE_CUDA_BACKEND": getattr(request, "param", "driver")}
     return built
 
 
@@ -62,7 +61,7 @@ def horse(saved: Path, node: FakeGpuNode, rekindle: Rekindle) -> None:
     node.cuda.forget()
 
 
-both_doors = pytest.mark.parametrize("node", ["driver", "utility"], indirect=True)
+both_backends = pytest.mark.parametrize("node", ["driver", "utility"], indirect=True)
 
 
 def steps(log: list[Event]) -> list[Event]:
@@ -100,7 +99,7 @@ def refused(rekindle: Rekindle, node: FakeGpuNode, port: int, status: int, *beha
     return done.stderr
 
 
-@both_doors
+@both_backends
 def test_a_server_with_cuda_in_two_processes_goes_on_where_it_was(
     rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int, nothing_left: NothingLeft
 ) -> None:
@@ -126,7 +125,7 @@ def test_a_server_with_cuda_in_two_processes_goes_on_where_it_was(
     assert {each.before for each in steps(after) if each.step == "restore"} == {"checkpointed"}
     assert set(ends_in(after).values()) == {"running"}
     assert not {each.pid for each in steps(before)} & {each.pid for each in steps(after)}
-    if all(each.door == "driver" for each in after):
+    if all(each.backend == "driver" for each in after):
         assert sum(each.step == "init" for each in after) == 1, "it took its seconds more than once"
     names = [phase["name"] for phase in replica.report["phases"]]
     assert names.index("restore") < names.index("cuda") < names.index("oracle")
@@ -157,7 +156,7 @@ def test_two_replicas_hold_their_own_state(
     assert len(ends_in(node.cuda.log())) == 4
 
 
-@both_doors
+@both_backends
 @pytest.mark.usefixtures("horse")
 def test_on_a_node_with_other_gpus_they_take_the_places_of_the_recorded_ones(
     rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int
@@ -220,7 +219,7 @@ def test_a_node_whose_gpus_do_not_fit_takes_a_lower_rung(
     assert steps(node.cuda.log()) == []
 
 
-@both_doors
+@both_backends
 @pytest.mark.usefixtures("horse")
 def test_a_node_without_a_driver_takes_a_lower_rung(
     rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int
@@ -234,9 +233,9 @@ def test_a_node_without_a_driver_takes_a_lower_rung(
     assert reasons(replica)["cuda"] is True
 
 
-@both_doors
+@both_backends
 @pytest.mark.usefixtures("horse")
-def test_a_node_with_the_gpu_and_without_a_door_takes_a_lower_rung(
+def test_a_node_with_the_gpu_and_without_a_backend_takes_a_lower_rung(
     rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int
 ) -> None:
     node.begin(ONE, library=False, utility=False)
@@ -245,7 +244,7 @@ def test_a_node_with_the_gpu_and_without_a_door_takes_a_lower_rung(
     assert {code for code, hard in found.items() if hard and code.startswith(("cuda", "gpu"))} == {"cuda"}
 
 
-@both_doors
+@both_backends
 @pytest.mark.parametrize(("step", "nth"), [("restore", 2), ("unlock", 1)])
 @pytest.mark.usefixtures("horse")
 def test_cuda_state_that_does_not_come_back_costs_the_rung(
@@ -284,7 +283,7 @@ def test_a_snapshot_whose_state_does_not_come_back_is_not_published(
     nothing_left()
 
 
-@both_doors
+@both_backends
 @pytest.mark.parametrize(
     "fault",
     [
@@ -322,7 +321,7 @@ def test_processes_that_run_on_after_their_checkpoint_are_not_dumped(
     assert set(ends_in(node.cuda.log()).values()) == {"running"}
 
 
-@both_doors
+@both_backends
 def test_a_dump_that_fails_leaves_every_process_running(
     rekindle: Rekindle, node: FakeGpuNode, port: int, tmp_path: Path, nothing_left: NothingLeft
 ) -> None:
@@ -341,7 +340,7 @@ def test_a_dump_that_fails_leaves_every_process_running(
     nothing_left()
 
 
-@both_doors
+@both_backends
 @pytest.mark.parametrize(("step", "signum"), [("lock", signal.SIGTERM), ("checkpoint", signal.SIGINT)])
 def test_a_signal_amid_it_leaves_every_process_running(
     rekindle: Rekindle,
@@ -495,19 +494,19 @@ def test_a_server_that_uses_no_gpu_is_taken_as_on_a_node_without(
     assert restore("horse", port).report["outcome"] == "restored"
 
 
-def test_a_server_that_uses_no_gpu_needs_no_door(rekindle: Rekindle, node: FakeGpuNode, port: int) -> None:
+def test_a_server_that_uses_no_gpu_needs_no_backend(rekindle: Rekindle, node: FakeGpuNode, port: int) -> None:
     node.describe(ONE, library=False, utility=False)
     done = rekindle.snapshot_workhorse("horse", port)
     assert done.status == 0, done.stderr
 
 
-def test_a_server_that_uses_one_needs_a_door(
+def test_a_server_that_uses_one_needs_a_backend(
     rekindle: Rekindle, node: FakeGpuNode, port: int, tmp_path: Path
 ) -> None:
     node.describe(ONE, library=False, utility=False)
     rekindle.prefix = with_device("/dev/nvidia0", tmp_path / "dev")
     said = refused(rekindle, node, port, 10, "hold=device", "path=/dev/nvidia0")
-    assert "there is no way to checkpoint and restore CUDA here" in said
+    assert "cannot checkpoint and restore CUDA on this node" in said
 
 
 def test_the_gpus_are_all_of_the_nodes_where_nobody_tells_which_are_held(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of CUDA's checkpointing share: the fake driver, doors to it, and commands that use them."""
+"""Fixtures for testing CUDA checkpoints: the fake driver, its backends, and commands that use them."""
 
 import contextlib
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from rekindle.cuda import search
-from rekindle.cuda.door import Door
+from rekindle.cuda.backend import Backend
 from rekindle.home import Home
 from tests.conftest import ROOT
 from tests.fakes.cuda import FakeCuda
 
-DOORS = ("driver", "utility")
+BACKENDS = ("driver", "utility")
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def fake(built: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     built.forget()
     for name, value in built.environment.items():
         monkeypatch.setenv(name, value)
-    for name in ("REKINDLE_CUDA_DOOR", "REKINDLE_CUDA_CHECKPOINT"):
+    for name in ("REKINDLE_CUDA_BACKEND", "REKINDLE_CUDA_DOOR", "REKINDLE_CUDA_CHECKPOINT"):
         monkeypatch.delenv(name, raising=False)
     return built
 
@@ -42,12 +42,12 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
 
 
-@pytest.fixture(params=DOORS)
-def door(
+@pytest.fixture(params=BACKENDS)
+def backend(
     request: pytest.FixtureRequest, fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Door]:
-    """Each of the doors in turn."""
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", request.param)
+) -> Iterator[Backend]:
+    """Each of the backends in turn."""
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", request.param)
     found = search.find(home)
     yield found
     found.close()
@@ -68,9 +68,9 @@ def interrupt(signum, _):
 signal.signal(signal.SIGTERM, interrupt)
 home, journal, timeout, *pids = sys.argv[1:]
 with Home(Path(home)).work("snapshot") as directory:
-    door = find(Home(Path(home)))
+    backend = find(Home(Path(home)))
     try:
-        with Session(door, [int(pid) for pid in pids], directory / journal) as session:
+        with Session(backend, [int(pid) for pid in pids], directory / journal) as session:
             session.checkpoint_all(float(timeout))
             print("checkpointed", flush=True)
             signal.pause()
@@ -81,7 +81,7 @@ with Home(Path(home)).work("snapshot") as directory:
         print(*getattr(interrupted, "__notes__", ()), flush=True)
         sys.exit(128 + interrupted.signum)
     finally:
-        door.close()
+        backend.close()
 """
 
 

@@ -18,16 +18,16 @@ import pytest
 from rekindle.cell import Cell, Command, Network
 from rekindle.cell.processes import host_pids
 from rekindle.cuda import search
-from rekindle.cuda.door import Door, State
+from rekindle.cuda.backend import Backend, State
 from rekindle.cuda.session import Session, holders, repair
 from rekindle.errors import CapabilityError, CudaError
 from rekindle.home import Home
 from rekindle.journal import CUDA_JOURNAL, unfinished
 from tests.conftest import wait_for, workhorse
 from tests.fakes.cuda import UUID, FakeCuda, ordered
-from tests.unit.cuda_samples import built, clients, door, fake, home, session_command
+from tests.unit.cuda_samples import backend, built, clients, fake, home, session_command
 
-__all__ = ["built", "door", "fake", "home"]  # fixtures
+__all__ = ["backend", "built", "fake", "home"]  # fixtures
 
 OTHER_UUID = UUID.replace("000000000000", "000000000001")
 THIRD_UUID = UUID.replace("000000000000", "000000000002")
@@ -55,10 +55,10 @@ def steps(fake: FakeCuda, pid: int) -> list[str]:
 
 
 def test_all_are_locked_before_any_is_checkpointed_and_restored_before_any_is_unlocked(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(seconds={"lock": 0.05, "checkpoint": 0.05, "restore": 0.05})
-    with Session(door, pids, journal) as session:
+    with Session(backend, pids, journal) as session:
         session.checkpoint_all(20)
         assert states(fake, pids) == {"checkpointed"}
         assert journal.exists()
@@ -68,23 +68,23 @@ def test_all_are_locked_before_any_is_checkpointed_and_restored_before_any_is_un
     assert ordered(fake.log(), before="lock", after="checkpoint")
     assert ordered(fake.log(), before="checkpoint", after="restore")
     assert ordered(fake.log(), before="restore", after="unlock")
-    assert {each.door for each in fake.log()} == {door.name}
+    assert {each.backend for each in fake.log()} == {backend.name}
     for pid in pids:
         assert steps(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
-def test_processes_are_dealt_with_at_once(fake: FakeCuda, door: Door, pids: list[int]) -> None:
+def test_processes_are_dealt_with_at_once(fake: FakeCuda, backend: Backend, pids: list[int]) -> None:
     fake.describe(seconds={"checkpoint": 1.0})
-    Session(door, pids).checkpoint_all(20)
+    Session(backend, pids).checkpoint_all(20)
     times = [each.time for each in fake.log() if each.step == "checkpoint"]
     assert max(times) - min(times) < 3  # and not four
 
 
 def test_the_journal_is_written_before_the_first_lock(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(seconds={"lock": 1.0})
-    thread = threading.Thread(target=Session(door, pids, journal).checkpoint_all, args=[20])
+    thread = threading.Thread(target=Session(backend, pids, journal).checkpoint_all, args=[20])
     thread.start()
     fake.wait_for("lock")
     written = json.loads(journal.read_text())
@@ -98,40 +98,42 @@ def test_the_journal_is_written_before_the_first_lock(
     assert journal.stat().st_mode & 0o777 == 0o600
 
 
-def test_who_holds_cuda_is_told_by_the_restore_thread(fake: FakeCuda, door: Door, pids: list[int]) -> None:
+def test_who_holds_cuda_is_told_by_the_restore_thread(
+    fake: FakeCuda, backend: Backend, pids: list[int]
+) -> None:
     with subprocess.Popen(["sleep", "1000"]) as coordinator:
         try:
             fake.describe(coordinators=[coordinator.pid])
-            assert door.state(coordinator.pid) is State.RUNNING  # which is the trap
-            assert holders(door, [coordinator.pid, *pids, os.getpid(), 2**22 - 1]) == pids
+            assert backend.state(coordinator.pid) is State.RUNNING  # which is the trap
+            assert holders(backend, [coordinator.pid, *pids, os.getpid(), 2**22 - 1]) == pids
         finally:
             coordinator.kill()
 
 
 def test_a_lock_that_times_out_leaves_every_process_running(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(busy=[pids[2]])
     start = time.monotonic()
     with pytest.raises(CudaError, match=f"could not lock process {pids[2]}") as caught:
-        Session(door, pids, journal).checkpoint_all(1.5)
+        Session(backend, pids, journal).checkpoint_all(1.5)
     assert time.monotonic() - start < 10
     assert "CUDA_ERROR_NOT_READY (600)" in caught.value.cause
     assert caught.value.number == 600
-    assert "did not come to rest" in caught.value.hint
+    assert "did not finish" in caught.value.hint
     assert states(fake, pids) == {"running"}
     assert "checkpoint" not in {each.step for each in fake.log()}
     assert not journal.exists()
 
 
 def test_a_checkpoint_that_fails_on_the_third_of_four_rolls_all_back(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "checkpoint", "nth": 3, "code": 2}])
     with pytest.raises(CudaError, match="could not checkpoint") as caught:
-        Session(door, pids, journal).checkpoint_all(20)
+        Session(backend, pids, journal).checkpoint_all(20)
     assert caught.value.cause == "CUDA_ERROR_OUT_OF_MEMORY (2): out of memory"
-    assert "host's memory" in caught.value.hint
+    assert "free memory" in caught.value.hint
     assert states(fake, pids) == {"running"}
     assert ordered(fake.log(), before="restore", after="unlock")
     assert sorted(len(steps(fake, pid)) for pid in pids) == [2, 4, 4, 4]
@@ -140,58 +142,60 @@ def test_a_checkpoint_that_fails_on_the_third_of_four_rolls_all_back(
 
 @pytest.mark.parametrize("step", ["state", "lock", "checkpoint"])
 def test_a_failure_at_any_step_leaves_all_as_it_was(
-    fake: FakeCuda, door: Door, pids: list[int], step: str
+    fake: FakeCuda, backend: Backend, pids: list[int], step: str
 ) -> None:
     fake.describe(faults=[{"step": step, "nth": 2, "code": 999}])
     with pytest.raises(CudaError, match=r"CUDA could not") as caught:
-        Session(door, pids).checkpoint_all(20)
+        Session(backend, pids).checkpoint_all(20)
     assert caught.value.cause == "CUDA_ERROR_UNKNOWN (999): unknown error"
     assert states(fake, pids) == {"running"}
 
 
 @pytest.mark.parametrize("step", ["restore", "unlock"])
 def test_a_restore_that_fails_leaves_all_checkpointed(
-    fake: FakeCuda, door: Door, pids: list[int], step: str
+    fake: FakeCuda, backend: Backend, pids: list[int], step: str
 ) -> None:
     """As CRIU has restored them: each was found so."""
     for pid in pids:
         fake.put(pid, "checkpointed")
     fake.describe(faults=[{"step": step, "nth": 2, "code": 999}])
     with pytest.raises(CudaError, match=f"could not {step} process"):
-        Session(door, pids).restore_all({})
+        Session(backend, pids).restore_all({})
     assert states(fake, pids) == {"checkpointed"}
 
 
-def test_every_failure_is_told(fake: FakeCuda, door: Door, pids: list[int]) -> None:
+def test_every_failure_is_told(fake: FakeCuda, backend: Backend, pids: list[int]) -> None:
     fake.describe(faults=[{"step": "lock", "pid": pid, "code": 801} for pid in pids[1:3]])
     with pytest.raises(CudaError) as caught:
-        Session(door, pids).checkpoint_all(20)
+        Session(backend, pids).checkpoint_all(20)
     assert str(pids[1]) in caught.value.message
     assert str(pids[2]) in caught.value.cause
     assert "managed memory" in caught.value.hint
 
 
-def test_a_checkpoint_without_effect_is_noticed(fake: FakeCuda, door: Door, pids: list[int]) -> None:
+def test_a_checkpoint_without_effect_is_noticed(fake: FakeCuda, backend: Backend, pids: list[int]) -> None:
     """The classic: a dump that silently lacks what was on the GPU."""
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[1], "code": 0}])
     with pytest.raises(CudaError, match=f"could not checkpoint process {pids[1]}") as caught:
-        Session(door, pids).checkpoint_all(20)
-    assert "locked all the same" in caught.value.cause
+        Session(backend, pids).checkpoint_all(20)
+    assert "still locked" in caught.value.cause
     assert states(fake, pids) == {"running"}
 
 
 @pytest.mark.parametrize("found", ["locked", "checkpointed"])
-def test_states_that_were_found_are_kept(fake: FakeCuda, door: Door, pids: list[int], found: str) -> None:
+def test_states_that_were_found_are_kept(
+    fake: FakeCuda, backend: Backend, pids: list[int], found: str
+) -> None:
     fake.put(pids[0], found)
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[3], "code": 999}])
     with pytest.raises(CudaError):
-        Session(door, pids).checkpoint_all(20)
+        Session(backend, pids).checkpoint_all(20)
     assert fake.state(pids[0]) == found
     assert states(fake, pids[1:]) == {"running"}
     if found == "checkpointed":
         assert steps(fake, pids[0]) == []
     fake.describe()
-    with Session(door, pids) as session:
+    with Session(backend, pids) as session:
         session.checkpoint_all(20)
         assert states(fake, pids) == {"checkpointed"}
         assert session.rollback() == []
@@ -200,16 +204,16 @@ def test_states_that_were_found_are_kept(fake: FakeCuda, door: Door, pids: list[
 
 
 def test_a_process_in_which_cuda_has_failed_is_refused_at_once(
-    fake: FakeCuda, door: Door, pids: list[int]
+    fake: FakeCuda, backend: Backend, pids: list[int]
 ) -> None:
     fake.put(pids[1], "failed")
     with pytest.raises(CudaError, match=f"process {pids[1]} has failed"):
-        Session(door, pids).checkpoint_all(20)
+        Session(backend, pids).checkpoint_all(20)
     assert {each.step for each in fake.log()} == {"init", "state"}
 
 
 def test_what_cannot_be_rolled_back_is_told_and_stays_in_the_journal(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(
         faults=[
@@ -217,7 +221,7 @@ def test_what_cannot_be_rolled_back_is_told_and_stays_in_the_journal(
             {"step": "unlock", "pid": pids[3], "code": 304, "times": 1},
         ]
     )
-    session = Session(door, pids, journal)
+    session = Session(backend, pids, journal)
     with pytest.raises(CudaError) as caught:
         session.checkpoint_all(20)
     assert caught.value.cause.startswith("CUDA_ERROR_UNKNOWN (999)")
@@ -232,14 +236,14 @@ def test_what_cannot_be_rolled_back_is_told_and_stays_in_the_journal(
 
 
 def test_a_process_that_dies_meanwhile_does_not_keep_the_others(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     """As when the driver crashes it (NVIDIA/cuda-checkpoint#58)."""
     fake.describe(seconds={"checkpoint": 0.5})
     thread = threading.Thread(target=kill_when, args=[fake, "checkpoint", pids[1]])
     thread.start()
     with pytest.raises(CudaError, match=f"process {pids[1]}") as caught:
-        Session(door, pids, journal).checkpoint_all(20)
+        Session(backend, pids, journal).checkpoint_all(20)
     thread.join()
     assert "rolled back" not in caught.value.cause
     assert states(fake, [pids[0], *pids[2:]]) == {"running"}
@@ -251,11 +255,11 @@ def kill_when(fake: FakeCuda, step: str, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_process_that_has_ended_before_is_refused(fake: FakeCuda, door: Door) -> None:
+def test_a_process_that_has_ended_before_is_refused(fake: FakeCuda, backend: Backend) -> None:
     with fake.processes(1) as (pid,):
         pass
-    with pytest.raises(CudaError, match="could not tell the state"):
-        Session(door, [pid]).checkpoint_all(5)
+    with pytest.raises(CudaError, match="could not report the state"):
+        Session(backend, [pid]).checkpoint_all(5)
 
 
 def checkpoint_and_fail(session: Session) -> None:
@@ -265,24 +269,24 @@ def checkpoint_and_fail(session: Session) -> None:
 
 
 def test_leaving_with_an_exception_rolls_back_and_leaving_without_does_not(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     with pytest.raises(ZeroDivisionError):
-        checkpoint_and_fail(Session(door, pids, journal))
+        checkpoint_and_fail(Session(backend, pids, journal))
     assert states(fake, pids) == {"running"}
     assert not journal.exists()
-    with Session(door, pids, journal) as session:
+    with Session(backend, pids, journal) as session:
         session.checkpoint_all(20)
     assert states(fake, pids) == {"checkpointed"}
     assert not journal.exists()
 
 
 def test_an_error_of_ours_tells_what_was_left_also_if_it_is_another(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2}])
     with pytest.raises(ZeroDivisionError) as caught:
-        checkpoint_and_fail(Session(door, pids, journal))
+        checkpoint_and_fail(Session(backend, pids, journal))
     (note,) = caught.value.__notes__
     assert f"process {pids[0]} could not be rolled back: CUDA_ERROR_OUT_OF_MEMORY" in note
     assert fake.state(pids[0]) == "checkpointed"
@@ -291,7 +295,7 @@ def test_an_error_of_ours_tells_what_was_left_also_if_it_is_another(
 
 @pytest.mark.parametrize("step", ["state", "lock", "checkpoint"])
 def test_a_signal_in_the_middle_lets_what_is_going_on_finish_and_rolls_back(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int], step: str
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int], step: str
 ) -> None:
     fake.describe(seconds={step: 0.4})
     with session_command(home, pids) as command:
@@ -307,7 +311,7 @@ def test_a_signal_in_the_middle_lets_what_is_going_on_finish_and_rolls_back(
 
 
 def test_a_signal_while_it_is_checkpointed_rolls_back(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int]
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int]
 ) -> None:
     with session_command(home, pids) as command:
         assert command.stdout
@@ -318,7 +322,7 @@ def test_a_signal_while_it_is_checkpointed_rolls_back(
 
 
 def test_a_second_signal_does_not_cut_the_rollback_off(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int]
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int]
 ) -> None:
     fake.describe(seconds={"checkpoint": 0.3, "restore": 0.3, "unlock": 0.3})
     with session_command(home, pids) as command:
@@ -330,16 +334,19 @@ def test_a_second_signal_does_not_cut_the_rollback_off(
 
 
 def test_a_call_that_hangs_meets_the_deadline_and_the_others_are_rolled_back(
-    fake: FakeCuda, door: Door, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
     fake.describe(faults=[{"step": "checkpoint", "pid": pids[1], "hang": True}])
     start = time.monotonic()
     with pytest.raises(CudaError, match=f"did not checkpoint process {pids[1]} within") as caught:
-        Session(door, pids, journal, patience_seconds=1.5).checkpoint_all(2)
+        Session(backend, pids, journal, rollback_step_seconds=1.5).checkpoint_all(2)
     assert time.monotonic() - start < 15
     assert states(fake, [pids[0], *pids[2:]]) == {"running"}
-    if door.name == "driver":  # which is still at it; the utility was ended
-        assert f"process {pids[1]} could not be rolled back: the driver is still at its" in caught.value.cause
+    if backend.name == "driver":  # which is still at it; the utility was ended
+        assert (
+            f"process {pids[1]} could not be rolled back: the driver has not finished its"
+            in caught.value.cause
+        )
         assert journal.exists()
     else:
         assert fake.state(pids[1]) == "running"
@@ -349,50 +356,50 @@ def test_what_was_late_is_waited_for_before_it_is_undone(
     fake: FakeCuda, home: Home, pids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large GPU takes its time; the driver is not interrupted, and then all is undone."""
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", "driver")
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", "driver")
     fake.describe(seconds={"checkpoint": 2.0})
-    with contextlib.closing(search.find(home)) as door:
+    with contextlib.closing(search.find(home)) as backend:
         with pytest.raises(CudaError, match="did not checkpoint"):
-            Session(door, pids).checkpoint_all(1.5)
+            Session(backend, pids).checkpoint_all(1.5)
         assert states(fake, pids) == {"running"}
         for pid in pids:
             assert steps(fake, pid) == ["lock", "checkpoint", "restore", "unlock"]
 
 
-def test_no_step_begins_after_the_deadline(fake: FakeCuda, door: Door, pids: list[int]) -> None:
+def test_no_step_begins_after_the_deadline(fake: FakeCuda, backend: Backend, pids: list[int]) -> None:
     fake.describe(seconds={"state": 0.6})
     with pytest.raises(CudaError, match=r"did not lock process \d+ within 0.5 s"):
-        Session(Slow(door), pids[:1]).checkpoint_all(0.5)
+        Session(Slow(backend), pids[:1]).checkpoint_all(0.5)
     assert "lock" not in {each.step for each in fake.log()}
 
 
 class Slow:
-    """A door that looks at no timeout."""
+    """A backend that looks at no timeout."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
     def state(self, pid: int, *, timeout_seconds: float = 0.0) -> State:
-        return self._door.state(pid)
+        return self._backend.state(pid)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._door, name)
+        return getattr(self._backend, name)
 
 
 def test_the_client_dies_in_the_middle(
     fake: FakeCuda, home: Home, pids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it was at is lost; a new one undoes what was done."""
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", "driver")
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", "driver")
     fake.describe(seconds={"checkpoint": 1.0})
-    with contextlib.closing(search.find(home)) as door:
+    with contextlib.closing(search.find(home)) as backend:
         (client,) = clients()
         thread = threading.Thread(target=kill_when, args=[fake, "checkpoint", client])
         thread.start()
         with pytest.raises(CudaError, match="could not checkpoint process") as caught:
-            Session(door, pids).checkpoint_all(20)
+            Session(backend, pids).checkpoint_all(20)
         thread.join()
-        assert "the client with the driver ended with status -9" in caught.value.cause
+        assert "client exited with status -9" in caught.value.cause
         assert states(fake, pids) == {"running"}
         assert clients() != [client]
     assert sum(each.step == "init" for each in fake.log()) == 2
@@ -400,7 +407,7 @@ def test_the_client_dies_in_the_middle(
 
 @pytest.mark.parametrize("step", ["lock", "checkpoint"])
 def test_a_command_that_was_killed_is_repaired(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int], step: str
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int], step: str
 ) -> None:
     fake.describe(seconds={step: 0.4})
     with session_command(home, pids) as command:
@@ -414,7 +421,7 @@ def test_a_command_that_was_killed_is_repaired(
     done = repair(journal, lambda: search.find(home))
     assert len(done) == 4
     was = {"lock": "locked", "checkpoint": "checkpointed"}[step]
-    assert set(done) == {f"process {pid} was {was}, and is running again" for pid in pids}
+    assert set(done) == {f"process {pid} was {was} and is running again" for pid in pids}
     assert states(fake, pids) == {"running"}
     assert not journal.exists()
 
@@ -422,13 +429,13 @@ def test_a_command_that_was_killed_is_repaired(
 def test_a_journal_of_the_dead_is_passed_over(
     fake: FakeCuda, home: Home, journal: Path, pids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", "utility")
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", "utility")
 
-    def never() -> Door:
+    def never() -> Backend:
         pytest.fail("there is nothing to do")
 
-    with contextlib.closing(search.find(home)) as door, fake.processes(2) as dead:
-        session = Session(door, dead, journal)
+    with contextlib.closing(search.find(home)) as backend, fake.processes(2) as dead:
+        session = Session(backend, dead, journal)
         session.checkpoint_all(20)
         content = json.loads(journal.read_text())
     documents: tuple[object, ...] = (
@@ -452,10 +459,10 @@ def test_a_journal_of_the_dead_is_passed_over(
 
 
 def test_a_repair_does_what_it_can_and_again_what_is_left(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int], journal: Path
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int], journal: Path
 ) -> None:
     fake.put(pids[1], "locked")
-    session = Session(door, pids, journal)
+    session = Session(backend, pids, journal)
     session.checkpoint_all(20)
     fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2, "times": 1}])
     first, *others = repair(journal, lambda: search.find(home))
@@ -467,25 +474,25 @@ def test_a_repair_does_what_it_can_and_again_what_is_left(
     assert states(fake, pids[2:]) == {"running"}
     assert unfinished(journal)
     assert repair(journal, lambda: search.find(home)) == [
-        f"process {pids[0]} was checkpointed, and is running again"
+        f"process {pids[0]} was checkpointed and is running again"
     ]
     assert not journal.exists()
 
 
-def test_a_repair_without_a_door_leaves_the_journal(
-    fake: FakeCuda, door: Door, home: Home, pids: list[int], journal: Path
+def test_a_repair_without_a_backend_leaves_the_journal(
+    fake: FakeCuda, backend: Backend, home: Home, pids: list[int], journal: Path
 ) -> None:
-    Session(door, pids, journal).checkpoint_all(20)
+    Session(backend, pids, journal).checkpoint_all(20)
     fake.describe(library=False, utility=False)
     with pytest.raises(CapabilityError):
         repair(journal, lambda: search.find(home))
     assert unfinished(journal)
 
 
-def test_a_restore_onto_other_gpus(fake: FakeCuda, door: Door) -> None:
+def test_a_restore_onto_other_gpus(fake: FakeCuda, backend: Backend) -> None:
     fake.describe(gpus=[UUID, OTHER_UUID, THIRD_UUID])
     with fake.processes(2, uuids=[UUID, OTHER_UUID]) as pids:
-        with Session(door, pids) as session:
+        with Session(backend, pids) as session:
             session.checkpoint_all(20)
             session.restore_all({UUID: THIRD_UUID, OTHER_UUID: OTHER_UUID})
         for pid in pids:
@@ -502,46 +509,46 @@ def test_a_restore_onto_other_gpus(fake: FakeCuda, door: Door) -> None:
         {},  # and here are fewer
     ],
 )
-def test_a_device_map_that_does_not_fit(fake: FakeCuda, door: Door, device_map: dict[str, str]) -> None:
+def test_a_device_map_that_does_not_fit(fake: FakeCuda, backend: Backend, device_map: dict[str, str]) -> None:
     with fake.processes(2, uuids=[UUID, OTHER_UUID]) as pids:
         for pid in pids:
             fake.put(pid, "checkpointed")
         fake.describe(gpus=[THIRD_UUID] if not device_map else [UUID, OTHER_UUID, THIRD_UUID])
         with pytest.raises(CudaError, match="could not restore") as caught:
-            Session(door, pids).restore_all(device_map)
+            Session(backend, pids).restore_all(device_map)
         assert "CUDA_ERROR_INVALID_VALUE (1)" in caught.value.cause
         assert "every GPU" in caught.value.hint
         assert states(fake, pids) == {"checkpointed"}
 
 
 @pytest.mark.parametrize("uuid", ["0", "MIG-00000090-5ca1-ab1e-0000-000000000000", UUID + ",GPU-0=GPU-1"])
-def test_a_device_map_of_nonsense(fake: FakeCuda, door: Door, pids: list[int], uuid: str) -> None:
+def test_a_device_map_of_nonsense(fake: FakeCuda, backend: Backend, pids: list[int], uuid: str) -> None:
     with pytest.raises(CudaError) as caught:
-        door.restore(pids[0], {UUID: uuid})
-    assert "no UUID of a whole GPU" in caught.value.cause
+        backend.restore(pids[0], {UUID: uuid})
+    assert "invalid UUID of a whole GPU" in caught.value.cause
     assert "restore" not in {each.step for each in fake.log()}
 
 
-def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, door: Door, pids: list[int]) -> None:
-    Session(door, pids).checkpoint_all(20)
+def test_a_state_that_was_lost_is_not_restored(fake: FakeCuda, backend: Backend, pids: list[int]) -> None:
+    Session(backend, pids).checkpoint_all(20)
     Path(f"/dev/shm/fake-cuda-{pids[2]}").unlink()
     with pytest.raises(CudaError, match=f"process {pids[2]}"):
-        Session(door, pids).restore_all({})
+        Session(backend, pids).restore_all({})
 
 
 def test_a_restore_of_processes_that_end_if_it_fails_goes_back_nowhere(
-    fake: FakeCuda, door: Door, pids: list[int]
+    fake: FakeCuda, backend: Backend, pids: list[int]
 ) -> None:
-    Session(door, pids).checkpoint_all(20)
+    Session(backend, pids).checkpoint_all(20)
     fake.forget()
     fake.describe(faults=[{"step": "unlock", "nth": 2, "code": 999}])
     with pytest.raises(CudaError, match="unlock"):
-        Session(door, pids).restore_all({}, roll_back=False)
+        Session(backend, pids).restore_all({}, roll_back=False)
     assert [each.step for each in fake.log() if each.step in {"lock", "checkpoint"}] == []
     assert states(fake, pids) == {"running", "locked"}
 
 
-def test_two_doors_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: list[int]) -> None:
+def test_two_backends_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: list[int]) -> None:
     from rekindle.cuda.utility import Utility
 
     with contextlib.closing(search.find(home)) as driver:
@@ -554,7 +561,7 @@ def test_two_doors_lead_to_the_same_states(fake: FakeCuda, home: Home, pids: lis
 
 
 def test_a_server_in_a_cell_holds_its_state_there(
-    fake: FakeCuda, door: Door, port: int, tmp_path: Path
+    fake: FakeCuda, backend: Backend, port: int, tmp_path: Path
 ) -> None:
     command = Command(
         argv=workhorse(port, "cuda=100", "cuda-child"),
@@ -568,14 +575,14 @@ def test_a_server_in_a_cell_holds_its_state_there(
         cell.enter(Network.PRIVATE)
         inside = cell.spawn(command)
         wait_for(lambda: "serving" in (tmp_path / "log").read_text(), 20)
-        pids = holders(door, host_pids(cell))
+        pids = holders(backend, host_pids(cell))
         assert len(pids) == 2
         assert inside not in pids
         assert (cell.root / f"dev/shm/fake-cuda-{inside}").exists()
         assert not Path(f"/dev/shm/fake-cuda-{inside}").exists()
-        assert door.restore_thread(pids[0]) == pids[0]  # as it is called here
+        assert backend.restore_thread(pids[0]) == pids[0]  # as it is called here
         assert fake.held(pids[0])["device_bytes"] == 100 << 20
-        with Session(door, pids) as session:
+        with Session(backend, pids) as session:
             session.checkpoint_all(20)
             assert states(fake, pids) == {"checkpointed"}
             session.restore_all({})

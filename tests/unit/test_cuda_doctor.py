@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rekindle doctor` says which door to CUDA there is, and brings back what a killed command left."""
+"""`rekindle doctor` says which CUDA backend there is, and brings back what a killed command left."""
 
 import signal
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_node_without_a_gpu_needs_none(node: FakeNvml, doctor: Rekindle, fake:
     assert fake.log() == []
 
 
-def test_the_door_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
+def test_the_backend_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
     done = doctor("doctor", "--check", "cuda")
     assert done.status == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -66,7 +66,7 @@ def test_the_door_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> N
     ]
 
 
-def test_why_a_door_is_not_taken_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
+def test_why_a_backend_is_not_taken_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
     fake.describe(driver="565.57.01")
     done = doctor("doctor", "--check", "cuda")
     assert done.status == 0, done.stderr
@@ -74,7 +74,7 @@ def test_why_a_door_is_not_taken_is_told(node: FakeNvml, doctor: Rekindle, fake:
     assert f"ok    cuda       utility: {fake.place}/bin/cuda-checkpoint 565.57.01\n" in done.stdout
 
 
-def test_a_node_with_a_gpu_and_no_door_lacks_one(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
+def test_a_node_with_a_gpu_and_no_backend_lacks_one(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
     fake.describe(driver="550.144.03")
     done = doctor("doctor", "--check", "cuda")
     assert done.status == 10
@@ -102,7 +102,7 @@ def test_what_a_killed_command_left_is_told_kept_and_repaired(
         done = doctor("doctor", "--repair", "--check", "root")
         assert done.status == 0, done.stderr
         for pid in pids:
-            assert f"process {pid} was checkpointed, and is running again\n" in done.stdout
+            assert f"process {pid} was checkpointed and is running again\n" in done.stdout
         assert f"removed the work directory of a killed command: {directory}" in done.stdout
         assert {fake.state(pid) for pid in pids} == {"running"}
         assert not directory.exists()
@@ -120,12 +120,12 @@ def test_what_cannot_be_repaired_stays_and_is_a_lack(
         assert done.json["ok"] is False
         (line,) = done.json["repaired"]
         assert f"cannot repair the servers in {directory}/{CUDA_JOURNAL}: " in line
-        assert "there is no cuda-checkpoint on PATH" in line
+        assert "cuda-checkpoint is not on PATH" in line
         fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2}])
         done = doctor("doctor", "--repair", "--check", "root")
         assert done.status == 10
         assert f"process {pids[0]} could not be rolled back: CUDA_ERROR_OUT_OF_MEMORY" in done.stdout
-        assert f"process {pids[1]} was checkpointed, and is running again" in done.stdout
+        assert f"process {pids[1]} was checkpointed and is running again" in done.stdout
         assert directory.exists()
     assert doctor("doctor", "--repair", "--check", "root").status == 0  # the server is gone
     assert not directory.exists()

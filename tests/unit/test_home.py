@@ -132,12 +132,12 @@ def test_another_living_process_keeps_its_directory(home: Home) -> None:
 
 def journal(directory: Path, pid: int) -> Path:
     """The journal of a command that was killed while it was at this process."""
-    from rekindle.cuda.door import State
+    from rekindle.cuda.backend import State
 
     path = directory / CUDA_JOURNAL
-    start = journals.began(pid)
+    start = journals.start_ticks(pid)
     assert start
-    journals.write(path, [journals.Held(pid=pid, began=start, state=State.RUNNING)])
+    journals.write(path, [journals.FoundProcess(pid=pid, start_ticks=start, state=State.RUNNING)])
     return path
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which door to the driver is taken, what is said of those that are not, and what a door does on its own."""
+"""Which backend is chosen, why others are not, and what each backend does by itself."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rekindle.cuda import search
-from rekindle.cuda.door import INVALID_VALUE, NOT_INITIALIZED, Action, Door, State, failure, holds_none
+from rekindle.cuda.backend import INVALID_VALUE, NOT_INITIALIZED, Action, Backend, State, failure, holds_none
 from rekindle.cuda.driver import Driver
 from rekindle.cuda.search import BackendCandidate, Search
 from rekindle.cuda.session import holders
@@ -27,9 +27,9 @@ from rekindle.node.gpu import Gpus
 from restore.decide import abilities
 from tests.conftest import ROOT, wait_for
 from tests.fakes.cuda import UUID, FakeCuda
-from tests.unit.cuda_samples import built, clients, door, fake, home
+from tests.unit.cuda_samples import backend, built, clients, fake, home
 
-__all__ = ["built", "door", "fake", "home"]  # fixtures
+__all__ = ["backend", "built", "fake", "home"]  # fixtures
 
 OTHER_UUID = UUID.replace("000000000000", "000000000001")
 
@@ -42,46 +42,47 @@ def reasons(home: Home) -> str:
 
 
 def test_the_driver_comes_first(fake: FakeCuda, home: Home) -> None:
-    with contextlib.closing(search.find(home)) as door:
-        assert door.name == "driver"
+    with contextlib.closing(search.find(home)) as backend:
+        assert backend.name == "driver"
     one, other = search.candidates(home)
-    assert one == BackendCandidate(name="driver", detail="libcuda.so.1, CUDA 13.0", lack="", chosen=True)
+    assert one == BackendCandidate(name="driver", detail="libcuda.so.1, CUDA 13.0", problem="", chosen=True)
     tool = f"{fake.place}/bin/cuda-checkpoint 580.65.06"
-    assert other == BackendCandidate(name="utility", detail=tool, lack="", chosen=False)
+    assert other == BackendCandidate(name="utility", detail=tool, problem="", chosen=False)
     assert abilities.cuda_lack(home) == ""
     assert clients() == []
 
 
 def test_an_older_driver_is_reached_by_the_utility(fake: FakeCuda, home: Home) -> None:
     fake.describe(driver="560.35.03")
-    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
-        assert door.name == "utility"
-        assert door.state(pid) is State.RUNNING
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as backend:
+        assert backend.name == "utility"
+        assert backend.state(pid) is State.RUNNING
     one, other = search.candidates(home)
     assert (
-        one.lack == "libcuda.so.1 has no cuCheckpointProcessGetRestoreThreadId: the driver is older than 570"
+        one.problem
+        == "libcuda.so.1 has no cuCheckpointProcessGetRestoreThreadId: the driver is older than 570"
     )
     assert other.chosen
 
 
-def test_too_old_a_driver_has_no_door(fake: FakeCuda, home: Home) -> None:
+def test_too_old_a_driver_has_no_backend(fake: FakeCuda, home: Home) -> None:
     fake.describe(driver="550.144.03")
     cause = reasons(home)
     assert "older than 570" in cause
-    assert "550.144.03 knows no --action: it is older than 555" in cause
+    assert "550.144.03 has no --action: it is older than 555" in cause
     assert abilities.cuda_lack(home) == cause
     assert not any(candidate.chosen for candidate in search.candidates(home))
 
 
-def test_without_a_driver_there_is_no_door(fake: FakeCuda, home: Home) -> None:
+def test_without_a_driver_there_is_no_backend(fake: FakeCuda, home: Home) -> None:
     fake.describe(library=False, utility=False)
     cause = reasons(home)
     assert "driver: " in cause
     assert "libcuda.so.1" in cause
-    assert "utility: there is no cuda-checkpoint on PATH" in cause
+    assert "utility: cuda-checkpoint is not on PATH" in cause
 
 
-def test_a_driver_that_does_not_start_is_no_door_for_either(fake: FakeCuda, home: Home) -> None:
+def test_a_driver_that_does_not_start_is_no_backend_for_either(fake: FakeCuda, home: Home) -> None:
     fake.describe(init=100)
     cause = reasons(home)
     assert "cuInit: CUDA_ERROR_NO_DEVICE (100): no CUDA-capable device is detected" in cause
@@ -89,10 +90,12 @@ def test_a_driver_that_does_not_start_is_no_door_for_either(fake: FakeCuda, home
 
 
 @pytest.mark.parametrize("name", ["driver", "utility"])
-def test_a_door_can_be_forced(fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
-    with contextlib.closing(search.find(home)) as door:
-        assert door.name == name
+def test_a_backend_can_be_forced(
+    fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", name)
+    with contextlib.closing(search.find(home)) as backend:
+        assert backend.name == name
     (only,) = search.candidates(home)
     assert only.name == name
     fake.describe(driver="550.144.03")
@@ -100,11 +103,23 @@ def test_a_door_can_be_forced(fake: FakeCuda, home: Home, monkeypatch: pytest.Mo
     assert ";" not in reasons(home)
 
 
-def test_a_door_that_is_none(fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", "window")
-    with pytest.raises(UsageError, match="window") as caught:
+@pytest.mark.parametrize("variable", ["REKINDLE_CUDA_BACKEND", "REKINDLE_CUDA_DOOR"])
+def test_an_unknown_backend_is_refused(
+    fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "window")
+    with pytest.raises(UsageError, match=f"invalid {variable} 'window'") as caught:
         search.find(home)
     assert "driver or utility" in caught.value.hint
+
+
+def test_the_older_variable_forces_a_backend_unless_the_newer_is_set(
+    fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REKINDLE_CUDA_DOOR", "utility")
+    assert [each.name for each in search.candidates(home)] == ["utility"]
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", "driver")
+    assert [each.name for each in search.candidates(home)] == ["driver"]
 
 
 def test_a_utility_of_ones_own(
@@ -114,10 +129,10 @@ def test_a_utility_of_ones_own(
     monkeypatch.setenv("REKINDLE_CUDA_CHECKPOINT", str(tmp_path / "mine"))
     assert Utility.find(home).path == tmp_path / "mine"
     monkeypatch.setenv("REKINDLE_CUDA_CHECKPOINT", str(tmp_path / "none"))
-    with pytest.raises(CapabilityError, match="cannot be run"):
+    with pytest.raises(CapabilityError, match="cannot run"):
         Utility.find(home)
     (tmp_path / "none").touch(mode=0o644)
-    with pytest.raises(CapabilityError, match="cannot be run"):
+    with pytest.raises(CapabilityError, match="cannot run"):
         Utility.find(home)
 
 
@@ -140,14 +155,14 @@ def test_a_driver_before_580_restores_onto_the_same_gpus_only(
 ) -> None:
     fake.describe(driver=driver)
     for name in ("driver", "utility"):
-        monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
-        with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
+        monkeypatch.setenv("REKINDLE_CUDA_BACKEND", name)
+        with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as backend:
             fake.put(pid, "checkpointed")
-            with pytest.raises(CudaError, match="cannot be restored onto other GPUs here") as caught:
-                door.restore(pid, {UUID: OTHER_UUID})
+            with pytest.raises(CudaError, match="onto other GPUs on this node") as caught:
+                backend.restore(pid, {UUID: OTHER_UUID})
             assert "580" in caught.value.hint
             assert fake.state(pid) == "checkpointed"
-            door.restore(pid, {})
+            backend.restore(pid, {})
             assert fake.state(pid) == "locked"
 
 
@@ -161,12 +176,12 @@ def test_a_new_utility_with_an_old_driver_restores_onto_the_same_gpus_only(
     assert "575.57.08" in caught.value.cause
 
 
-def test_unlawful_steps_are_refused(fake: FakeCuda, door: Door) -> None:
+def test_unlawful_steps_are_refused(fake: FakeCuda, backend: Backend) -> None:
     with fake.processes(1) as (pid,):
         acts: list[Callable[[], None]] = [
-            lambda: door.checkpoint(pid),
-            lambda: door.restore(pid, {}),
-            lambda: door.unlock(pid),
+            lambda: backend.checkpoint(pid),
+            lambda: backend.restore(pid, {}),
+            lambda: backend.unlock(pid),
         ]
         for act in acts:
             with pytest.raises(CudaError) as caught:
@@ -175,26 +190,28 @@ def test_unlawful_steps_are_refused(fake: FakeCuda, door: Door) -> None:
             assert caught.value.cause == (
                 "CUDA_ERROR_ILLEGAL_STATE (401): the operation cannot be performed in the present state"
             )
-        door.lock(pid, 5)
+        backend.lock(pid, 5)
         with pytest.raises(CudaError, match="could not lock"):
-            door.lock(pid, 5)
+            backend.lock(pid, 5)
 
 
-def test_a_process_that_holds_no_cuda(fake: FakeCuda, door: Door) -> None:
-    assert door.restore_thread(os.getpid()) is None
-    assert door.restore_thread(2**22 - 1) is None
+def test_a_process_that_holds_no_cuda(fake: FakeCuda, backend: Backend) -> None:
+    assert backend.restore_thread(os.getpid()) is None
+    assert backend.restore_thread(2**22 - 1) is None
     with pytest.raises(CudaError) as caught:
-        door.lock(os.getpid(), 1)
+        backend.lock(os.getpid(), 1)
     assert caught.value.number == 1
     assert "holds no CUDA" in caught.value.hint
 
 
 @pytest.mark.parametrize("code", [304, 999])
-def test_a_failure_is_not_taken_for_a_process_without_cuda(fake: FakeCuda, door: Door, code: int) -> None:
+def test_a_failure_is_not_taken_for_a_process_without_cuda(
+    fake: FakeCuda, backend: Backend, code: int
+) -> None:
     with fake.processes(1) as (pid,):
         fake.describe(faults=[{"step": "restore-thread", "code": code}])
         with pytest.raises(CudaError, match="restore thread"):
-            door.restore_thread(pid)
+            backend.restore_thread(pid)
 
 
 def test_a_driver_that_fails_to_start_says_nothing_of_a_process(fake: FakeCuda, home: Home) -> None:
@@ -209,9 +226,9 @@ def test_a_driver_that_fails_to_start_says_nothing_of_a_process(fake: FakeCuda, 
         assert caught.value.command[0] == str(utility.path)
 
 
-def test_a_process_that_has_not_started_the_driver(fake: FakeCuda, door: Door) -> None:
+def test_a_process_that_has_not_started_the_driver(fake: FakeCuda, backend: Backend) -> None:
     fake.describe(faults=[{"step": "restore-thread", "code": 3}])
-    assert door.restore_thread(os.getpid()) is None
+    assert backend.restore_thread(os.getpid()) is None
 
 
 def test_a_process_that_is_starting_the_driver(tmp_path: Path) -> None:
@@ -245,10 +262,10 @@ def test_a_utility_that_says_more_than_it_should(
         make("echo nonsense").restore_thread(1)
     with pytest.raises(CudaError) as caught:
         make("exit 17").unlock(1)
-    assert caught.value.cause == "it ended with status 17"
+    assert caught.value.cause == "it exited with status 17"
     with pytest.raises(CudaError) as caught:
         make("kill -SEGV $$").unlock(1)
-    assert caught.value.cause == "it ended with status 139"
+    assert caught.value.cause == "it exited with status 139"
     with pytest.raises(CudaError, match=r"did not unlock process 1 within 0\.5 s"):
         make("sleep 100").unlock(1, timeout_seconds=0.5)
     tool.unlink()
@@ -270,65 +287,70 @@ def test_a_search_leaves_time_for_other_work(fake: FakeCuda, home: Home) -> None
     with Search(home) as search:
         assert time.monotonic() - start < 1
         time.sleep(1.5)  # the other work
-        with contextlib.closing(search.door()) as door:
-            assert door.name == "driver"
+        with contextlib.closing(search.backend()) as backend:
+            assert backend.name == "driver"
     assert time.monotonic() - start < 3
     assert [each.step for each in fake.log()] == ["init"]
 
 
 @pytest.mark.parametrize(
-    ("driver", "library", "utility", "lacks"),
+    ("driver", "library", "utility", "expected"),
     [
         ("580.65.06", True, True, ()),
         ("580.65.06", True, False, ()),
         ("580.65.06", False, True, ()),
         ("560.35.03", True, True, ()),
-        ("560.35.03", True, False, ("driver: libcuda.so.1 has no cuCheckpoint", "utility: there is no")),
+        (
+            "560.35.03",
+            True,
+            False,
+            ("driver: libcuda.so.1 has no cuCheckpoint", "utility: cuda-checkpoint is not"),
+        ),
         ("550.144.03", True, True, ("older than 570", "utility: ")),
-        ("580.65.06", False, False, ("driver: ", "utility: there is no cuda-checkpoint on PATH")),
+        ("580.65.06", False, False, ("driver: ", "utility: cuda-checkpoint is not on PATH")),
     ],
 )
-def test_a_search_can_tell_a_lack_before_the_driver_has_started(
-    fake: FakeCuda, home: Home, driver: str, library: bool, utility: bool, lacks: tuple[str, ...]
+def test_a_search_knows_some_problems_before_the_driver_has_started(
+    fake: FakeCuda, home: Home, driver: str, library: bool, utility: bool, expected: tuple[str, ...]
 ) -> None:
     fake.describe(driver=driver, library=library, utility=utility, init_seconds=30)
     start = time.monotonic()
     with Search(home) as search:
-        lack = search.lack()
+        problem = search.problem()
     assert time.monotonic() - start < 10
-    assert bool(lack) is bool(lacks)
-    assert all(words in lack for words in lacks), lack
-    if lacks:
-        assert lack == reasons(home)
+    assert bool(problem) is bool(expected)
+    assert all(words in problem for words in expected), problem
+    if expected:
+        assert problem == reasons(home)
 
 
 @pytest.mark.parametrize("name", ["driver", "utility"])
-def test_a_search_tells_of_the_forced_door_alone(
+def test_a_search_tells_of_the_forced_backend_alone(
     fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("REKINDLE_CUDA_DOOR", name)
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", name)
     fake.describe(library=name != "driver", utility=name != "utility")
     with Search(home) as search:
-        assert search.lack().startswith(f"{name}: ")
+        assert search.problem().startswith(f"{name}: ")
     fake.describe(library=name == "driver", utility=name == "utility")
     with Search(home) as search:
-        assert search.lack() == ""
+        assert search.problem() == ""
 
 
-def test_a_search_that_has_told_leads_to_the_door(fake: FakeCuda, home: Home) -> None:
+def test_a_search_that_has_told_leads_to_the_backend(fake: FakeCuda, home: Home) -> None:
     with Search(home) as search:
-        assert search.lack() == ""
-        with contextlib.closing(search.door()) as door:
-            assert door.name == "driver"
+        assert search.problem() == ""
+        with contextlib.closing(search.backend()) as backend:
+            assert backend.name == "driver"
     assert [each.step for each in fake.log()] == ["init"]
 
 
-def test_a_driver_that_does_not_start_is_found_out_at_the_door(fake: FakeCuda, home: Home) -> None:
+def test_a_driver_that_does_not_start_is_found_out_at_the_backend(fake: FakeCuda, home: Home) -> None:
     fake.describe(init=100, init_seconds=0.5)
     with Search(home) as search:
-        assert search.lack() == ""
-        with pytest.raises(CapabilityError, match="no way") as caught:
-            search.door()
+        assert search.problem() == ""
+        with pytest.raises(CapabilityError, match="cannot checkpoint and restore") as caught:
+            search.backend()
     assert "CUDA_ERROR_NO_DEVICE" in caught.value.cause
 
 
@@ -352,17 +374,17 @@ def give_up(home: Home, fake: FakeCuda) -> None:
 
 
 def test_the_driver_starts_once_for_all_calls(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(3) as pids, contextlib.closing(search.find(home)) as door:
+    with fake.processes(3) as pids, contextlib.closing(search.find(home)) as backend:
         for _ in range(2):
-            assert holders(door, pids) == pids
+            assert holders(backend, pids) == pids
     assert sum(each.step == "init" for each in fake.log()) == 1
 
 
-def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, door: Door) -> None:
+def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, backend: Backend) -> None:
     fake.describe(seconds={"lock": 1.0})
     with fake.processes(4) as pids:
         start = time.monotonic()
-        threads = [threading.Thread(target=door.lock, args=[pid, 10]) for pid in pids]
+        threads = [threading.Thread(target=backend.lock, args=[pid, 10]) for pid in pids]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -372,25 +394,25 @@ def test_calls_for_several_processes_go_on_at_once(fake: FakeCuda, door: Door) -
 
 
 def test_a_call_waits_for_the_one_before_of_the_same_process(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
-        door.lock(pid, 5)
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as backend:
+        backend.lock(pid, 5)
         fake.describe(seconds={"checkpoint": 1.0})
         with pytest.raises(CudaError, match="did not checkpoint") as caught:
-            door.checkpoint(pid, timeout_seconds=0.3)
-        assert caught.value.cause == "the driver is still at it"
+            backend.checkpoint(pid, timeout_seconds=0.3)
+        assert caught.value.cause == "the driver has not finished"
         with pytest.raises(CudaError, match="did not unlock") as caught:
-            door.unlock(pid, timeout_seconds=0.1)
-        assert caught.value.cause == "the driver is still at its checkpoint"
-        assert door.state(pid) is State.CHECKPOINTED
+            backend.unlock(pid, timeout_seconds=0.1)
+        assert caught.value.cause == "the driver has not finished its checkpoint"
+        assert backend.state(pid) is State.CHECKPOINTED
 
 
 def test_a_client_that_was_killed_is_started_anew(fake: FakeCuda, home: Home) -> None:
-    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as door:
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as backend:
         (client,) = clients()
         os.kill(client, signal.SIGKILL)
         wait_for(lambda: not Path(f"/proc/{client}/cmdline").read_bytes(), 5)  # it is a zombie now
         time.sleep(0.1)
-        assert door.state(pid) is State.RUNNING
+        assert backend.state(pid) is State.RUNNING
         assert clients() != [client]
 
 
@@ -400,14 +422,14 @@ def test_a_driver_that_crashes_the_client_is_told(fake: FakeCuda, home: Home) ->
         (client,) = clients()
         os.kill(client, signal.SIGSEGV)
         driver.wait()
-        assert "ended with status -11" in driver.lack
+        assert "exited with status -11" in driver.problem
 
 
-def test_the_client_goes_with_its_door(fake: FakeCuda, home: Home) -> None:
-    door = search.find(home)
+def test_the_client_goes_with_its_backend(fake: FakeCuda, home: Home) -> None:
+    backend = search.find(home)
     assert clients()
-    door.close()
-    door.close()
+    backend.close()
+    backend.close()
     assert not clients()
     before = set(os.listdir("/proc/self/fd"))
     search.find(home).close()
@@ -415,13 +437,13 @@ def test_the_client_goes_with_its_door(fake: FakeCuda, home: Home) -> None:
 
 
 def test_the_client_outlives_the_thread_that_started_it(fake: FakeCuda, home: Home) -> None:
-    found: list[Door] = []
+    found: list[Backend] = []
     thread = threading.Thread(target=lambda: found.append(search.find(home)))
     thread.start()
     thread.join()
-    with fake.processes(1) as (pid,), contextlib.closing(found[0]) as door:
+    with fake.processes(1) as (pid,), contextlib.closing(found[0]) as backend:
         time.sleep(0.2)
-        assert door.state(pid) is State.RUNNING
+        assert backend.state(pid) is State.RUNNING
     assert sum(each.step == "init" for each in fake.log()) == 1
 
 
@@ -430,10 +452,10 @@ import sys, threading, time
 from pathlib import Path
 from rekindle.cuda.search import find
 from rekindle.home import Home
-door = find(Home(Path(sys.argv[1])))
+backend = find(Home(Path(sys.argv[1])))
 pid = int(sys.argv[2])
-door.state(pid)
-threading.Thread(target=door.lock, args=[pid, 10]).start()
+backend.state(pid)
+threading.Thread(target=backend.lock, args=[pid, 10]).start()
 time.sleep(1000)
 """
 
