@@ -220,8 +220,8 @@ class Host:
         hint = "check the name and the network"
         if type(error).__name__ == "SSLCertVerificationError":
             hint = f'if the CA is your own: `ca_file` for [registry."{url.authority}"] in the configuration'
-        elif "CERTIFICATE_REQUIRED" in str(error) or "HANDSHAKE_FAILURE" in str(error):
-            hint = f"if it asks for a client certificate, put one into /etc/docker/certs.d/{url.authority}"
+        elif "ALERT" in str(error):
+            hint = f"if it asks for a client certificate: /etc/docker/certs.d/{url.authority}/NAME.cert and .key"
         elif type(error).__name__ == "SSLError":
             hint = "if it does not speak TLS: --plain-http"
         through = ""

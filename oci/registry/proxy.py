@@ -139,6 +139,6 @@ def _address(text: str) -> _Address | None:
 def _ascii(name: str) -> str:
     """Return an international name as it stands in URLs."""
     try:
-        return name if name.isascii() else name.encode("idna").decode()
+        return name if name.isascii() else ".".join(p.encode("idna").decode() for p in name.split("."))
     except UnicodeError:
         return name

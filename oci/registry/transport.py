@@ -194,12 +194,14 @@ class Connections:
         pieces = body.pieces() if body is not None else None
         try:
             connection.send(method, url, {**ours, **headers}, pieces, Pace(stall))
-        except OSError:
+        except OSError as error:
             # Who refuses a body may say so, and read no more or hang up before all of it has gone.
-            with contextlib.suppress(OSError):
+            try:
                 response = connection.receive(Pace(min(_REFUSAL_SECONDS, stall)))
-                return Answer(self, connection, response, url, is_last=True)
-            raise
+            except OSError as told:
+                # Of all errors, only a TLS alert says more than that the connection broke.
+                raise (told if "ALERT" in str(told) else error) from None
+            return Answer(self, connection, response, url, is_last=True)
         response = connection.receive(Pace(stall, grace_seconds=stall * (length // _GRACE_BYTES)))
         self.met.add(url.origin)
         return Answer(self, connection, response, url, is_last=False)
