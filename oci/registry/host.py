@@ -221,7 +221,7 @@ class Host:
         if type(error).__name__ == "SSLCertVerificationError":
             hint = f'if the CA is your own: `ca_file` for [registry."{url.authority}"] in the configuration'
         elif "ALERT" in str(error):
-            hint = f"if it asks for a client certificate: /etc/docker/certs.d/{url.authority}/NAME.cert and .key"
+            hint = f"does it ask for a client certificate? See /etc/docker/certs.d/{url.authority}/"
         elif type(error).__name__ == "SSLError":
             hint = "if it does not speak TLS: --plain-http"
         through = ""
