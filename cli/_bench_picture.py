@@ -9,17 +9,19 @@ _COLOURS = (
     *("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"),
     *("#ccb974", "#64b5cd", "#1f3d66", "#f2b134", "#7fc97f", "#b30059", "#2f4f4f", "#9fb6cd"),
 )
-_LABEL, _BARS, _TAIL, _ROW = 190, 640, 130, 34
+_LABEL, _BARS, _TAIL, _ROW = 220, 620, 120, 34
 _WIDTH = _LABEL + _BARS + _TAIL
 _TEXT = "font-family='sans-serif' font-size='13' fill='#222'"
+_VISIBLE = 0.5  # the width of a phase that the legend names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A start: its name, and the seconds of each of its phases."""
+    """A start: its name, the seconds of each of its phases, and a note to write behind them."""
 
     name: str
     phases: Mapping[str, float]
+    note: str = ""
 
     @property
     def seconds(self) -> float:
@@ -41,10 +43,17 @@ def draw(title: str, bars: Sequence[Bar]) -> str:
     top = _panel(body, bars, colours, 52, longest)
     largest = max((bar.seconds for bar in short), default=0.0)
     if largest:
-        scale = f"magnified {longest / largest:.0f} times"
-        body.append(f"<text x='12' y='{top + 18}' {_TEXT} fill-opacity='0.7'>{scale}</text>")
+        magnified = f"magnified {longest / largest:.0f} times"
+        body.append(f"<text x='12' y='{top + 18}' {_TEXT} fill-opacity='0.7'>{magnified}</text>")
         top = _panel(body, short, colours, top + 34, largest)
-    height = _legend(body, colours, top + 14)
+    drawn = [(bar, longest) for bar in bars] + [(bar, largest) for bar in short]
+    seen = {
+        name
+        for bar, scale in drawn
+        for name, seconds in bar.phases.items()
+        if _width(seconds, scale) >= _VISIBLE
+    }
+    height = _legend(body, {name: colour for name, colour in colours.items() if name in seen}, top + 14)
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{height}' "
         f"viewBox='0 0 {_WIDTH} {height}'>\n<rect width='100%' height='100%' fill='white'/>\n"
@@ -53,18 +62,23 @@ def draw(title: str, bars: Sequence[Bar]) -> str:
     )
 
 
+def _width(seconds: float, longest: float) -> float:
+    return _BARS * seconds / longest if longest else 0.0
+
+
 def _panel(body: list[str], bars: Sequence[Bar], colours: Mapping[str, str], top: int, longest: float) -> int:
     for bar in bars:
         body.append(f"<text x='12' y='{top + 17}' {_TEXT}>{escape(bar.name)}</text>")
         x = float(_LABEL)
         for name, seconds in bar.phases.items():
-            width = _BARS * seconds / longest if longest else 0.0
+            width = _width(seconds, longest)
             body.append(
                 f"<rect x='{x:.2f}' y='{top}' width='{width:.2f}' height='24' fill='{colours[name]}'>"
                 f"<title>{escape(name)}: {seconds:.3f} s</title></rect>"
             )
             x += width
-        body.append(f"<text x='{x + 8:.2f}' y='{top + 17}' {_TEXT}>{bar.seconds:.2f} s</text>")
+        note = f", {escape(bar.note)}" if bar.note else ""
+        body.append(f"<text x='{x + 8:.2f}' y='{top + 17}' {_TEXT}>{bar.seconds:.2f} s{note}</text>")
         top += _ROW
     return top
 
@@ -73,7 +87,7 @@ def _legend(body: list[str], colours: Mapping[str, str], top: int) -> int:
     """Add the legend; return the height of the picture."""
     x = 12
     for name, colour in colours.items():
-        width = 34 + 8 * len(name)
+        width = 36 + 7 * len(name)
         if x + width > _WIDTH:
             x, top = 12, top + 22
         body.append(f"<rect x='{x}' y='{top}' width='14' height='14' fill='{colour}'/>")

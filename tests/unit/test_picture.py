@@ -34,7 +34,7 @@ def texts(root: ElementTree.Element) -> list[str]:
 def test_widths_are_as_the_seconds() -> None:
     bars = [Bar(name="cold", phases={"load": 6.0, "compile": 2.0}), Bar(name="warm", phases={"load": 4.0})]
     widths = bars_of(parsed("starts", bars))
-    assert widths == [("load: 6.000 s", 480.0), ("compile: 2.000 s", 160.0), ("load: 4.000 s", 320.0)]
+    assert widths == [("load: 6.000 s", 465.0), ("compile: 2.000 s", 155.0), ("load: 4.000 s", 310.0)]
 
 
 def test_names_sums_and_phases_are_written() -> None:
@@ -42,12 +42,22 @@ def test_names_sums_and_phases_are_written() -> None:
     assert found == ["starts", "cold", "8.00 s", "load", "compile"]
 
 
+def test_a_note_stands_behind_the_seconds() -> None:
+    found = texts(parsed("starts", [Bar(name="cold", phases={"load": 6.0}, note="8x")]))
+    assert found == ["starts", "cold", "6.00 s, 8x", "load"]
+
+
+def test_a_phase_that_cannot_be_seen_is_not_in_the_legend() -> None:
+    bars = [Bar(name="cold", phases={"load": 60.0, "wink": 0.01}), Bar(name="process", phases={"read": 0.05})]
+    assert texts(parsed("starts", bars))[-2:] == ["load", "read"]
+
+
 def test_short_bars_are_drawn_again() -> None:
     root = parsed(
         "starts", [Bar(name="cold", phases={"all": 60.0}), Bar(name="process", phases={"all": 1.0})]
     )
     assert "magnified 60 times" in texts(root)
-    assert [width for _, width in bars_of(root)] == [640.0, 10.67, 640.0]
+    assert [width for _, width in bars_of(root)] == [620.0, 10.33, 620.0]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -84,7 +94,7 @@ printable = st.text(
 def test_any_names_and_seconds_are_well_formed(title: str, bars: list[Bar]) -> None:
     root = parsed(title, bars)
     assert len(bars_of(root)) >= sum(len(bar.phases) for bar in bars)
-    assert all(0 <= width <= 640.01 for _, width in bars_of(root))
+    assert all(0 <= width <= 620.01 for _, width in bars_of(root))
 
 
 def test_every_element_lies_within_the_picture() -> None:
