@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring a saved server back: decide, climb down the ladder, serve.
+"""Restore a saved server: decide, go down the ladder, serve.
 
     from restore import Options, restore
 
     status = restore(Options(image="tiny", publish="8001"))
 
-docs/library.md shows more. What a name stands for is imported when it is first asked for: a program that
-looks at one module pays for that module alone.
+docs/library.md shows more. Names are imported when they are first used, so that a program which needs one
+module does not load the others.
 """
 
 from typing import TYPE_CHECKING, Any

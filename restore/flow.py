@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One restore, from its options to the end of the server: decide, climb down the ladder, announce, serve."""
+"""Run one restore, from its options to the server's exit: decide, go down the ladder, announce, serve."""
 
 import contextlib
 import functools
@@ -22,17 +22,17 @@ from restore.serve.announce import Announcer
 from restore.signals import Signals
 
 LOWER_STATUS = 3
-"""The exit status of what was done on a lower rung than asked for."""
+"""The exit status instead of 0 if the server ran on a lower rung than requested."""
 
 _OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
 
 
 def restore(options: Options, listener: Listener | None = None) -> int:
-    """Bring a saved server back by the best way that this node allows, and serve until it ends.
+    """Restore a saved server on the best rung that this node allows, and serve until it exits.
 
-    To be called in the main thread: signals go to the server meanwhile. Returns the server's exit status as a
-    shell counts, but 3 instead of 0 on a rung below `options.rung`. Raises RekindleError if no rung could be
-    taken, Interrupted if a signal ended us before the server was ready; nothing is left of the try then.
+    Call this in the main thread: signals are passed on to the server. Returns the server's exit status, 128
+    + N for signal N, but 3 instead of 0 on a rung below `options.rung`. Raises RekindleError if no rung could
+    be taken, Interrupted if a signal came before the server was ready; nothing is left behind then.
     """
     listener = listener or Listener()
     report = Report(verb="restore", asked=options.rung, tell=listener.say)
@@ -49,14 +49,14 @@ def restore(options: Options, listener: Listener | None = None) -> int:
 
 
 def plan(options: Options) -> Decision:
-    """Return what a restore would do here. Only manifests and records are fetched; nothing is started."""
+    """Return what a restore would do here. Fetches only manifests and records, and starts nothing."""
     report = Report(verb="restore", asked=options.rung)
     with Signals() as signals, contextlib.ExitStack() as connections:
         return decide(options, report, signals, connections, starts_cuda=False, with_cache=True)
 
 
 def require_one(decision: Decision, lowest: Rung) -> None:
-    """Raise CapabilityError or MismatchError, as a restore would, if no rung down to `lowest` is left."""
+    """Raise CapabilityError or MismatchError, as a restore would, if no rung down to `lowest` is possible."""
     rungs = list(Rung)
     steps = [step for step in decision.plan.steps if rungs.index(step.rung) <= rungs.index(lowest)]
     if not any(step.possible for step in steps):
@@ -64,7 +64,7 @@ def require_one(decision: Decision, lowest: Rung) -> None:
 
 
 def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, TakenRung]:
-    """Take the best rung that can be taken, and fill the report."""
+    """Decide, take the best possible rung, and fill the report."""
     options, report = run.options, run.report
     wants_process = options.rung is Rung.PROCESS and os.geteuid() == 0
     cell = stack.enter_context(Cell()) if wants_process else None  # it boots while we decide
@@ -114,14 +114,14 @@ def _take(
 
                     return cold.take(run, decision, address, cell, stack)
     except Interrupted as interrupted:
-        run.announcer.asked_to_end(interrupted.signum)  # now: the clean-up may take a while
+        run.announcer.asked_to_end(interrupted.signum)  # before the clean-up, which may take a while
         raise
 
 
 def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
-    """Tell that the server is ready, and look after it to its end; return the exit status."""
+    """Announce that the server is ready and serve until it exits; return the exit status."""
     run.listener.ready(run.report)
-    # What killed commands left may be gigabytes: a restore does not wait for its removal.
+    # Killed commands may have left gigabytes: do not wait for their removal.
     if decision.home is not None:
         threading.Thread(target=store.sweep, args=[decision.home], daemon=True).start()
     status = taken.status

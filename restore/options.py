@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restore may be asked for, and who is told how it goes."""
+"""The options of a restore, and the listener that is told of its progress."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Memory(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """Our descriptors that the server gets as its standard output and standard error."""
+    """The descriptors of ours that the server gets as its stdout and stderr."""
 
     stdout: int = 1
     stderr: int = 2
@@ -33,12 +33,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What `rekindle restore` may be told. Raises UsageError for what contradicts itself.
+    """The options of `rekindle restore`. Raises UsageError if they contradict each other.
 
-    `image` is a reference as users write it. `command` is the server that a lower rung starts, and that the
-    process stands in for; empty: the recorded one. `rung` is the first to try, `require` the lowest to take.
-    Deadlines are in seconds from our start until the rung must be done; None: an estimate decides. `publish`
-    is `[HOST:]PORT`; None: where the server listens. `ready_url` belongs to a command that is not vLLM.
+    `image` is a reference as users write it. `command` is the server that the process replaces and that a
+    lower rung starts; empty for the recorded one. `rung` is the first rung to try, `require` the lowest to
+    take. Deadlines are in seconds, for the process from the start of rekindle, for the cache from the start
+    of its rung; None derives them from an estimate. `publish` is `[HOST:]PORT`; None for the address that
+    the server listens on. `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     """
 
     image: str
@@ -62,24 +63,24 @@ class Options:
         if rungs.index(self.rung) > rungs.index(self.require):
             raise UsageError(f"--rung {self.rung} is below --require {self.require}")
         if self.ready_url and not self.command:
-            raise UsageError("--ready-url needs a COMMAND", hint="the record knows the recorded server")
+            raise UsageError("--ready-url needs a COMMAND", hint="omit it: the image records its own server")
 
 
 class Listener:
-    """Who is told how a restore goes. This one keeps silent; override what matters."""
+    """Receives the events of a restore. All methods do nothing here; override those that you need."""
 
     def say(self, text: str) -> None:
-        """A line for people, at each step."""
+        """Receive a line for people, at each step."""
 
     def progress(self, tally: "Tally | None") -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        """Bytes are being fetched within the context, which `tally` counts; None: nothing is fetched."""
+        """Return a context in which bytes are fetched, counted by `tally`; None if nothing is fetched."""
         return contextlib.nullcontext()
 
     def ready(self, report: Report) -> None:
-        """The report is complete: the server is ready, or has ended before it was."""
+        """Receive the complete report once the server is ready, or has exited before it was."""
 
     def interrupted(self, report: Report) -> None:
-        """A signal ends us before the server is ready. The report says so; the clean-up is yet to come."""
+        """Receive the report when a signal ends the restore before the server is ready, before clean-up."""
 
     def failed(self, report: Report) -> None:
-        """No rung could be taken, and all is cleaned up; the report says why."""
+        """Receive the report when no rung could be taken, after clean-up."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals to us, and deadlines: kept until somebody asks, and raised only where work may be broken off.
+"""Keep signals and deadlines until they are asked for, and raise them only where work may be interrupted.
 
-What a signal raises comes between any two instructions: in the middle of a clean-up, too, of which the rest
-would then never be done. So it comes only where that was asked for, and only once.
+A handler that raises may do so between any two instructions, also in the middle of a clean-up, which would
+then never be finished. So these handlers raise only within `Signals.raising`, and only once.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any, Self
 from rekindle.errors import Interrupted
 
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-"""Those that ask to end."""
+"""The signals that ask a process to end."""
 
 _KEPT = (*sorted(ENDING), signal.SIGUSR1, signal.SIGUSR2)
 
 
 class DeadlinePassed(BaseException):
-    """Something was not done after `seconds`: no error, and not to be caught as one."""
+    """A deadline of `seconds` has passed. Not an Exception, so that it is not caught as an error."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -29,12 +29,15 @@ class DeadlinePassed(BaseException):
 
 
 class Signals:
-    """A context in which signals are kept. For the main thread; `fileno` is readable when one came, or a
-    child ended. Those that were ignored when it began, as nohup wants it, stay so."""
+    """A context that keeps signals, for the main thread.
+
+    `fileno` is readable when a signal has come or a child has exited. Signals that were ignored at the start,
+    as under nohup, stay ignored.
+    """
 
     def __init__(self) -> None:
-        self._came: list[int] = []
-        self._asked = False
+        self._pending: list[int] = []
+        self._asked_to_end = False
         self._raises = False
         self._raised: BaseException | None = None
         self._seconds = 0.0
@@ -48,9 +51,9 @@ class Signals:
                 os.set_blocking(fd, False)
             for signum in _KEPT:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
-                    stack.callback(self._give_back, signum, signal.signal(signum, self._arrived))
-            for signum in (signal.SIGALRM, signal.SIGCHLD):  # the latter for the descriptor alone
-                stack.callback(signal.signal, signum, signal.signal(signum, self._arrived))
+                    stack.callback(self._reset, signum, signal.signal(signum, self._handle))
+            for signum in (signal.SIGALRM, signal.SIGCHLD):  # SIGCHLD only makes the descriptor readable
+                stack.callback(signal.signal, signum, signal.signal(signum, self._handle))
             stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
             self._stack = stack.pop_all()
         return self
@@ -64,23 +67,26 @@ class Signals:
         return self._reader
 
     def take(self) -> list[int]:
-        """The signals that came since they were last taken, in order."""
+        """Return the pending signals in order, and forget them."""
         with contextlib.suppress(BlockingIOError):
             while os.read(self._reader, 4096):
                 pass
-        came, self._came = self._came, []
-        return came
+        pending, self._pending = self._pending, []
+        return pending
 
     def check(self) -> None:
-        """Raises Interrupted if one came that asks us to end, and was not taken."""
-        for signum in self._came:
+        """Raise Interrupted if a pending signal asks us to end."""
+        for signum in self._pending:
             if signum in ENDING:
                 raise Interrupted(signum)
 
     @contextlib.contextmanager
     def raising(self, seconds: float | None = None) -> Iterator[None]:
-        """Within, a signal that asks us to end raises Interrupted, and DeadlinePassed comes when the seconds
-        are over: the first of them, wherever we are, and then no other."""
+        """Raise Interrupted or DeadlinePassed at any point within the context.
+
+        Interrupted for a signal that asks us to end, also for one that is pending; DeadlinePassed after
+        `seconds`. Only the first of them is raised.
+        """
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._raised = None
         self._seconds = seconds or 0.0
@@ -92,15 +98,15 @@ class Signals:
         finally:
             self._raises = False
             signal.setitimer(signal.ITIMER_REAL, 0.0)
-        if self._raised is not None:  # where nothing can be raised, such as in __del__
+        if self._raised is not None:  # again, if it was raised where it is ignored, such as in __del__
             raise self._raised
 
-    def _arrived(self, signum: int, _: object) -> None:
+    def _handle(self, signum: int, _: object) -> None:
         if signum in _KEPT:
-            self._came.append(signum)
+            self._pending.append(signum)
         error: BaseException = DeadlinePassed(self._seconds)
         if signum in ENDING:
-            self._asked = True
+            self._asked_to_end = True
             error = Interrupted(signum)
         elif signum != signal.SIGALRM:
             return
@@ -109,6 +115,6 @@ class Signals:
             self._raised = error
             raise error
 
-    def _give_back(self, signum: int, before: Any) -> None:
-        """Once is enough: whoever was asked to end is about to."""
-        signal.signal(signum, signal.SIG_IGN if self._asked else before)
+    def _reset(self, signum: int, before: Any) -> None:
+        """Reset a handler. Ignore further signals if one has asked us to end already."""
+        signal.signal(signum, signal.SIG_IGN if self._asked_to_end else before)

@@ -202,7 +202,7 @@ def _prove(
         (work / name).rename(work / f"before-{name}")
     record = image.record
     different = match_process.differing_files(record)
-    found = match_process.process(record, record.node, Abilities(criu=tool), different)
+    found = match_process.compare(record, record.node, Abilities(criu=tool), different)
     plan.require_possible([reason_for(each) for each in found])
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node can do for a process that is to be restored: tried, and remembered until its cause changes."""
+"""Probe whether a node can restore a process. Results are remembered until what they depend on changes."""
 
 import contextlib
 import json
@@ -20,35 +20,40 @@ from rekindle.proc import boot_id
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
-    """A CRIU that works, if there is one, and by reason code why a process cannot be restored here."""
+    """A working CRIU, or None, and what prevents a restore of a process here, by reason code."""
 
     criu: Criu | None = None
-    lacks: Mapping[str, str] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 def probe(home: Home) -> Abilities:
-    """Tries what a restore of a process needs. Tens of milliseconds the first time, a second if CRIU is to
-    be tried, too; then next to none."""
+    """Try what restoring a process needs.
+
+    Takes tens of milliseconds the first time, a second if CRIU has to be tried, and next to nothing later.
+    """
     if os.geteuid() != 0:
-        return Abilities(lacks={"privileges": f"this is user {os.geteuid()}, and not root"})
-    if lack := _cell_lack(home):
-        return Abilities(lacks={"privileges": lack})
+        return Abilities(problems={"privileges": f"running as user {os.geteuid()}, not as root"})
+    if problem := _cell_problem(home):
+        return Abilities(problems={"privileges": problem})
     try:
         return Abilities(criu=criu.find(home))
     except CapabilityError as error:
-        return Abilities(lacks={"criu": f"{error.message}: {error.cause}" if error.cause else error.message})
+        problem = f"{error.message}: {error.cause}" if error.cause else error.message
+        return Abilities(problems={"criu": problem})
 
 
-def cuda_lack(home: Home) -> str:
-    """Why what a process held on NVIDIA GPUs cannot be restored here, as far as it shows without starting the
-    driver, which takes seconds; empty if nothing does. For a record that names such GPUs."""
+def cuda_problem(home: Home) -> str:
+    """Return what prevents restoring CUDA state here, or "".
+
+    Does not start the driver, which takes seconds, and so may miss a problem.
+    """
     from rekindle.cuda import search
 
     return search.problem(home)
 
 
-def _cell_lack(home: Home) -> str:
-    """Why no cell can be made here; empty if one can."""
+def _cell_problem(home: Home) -> str:
+    """Return why no cell can be made here, or ""."""
     known = home.tools / "cells-that-work.json"
     identity = _privileges()
     with contextlib.suppress(OSError, ValueError):
@@ -65,7 +70,7 @@ def _cell_lack(home: Home) -> str:
 
 
 def _privileges() -> dict[str, str]:
-    """What decides whether we may make namespaces and mounts."""
+    """Return what decides whether we may make namespaces and mounts."""
     found = {"kernel": platform.release(), "boot": boot_id()}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")

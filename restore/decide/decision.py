@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restore will do: image found and verified, node probed, plan made, address chosen."""
+"""Decide what a restore will do: find and verify the image, probe the node, plan, choose the address."""
 
 import contextlib
 import dataclasses
@@ -23,21 +23,21 @@ from restore.decide import facts as gathering
 from restore.decide import plan as planning
 from restore.decide.match_process import same_command
 from restore.decide.plan import Facts, Plan
-from restore.decide.rules import failure
+from restore.decide.rules import failure_reason
 from restore.decide.source import Source
 from restore.options import Options
 from restore.signals import DeadlinePassed, Signals
 
-_DECIDE_SECONDS = 30.0  # where a cold start may take the image's place: registries may retry for long
+_DECIDE_SECONDS = 30.0  # limit where a cold start can replace the image: registries may retry for longer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The plan, what it was made from, and how its server is reached.
+    """The plan, what it was made from, and how to reach its server.
 
-    `source` and `home` are None if the image could not be reached and a cold start takes its place. `engine`
-    talks to the command that a lower rung starts; None if no engine knows it. `endpoint` is the address on
-    this host that leads to the server; None if nothing says where it will listen.
+    `source` and `home` are None if the image could not be read and a cold start replaces it. `engine` talks
+    to the command that a lower rung starts; None if no engine knows it. `endpoint` is the address on this
+    host where the server will be reached; None if it is unknown.
     """
 
     facts: Facts
@@ -49,7 +49,7 @@ class Decision:
 
     @property
     def image(self) -> Verified[Image]:
-        """The image of a step above the cold start: there is none without."""
+        """The image. Every rung above the cold start has one."""
         assert self.source is not None
         return self.source.image
 
@@ -63,18 +63,18 @@ def decide(
     starts_cuda: bool,
     with_cache: bool,
 ) -> Decision:
-    """Gather the facts and make the plan. No layer is touched.
+    """Gather the facts and make the plan. Fetches no layer.
 
-    If the image cannot be had, and a cold start of the given command may take its place, that is the plan.
-    `connections` holds what the image is read by; `starts_cuda` lets the driver start meanwhile, for a record
-    that needs it. Raises TrustError, FormatError, IntegrityError for what must not run, on whatever rung.
+    If the image cannot be read, the plan is a cold start of the given command, if that is allowed.
+    `connections` gets the connections to the image. With `starts_cuda`, the driver starts meanwhile if the
+    record needs it. Raises TrustError, FormatError and IntegrityError, after which no rung may be taken.
     """
     replaceable = bool(options.command) and options.require is Rung.COLD
-    patience = options.process_deadline or _DECIDE_SECONDS
+    limit = options.process_deadline or _DECIDE_SECONDS
     home: Home | None = None
     source: Source | None = None
     try:
-        with signals.raising(patience if replaceable else None), os_errors_as_capability():
+        with signals.raising(limit if replaceable else None), os_errors_as_capability():
             home = _open_home()
             facts, source = _gather(
                 options, home, report, connections, starts_cuda=starts_cuda, with_cache=with_cache
@@ -84,7 +84,7 @@ def decide(
             raise
         connections.close()
         with signals.raising():
-            reason = failure(Rung.PROCESS, "image", error)
+            reason = failure_reason(Rung.PROCESS, "image", error)
             report.image = report.image or ImageName(reference=options.image)
             report.say(f"WARNING: cold start: {reason.here}")
             facts = dataclasses.replace(gathering.without_image(options.command), unreached=reason)
@@ -102,7 +102,7 @@ def decide(
 
 
 def make_plan(facts: Facts, options: Options) -> Plan:
-    """Return the plan with the deadlines and the policy that the options ask for."""
+    """Return the plan with the deadlines and the policy of the options."""
     made = planning.make(facts, options.rung, gathering.strictness(options.trust.policy))
     chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
     steps = [
@@ -114,16 +114,16 @@ def make_plan(facts: Facts, options: Options) -> Plan:
 
 @contextlib.contextmanager
 def os_errors_as_capability() -> Iterator[None]:
-    """Turn what the system refuses within the context into an error that the ladder may go down after."""
+    """Turn OSErrors raised within the context into errors after which the ladder may go down."""
     try:
         yield
     except OSError as error:
-        told = os_errors.from_os_error(error)
-        if told is None:
+        failure = os_errors.from_os_error(error)
+        if failure is None:
             raise
-        if isinstance(told, UsageError):
-            told = CapabilityError(told.message, cause=told.cause)
-        raise told from error
+        if isinstance(failure, UsageError):
+            failure = CapabilityError(failure.message, cause=failure.cause)
+        raise failure from error
 
 
 def _gather(
@@ -135,7 +135,7 @@ def _gather(
     starts_cuda: bool,
     with_cache: bool,
 ) -> tuple[Facts, Source]:
-    """Find the image, verify it, read its record, and look at this node."""
+    """Find the image, verify it, read its record, and probe this node."""
     reference = parse(options.image)
     found = connections.enter_context(resolve.source(reference, home, options.registry))
     verified = resolve.verified(found, reference, home, options.trust)
@@ -168,12 +168,12 @@ def _gather(
 def _open_home() -> Home:
     try:
         return Home.from_environment()
-    except UsageError as error:  # as in a container that may write nowhere
+    except UsageError as error:  # for example in a container with a read-only file system
         raise CapabilityError(error.message, cause=error.cause, hint=error.hint) from None
 
 
 def _engine(facts: Facts, options: Options) -> Engine | None:
-    """Return who talks to the command that a lower rung starts; None if no engine knows it."""
+    """Return the engine for the command that a lower rung starts; None if no engine knows it."""
     record = facts.image.record if facts.image else None
     if not options.command:
         return restored(record.engine.name, record.endpoint, record.engine.options) if record else None
@@ -190,7 +190,7 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
 
 
 def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
-    """Return the engine, told what counts of the answer if it is the recorded server at another address."""
+    """Return the engine with the recorded rules for its answer, if it is the recorded server."""
     if known is None or known.engine.name != engine.name or known.engine.name == "vllm":
         return engine
     options = {**known.engine.options, "ready_path": engine.options()["ready_path"]}
@@ -198,7 +198,7 @@ def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
 
 
 def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options) -> Endpoint | None:
-    """Return the host's address that leads to the server; None if nothing says where it will listen."""
+    """Return the host's address of the server; None if nothing says where it will listen."""
     image = facts.image
     listens = engine.endpoint if engine else None
     if listens is None and image and plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible:
@@ -207,9 +207,11 @@ def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options)
         return listens
     if image and image.record.process.network is Network.HOST:
         raise UsageError(
-            "--publish does not go with a snapshot that has the host's network",
-            hint=f"it listens on {image.record.endpoint} itself",
+            "--publish cannot be combined with a snapshot on the host's network",
+            hint=f"omit it: the server listens on {image.record.endpoint} itself",
         )
     if listens is None:
-        raise UsageError("--publish needs to know where the command listens", hint="add --ready-url URL")
+        raise UsageError(
+            "--publish cannot be used: it is unknown where the command listens", hint="add --ready-url URL"
+        )
     return parse_endpoint(options.publish, listens.host)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A difference between a recorded node and this one."""
+"""Differences between a recorded node and this one."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One finding of a comparison, without a judgement: `restore.decide.rules` says what it means.
+    """A difference, without its consequence, which `restore.decide.rules` defines.
 
-    `code` is that of a rule, `field` what was compared, in words. `recorded` is empty where there is nothing
+    `code` is that of a rule, `field` describes what was compared. `recorded` is empty if there is nothing
     to compare `here` with.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan depends on, gathered: the image's record, this node, and what is here already."""
+"""Gather the facts for a plan: the image's record, this node, and the dumps that are unpacked here."""
 
 import contextlib
 import dataclasses
@@ -38,16 +38,16 @@ def gather(
     with_abilities: bool = True,
     starting: "Search | None" = None,
 ) -> "tuple[Facts, Verified[CacheImage] | None]":
-    """Return the facts about an image whose record was read, and its kernel cache if that was looked at.
+    """Return the facts about an image, and its kernel cache if that was read.
 
-    That is done only with `with_cache`, or if the process needs files that the cache may bring. With a driver
-    that is `starting`, what is known of it before it has started must do.
+    The kernel cache's config is read only with `with_cache`, or if the process needs missing files that may
+    be in it. With `starting`, a driver that is starting, only what is known of it so far counts.
     """
     found = verified.value
     record = found.record
     different = match_process.differing_files(record)
-    lacking = any(different.get(file.path) == "missing" for file in record.mapped_files)
-    read = found.cache is not None and (with_cache or lacking)
+    missing = any(different.get(file.path) == "missing" for file in record.mapped_files)
+    read = found.cache is not None and (with_cache or missing)
     kernels = read_kernels(verified) if read else None
     facts = Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
@@ -67,26 +67,28 @@ def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Ab
     able = abilities.probe(home)
     if not found.record.process.cuda_pids:
         return able
-    if lack := starting.problem() if starting else abilities.cuda_lack(home):
-        return dataclasses.replace(able, lacks={**able.lacks, "cuda": lack})
+    if problem := starting.problem() if starting else abilities.cuda_problem(home):
+        return dataclasses.replace(able, problems={**able.problems, "cuda": problem})
     return able
 
 
 def without_image(given: Sequence[str]) -> Facts:
-    """Return the facts where no image can be reached: this node, and the command."""
+    """Return the facts without an image: this node, and the command."""
     return Facts(node=Fingerprint.probe(), abilities=Abilities(), given=list(given) or None)
 
 
 def load(source: Verified[FoundImage]) -> Verified[images.Image]:
-    """Return the image of a source that was verified: its manifests and its record. No layer is touched."""
+    """Return the image of a verified source: its manifests and its record. Fetches no layer."""
     return source.map(lambda each: images.load(each.blobs, each.root, each.limits))
 
 
 def strictness(path: Path | None = None) -> Strictness:
-    """What a policy, or that of $REKINDLE_HOME, says of differences between nodes. Raises UsageError for a
-    rule that there is none."""
+    """Return how strict a policy, by default that of $REKINDLE_HOME, is about differences between nodes.
+
+    Raises UsageError if it names an unknown rule.
+    """
     if path is None:
-        with contextlib.suppress(UsageError):  # where nothing can be written, there is no policy either
+        with contextlib.suppress(UsageError):  # without a writable home, there is no policy either
             home = Home.from_environment()
             path = home.policy if home.policy.exists() else None
     policy = Policy.read(path) if path else Policy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel cache against this node: which entries are of use here. Pure."""
+"""Compare the entries of a kernel cache with this node. Pure."""
 
 import dataclasses
 from collections import Counter
@@ -20,30 +20,32 @@ if TYPE_CHECKING:
     from oci.cache.inventory import Entry, Inventory
 
 
-_BACKENDS = {"cuda": "nvidia", "hip": "amd"}
+_VENDORS = {"cuda": "nvidia", "hip": "amd"}
 
-
-# Compiled graphs, by the beginning of their keys. They hold kernels, and say nowhere what for.
+# Compiled graphs, by the beginning of their keys. They hold GPU kernels without naming their target.
 _GRAPHS = {
     CacheKind.VLLM: ("torch_compile_cache/",),
     CacheKind.INDUCTOR: ("aotautograd/", "fxgraph/"),
 }
-
-
 _NONE: tuple[str, ...] = ()
-_NOTES = {".", "modelinfos"}  # nobody fetches a cache for what is no kernel, if there are kernels in it
+_METADATA = {".", "modelinfos"}  # entries without kernels: not worth fetching a root that also holds kernels
 
 
-def cached(files: Sequence[MappedFile], different: Mapping[str, str], inventory: "Inventory") -> list[str]:
-    """The names of the roots of a kernel cache that bring files which are missing here."""
+def roots_with_missing(
+    files: Sequence[MappedFile], different: Mapping[str, str], inventory: "Inventory"
+) -> list[str]:
+    """Return the names of the roots of a kernel cache to which files belong that are missing here."""
     missing = [file.path for file in files if different.get(file.path) == "missing"]
     return [root.name for root in inventory.roots if any(is_within(path, root.recorded) for path in missing)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A kernel cache as this node can use it, entry by entry. `roots` names those with an entry of use; they
-    are fetched whole. `usable` counts these entries."""
+class CacheFit:
+    """How a kernel cache fits this node.
+
+    `roots` names the roots with usable entries; a root is fetched as a whole. `entries` counts all entries,
+    `usable` those that this node can use.
+    """
 
     reasons: Sequence[Reason]
     roots: Sequence[str] = ()
@@ -51,63 +53,70 @@ class Judged:
     usable: int = 0
 
 
-def cache(
+def compare(
     inventory: "Inventory",
     architecture: str,
     record: Record | None,
     node: Fingerprint,
     soft: Collection[str] = (),
-) -> Judged:
-    """Which entries of a kernel cache are of use here. `architecture` is the image's, as the kernel names it;
-    with a record, it is known which processor its C++ kernels, and which GPUs its graphs were compiled for.
-    An entry that differs in nothing but what a policy calls `soft` is of use, too."""
+) -> CacheFit:
+    """Compare every entry of a kernel cache with this node.
+
+    `architecture` is the image's, as `uname -m` names it. `record` tells for which processor C++ kernels, and
+    for which GPUs graphs were compiled. `soft` are codes that a policy makes soft: an entry with no other
+    differences is usable.
+    """
     if architecture != node.architecture:
         found = Difference("cache-architecture", "architecture", architecture, node.architecture)
         reason = reason_for(found)
-        return Judged(reasons=[reason], entries=sum(len(root.entries) for root in inventory.roots))
+        return CacheFit(reasons=[reason], entries=sum(len(root.entries) for root in inventory.roots))
     counts: Counter[Difference] = Counter()
     roots: list[str] = []
     entries = fitting = usable = 0
     for root in inventory.roots:
-        looked_at = [
+        compared = [
             (entry, list(_entry_differences(root.kind, entry, record, node))) for entry in root.entries
         ]
-        for _, differences in looked_at:
+        for _, differences in compared:
             counts.update([each for each in differences if each.code not in soft][:1] or differences[:1])
-        useful = _useful(looked_at, soft)
-        if useful or not root.entries:
+        usable_here = _count_usable(compared, soft)
+        if usable_here or not root.entries:
             roots.append(root.name)
         entries += len(root.entries)
-        fitting += _useful(looked_at)
-        usable += useful
+        fitting += _count_usable(compared)
+        usable += usable_here
     reasons = []
     for difference, count in counts.items():
         was = f"{difference.recorded} ({count} of {entries} entries)"
         hard = (fitting if difference.code in soft else usable) == 0
         reason = reason_for(dataclasses.replace(difference, recorded=was))
         reasons.append(dataclasses.replace(reason, hard=hard))
-    return Judged(reasons=reasons, roots=roots, entries=entries, usable=usable)
+    return CacheFit(reasons=reasons, roots=roots, entries=entries, usable=usable)
 
 
-def _useful(looked_at: "Sequence[tuple[Entry, Sequence[Difference]]]", soft: Collection[str] = ()) -> int:
-    """How many entries of a root are worth fetching it. None, if C++ for another processor is among them:
-    it comes with the others, and nothing keeps a server from loading it."""
+def _count_usable(
+    compared: "Sequence[tuple[Entry, Sequence[Difference]]]", soft: Collection[str] = ()
+) -> int:
+    """Count the usable entries of a root.
+
+    None are usable if there is C++ code for another processor among them: a server might load it.
+    """
     left = [
         (entry, [each.code for each in differences if each.code not in soft])
-        for entry, differences in looked_at
+        for entry, differences in compared
     ]
     if any("cache-cpu-feature" in codes for _, codes in left):
         return 0
-    kernels = [each for each in left if each[0].key not in _NOTES]
+    kernels = [each for each in left if each[0].key not in _METADATA]
     return sum(not codes for _, codes in kernels or left)
 
 
 def _entry_differences(
     kind: CacheKind, entry: "Entry", record: Record | None, node: Fingerprint
 ) -> Iterator[Difference]:
-    """Yield what speaks against an entry here, the gravest first."""
+    """Yield the differences that make an entry unusable here, the gravest first."""
     kernels = {
-        (_BACKENDS.get(target.backend, target.backend), target.arch, target.warp_size)
+        (_VENDORS.get(target.backend, target.backend), target.arch, target.warp_size)
         for target in entry.targets
         if target.backend != "cpu"
     }
@@ -131,12 +140,12 @@ def _entry_differences(
 
 
 def _chip(vendor: str, arch: str) -> str:
-    """The compute capability of a target. FlashInfer compiles for `90a`, which runs on 9.0 alone."""
+    """Return the compute capability of a target. FlashInfer compiles for `90a`, which only runs on 9.0."""
     return arch.rstrip("af") if vendor == "nvidia" else arch
 
 
 def _same_version(recorded: str, here: str) -> bool:
-    """Equal; a local part (`+cu129`) counts only if both sides have one."""
+    """Return whether versions are equal. A local part (`+cu129`) counts only if both have one."""
     if "+" in recorded and "+" in here:
         return recorded == here
     return recorded.partition("+")[0] == here.partition("+")[0]

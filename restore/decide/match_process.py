@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot's process against this node, field by field.
+"""Compare what a snapshot's process needs with this node, field by field.
 
-Pure but for `differing_files`. What each difference means, restore/decide/rules.py says.
+Pure, except for `differing_files`. restore/decide/rules.py defines what each difference means.
 """
 
 import posixpath
@@ -20,17 +20,16 @@ from restore.decide.difference import Difference
 _ADDRESS = ("--host", "--port")
 
 
-def process(
+def compare(
     record: Record,
     node: Fingerprint,
     abilities: Abilities,
     different: Mapping[str, str],
     command: Sequence[str] | None = None,
 ) -> list[Difference]:
-    """Return what may keep the process from running here.
+    """Return the differences that may keep the process from running here.
 
-    `different` says of recorded files what is here instead; `command` is the one that the process stands in
-    for, if one was given.
+    `different` is the result of `differing_files`. `command` is the one that the user gave, if any.
     """
     recorded = record.node
     return [
@@ -43,7 +42,7 @@ def process(
         *_bits("capabilities", "capabilities", recorded.capabilities, node.capabilities),
         *_kernel(recorded.kernel, node.kernel),
         *_equal("libc", "C library", recorded.libc, node.libc),
-        *_lacks(abilities, record),
+        *_ability_problems(abilities, record),
         *_gpus(record, node),
         *(
             Difference("rootfs-file", file.path, in_words(file), different[file.path])
@@ -61,7 +60,7 @@ def process(
 
 
 def model_files(record: Record) -> Iterator[tuple[str, int]]:
-    """The files of a model that lay in a directory: path, size in bytes."""
+    """Yield path and size in bytes of each file of a model that is in a directory."""
     model, files = record.weights.get("model"), record.weights.get("files")
     if isinstance(model, str) and model.startswith("/") and isinstance(files, list):
         for file in files:
@@ -71,7 +70,7 @@ def model_files(record: Record) -> Iterator[tuple[str, int]]:
 
 
 def differing_files(record: Record) -> dict[str, str]:
-    """What is here instead of the files that a snapshot depends on, by path; only of those that differ."""
+    """Return, by path, what is here instead of each file that the snapshot needs and that differs."""
     found = {file.path: what for file in record.mapped_files if (what := difference(file))}
     for path, size in model_files(record):
         if what := difference(MappedFile(path=path, size=size)):
@@ -80,10 +79,10 @@ def differing_files(record: Record) -> dict[str, str]:
 
 
 def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
-    """Which GPU here takes the place of which recorded one, by UUID; empty if they are the same.
+    """Map the UUIDs of recorded GPUs to GPUs of this node; empty if they are the same.
 
-    Those that are on both sides keep their places, the rest follow by position. If there are as many here as
-    there, all of a node's are named: a map of those that CUDA_VISIBLE_DEVICES left to the process was refused
+    GPUs that are on both nodes map to themselves, the rest by position. If both nodes have equally many, all
+    are named: the driver refused a map of only those that CUDA_VISIBLE_DEVICES left to the process
     (NVIDIA/cuda-python#1983).
     """
     held = list(record.process.gpus)
@@ -98,7 +97,7 @@ def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
 
 
 def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Difference]:
-    """A difference; what was not recorded, or cannot be told here, is none."""
+    """Yield a difference, unless a side is "": not recorded, or unknown here."""
     if recorded != here and recorded != "" and here != "":
         yield Difference(code, name, str(recorded), str(here))
 
@@ -109,12 +108,12 @@ def _command(record: Record, command: Sequence[str] | None) -> Iterator[Differen
 
 
 def same_command(recorded: Sequence[str], given: Sequence[str]) -> bool:
-    """Whether two commands start the same server, be it at another address or by another path."""
+    """Return whether two commands start the same server. Its address and the program's path may differ."""
     return plain_command(recorded) == plain_command(redact_command(given))
 
 
 def plain_command(command: Sequence[str]) -> list[str]:
-    """A command without its address, and its program without the path."""
+    """Return a command without the server's address and without the directory of its program."""
     found = []
     skip = False
     for number, word in enumerate(command):
@@ -134,8 +133,7 @@ def missing_features(code: str, recorded: Fingerprint, here: Fingerprint) -> Ite
 
 
 def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Difference]:
-    """What is recorded and missing here, a bit each. More bits than recorded do no harm; none at all are not
-    known."""
+    """Yield a difference if recorded bits are missing here. Additional bits do no harm; 0 means unknown."""
     if recorded & ~here and here:
         yield Difference(code, name, f"{recorded:#x}", f"{here:#x}")
 
@@ -146,16 +144,16 @@ def _kernel(recorded: str, here: str) -> Iterator[Difference]:
         yield Difference("kernel-older" if older else "kernel", "kernel", recorded, here)
 
 
-def _lacks(abilities: Abilities, record: Record) -> Iterator[Difference]:
-    for code, lack in abilities.lacks.items():
+def _ability_problems(abilities: Abilities, record: Record) -> Iterator[Difference]:
+    for code, problem in abilities.problems.items():
         if code != "cuda" or record.process.gpus:
-            yield Difference(code, code, "", lack)
+            yield Difference(code, code, "", problem)
     if abilities.criu is not None and release(abilities.criu.version) < release(record.criu.version):
         yield Difference("criu-version", "CRIU", record.criu.version, abilities.criu.version)
 
 
 def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:
-    """Only of the GPUs that the process held: what else is in a node is nothing to it."""
+    """Compare the GPUs that the process held. Others do not matter to it."""
     if not record.process.gpus:
         return
     held = held_gpus(record)
@@ -192,12 +190,12 @@ def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:
 
 
 def held_gpus(record: Record) -> list[Gpu]:
-    """The GPUs that the process held."""
+    """Return the GPUs that the process held."""
     return [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
 
 
 def _either(code: str, recorded: bool, here: bool) -> Iterator[Difference]:
-    """What must be off on both sides."""
+    """Yield a difference if a feature is on, here or on the recorded node."""
     if recorded or here:
         yield Difference(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
 
@@ -208,7 +206,7 @@ def _unequal(
     shown: Callable[[Gpu], str],
     fits: Callable[[str, str], bool],
 ) -> Iterator[Difference]:
-    """The first pair of GPUs that differ in something."""
+    """Yield the first pair of GPUs that do not fit each other in one property."""
     for recorded, here in pairs:
         if not fits(shown(recorded), shown(here)):
             yield Difference(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))

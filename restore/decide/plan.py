@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restore will do: the rungs in order, why one is not taken, what each fetches and how long it takes.
+"""Plan a restore: the rungs in order, the reasons against each, what it fetches and how long it takes.
 
 Pure and total: the same facts give the same plan, and every set of facts gives one.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "rekindle.plan/1"
 
-# For estimates, on the slow side of what was measured; deadlines leave room above them.
+# For estimates, at the slow end of the measurements. Deadlines are longer.
 _FETCH_BYTES_PER_SECOND = 100e6
 _UNPACK_BYTES_PER_SECOND = 500e6
 _RESTORE_BYTES_PER_SECOND = 1.5e9
@@ -37,12 +37,12 @@ _DEADLINE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that a plan depends on.
+    """Everything that a plan depends on.
 
-    `image` is None if it could not be reached, which `unreached` then says why. `cache` is None if the image
-    has none, or if nobody has looked at it yet (`cache_unread`). `different` is what `match.look` gives.
-    `local`: nothing has to be fetched; `unpacked`: the dump is ready on this node. `given` is the command
-    that the user gave, if any; without one, a lower rung starts the recorded command.
+    `image` is None if it could not be read, for the reason `unreached`. `cache` is None if the image has no
+    kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
+    `match_process.differing_files`. `local`: nothing has to be fetched; `unpacked`: the dump is ready on this
+    node. `given` is the command that the user gave; None for the recorded one.
     """
 
     node: Fingerprint
@@ -58,7 +58,7 @@ class Facts:
 
     @property
     def command(self) -> Sequence[str] | None:
-        """What a lower rung starts; None if nobody says."""
+        """The command that a lower rung starts; None if there is none."""
         if self.given:
             return self.given
         recorded = self.image.record.command if self.image else ()
@@ -67,10 +67,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One rung: whether it can be taken, and if so what it fetches, about how long it takes until the server
-    answers (None: nobody knows), and how long it may take until the server has been started.
+    """One rung of a plan.
 
-    `roots` are the names of the roots of the kernel cache that it needs.
+    It is possible if no reason is hard. `seconds` is an estimate of the time until the server answers;
+    None if it is unknown. `deadline_seconds` limits the time until the process answers, or the kernel cache
+    is in place. `roots` are the names of the roots of the kernel cache that it needs.
     """
 
     rung: Rung
@@ -97,7 +98,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The rungs from the one that was asked for down to the cold start, in the order to be tried."""
+    """The rungs from the requested one down to the cold start, in the order to try them."""
 
     asked: Rung
     steps: Sequence[Step]
@@ -105,7 +106,7 @@ class Plan:
 
     @property
     def first(self) -> Step | None:
-        """The step that is taken if all goes well; None if none can be."""
+        """The highest possible step; None if there is none."""
         return next((step for step in self.steps if step.possible), None)
 
     @property
@@ -123,7 +124,7 @@ class Plan:
 
 
 def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None = None) -> Plan:
-    """The plan for a restore that may begin at the rung `asked`."""
+    """Return the plan for a restore whose first rung is `asked`."""
     rungs = list(Rung)
     strictness = strictness or Strictness()
     steps: Mapping[Rung, Callable[[Facts], Step]] = {
@@ -134,7 +135,7 @@ def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None
     made = []
     for rung in rungs[rungs.index(asked) :]:
         step = steps[rung](facts)
-        made.append(dataclasses.replace(step, reasons=[strictness.of(reason) for reason in step.reasons]))
+        made.append(dataclasses.replace(step, reasons=[strictness.apply(reason) for reason in step.reasons]))
     places = match_process.device_map(facts.image.record, facts.node) if facts.image else {}
     return Plan(asked=asked, steps=made, device_map=places)
 
@@ -148,7 +149,7 @@ def _process(facts: Facts) -> Step:
     fetched = 0
     if facts.cache is not None:
         inventory = facts.cache.inventory
-        roots = match_cache.cached(record.mapped_files, different, inventory)
+        roots = match_cache.roots_with_missing(record.mapped_files, different, inventory)
         for root in inventory.roots:
             if root.name in roots:
                 fetched += facts.cache.layers[root.layer].size
@@ -164,7 +165,7 @@ def _process(facts: Facts) -> Step:
         + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
-    found = match_process.process(record, facts.node, facts.abilities, different, facts.given)
+    found = match_process.compare(record, facts.node, facts.abilities, different, facts.given)
     return Step(
         rung=Rung.PROCESS,
         reasons=[reason_for(each) for each in found],
@@ -186,14 +187,14 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
         reason = reason_for(Difference("no-cache", "kernel cache", "", "the image holds no kernel cache"))
         return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
     inventory = facts.cache.inventory
-    judged = match_cache.cache(inventory, record.node.architecture, record, facts.node, soft)
-    chosen = [root for root in inventory.roots if root.name in judged.roots]
+    fit = match_cache.compare(inventory, record.node.architecture, record, facts.node, soft)
+    chosen = [root for root in inventory.roots if root.name in fit.roots]
     fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)
     written = sum(root.bytes for root in chosen)
     seconds = fetched / _FETCH_BYTES_PER_SECOND + written / _UNPACK_BYTES_PER_SECOND
     return Step(
         rung=Rung.CACHE,
-        reasons=[*judged.reasons, *_no_command(facts, Rung.CACHE)],
+        reasons=[*fit.reasons, *_no_command(facts, Rung.CACHE)],
         fetch_bytes=fetched,
         seconds=seconds + record.start_seconds if record.start_seconds else None,
         deadline_seconds=_deadline(seconds, record.start_seconds),
@@ -209,7 +210,7 @@ def _cold(facts: Facts) -> Step:
 def _no_command(facts: Facts, rung: Rung) -> list[Reason]:
     if facts.command:
         return []
-    here = "the recorded command lacks what was secret in it" if facts.image else "there is no command"
+    here = "a secret was removed from the recorded command" if facts.image else "no command is given"
     return [dataclasses.replace(reason_for(Difference("no-command", "command", "", here)), rung=rung)]
 
 
@@ -219,23 +220,26 @@ def _unreached(facts: Facts, rung: Rung) -> list[Reason]:
 
 
 def _deadline(seconds: float, cold: float) -> float:
-    """How long a rung may take before it is given up: some times what is expected, and if that is known no
-    longer than the cold start that it is to spare."""
-    patient = max(_DEADLINE_SECONDS, seconds * _DEADLINE_FACTOR)
-    return min(patient, max(_DEADLINE_SECONDS, cold)) if cold else patient
+    """Return the seconds after which a rung is given up.
+
+    That is a multiple of the estimate, but no longer than the cold start that the rung replaces, if the
+    duration of that is known (`cold` is not 0.0).
+    """
+    generous = max(_DEADLINE_SECONDS, seconds * _DEADLINE_FACTOR)
+    return min(generous, max(_DEADLINE_SECONDS, cold)) if cold else generous
 
 
 _SHOWN = 12
 _CAPABILITIES = {"privileges", "criu", "criu-version", "cuda"}
 _CANNOT = {
-    Rung.PROCESS: "this node cannot run the snapshot's process",
+    Rung.PROCESS: "this node cannot restore the snapshot's process",
     Rung.CACHE: "this node cannot use the snapshot's kernel cache",
-    Rung.COLD: "there is nothing to start",
+    Rung.COLD: "no command to start",
 }
 
 
 def require_possible(reasons: Sequence[Reason]) -> None:
-    """Raises CapabilityError or MismatchError if there is a hard reason."""
+    """Raise CapabilityError or MismatchError if there is a hard reason."""
     hard = [reason for reason in reasons if reason.hard]
     if not hard:
         return

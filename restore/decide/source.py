@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A verified image, and the way back to its blobs if a connection was cut."""
+"""A verified image, its kernel cache and its connections, which can be opened again."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """What a restore reads from. `close` cuts its connections and gives up a driver that nobody took."""
+    """What a restore reads from. `close` ends its connections, and a driver that has not been used."""
 
     def __init__(
         self,
@@ -35,8 +35,11 @@ class Source:
         cuda: "Search | None",
         connections: contextlib.ExitStack,
     ) -> None:
-        """`kernels` is the kernel cache if its config was read. `tally` counts what is fetched, if anything
-        can be; `cuda` is the driver that is starting; `connections` closes all of it."""
+        """Hold an image and what it is read with.
+
+        `kernels` is the kernel cache, if its config was read. `tally` counts fetched bytes; None for a local
+        image. `cuda` is the driver that is starting. `connections` closes everything.
+        """
         self.image = image
         self.kernels = kernels
         self.tally = tally
@@ -47,7 +50,7 @@ class Source:
         self._connections = connections
 
     def read_kernels(self) -> "Verified[CacheImage]":
-        """Read the config of the kernel cache, if that was not done before. The image must have one."""
+        """Return the kernel cache; read its config the first time. The image must have one."""
         if self.kernels is None:
             self.kernels = read_kernels(self.image)
         return self.kernels
@@ -57,7 +60,7 @@ class Source:
         return [root for root in self.read_kernels().value.inventory.roots if root.name in step.roots]
 
     def reconnect(self) -> None:
-        """Connect to a registry again, after a try that failed and cut every connection. The digests stay."""
+        """Connect to the registry again after a failed rung, for the same digests."""
         if not isinstance(self._reference, RegistryReference):
             return
         from oci.registry.repository import Repository
@@ -72,17 +75,17 @@ class Source:
             self.kernels = self.kernels.fetched_from(blobs)
 
     def close(self) -> None:
-        """Cut all connections. Idempotent."""
+        """End all connections. Idempotent."""
         self._connections.close()
 
 
 def read_kernels(image: Verified[Image]) -> "Verified[CacheImage]":
-    """Return the kernel cache of an image that has one: manifest and inventory. No layer is touched."""
+    """Return the manifest and inventory of an image's kernel cache. Fetches no layer."""
     return image.map(_kernels_of)
 
 
 def _kernels_of(image: Image) -> "CacheImage":
-    from oci.cache import image as cache_image  # most restores need none
+    from oci.cache import image as cache_image  # imported late: most restores do not need it
 
     assert image.cache is not None
     return cache_image.load(image.blobs, image.cache, image.limits)

@@ -13,7 +13,7 @@ from typing import TypeVar
 from rekindle.errors import RekindleError, RestoreError
 from rekindle.report import Report, Rung
 from restore.decide.plan import Plan, Step, require_possible
-from restore.decide.rules import failure
+from restore.decide.rules import failure_reason
 from restore.serve.foreground import Serving
 from restore.signals import DeadlinePassed
 
@@ -47,8 +47,8 @@ def descend(
                 return taken
         except (Exception, DeadlinePassed) as error:
             last = step is plan.steps[-1] or rungs.index(step.rung) >= lowest
-            where = report.phases[-1].name if len(report.phases) > phases else step.rung
-            why = failure(step.rung, where, error)
+            phase = report.phases[-1].name if len(report.phases) > phases else step.rung
+            why = failure_reason(step.rung, phase, error)
             if last or (isinstance(error, RekindleError) and not error.descends):
                 if isinstance(error, DeadlinePassed):
                     raise RestoreError(f"the {step.rung} rung took too long", cause=why.here) from None

@@ -125,7 +125,7 @@ class _Tree:
 
 
 class CacheWatch:
-    """CacheWatch caches within a context for files that are opened or made.
+    """Watch caches within a context for files that are opened or made.
 
     A cache may not exist yet, may be a link, and may be removed and made again. Leaving the context looks
     for the last time, ends the thread and closes the descriptors, whatever happens. Without inotify,
@@ -280,7 +280,7 @@ class CacheWatch:
                 self._read_events()
 
     def _watch_above(self, tree: _Tree) -> None:
-        """CacheWatch the closest existing directory above a cache, to notice when the cache is made."""
+        """Watch the closest existing directory above a cache, to notice when the cache is made."""
         while True:
             above, inner = posixpath.dirname(tree.real), tree.real
             while (watch := self._add(above, _ABOVE)) is None and above != "/":
@@ -291,7 +291,7 @@ class CacheWatch:
                 return
 
     def _list(self, tree: _Tree, inside: str, treat_as: _Listed) -> None:
-        """CacheWatch a directory and list the files that it already holds."""
+        """Watch a directory and list the files that it already holds."""
         if len(tree.before) > _FILES_LIMIT:
             self._lost = tree.too_large = True
             return

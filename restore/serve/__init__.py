@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that was brought up: its published address, its clients, its signals, its end."""
+"""Serve a server's clients: its published address, its signals, its exit."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published address: taken before the server is there, listened on once it is."""
+"""The published address: bound before the server starts, opened once it is ready."""
 
 import socket
 from types import TracebackType
@@ -12,7 +12,7 @@ _BACKLOG = 1024
 
 
 def bind(endpoint: Endpoint) -> socket.socket:
-    """Takes an address without listening: connections are refused until `listen`. Raises PortError."""
+    """Bind an address without listening: connections are refused until `listen`. Raises PortError."""
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     try:
         if not endpoint.host.replace(".", "").isdigit() and family is socket.AF_INET:
@@ -26,23 +26,23 @@ def bind(endpoint: Endpoint) -> socket.socket:
         except BaseException:
             sock.close()
             raise
-    except (OSError, ValueError, TypeError) as error:  # the latter two for what is no host name at all
-        raise _taken(endpoint, error) from error
+    except (OSError, ValueError, TypeError) as error:  # ValueError and TypeError: an invalid host name
+        raise _port_error(endpoint, error) from error
     return sock
 
 
 def listen(sock: socket.socket, endpoint: Endpoint) -> None:
-    """Opens an address that was bound. Raises PortError if somebody else was faster."""
+    """Listen on a bound address. Raises PortError if another process listens there by now."""
     try:
         sock.listen(_BACKLOG)
     except OSError as error:
-        raise _taken(endpoint, error) from error
+        raise _port_error(endpoint, error) from error
 
 
 class Address:
-    """The published address of a restore: bound by us before the server is there, or left to the server.
+    """The published address of a restore: bound by us, or released for the server to bind.
 
-    `endpoint` is None if nothing says where the server will listen; then there is nothing to bind.
+    `endpoint` is None if it is unknown where the server will listen; nothing is bound then.
     """
 
     def __init__(self, endpoint: Endpoint | None) -> None:
@@ -51,20 +51,20 @@ class Address:
         self._bound = bind(endpoint) if endpoint is not None else None
 
     def is_forwarded(self, listens: Endpoint | None) -> bool:
-        """Tell whether a server that listens there itself is reached under another address."""
+        """Return whether a server that listens at `listens` must be forwarded to this address."""
         if listens is None or self.endpoint is None or self.endpoint == listens:
             return False
         return not (self.endpoint.port == listens.port and listens.host in {"", "0.0.0.0", "::"})
 
     def listen(self) -> socket.socket | None:
-        """Open the address and return its socket; None if there is none. Raises PortError."""
+        """Listen on the address and return its socket; None if none is bound. Raises PortError."""
         if self._bound is None or self.endpoint is None:
             return None
         listen(self._bound, self.endpoint)
         return self._bound
 
     def release(self) -> None:
-        """Leave the address to the server. Idempotent."""
+        """Close the socket, so that the server can bind the address. Idempotent."""
         if self._bound is not None:
             self._bound.close()
             self._bound = None
@@ -78,9 +78,9 @@ class Address:
         self.release()
 
 
-def _taken(endpoint: Endpoint, error: Exception) -> PortError:
+def _port_error(endpoint: Endpoint, error: Exception) -> PortError:
     return PortError(
-        f"{endpoint} cannot be published",
+        f"cannot publish {endpoint}",
         cause=getattr(error, "strerror", None) or str(error),
-        hint="choose another with --publish [HOST:]PORT, or end what listens there",
+        hint="choose another address with --publish [HOST:]PORT, or end the process that listens there",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is told what becomes of a server: the platform by sd_notify and a file, the caller by the report."""
+"""Announce the state of a server: to the platform by sd_notify and a file, to the caller by the report."""
 
 import signal
 from pathlib import Path
@@ -9,10 +9,11 @@ from restore.options import Listener
 from restore.serve import notify
 
 _HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}
+"""How a server on each rung was started."""
 
 
 class Announcer:
-    """Says once that the server is ready, and once that it takes no more requests."""
+    """Announces once that the server is ready, and once that it stops."""
 
     def __init__(self, report: Report, listener: Listener, ready_file: Path | None) -> None:
         self._report = report
@@ -21,7 +22,7 @@ class Announcer:
         self._is_ready = False
 
     def say_ready(self, rung: Rung) -> None:
-        """Tell people on which rung the server is ready, and what came of its kernel cache."""
+        """Print on which rung the server is ready, and how much of its kernel cache it used."""
         report = self._report
         first = report.first_token_seconds
         after = f" after {first:.2f} s to the first token" if first else ""
@@ -30,15 +31,15 @@ class Announcer:
             proof = report.cache
             report.say(
                 f"kernel cache: {proof['verdict']}; {proof['used']} of {proof['entries']} entries used, "
-                f"{proof['made']} made anew"
+                f"{proof['made']} compiled again"
             )
 
     def ready(self) -> None:
-        """Tell the platform that requests may come."""
+        """Tell the platform that the server is ready."""
         self._is_ready = True
         notify.ready(self._ready_file)
         if self._ready_file is not None and not self._ready_file.exists():
-            self._report.say(f"WARNING: --ready-file {self._ready_file} cannot be made")
+            self._report.say(f"WARNING: cannot create --ready-file {self._ready_file}")
 
     def stopping(self) -> None:
         """Tell the platform to send no more requests. Idempotent."""
@@ -47,9 +48,9 @@ class Announcer:
             notify.stopping(self._ready_file)
 
     def asked_to_end(self, signum: int) -> None:
-        """Tell what is known now: the platform that sent the signal may not wait for the clean-up."""
+        """Report a signal at once: the platform that sent it may not wait for the clean-up."""
         if self._report.outcome is Outcome.FAILED:
             self._report.error = interrupted(signum)
             self._listener.interrupted(self._report)
-        elif signum != signal.SIGHUP:  # upon which some servers read their configuration again
+        elif signum != signal.SIGHUP:  # makes some servers reload their configuration
             self.stopping()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in the foreground: signals go to it, its port is published, its end is ours."""
+"""Run a server in the foreground: pass signals on to it, publish its port, wait for its exit."""
 
 import contextlib
 import os
@@ -19,26 +19,26 @@ from restore.signals import ENDING, Signals
 
 
 class Replica(Protocol):
-    """A server that runs for us, in a cell or beside us."""
+    """A running server, in a cell or as our child."""
 
     def status(self) -> int | None:
-        """Its exit status as the shell counts, once it has ended."""
+        """Return its exit status, 128 + N for signal N; None while it runs."""
 
     def signal(self, signum: int) -> None:
-        """Sends it a signal; nothing happens if it is gone."""
+        """Send it a signal; do nothing if it has exited."""
 
     def child(self) -> int:
-        """The PID of our own child, which only the replica reaps."""
+        """Return the PID of our child, which only the replica may reap."""
 
     def fileno(self) -> int:
-        """Readable when `status` may have changed."""
+        """Return a descriptor that is readable when `status` may have changed."""
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
-        """A stream socket in the network that it listens in."""
+        """Return a stream socket in the server's network."""
 
 
 class RestoredServer:
-    """A server that was restored in a cell."""
+    """A server restored in a cell."""
 
     def __init__(self, cell: Cell, process: Process) -> None:
         self._cell = cell
@@ -62,7 +62,7 @@ class RestoredServer:
 
 
 class Serving:
-    """A context in which a server is looked after. `signalled` is the first signal that asked it to end."""
+    """A context that serves a server's clients. `signalled` is the first signal that asked it to end."""
 
     def __init__(
         self,
@@ -71,8 +71,10 @@ class Serving:
         signals: Signals,
         asked_to_end: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`endpoint` is where the server listens; `asked_to_end` is told of every such signal, after the
-        server was."""
+        """Serve a replica that listens at `endpoint`.
+
+        `asked_to_end` is called with every signal that asks the server to end, after it was passed on.
+        """
         self.signalled: int | None = None
         self._replica = replica
         self._endpoint = endpoint
@@ -94,17 +96,17 @@ class Serving:
         self._stack.close()
 
     def watch(self, fd: int, readable: Callable[[], object]) -> None:
-        """Calls `readable` whenever there is something to read from a descriptor."""
+        """Call `readable` whenever a descriptor is readable."""
         self._selector.register(fd, selectors.EVENT_READ, lambda _: readable())
 
     def forget(self, fd: int) -> None:
-        """No longer watches a descriptor."""
+        """Stop watching a descriptor."""
         self._selector.unregister(fd)
 
     def publish(self, sock: socket.socket) -> None:
-        """Carries the connections to a listening socket to the server from now on."""
+        """Forward connections from a listening socket to the server from now on."""
         assert self._endpoint is not None
-        # Two descriptors a connection. A server that was started before keeps its own limit.
+        # A connection takes two descriptors. A server that runs already keeps its own limit.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -114,7 +116,7 @@ class Serving:
         forwarder.accept_from(sock)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
-        """Looks after the server until it ends; returns its exit status. None as soon as `until` holds."""
+        """Serve until the server exits; return its exit status. Return None as soon as `until` holds."""
         while True:
             self._pass_signals_on()
             _reap(self._replica.child())
@@ -128,7 +130,7 @@ class Serving:
 
     def _pass_signals_on(self) -> None:
         for signum in self._signals.take():
-            with contextlib.suppress(RestoreError):  # its cell has ended: `status` tells how
+            with contextlib.suppress(RestoreError):  # the cell has ended: `status` will say how
                 self._replica.signal(signum)
             if signum in ENDING:
                 self.signalled = self.signalled or signum
@@ -136,8 +138,10 @@ class Serving:
 
 
 def _reap(own: int) -> None:
-    """Orphans come to us, as PID 1 of a container and from a server that we started. Our own child is left
-    to who waits for it."""
+    """Reap orphans, which come to us as PID 1 of a container or as the parent of a server.
+
+    Leave `own`, our own child, to the replica, which waits for it.
+    """
     with contextlib.suppress(ChildProcessError):
         while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if found.si_pid == own:

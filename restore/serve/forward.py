@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published ports: connections to an address of the host are carried to the server."""
+"""Forward connections from a published address of the host to the server."""
 
 import contextlib
 import errno
@@ -13,12 +13,12 @@ from typing import Protocol
 from rekindle.engine import Endpoint
 
 _BUFFER_BYTES = 256 * 1024
-_BREATH_SECONDS = 0.01
+_PAUSE_SECONDS = 0.01
 
 
 @dataclass(slots=True, eq=False)
 class _Side:
-    """One end of a carried connection, with what is still to be written to it."""
+    """One end of a forwarded connection, with the bytes that are still to be written to it."""
 
     sock: socket.socket
     other: "_Side | None" = None
@@ -29,14 +29,14 @@ class _Side:
 
 
 class Dialer(Protocol):
-    """Where a server can be reached: its cell, or the host."""
+    """A network in which a server listens: its cell's, or the host's."""
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
-        """A stream socket in that network."""
+        """Return a stream socket in that network."""
 
 
 class Forwarder:
-    """Carries connections, as part of somebody's selector loop. Holds 512 KiB a direction at most."""
+    """Forwards connections within a selector loop. Buffers at most 512 KiB per direction."""
 
     def __init__(self, selector: selectors.BaseSelector, network: Dialer, target: Endpoint) -> None:
         self._selector = selector
@@ -46,13 +46,13 @@ class Forwarder:
         self._sides: set[_Side] = set()
 
     def accept_from(self, sock: socket.socket) -> None:
-        """Takes the connections to a listening socket from now on."""
+        """Accept connections from a listening socket from now on."""
         sock.setblocking(False)
         self._listener = sock
         self._selector.register(sock, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
-        """Ends every connection."""
+        """Stop listening, and close every connection."""
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
@@ -66,7 +66,7 @@ class Forwarder:
             client, _address = self._listener.accept()
         except OSError as error:
             if error.errno in {errno.EMFILE, errno.ENFILE}:
-                time.sleep(_BREATH_SECONDS)  # it stays in the queue, and would wake us again at once
+                time.sleep(_PAUSE_SECONDS)  # the connection stays in the queue and would wake us at once
             return
         host = self._target.reachable_host
         try:
@@ -89,7 +89,7 @@ class Forwarder:
         self._watch(far)
 
     def _watch(self, side: _Side) -> None:
-        """Asks for the events that a side waits for: room to write, or something to read."""
+        """Register for the events that a side waits for: it can be written to, or read from."""
         assert side.other is not None
         events = 0
         if side.pending or not side.connected:
@@ -136,7 +136,7 @@ class Forwarder:
         self._watch(other)
 
     def _flush(self, side: _Side) -> None:
-        """Writes what can be written; passes on the end of the stream after the last byte."""
+        """Write as much as possible; after the last byte, pass on the end of the stream."""
         assert side.other is not None
         try:
             while side.pending:

@@ -211,7 +211,7 @@ def test_another_user_than_root_is_served_on_the_cache(saved: Saved) -> None:
             os.chown(path, user, user)
         running = goes_to_the_cache(scene, "privileges", "capabilities", elsewhere=True)
         (told,) = [r for r in running.report["reasons"] if r["code"] == "privileges"]
-        assert told["here"] == "this is user 1000, and not root"
+        assert told["here"] == "running as user 1000, not as root"
 
 
 # Where nothing can be written.

@@ -324,7 +324,7 @@ def test_another_server_at_its_own_address_is_not_taken_for_it(scene: Scene) -> 
         wait_for(lambda: listening(scene.saved.port), 10)
         running = scene.ended("--rung", "cold", "--publish", str(other))
         assert running.process.returncode == 13, running.said
-        assert f"127.0.0.1:{scene.saved.port} cannot be published" in running.said
+        assert f"cannot publish 127.0.0.1:{scene.saved.port}" in running.said
         assert "mule" not in running.said
         stranger.kill()
 

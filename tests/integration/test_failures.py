@@ -47,7 +47,7 @@ def test_an_unprivileged_user(rekindle: Rekindle, port: int, tmp_path: Path) -> 
     rekindle.prefix = ["unshare", "--user"]  # the same files, but no longer root
     done = rekindle("restore", "horse", "--require", "process")
     assert done.status == 10, done.stderr
-    assert "privileges: this is user" in done.stderr
+    assert "privileges: running as user" in done.stderr
     for words in (
         ["snapshot", "other", *workhorse_flags(port), "--", *workhorse(port)],
         ["bench", *workhorse_flags(port), "--", *workhorse(port)],
@@ -211,7 +211,7 @@ def test_a_port_in_use(rekindle: Rekindle, port: int, nothing_left: NothingLeft)
         taken = other.getsockname()[1]
         done = rekindle("restore", "horse", "--publish", str(taken))
     assert done.status == 13, done.stderr
-    assert f"127.0.0.1:{taken} cannot be published" in done.stderr
+    assert f"cannot publish 127.0.0.1:{taken}" in done.stderr
     assert "Address already in use" in done.stderr
     nothing_left()
 
@@ -347,8 +347,8 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
         (["restore", "x", "--process-deadline", "0"], "invalid number of seconds '0'"),
         (["restore", "x", "--process-deadline", "soon"], "invalid number of seconds 'soon'"),
         (["restore", "x", "--ready-url", "http://x/"], "--ready-url needs a COMMAND"),
-        (["restore", "x", "--ready-file", "/dev/null"], "no regular file"),
-        (["restore", "x", "--ready-file", "/no/such/place/ready"], "cannot be used"),
+        (["restore", "x", "--ready-file", "/dev/null"], "not a regular file"),
+        (["restore", "x", "--ready-file", "/no/such/place/ready"], "cannot use --ready-file"),
         (["snapshot", "x"], "no command"),
         (["snapshot", "x", "--", "frobnicate"], "no server that rekindle knows"),
         (["snapshot", "x", "--oracle-request", "f", "--", "y"], "--oracle-request needs --ready-url"),

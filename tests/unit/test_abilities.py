@@ -82,7 +82,7 @@ def test_it_is_tried_again_once_something_has_changed(node: Node, home: Home, na
 def test_that_cells_do_not_work_is_not_remembered(node: Node, home: Home) -> None:
     node.lack = CapabilityError("a cell cannot be made", cause="unshare: Operation not permitted")
     for _ in range(2):
-        assert probe(home) == Abilities(lacks={"privileges": "unshare: Operation not permitted"})
+        assert probe(home) == Abilities(problems={"privileges": "unshare: Operation not permitted"})
     assert node.cells == 2
     node.lack = None
     assert probe(home) == Abilities(criu=CRIU)
@@ -92,7 +92,7 @@ def test_that_cells_do_not_work_is_not_remembered(node: Node, home: Home) -> Non
 
 def test_a_lack_without_a_cause_is_told(node: Node, home: Home) -> None:
     node.lack = CapabilityError("a cell cannot be made")
-    assert probe(home).lacks == {"privileges": "a cell cannot be made"}
+    assert probe(home).problems == {"privileges": "a cell cannot be made"}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"kernel": "6.8.0"}'])
@@ -119,15 +119,15 @@ def test_where_nothing_can_be_remembered_it_is_tried_each_time(
 
 def test_who_is_not_root_tries_nothing(node: Node, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert probe(home) == Abilities(lacks={"privileges": "this is user 1000, and not root"})
+    assert probe(home) == Abilities(problems={"privileges": "running as user 1000, not as root"})
     assert node.cells == 0
 
 
 def test_a_lack_of_criu_is_told_with_its_cause(node: Node, home: Home) -> None:
     node.criu_lack = CapabilityError("there is no CRIU on this machine")
-    assert probe(home) == Abilities(lacks={"criu": "there is no CRIU on this machine"})
+    assert probe(home) == Abilities(problems={"criu": "there is no CRIU on this machine"})
     node.criu_lack = CapabilityError("CRIU 3.19 does not work", cause="Error (net.c:1)")
-    assert probe(home) == Abilities(lacks={"criu": "CRIU 3.19 does not work: Error (net.c:1)"})
+    assert probe(home) == Abilities(problems={"criu": "CRIU 3.19 does not work: Error (net.c:1)"})
 
 
 # On this machine.
@@ -138,7 +138,7 @@ from pathlib import Path
 from restore.decide.abilities import probe
 from rekindle.home import Home
 able = probe(Home(Path(sys.argv[1])))
-print(json.dumps([able.criu.version if able.criu else None, dict(able.lacks)]))
+print(json.dumps([able.criu.version if able.criu else None, dict(able.problems)]))
 """
 
 

@@ -48,7 +48,7 @@ def test_the_driver_comes_first(fake: FakeCuda, home: Home) -> None:
     assert one == BackendCandidate(name="driver", detail="libcuda.so.1, CUDA 13.0", problem="", chosen=True)
     tool = f"{fake.place}/bin/cuda-checkpoint 580.65.06"
     assert other == BackendCandidate(name="utility", detail=tool, problem="", chosen=False)
-    assert abilities.cuda_lack(home) == ""
+    assert abilities.cuda_problem(home) == ""
     assert clients() == []
 
 
@@ -70,7 +70,7 @@ def test_too_old_a_driver_has_no_backend(fake: FakeCuda, home: Home) -> None:
     cause = reasons(home)
     assert "older than 570" in cause
     assert "550.144.03 has no --action: it is older than 555" in cause
-    assert abilities.cuda_lack(home) == cause
+    assert abilities.cuda_problem(home) == cause
     assert not any(candidate.chosen for candidate in search.candidates(home))
 
 

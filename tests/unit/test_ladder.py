@@ -208,7 +208,7 @@ def test_rungs_below_the_required_one_are_never_tried(
 def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
     lacking = [reason_for(Difference("criu", "criu", "", "there is none"))]
     rungs = Rungs(report)
-    with contextlib.ExitStack() as keep, pytest.raises(CapabilityError, match="cannot run"):
+    with contextlib.ExitStack() as keep, pytest.raises(CapabilityError, match="cannot restore"):
         descend(steps(process=lacking), rungs, report, keep, require=PROCESS)
     assert rungs.happened == []
     assert codes(report) == [(PROCESS, "criu")]

@@ -26,7 +26,7 @@ ABLE = Abilities(criu=Criu(path=Path("/criu"), version="4.2.1"))
 
 def process(*facts: Any) -> list[Reason]:
     """What the rules make of the differences."""
-    return [reason_for(each) for each in match_process.process(*facts)]
+    return [reason_for(each) for each in match_process.compare(*facts)]
 
 
 def differences(**changes: Any) -> list[Reason]:
@@ -200,9 +200,9 @@ def test_a_device_map_keeps_what_is_there() -> None:
 
 LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {
     "nothing": (ABLE, [], None),
-    "root": (Abilities(lacks={"privileges": "no root"}), ["privileges"], CapabilityError),
-    "CRIU": (Abilities(lacks={"criu": "there is none"}), ["criu"], CapabilityError),
-    "CUDA, of which nothing is held": (dataclasses.replace(ABLE, lacks={"cuda": "none"}), [], None),
+    "root": (Abilities(problems={"privileges": "no root"}), ["privileges"], CapabilityError),
+    "CRIU": (Abilities(problems={"criu": "there is none"}), ["criu"], CapabilityError),
+    "CUDA, of which nothing is held": (dataclasses.replace(ABLE, problems={"cuda": "none"}), [], None),
     "a newer CRIU": (Abilities(criu=Criu(path=Path("/criu"), version="5.0")), [], None),
     "an older CRIU": (
         Abilities(criu=Criu(path=Path("/criu"), version="3.19")),
@@ -301,12 +301,12 @@ def test_a_long_list_of_reasons_is_cut() -> None:
 
 def test_a_policy_softens_and_hardens() -> None:
     strict = Strictness(soft=frozenset({"cpu-feature"}), hard=frozenset({"kernel"}))
-    changed = [strict.of(reason) for reason in differences(kernel="6.9.0", cpu_features=frozenset())]
+    changed = [strict.apply(reason) for reason in differences(kernel="6.9.0", cpu_features=frozenset())]
     assert [(r.code, r.hard, r.by_policy) for r in changed] == [
         ("cpu-feature", False, True),
         ("kernel", True, True),
     ]
-    (unchanged,) = [strict.of(reason) for reason in differences(libc="glibc 2.40")]
+    (unchanged,) = [strict.apply(reason) for reason in differences(libc="glibc 2.40")]
     assert not unchanged.by_policy
 
 

@@ -476,7 +476,7 @@ CASES = [
         caches="",
     ),
     # What the node can do.
-    kernels("no CRIU", CPU, CPU, "criu!", able=Abilities(lacks={"criu": "there is none"})),
+    kernels("no CRIU", CPU, CPU, "criu!", able=Abilities(problems={"criu": "there is none"})),
     kernels(
         "an older CRIU",
         CPU,
@@ -489,20 +489,20 @@ CASES = [
         H100,
         but(H100, container="kubernetes"),
         "privileges!",
-        able=Abilities(lacks={"privileges": "this is user 1000, and not root"}),
+        able=Abilities(problems={"privileges": "running as user 1000, not as root"}),
     ),
     kernels(
         "no CUDA checkpointing",
         H100,
         H100,
         "cuda!",
-        able=dataclasses.replace(ABLE, lacks={"cuda": "the driver is too old"}),
+        able=dataclasses.replace(ABLE, problems={"cuda": "the driver is too old"}),
     ),
     process(
         "no CUDA checkpointing, of which nothing is held",
         CPU,
         CPU,
-        able=dataclasses.replace(ABLE, lacks={"cuda": "there is no driver"}),
+        able=dataclasses.replace(ABLE, problems={"cuda": "there is no driver"}),
     ),
     # Other versions: the process is known by its files, the cache by its packages.
     kernels(
@@ -570,7 +570,7 @@ CASES = [
         H100,
         but(H100, packages={}),
         "criu!",
-        able=Abilities(lacks={"criu": ""}),
+        able=Abilities(problems={"criu": ""}),
     ),
     # Caches.
     kernels(
@@ -656,7 +656,7 @@ CASES = [
         "rootfs-file! rootfs-file!",
         "cache-architecture!",
         files=are_missing,
-        able=Abilities(lacks={"criu": "there is none"}),
+        able=Abilities(problems={"criu": "there is none"}),
         given=["python", "-m", "http.server"],
     ),
 ]

@@ -54,7 +54,7 @@ def test_where_nobody_listens_nothing_happens(address: str, monkeypatch: pytest.
 def test_who_does_not_read_does_not_hold_the_server_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notify, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(notify, "_SEND_SECONDS", 0.05)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler, contextlib.suppress(BlockingIOError):

@@ -153,7 +153,7 @@ FINGERPRINTS = st.builds(
 ABILITIES = st.builds(
     Abilities,
     criu=st.none() | st.builds(Criu, path=st.just(Path("/criu")), version=WORDS | st.text(max_size=9)),
-    lacks=st.dictionaries(st.sampled_from(["privileges", "criu", "cuda"]), WORDS),
+    problems=st.dictionaries(st.sampled_from(["privileges", "criu", "cuda"]), WORDS),
 )
 PATHS = ["/lib/a", "/lib/b", "/caches/0/k.so", "/caches/1/deep/k.so", "/caches/10/k.so"]
 COMMANDS = st.sampled_from(
@@ -424,7 +424,7 @@ def test_without_an_image_and_a_command_there_is_nothing() -> None:
     assert plan.first is None
     assert plan.to_json()["rung"] is None
     (reason,) = step(plan, Rung.COLD).reasons
-    assert (reason.code, reason.rung, reason.here) == ("no-command", Rung.COLD, "there is no command")
+    assert (reason.code, reason.rung, reason.here) == ("no-command", Rung.COLD, "no command is given")
 
 
 # The kernel cache, entry by entry.

@@ -312,10 +312,10 @@ def test_the_policy_that_is_named_counts_or_that_of_the_home(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('soft = ["colour"]', "there is no such rule"),
-        ('soft = ["architecture"]', "cannot change architecture"),
-        ('soft = ["no-command"]', "cannot change no-command"),
-        ('soft = ["kernel"]\nhard = ["kernel"]', "soft and hard"),
+        ('soft = ["colour"]', "unknown rule 'colour'"),
+        ('soft = ["architecture"]', "cannot change the rule architecture"),
+        ('soft = ["no-command"]', "cannot change the rule no-command"),
+        ('soft = ["kernel"]\nhard = ["kernel"]', "both soft and hard"),
     ],
 )
 def test_rules_that_there_are_not_are_refused_before_anything_is_done(
