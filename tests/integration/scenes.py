@@ -23,8 +23,8 @@ from oci import image as images
 from oci import media_types
 from oci.layout import Layout
 from tests.conftest import SERVERS, KeyPair, Rekindle, free_port, listening, wait_for, workhorse_flags
+from tests.samples.cache import write
 from tests.traces import adopting_orphans, children
-from tests.unit.cache_samples import write
 
 MULE = [sys.executable, str(SERVERS / "mule.py")]
 FAULTY = [sys.executable, str(SERVERS / "faulty.py")]

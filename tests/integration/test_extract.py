@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, small_disk, wait_for
-from tests.unit.cache_samples import KEY, tree, triton, vllm, write
+from tests.samples.cache import KEY, tree, triton, vllm, write
 
 KERNEL = """
 import triton

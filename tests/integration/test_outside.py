@@ -16,10 +16,10 @@ from oci.layout import Layout
 from rekindle.config import Limits
 from rekindle.errors import FormatError
 from tests.conftest import Rekindle, small_disk
-from tests.integration.test_registry import make_image
+from tests.samples.cache import triton
+from tests.samples.image import make_image
+from tests.samples.record import FULL_RECORD
 from tests.servers.registry.simulator import Registry
-from tests.unit.cache_samples import triton
-from tests.unit.samples import FULL_RECORD
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, or become somebody else")
 

@@ -8,7 +8,7 @@ import pytest
 
 from oci.layout import Layout
 from tests.conftest import Rekindle, Replica
-from tests.integration.test_registry import make_image
+from tests.samples.image import make_image
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.simulator import Registry
 

@@ -23,10 +23,10 @@ from oci.trust.keys import PrivateKey
 from oci.trust.statement import COSIGN_SIGN, PAYLOAD_TYPE, SNAPSHOT, Envelope, Statement
 from rekindle.digest import Digest
 from tests.conftest import COSIGN, COSIGN_2, Done, Rekindle, Replica, free_port
+from tests.samples.cache import triton
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.docker_registry import DockerRegistry
 from tests.servers.registry.simulator import EMPTY, Registry
-from tests.unit.cache_samples import triton
 
 REPOSITORY = "models/horse"
 TAG = "1"

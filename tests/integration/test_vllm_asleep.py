@@ -22,7 +22,7 @@ from tests.conftest import PREFIX, Done, Rekindle, Replica, free_port, listening
 from tests.fakes import nodes
 from tests.fakes.gpu_node import FakeGpuNode
 from tests.fakes.vllm import FakeVllm
-from tests.unit import cache_samples
+from tests.samples import cache as cache_samples
 
 pytestmark = pytest.mark.criu
 NothingLeft = Callable[[], None]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.samples.registry import make_sample
 from tests.servers.registry.simulator import Registry
-from tests.unit.registry_samples import make_sample
 
 PACKAGES = ("rekindle", "oci", "restore", "snapshot", "cli")
 """From the ground up: each may import those before it, and none of those after it."""

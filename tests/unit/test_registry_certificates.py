@@ -13,11 +13,11 @@ from oci.registry.access import Access
 from oci.registry.certificates import Certificates
 from rekindle.config import RegistrySettings
 from rekindle.errors import RegistryError, UsageError
+from tests.samples.registry import Sample, access_to, assert_all_there, pull, push, said, within
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.misbehaviour import blob
 from tests.servers.registry.relay import Authority, Pair, Proxy, Tls
 from tests.servers.registry.simulator import Registry
-from tests.unit.registry_samples import Sample, access_to, assert_all_there, pull, push, said, within
 
 pytestmark = pytest.mark.usefixtures("small_stretches")
 

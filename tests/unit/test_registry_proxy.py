@@ -14,10 +14,7 @@ from oci.registry.proxy import Proxy as Found
 from oci.registry.proxy import proxy_for
 from oci.registry.url import Url
 from rekindle.errors import RegistryError
-from tests.servers.registry.access import PASSWORD, Auth
-from tests.servers.registry.relay import Authority, Proxy, Tls
-from tests.servers.registry.simulator import Registry
-from tests.unit.registry_samples import (
+from tests.samples.registry import (
     SETTINGS,
     Sample,
     access_to,
@@ -27,6 +24,9 @@ from tests.unit.registry_samples import (
     said,
     within,
 )
+from tests.servers.registry.access import PASSWORD, Auth
+from tests.servers.registry.relay import Authority, Proxy, Tls
+from tests.servers.registry.simulator import Registry
 
 NAME = "registry.test"
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "REQUEST_METHOD")

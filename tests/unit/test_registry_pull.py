@@ -24,12 +24,7 @@ from rekindle.errors import (
     RegistryError,
     UsageError,
 )
-from tests.servers.registry import misbehaviour as wrong
-from tests.servers.registry.access import PASSWORD, Auth
-from tests.servers.registry.misbehaviour import ANYTHING, TOKEN, blob, manifest
-from tests.servers.registry.simulator import Misbehave, Registry
-from tests.servers.registry.wire import Answer, Kind
-from tests.unit.registry_samples import (
+from tests.samples.registry import (
     CALM,
     STRETCH,
     WRONG,
@@ -48,6 +43,11 @@ from tests.unit.registry_samples import (
     times_asked,
     within,
 )
+from tests.servers.registry import misbehaviour as wrong
+from tests.servers.registry.access import PASSWORD, Auth
+from tests.servers.registry.misbehaviour import ANYTHING, TOKEN, blob, manifest
+from tests.servers.registry.simulator import Misbehave, Registry
+from tests.servers.registry.wire import Answer, Kind
 
 pytestmark = pytest.mark.usefixtures("small_stretches")
 

@@ -12,12 +12,7 @@ import pytest
 from oci import transfer
 from oci.registry.repository import Repository
 from rekindle.errors import CredentialsError, IntegrityError, RegistryError
-from tests.servers.registry import misbehaviour as wrong
-from tests.servers.registry.access import Auth
-from tests.servers.registry.misbehaviour import ANYTHING, MOUNT, On, blob, manifest, upload
-from tests.servers.registry.simulator import Misbehave, Registry, _Repository
-from tests.servers.registry.wire import Kind, Request
-from tests.unit.registry_samples import (
+from tests.samples.registry import (
     SETTINGS,
     WRONG,
     Case,
@@ -33,6 +28,11 @@ from tests.unit.registry_samples import (
     times_asked,
     within,
 )
+from tests.servers.registry import misbehaviour as wrong
+from tests.servers.registry.access import Auth
+from tests.servers.registry.misbehaviour import ANYTHING, MOUNT, On, blob, manifest, upload
+from tests.servers.registry.simulator import Misbehave, Registry, _Repository
+from tests.servers.registry.wire import Kind, Request
 
 pytestmark = pytest.mark.usefixtures("small_stretches")
 

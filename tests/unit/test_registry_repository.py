@@ -21,11 +21,7 @@ from rekindle.config import RetryPolicy, TransferSettings
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, RegistryError, RekindleError, UsageError
 from tests.conftest import free_port
-from tests.servers.registry import misbehaviour as wrong
-from tests.servers.registry.misbehaviour import ANYTHING, REFERRERS, blob, upload
-from tests.servers.registry.simulator import Misbehave, Registry
-from tests.servers.registry.wire import Answer, Ending, Request
-from tests.unit.registry_samples import (
+from tests.samples.registry import (
     STRETCH,
     Sample,
     access_to,
@@ -35,6 +31,10 @@ from tests.unit.registry_samples import (
     push,
     within,
 )
+from tests.servers.registry import misbehaviour as wrong
+from tests.servers.registry.misbehaviour import ANYTHING, REFERRERS, blob, upload
+from tests.servers.registry.simulator import Misbehave, Registry
+from tests.servers.registry.wire import Answer, Ending, Request
 
 pytestmark = pytest.mark.usefixtures("small_stretches")
 

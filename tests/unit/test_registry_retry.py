@@ -15,11 +15,11 @@ from oci.layout import Layout
 from oci.registry.retry import TryAgainError, pause_seconds, with_retries
 from rekindle.config import RetryPolicy, TransferSettings
 from rekindle.errors import RegistryError
+from tests.samples.registry import SETTINGS, Sample, access_to, assert_all_there, pull, said, within
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.misbehaviour import ANYTHING
 from tests.servers.registry.relay import Relay
 from tests.servers.registry.simulator import Registry
-from tests.unit.registry_samples import SETTINGS, Sample, access_to, assert_all_there, pull, said, within
 
 POLICY = RetryPolicy(attempts=4, longest_wait_seconds=10, first_pause_seconds=1)
 OSErrors = list[OSError | None]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle sign`: what it asks of the user."""
+
+import getpass
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cli import sign
+from oci.cache import image as cache_image
+from oci.cache import pack
+from oci.layout import Layout
+from oci.trust import attachments
+from oci.trust.keys import PrivateKey
+from rekindle.config import Limits
+from rekindle.digest import Digest
+from tests.samples.cache import CREATED, triton
+from tests.servers.registry.simulator import Registry
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a user who knows the password was asked."""
+    questions: list[str] = []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return "sesame"
+
+    monkeypatch.delenv("COSIGN_PASSWORD", raising=False)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(getpass, "getpass", answer)
+    return questions
+
+
+def serve_cache(registry: Registry, place: Path) -> Digest:
+    """The digest of a kernel cache that is now in a registry."""
+    layout = Layout.create(place / "layout")
+    image = cache_image.load(layout, pack.pack([triton(place / "t")], layout, created=CREATED), Limits())
+    for each in (image.config, *image.layers):
+        registry.add_blob("a/b", layout.read(each, limit_bytes=1 << 20))
+    content = layout.read(image.manifest, limit_bytes=1 << 20)
+    registry.add_manifest("a/b", content, "1", image.manifest.media_type)
+    return image.manifest.digest
+
+
+def test_the_password_is_asked_for_once_whatever_the_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    PrivateKey.generate().write(tmp_path / "cosign.key", b"sesame")
+    with Registry() as registry:
+        digest = serve_cache(registry, tmp_path)
+        words = [f"{registry.host}/a/b:1", "--sign-key", str(tmp_path / "cosign.key"), "--legacy-tag"]
+        assert sign.main([*words, "--quiet"]) == 0
+        assert attachments.simple_tag(digest) in registry.repositories["a/b"].tags
+    assert len(asked) == 1

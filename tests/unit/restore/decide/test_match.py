@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which differences forbid the process rung, and which are only told."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from rekindle.criu import Criu
+from rekindle.errors import CapabilityError, MismatchError, UsageError
+from rekindle.node.mapped import MappedFile
+from rekindle.report import Reason, Rung
+from restore.decide import match_process
+from restore.decide.abilities import Abilities
+from restore.decide.match_process import device_map, differing_files, same_command
+from restore.decide.plan import require_possible as require
+from restore.decide.rules import RULES, Strictness, reason_for
+from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
+from tests.samples.record import NODE, RECORD
+
+ABLE = Abilities(criu=Criu(path=Path("/criu"), version="4.2.1"))
+
+
+def process(*facts: Any) -> list[Reason]:
+    """What the rules make of the differences."""
+    return [reason_for(each) for each in match_process.compare(*facts)]
+
+
+def differences(**changes: Any) -> list[Reason]:
+    """The reasons on a node that is the recorded one but for some facts; every file is as recorded."""
+    return process(RECORD, structs.replace(NODE, **changes), ABLE, {})
+
+
+CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
+    "the same node": ({}, []),
+    "another name of the processor": ({"cpu_model": "Other CPU"}, []),
+    "another vendor": (
+        {"cpu_vendor": "Other"},
+        [("cpu-vendor", "ExampleVendor", "Other", False)],
+    ),
+    "more features": ({"cpu_features": NODE.cpu_features | {"amx_tile", "new"}}, []),
+    "one feature less": (
+        {"cpu_features": NODE.cpu_features - {"avx512f"}},
+        [("cpu-feature", "avx512f", "missing on Example CPU", True)],
+    ),
+    "no feature": (
+        {"cpu_features": frozenset()},
+        [("cpu-feature", "avx2 avx512f fpu", "missing on Example CPU", True)],
+    ),
+    "one more and one less": (
+        {"cpu_features": frozenset({"avx2", "fpu", "new"}), "cpu_model": "Other CPU"},
+        [("cpu-feature", "avx512f", "missing on Other CPU", True)],
+    ),
+    "another architecture": (
+        {"architecture": "aarch64"},
+        [("architecture", "x86_64", "aarch64", True)],
+    ),
+    "larger pages": ({"page_bytes": 65536}, [("page-size", "4096", "65536", True)]),
+    "one extended state more": ({"xsave": 0x600E7}, []),
+    "one extended state less": ({"xsave": 0x7}, [("xsave", "0xe7", "0x7", True)]),
+    "without CAP_SYS_ADMIN": (
+        {"capabilities": 0x1FFFFDFFFFF},
+        [("capabilities", "0x1ffffffffff", "0x1ffffdfffff", True)],
+    ),
+    "one capability more": ({"capabilities": 0x3FFFFFFFFFF}, []),
+    "capabilities unknown": ({"capabilities": 0}, []),
+    "extended states unknown": ({"xsave": 0}, []),
+    "a newer kernel": ({"kernel": "6.9.0"}, [("kernel", "6.8.0", "6.9.0", False)]),
+    "a newer kernel, by numbers": ({"kernel": "6.10.0-1"}, [("kernel", "6.8.0", "6.10.0-1", False)]),
+    "another patch of the kernel": ({"kernel": "6.8.0-45"}, [("kernel", "6.8.0", "6.8.0-45", False)]),
+    "an older kernel": ({"kernel": "6.1.90"}, [("kernel-older", "6.8.0", "6.1.90", True)]),
+    "another libc": ({"libc": "glibc 2.39"}, [("libc", "glibc 2.36", "glibc 2.39", False)]),
+    "no libc that says so": ({"libc": ""}, []),
+    "a container of another kind": ({"container": "podman"}, []),
+    "other GPUs, which the process does not hold": ({"devices": H100}, []),
+    "everything": (
+        {"architecture": "aarch64", "page_bytes": 65536, "kernel": "6.9.0", "cpu_features": frozenset()},
+        [
+            ("architecture", "x86_64", "aarch64", True),
+            ("page-size", "4096", "65536", True),
+            ("cpu-feature", "avx2 avx512f fpu", "missing on Example CPU", True),
+            ("kernel", "6.8.0", "6.9.0", False),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "wanted"), CASES.values(), ids=CASES)
+def test_a_node_differs_in(changes: dict[str, object], wanted: list[tuple[str, str, str, bool]]) -> None:
+    reasons = differences(**changes)
+    assert [(r.code, r.recorded, r.here, r.hard) for r in reasons] == wanted
+    assert all(reason.rung is Rung.PROCESS for reason in reasons)
+    assert all(reason.advice for reason in reasons)
+
+
+def on_gpus(recorded: Any, here: Any, held: int = 1) -> list[tuple[str, bool]]:
+    gpus = tuple(gpu.uuid for gpu in recorded.gpus[:held])
+    record = structs.replace(
+        RECORD,
+        node=structs.replace(NODE, devices=recorded),
+        process=structs.replace(RECORD.process, gpus=gpus),
+    )
+    node = structs.replace(NODE, devices=here)
+    return [(reason.code, reason.hard) for reason in process(record, node, ABLE, {})]
+
+
+def other(devices: Any, **changes: Any) -> Any:
+    """The same GPUs, but for their UUIDs and what is said."""
+    gpus = tuple(structs.replace(gpu, uuid=f"{gpu.uuid}-other", **changes) for gpu in devices.gpus)
+    return structs.replace(devices, gpus=gpus)
+
+
+GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
+    "the same": (H100, H100, 1, []),
+    "of the same model": (H100, other(H100), 1, [("gpu-uuid", False)]),
+    "of another model": (
+        H100,
+        structs.replace(L4, driver=H100.driver),
+        1,
+        [("gpu-model", True), ("gpu-memory", True), ("gpu-uuid", False)],
+    ),
+    "less memory": (
+        H100,
+        other(H100, memory_bytes=1 << 30),
+        1,
+        [("gpu-memory", True), ("gpu-uuid", False)],
+    ),
+    "no ECC": (H100, other(H100, ecc=False), 1, [("gpu-ecc", False), ("gpu-uuid", False)]),
+    "none": (H100, structs.replace(H100, gpus=()), 1, [("gpu-count", True)]),
+    "all of a node": (H200, H200, 8, []),
+    "one of a node": (H200, H200, 1, []),
+    "fewer": (H200, structs.replace(H200, gpus=H200.gpus[:4]), 8, [("gpu-count", True)]),
+    "other links": (
+        H200,
+        structs.replace(H200, links=("0-1 sys",)),
+        8,
+        [("gpu-topology", True)],
+    ),
+    "other links, to one that is held": (H200, structs.replace(H200, links=("0-1 sys",)), 1, []),
+    "another branch of the driver": (
+        H100,
+        structs.replace(H100, driver="550.90.07"),
+        1,
+        [("driver", True)],
+    ),
+    "the same branch": (
+        H100,
+        structs.replace(H100, driver="580.99.01"),
+        1,
+        [("driver-version", False)],
+    ),
+    "MIG here": (
+        A100_MIG,
+        A100_MIG,
+        1,
+        [("mig", True)],
+    ),
+    "MPS": (H100, structs.replace(H100, mps=True), 1, [("mps", True)]),
+    "NVML does not start": (
+        H100,
+        structs.replace(H100, gpus=(), lack="NVML does not start"),
+        1,
+        [("gpu-probe", True)],
+    ),
+    "of AMD": (MI300X, MI300X, 8, [("gpu-unsupported", True)]),
+}
+
+
+@pytest.mark.parametrize(("recorded", "here", "held", "wanted"), GPU_CASES.values(), ids=GPU_CASES)
+def test_gpus_differ(recorded: Any, here: Any, held: int, wanted: list[tuple[str, bool]]) -> None:
+    assert on_gpus(recorded, here, held) == wanted
+
+
+def test_a_device_map_keeps_what_is_there() -> None:
+    recorded = [gpu.uuid for gpu in H200.gpus[:3]]
+    process = structs.replace(RECORD.process, gpus=tuple(recorded))
+    alone = structs.replace(NODE, devices=structs.replace(H200, gpus=()))
+    record = structs.replace(RECORD, process=process, node=alone)
+
+    def places(*uuids: str) -> dict[str, str]:
+        gpus = tuple(structs.replace(H200.gpus[0], uuid=uuid) for uuid in uuids)
+        node = structs.replace(NODE, devices=structs.replace(H200, gpus=gpus))
+        return device_map(record, node)
+
+    a, b, c = recorded
+    assert places(a, b, c) == places(c, b, a) == {}
+    assert places("x", "y", "z") == {a: "x", b: "y", c: "z"}
+    assert places("x", b, "z") == {a: "x", b: b, c: "z"}
+    assert places(c, "x", "y") == {a: "x", b: "y", c: c}
+    assert places("x") == {a: "x"}
+    everything = [f"x{number}" for number in range(8)]
+    assert list(places(*everything).values()) == everything[:3], "the record has no more"
+    node = structs.replace(NODE, devices=H200)
+    record = structs.replace(record, node=node)
+    assert places(*everything) == dict(zip((gpu.uuid for gpu in H200.gpus), everything, strict=True))
+
+
+LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {
+    "nothing": (ABLE, [], None),
+    "root": (Abilities(problems={"privileges": "no root"}), ["privileges"], CapabilityError),
+    "CRIU": (Abilities(problems={"criu": "there is none"}), ["criu"], CapabilityError),
+    "CUDA, of which nothing is held": (dataclasses.replace(ABLE, problems={"cuda": "none"}), [], None),
+    "a newer CRIU": (Abilities(criu=Criu(path=Path("/criu"), version="5.0")), [], None),
+    "an older CRIU": (
+        Abilities(criu=Criu(path=Path("/criu"), version="3.19")),
+        ["criu-version"],
+        CapabilityError,
+    ),
+}
+
+
+@pytest.mark.parametrize(("abilities", "codes", "error"), LACKS.values(), ids=LACKS)
+def test_a_node_lacks(abilities: Abilities, codes: list[str], error: type[Exception] | None) -> None:
+    reasons = process(RECORD, NODE, abilities, {})
+    assert [reason.code for reason in reasons] == codes
+    assert not any(reason.recorded == "" and "was ," in str(reason) for reason in reasons)
+    if error is not None:
+        with pytest.raises(error):
+            require(reasons)
+
+
+FILE_CASES: dict[str, tuple[Mapping[str, str], list[tuple[str, str]]]] = {
+    "the same": ({}, []),
+    "another size": ({"/lib/a": "11 bytes"}, [("/lib/a", "11 bytes")]),
+    "missing": ({"/lib/a": "missing", "/lib/b": "missing"}, [("/lib/a", "missing"), ("/lib/b", "missing")]),
+    "of nobody's interest": ({"/lib/c": "missing"}, []),
+}
+
+
+@pytest.mark.parametrize(("different", "wanted"), FILE_CASES.values(), ids=FILE_CASES)
+def test_a_file_differs_in(different: Mapping[str, str], wanted: list[tuple[str, str]]) -> None:
+    files = [MappedFile(path="/lib/a", size=10), MappedFile(path="/lib/b", size=10)]
+    reasons = process(structs.replace(RECORD, mapped_files=files), NODE, ABLE, different)
+    assert [(r.field, r.here) for r in reasons] == wanted
+    assert all(r.code == "rootfs-file" and r.hard and r.recorded == "10 bytes" for r in reasons)
+
+
+def test_a_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"12345")
+    files = [{"name": "config.json", "size": 5}, {"name": "model.safetensors", "size": 9}]
+    weights = {"model": str(tmp_path), "revision": "", "files": files}
+    record = structs.replace(RECORD, weights=weights, mapped_files=[])
+    different = differing_files(record)
+    assert different == {str(tmp_path / "model.safetensors"): "missing"}
+    (reason,) = process(record, NODE, ABLE, different)
+    assert (reason.code, reason.hard) == ("model-file", False)
+    odd = structs.replace(record, weights={"model": "org/name", "files": [7, {"name": 3}]})
+    assert differing_files(odd) == {}
+
+
+COMMANDS: dict[str, tuple[list[str], bool]] = {
+    "the same": (["server", "--port", "8000"], True),
+    "another port": (["server", "--port", "9000"], True),
+    "another port, in one word": (["server", "--port=9000", "--host=0.0.0.0"], True),
+    "by its path": (["/usr/bin/server"], True),
+    "another option": (["server", "--port", "8000", "--fast"], False),
+    "another program": (["serve", "--port", "8000"], False),
+    "nothing": ([], False),
+}
+
+
+@pytest.mark.parametrize(("given", "same"), COMMANDS.values(), ids=COMMANDS)
+def test_a_command_is_the_recorded_one(given: list[str], same: bool) -> None:
+    assert same_command(RECORD.command, given) is same
+    reasons = process(RECORD, NODE, ABLE, {}, given)
+    assert [reason.code for reason in reasons] == ([] if same else ["command"])
+
+
+def test_a_secret_in_the_command_is_not_told() -> None:
+    (reason,) = process(RECORD, NODE, ABLE, {}, ["server", "--api-key", "hunter2hunter2"])
+    assert "hunter2" not in reason.here
+
+
+def test_soft_reasons_forbid_nothing() -> None:
+    require([])
+    require(differences(kernel="6.9.0"))
+
+
+def test_a_hard_reason_forbids_the_process() -> None:
+    with pytest.raises(MismatchError) as caught:
+        require(differences(kernel="6.9.0", architecture="aarch64"))
+    assert caught.value.cause == "architecture: architecture was x86_64, is aarch64"
+    assert caught.value.hint == "make a snapshot on this architecture"
+    assert caught.value.descends
+
+
+def test_a_long_list_of_reasons_is_cut() -> None:
+    files = [MappedFile(path=f"/lib/{number}", size=1) for number in range(30)]
+    missing = {file.path: "missing" for file in files}
+    reasons = process(structs.replace(RECORD, mapped_files=files), NODE, ABLE, missing)
+    assert len(reasons) == 30
+    with pytest.raises(MismatchError) as caught:
+        require(reasons)
+    lines = caught.value.cause.splitlines()
+    assert len(lines) == 13
+    assert lines[-1] == "and 18 more"
+
+
+def test_a_policy_softens_and_hardens() -> None:
+    strict = Strictness(soft=frozenset({"cpu-feature"}), hard=frozenset({"kernel"}))
+    changed = [strict.apply(reason) for reason in differences(kernel="6.9.0", cpu_features=frozenset())]
+    assert [(r.code, r.hard, r.by_policy) for r in changed] == [
+        ("cpu-feature", False, True),
+        ("kernel", True, True),
+    ]
+    (unchanged,) = [strict.apply(reason) for reason in differences(libc="glibc 2.40")]
+    assert not unchanged.by_policy
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard"), [({"colour"}, set()), ({"architecture"}, set()), ({"kernel"}, {"kernel"})]
+)
+def test_a_policy_that_makes_no_sense(soft: set[str], hard: set[str]) -> None:
+    with pytest.raises(UsageError):
+        Strictness(soft=frozenset(soft), hard=frozenset(hard))
+
+
+def test_every_rule_says_why_and_what_to_do() -> None:
+    for code, rule in RULES.items():
+        assert rule.why.endswith("."), code
+        assert rule.source, code
+        assert not rule.advice.endswith("."), code

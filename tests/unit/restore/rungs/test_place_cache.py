@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server on a recorded kernel cache finds: its variables, and the cache where they lead."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from oci.cache.inventory import StoredRoot
+from rekindle.engine.caches import CacheKind
+from rekindle.record import Record
+from rekindle.report import Rung
+from rekindle.secrets.redact import HIDDEN
+from restore.decide.rules import RULES
+from restore.rungs.place_cache import differences, environment, places
+from tests.samples.record import RECORD
+
+COMMAND = ["vllm", "serve", "m"]
+
+
+def recorded(command: Sequence[str] = COMMAND, /, **variables: str) -> Record:
+    return structs.replace(RECORD, environment=variables, command=command)
+
+
+# The environment.
+
+
+def test_what_is_set_here_wins_and_what_is_recorded_fills_the_gaps() -> None:
+    found = environment(recorded(A="recorded", B="recorded"), {"B": "here", "C": "here"})
+    assert found == {"A": "recorded", "B": "here", "C": "here"}
+
+
+def test_a_variable_that_is_empty_here_is_set() -> None:
+    assert environment(recorded(A="recorded"), {"A": ""}) == {"A": ""}
+    assert environment(recorded(A=""), {}) == {"A": ""}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HOME", "PATH", "PWD", "USER", "TMPDIR", "HOSTNAME", "TERM", "_", "SHLVL"),
+        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+        *("KUBERNETES_SERVICE_HOST", "REKINDLE_HOME", "SSH_AUTH_SOCK", "XDG_RUNTIME_DIR", "SUDO_USER"),
+        *("NOTIFY_SOCKET", "INVOCATION_ID", "LISTEN_FDS"),
+    ],
+)
+def test_what_is_of_one_node_user_or_session_stays_there(name: str) -> None:
+    assert environment(recorded(COMMAND, **{name: "recorded"}), {}) == {}
+
+
+@pytest.mark.parametrize("name", ["VLLM_USE_V1", "XDG_CACHE_HOME", "CUDA_HOME", "HOMEPAGE", "LANG"])
+def test_other_variables_come_along(name: str) -> None:
+    assert environment(recorded(COMMAND, **{name: "recorded"}), {}) == {name: "recorded"}
+
+
+def test_what_was_hidden_is_not_set() -> None:
+    assert environment(recorded(URL=f"https://{HIDDEN}@host"), {}) == {}
+    assert environment(recorded(URL=f"https://{HIDDEN}@host"), {"URL": "https://host"}) == {
+        "URL": "https://host"
+    }
+
+
+def test_the_server_does_not_speak_to_who_started_us() -> None:
+    """It is not ready when it says so, but when it has answered."""
+    assert environment(None, {"NOTIFY_SOCKET": "/run/notify", "A": "b"}) == {"A": "b"}
+
+
+# What may change the keys of a cache.
+
+DIFFERENCES: dict[str, tuple[dict[str, str], dict[str, str], list[tuple[str, str, str]]]] = {
+    "none": ({"VLLM_USE_V1": "1"}, {"VLLM_USE_V1": "1"}, []),
+    "another value": ({"VLLM_USE_V1": "1"}, {"VLLM_USE_V1": "0"}, [("VLLM_USE_V1", "1", "0")]),
+    "not set": ({"TRITON_DEBUG": "1"}, {}, [("TRITON_DEBUG", "1", "not set")]),
+    "set here": ({}, {"TORCHINDUCTOR_FREEZING": "1"}, [("TORCHINDUCTOR_FREEZING", "not set", "1")]),
+    "empty here": ({"CUDA_HOME": "/c"}, {"CUDA_HOME": ""}, [("CUDA_HOME", "/c", "empty")]),
+    "what no key holds": ({"PATH": "/a", "LANG": "C"}, {"PATH": "/b"}, []),
+    "where a cache lies": ({"VLLM_CACHE_ROOT": "/a", "TRITON_CACHE_DIR": "/a"}, {}, []),
+    "where a server listens": ({"VLLM_PORT": "1", "VLLM_HOST_IP": "::1"}, {"VLLM_PORT": "2"}, []),
+    "a secret": ({}, {"VLLM_API_KEY": "hunter2"}, []),
+    "what was hidden": ({"VLLM_MIRROR": f"https://{HIDDEN}@h"}, {"VLLM_MIRROR": "https://a:b@h"}, []),
+    "in order": (
+        {},
+        {"VLLM_B": "1", "FLASHINFER_A": "1"},
+        [("FLASHINFER_A", "not set", "1"), ("VLLM_B", "not set", "1")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("was", "here", "wanted"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_variables_that_differ(
+    was: Mapping[str, str], here: Mapping[str, str], wanted: list[tuple[str, str, str]]
+) -> None:
+    reasons = differences(recorded(COMMAND, **was), here, COMMAND)
+    assert [(reason.field, reason.recorded, reason.here) for reason in reasons] == wanted
+    assert {reason.code for reason in reasons} <= {"cache-environment"}
+    assert (RULES["cache-environment"].rung, RULES["cache-environment"].hard) == (Rung.CACHE, False)
+
+
+def test_a_command_that_differs_in_more_than_its_address() -> None:
+    record = recorded(["vllm", "serve", "m", "--port", "8000"])
+    assert differences(record, {}, ["/opt/bin/vllm", "serve", "m", "--host=::", "--port=9000"]) == []
+    (reason,) = differences(record, {}, ["vllm", "serve", "m", "--api-key", "hunter2hunter2"])
+    assert (reason.field, reason.recorded) == ("command", "vllm serve m")
+    assert "hunter2" not in reason.here
+
+
+def test_a_great_environment_does_not_flood_the_report() -> None:
+    many = {f"VLLM_{number}": "x" * 5000 for number in range(1000)}
+    reasons = differences(recorded(), many, COMMAND)
+    assert len(reasons) == 50
+    assert all(len(reason.here) <= 200 for reason in reasons)
+
+
+# Where caches go.
+
+
+def root(kind: CacheKind, recorded: str, name: str = "") -> StoredRoot:
+    prefix = f"io.rekindle.cache/{name or kind}"
+    return StoredRoot(kind=kind, recorded=recorded, prefix=prefix, layer=0, files=1, bytes=1, entries=[])
+
+
+VLLM, TRITON = root(CacheKind.VLLM, "/was/vllm"), root(CacheKind.TRITON, "/was/triton")
+SECOND = root(CacheKind.TRITON, "/was/second", "triton-2")
+FLASHINFER = root(CacheKind.FLASHINFER, "/was/.cache/flashinfer")
+EXTENSIONS = root(CacheKind.TORCH_EXTENSIONS, "/was/torch_extensions/py311_cu129")
+
+PLACES: dict[str, tuple[list[StoredRoot], dict[str, str], str, dict[str, str], dict[str, str]]] = {
+    "where they were": (
+        [VLLM, TRITON],
+        {},
+        "",
+        {"vllm": "/was/vllm", "triton": "/was/triton"},
+        {"VLLM_CACHE_ROOT": "/was/vllm", "TRITON_CACHE_DIR": "/was/triton"},
+    ),
+    "where a variable says": (
+        [VLLM, TRITON],
+        {"TRITON_CACHE_DIR": "/here//t/"},
+        "",
+        {"vllm": "/was/vllm", "triton": "/here/t"},
+        {"VLLM_CACHE_ROOT": "/was/vllm", "TRITON_CACHE_DIR": "/here/t"},
+    ),
+    "an empty variable says nothing": (
+        [TRITON],
+        {"TRITON_CACHE_DIR": ""},
+        "",
+        {"triton": "/was/triton"},
+        {"TRITON_CACHE_DIR": "/was/triton"},
+    ),
+    "a variable that names what is above": (
+        [FLASHINFER],
+        {"FLASHINFER_WORKSPACE_BASE": "/here"},
+        "",
+        {"flashinfer": "/here/.cache/flashinfer"},
+        {"FLASHINFER_WORKSPACE_BASE": "/here"},
+    ),
+    "a variable whose directory holds many": (
+        [EXTENSIONS],
+        {"TORCH_EXTENSIONS_DIR": "/here"},
+        "",
+        {"torch-extensions": "/was/torch_extensions/py311_cu129"},
+        {"TORCH_EXTENSIONS_DIR": "/was/torch_extensions/py311_cu129"},
+    ),
+    "two of one kind": (
+        [SECOND, TRITON],
+        {},
+        "",
+        {"triton": "/was/triton", "triton-2": "/was/second"},
+        {"TRITON_CACHE_DIR": "/was/triton"},
+    ),
+    "two of one kind, and a variable": (
+        [SECOND, TRITON],
+        {"TRITON_CACHE_DIR": "/here"},
+        "",
+        {"triton": "/here", "triton-2": "/was/second"},
+        {"TRITON_CACHE_DIR": "/here"},
+    ),
+    "variables that lead destinations of two kernel caches": (
+        [VLLM, TRITON],
+        {"VLLM_CACHE_ROOT": "/here", "TRITON_CACHE_DIR": "/here/triton"},
+        "",
+        {"vllm": "/here", "triton": "/was/triton"},
+        {"VLLM_CACHE_ROOT": "/here", "TRITON_CACHE_DIR": "/was/triton"},
+    ),
+    "variables that lead to one place": (
+        [VLLM, TRITON],
+        {"VLLM_CACHE_ROOT": "/here", "TRITON_CACHE_DIR": "/here"},
+        "",
+        {"vllm": "/here", "triton": "/was/triton"},
+        {"VLLM_CACHE_ROOT": "/here", "TRITON_CACHE_DIR": "/was/triton"},
+    ),
+    "below a directory": (
+        [VLLM, FLASHINFER, SECOND, TRITON],
+        {"TRITON_CACHE_DIR": "/here"},
+        "/to",
+        {
+            "vllm": "/to/vllm",
+            "flashinfer": "/to/flashinfer/.cache/flashinfer",
+            "triton": "/to/triton",
+            "triton-2": "/to/triton-2",
+        },
+        {
+            "VLLM_CACHE_ROOT": "/to/vllm",
+            "FLASHINFER_WORKSPACE_BASE": "/to/flashinfer",
+            "TRITON_CACHE_DIR": "/to/triton",
+        },
+    ),
+    "nothing": ([], {"TRITON_CACHE_DIR": "/here"}, "", {}, {}),
+}
+
+
+@pytest.mark.parametrize(("roots", "own", "directory", "wanted", "variables"), PLACES.values(), ids=PLACES)
+def test_caches_go(
+    roots: list[StoredRoot],
+    own: dict[str, str],
+    directory: str,
+    wanted: dict[str, str],
+    variables: dict[str, str],
+) -> None:
+    found, lead = places(roots, own, Path(directory) if directory else None)
+    assert {name: str(path) for name, path in found.items()} == wanted
+    assert lead == variables

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dump that is kept ready is taken only as it was when its digests matched; else it is made again."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+
+from oci import image as images
+from oci import layers
+from oci.layout import Layout
+from oci.trust import verifier
+from oci.trust.verifier import Verified
+from rekindle import dump_tree
+from rekindle.digest import Digest
+from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
+from rekindle.home import Home
+from rekindle.report import Report
+from restore import dumps
+from tests.samples.record import RECORD, holding
+
+PAGES = os.urandom(4096) * 5
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def make(place: Path, pages: bytes = PAGES) -> images.Image:
+    """A small dump with all that a dump may have, as an image."""
+    dump = place / "dump"
+    for directory in ("criu", "shm/deep/deeper"):
+        (dump / directory).mkdir(parents=True)
+    (dump / "criu/pages-1.img").write_bytes(pages)
+    (dump / "criu/core-1.img").write_bytes(b"core")
+    (dump / "shm/deep/segment").write_bytes(b"hello")
+    os.link(dump / "shm/deep/segment", dump / "shm/again")
+    (dump / "shm/link").symlink_to("deep/segment")
+    os.mkfifo(dump / "shm/fifo")
+    layout = Layout.create(place / "layout")
+    record = holding(RECORD, dump_tree.scan(dump))
+    return images.build(layout, record, layers.pack(dump, record.dump.files, layout, workers=1))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> images.Image:
+    return make(tmp_path)
+
+
+def use(home: Home, image: images.Image, *, paranoid: bool = False) -> bool:
+    """Makes the dump ready, and looks at it; says whether it was unpacked."""
+    verified: Verified[images.Image] = verifier.dangerously_skip(image)
+    report = Report(verb="restore")
+    with home.work("restore") as work, dumps.ready(home, work, verified, report, paranoid=paranoid) as dump:
+        assert (dump / "criu/pages-1.img").read_bytes() == PAGES
+        assert (dump / "shm/deep/segment").read_bytes() == b"hello"
+        assert (dump / "shm/link").readlink() == Path("deep/segment")
+        assert (dump / "shm/again").stat().st_ino == (dump / "shm/deep/segment").stat().st_ino
+        status = dump.lstat()
+        assert stat.S_ISDIR(status.st_mode)
+        assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o700, os.geteuid())
+        assert {path.name for path in dump.iterdir()} == {"criu", "shm", "ready.json"}
+        assert len(list((dump / "criu").iterdir())) == 2
+    return "unpack" in {phase.name for phase in report.phases}
+
+
+def place_of(home: Home, image: images.Image) -> Path:
+    return home.dumps / image.process.digest.hex
+
+
+def test_a_dump_is_unpacked_once(home: Home, image: images.Image) -> None:
+    assert use(home, image)
+    assert not use(home, image)
+    assert not use(home, image), "being used changes nothing of it"
+
+
+def test_who_is_paranoid_unpacks_it_each_time(home: Home, image: images.Image) -> None:
+    for _ in range(2):
+        assert use(home, image, paranoid=True)
+    assert not use(home, image)
+
+
+def rewrites(path: Path) -> None:
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaces(path: Path) -> None:
+    """With its equal, by rename, as an editor does."""
+    before = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.chmod(stat.S_IMODE(before.st_mode))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.rename(path)
+
+
+def hides_a_write(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size + 1)
+        file.truncate(path.stat().st_size - 1)
+
+
+def moves_behind_a_link(path: Path) -> None:
+    there = path.parents[1] / f"stolen-{path.name}"
+    path.rename(there)
+    path.symlink_to(there)
+
+
+def makes_a_file_of(path: Path) -> None:
+    path.unlink()
+    path.write_bytes(b"x")
+
+
+def comes_and_goes(path: Path) -> None:
+    path.write_bytes(b"x")
+    path.unlink()
+
+
+def leads_elsewhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+def becomes_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a file that is written as it was": ("criu/pages-1.img", rewrites),
+    "a file that is replaced by its equal": ("criu/pages-1.img", replaces),
+    "a file that is longer for a moment": ("criu/pages-1.img", hides_a_write),
+    "another mode": ("criu/core-1.img", lambda path: path.chmod(0o666)),
+    "another mode of a directory": ("shm/deep", lambda path: path.chmod(0o777)),
+    "another time": ("criu/core-1.img", lambda path: os.utime(path, (1, 1))),
+    "another length": ("criu/core-1.img", lambda path: os.truncate(path, 3)),
+    "a file that is gone": ("criu/core-1.img", Path.unlink),
+    "a file that came": ("criu/netns-1.img", lambda path: path.write_bytes(b"x")),
+    "a file that came in a deep place": ("shm/deep/deeper/x", lambda path: path.write_bytes(b"x")),
+    "a file that came and went": ("criu/x", comes_and_goes),
+    "one more hard link": ("criu/core-1.img", lambda path: os.link(path, path.parents[2] / ".link")),
+    "a file behind a link": ("criu/core-1.img", moves_behind_a_link),
+    "a directory behind a link": ("criu", moves_behind_a_link),
+    "a deep directory behind a link": ("shm/deep", moves_behind_a_link),
+    "a link that leads elsewhere": ("shm/link", leads_elsewhere),
+    "a pipe that is a file": ("shm/fifo", makes_a_file_of),
+    "a directory that is gone": ("shm", shutil.rmtree),
+    "no seal": ("ready.json", Path.unlink),
+    "an empty seal": ("ready.json", lambda path: path.write_bytes(b"")),
+    "a seal that is a list": ("ready.json", lambda path: path.write_bytes(b"[]")),
+    "a seal without end": ("ready.json", lambda path: path.write_bytes(b"[" * 100_000)),
+    "a seal of infinite bytes": (
+        "ready.json",
+        lambda path: path.write_bytes(b'{"boot": "", "bytes": 1e999, "seal": ""}'),
+    ),
+    "a seal that is a directory": ("ready.json", becomes_a_directory),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_noticed(home: Home, image: images.Image, change: str) -> None:
+    assert use(home, image)
+    name, act = CHANGES[change]
+    act(place_of(home, image) / name)
+    with contextlib.suppress(FileNotFoundError):
+        (home.dumps / ".link").unlink()
+    assert use(home, image)
+    assert not use(home, image)
+
+
+@pytest.mark.parametrize("field", ["boot", "seal"])
+def test_of_another_boot_or_with_another_seal_it_is_unpacked_anew(
+    home: Home, image: images.Image, field: str
+) -> None:
+    assert use(home, image)
+    path = place_of(home, image) / "ready.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: "0" * 64}))
+    assert use(home, image)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o777, 0o1700, 0o500])
+def test_a_dump_that_others_can_enter_is_unpacked_anew(home: Home, image: images.Image, mode: int) -> None:
+    assert use(home, image)
+    place_of(home, image).chmod(mode)
+    assert use(home, image)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("name", ["", "criu", "criu/core-1.img", "shm/link"])
+def test_a_dump_of_another_s_is_unpacked_anew(home: Home, image: images.Image, name: str) -> None:
+    assert use(home, image)
+    os.chown(place_of(home, image) / name, 65534, -1, follow_symlinks=False)
+    assert use(home, image)
+    os.chown(place_of(home, image) / name, -1, 65534, follow_symlinks=False)
+    assert use(home, image) is bool(name), "the group of a directory that is for its owner alone is nothing"
+
+
+def test_a_copy_of_a_dump_is_not_that_dump(home: Home, image: images.Image) -> None:
+    assert use(home, image)
+    place = place_of(home, image)
+    shutil.copytree(place, place.with_name("copy"), symlinks=True, copy_function=shutil.copy2, ignore=_pipes)
+    shutil.rmtree(place)
+    place.with_name("copy").rename(place)
+    assert use(home, image)
+
+
+def _pipes(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == "fifo"]
+
+
+def test_where_a_link_leads_nothing_is_used_or_removed(
+    home: Home, image: images.Image, tmp_path: Path
+) -> None:
+    assert use(home, image)
+    place = place_of(home, image)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    assert use(home, image)
+    assert (tmp_path / "elsewhere/criu/pages-1.img").read_bytes() == PAGES
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path / "nowhere")
+    assert use(home, image)
+    shutil.rmtree(place)
+    place.write_bytes(b"a file")
+    assert use(home, image)
+
+
+def test_what_does_not_belong_among_the_dumps_goes(home: Home, image: images.Image, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (home.dumps / "link").symlink_to(tmp_path / "precious")
+    (home.dumps / "dangling").symlink_to(tmp_path / "nowhere")
+    (home.dumps / "file").write_bytes(b"")
+    assert use(home, image)
+    left = {path.name for path in home.dumps.iterdir() if path.suffix != ".lock"}
+    assert left == {image.process.digest.hex}
+    assert (tmp_path / "precious").exists()
+
+
+def test_other_bytes_leave_nothing(home: Home, image: images.Image, tmp_path: Path) -> None:
+    blobs = tmp_path / "layout/blobs/sha256"
+    path = blobs / max(image.layers, key=lambda layer: layer.size).digest.hex
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError):
+        use(home, image)
+    assert not place_of(home, image).exists()
+    assert not list(home.run.iterdir())
+
+
+def test_a_dump_of_other_bytes_is_another_dump(home: Home, image: images.Image, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = make(tmp_path / "other", os.urandom(4096))
+    assert other.process.digest != image.process.digest
+    assert use(home, image)
+    with pytest.raises(AssertionError):
+        use(home, other)
+    assert not use(home, image)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", 64 << 30), ("1", 1 << 30), ("0.5", 1 << 29), ("0", 0)])
+def test_the_limit_is_in_gib(monkeypatch: pytest.MonkeyPatch, text: str, expected: int) -> None:
+    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", text)
+    assert dumps.limit_bytes() == expected
+
+
+@pytest.mark.parametrize("text", ["much", "inf", "nan", "1 GiB"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", text)
+    with pytest.raises(UsageError):
+        dumps.limit_bytes()
+
+
+def lying(image: images.Image, size: int, *, stored_bytes: int) -> images.Image:
+    """An image whose record gives its pages a size."""
+    files = [
+        structs.replace(file, size=size) if file.path.name == "pages-1.img" else file
+        for file in image.record.dump.files
+    ]
+    record = holding(image.record, files, stored_bytes=stored_bytes)
+    process = dataclasses.replace(image.process, digest=Digest.of_bytes(b"another"))
+    return dataclasses.replace(image, record=record, process=process)
+
+
+@pytest.mark.parametrize("stored_bytes", [0, 1 << 20, 1 << 61])
+def test_a_lie_about_its_size_costs_no_other_dump(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, stored_bytes: int
+) -> None:
+    assert use(home, image)
+    monkeypatch.setattr(dumps, "_unpack", lambda *_: pytest.fail("there is no need to come this far"))
+    with pytest.raises((SpaceError, pytest.fail.Exception)):
+        use(home, lying(image, 1 << 61, stored_bytes=stored_bytes))
+    monkeypatch.undo()
+    assert not use(home, image)
+
+
+def test_what_the_disk_could_never_hold_is_refused(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(home.dumps)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=4096))
+    with pytest.raises(SpaceError, match="unpacked"):
+        use(home, image)
+
+
+def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = []
+    real = dumps._unpack
+
+    def unpack(*args: Any) -> None:
+        unpacked.append(args)
+        real(*args)
+
+    monkeypatch.setattr(dumps, "_unpack", unpack)
+    monkeypatch.setattr(dumps, "_is_ready", lambda *_: False)
+    with pytest.raises(BusyError, match="changed or removed"):
+        use(home, image)
+    assert len(unpacked) == 2
+    assert not list(home.run.iterdir())
