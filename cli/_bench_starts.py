@@ -168,7 +168,7 @@ class Bench:
             server = Server(cell, self._options.command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
             clock = _Milestones(self._engine, server, began)
-            wait_ready(server, self._engine, client, _START_SECONDS, clock.look)
+            wait_ready(server, self._engine, client, _START_SECONDS, clock.update)
             clock.mark("ready")
             first = self._first_token(client, self._engine.oracle_request(client))
             clock.mark("first token", at=first)
@@ -326,13 +326,15 @@ class _Milestones:
         self._last = began
         self.phases: dict[str, float] = {}
 
-    def look(self) -> None:
+    def update(self) -> None:
+        """Mark the phases that the log shows to be over."""
         if self._waiting:
             text = "".join(path.read_text(errors="replace") for path in self._logs if path.exists())
             while self._waiting and self._waiting[0][1] in text:
                 self.mark(self._waiting.pop(0)[0])
 
     def mark(self, name: str, at: float | None = None) -> None:
+        """End a phase now, or at a time of time.monotonic."""
         now = time.monotonic() if at is None else at
         self.phases[name] = now - self._last
         self._last = now

@@ -28,6 +28,7 @@ _LABELS = {
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle bench",

@@ -8,6 +8,7 @@ from cli import _transfer
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle copy",
         description="Copy an image between the local store, OCI layouts and registries, without changing its "

@@ -43,6 +43,7 @@ class Check:
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle doctor",
         description="Check what snapshot and restore need on this node. "

@@ -17,6 +17,7 @@ from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle extract",
         description="Extract the kernel cache of a snapshot, or of an image by `rekindle pack-cache`, and "

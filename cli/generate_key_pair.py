@@ -12,6 +12,7 @@ from rekindle.files import write_atomically
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle generate-key-pair",
         description="Generate a key pair, PREFIX.key and PREFIX.pub, as `cosign generate-key-pair` does. "

@@ -30,6 +30,7 @@ SCHEMA = "rekindle.inspect/1"
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle inspect", description="Show what an image contains, and whether it fits this node."
     )

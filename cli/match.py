@@ -15,6 +15,7 @@ from restore.decide import plan
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle match",

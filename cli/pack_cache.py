@@ -22,6 +22,7 @@ from snapshot import find_caches
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle pack-cache",
         description="Pack a kernel cache as an image, in the format that MCV and KServe read. The kind of "

@@ -15,6 +15,7 @@ from restore import dumps
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle pull",
         description="Fetch an image from a registry. Existing blobs are not fetched again; an interrupted "

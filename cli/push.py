@@ -10,6 +10,7 @@ from rekindle.errors import UsageError
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle push",
         description="Send an image to a registry. Blobs that the registry has are not sent again. The tag is "

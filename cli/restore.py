@@ -11,6 +11,7 @@ from rekindle.report import Rung
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle restore",

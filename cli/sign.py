@@ -22,6 +22,7 @@ from rekindle.report import ImageName, Outcome, Report
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle sign",
         description="Sign the digest of an image, and that of the kernel cache in it, and attach the "

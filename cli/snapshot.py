@@ -17,6 +17,7 @@ from snapshot.options import Progress, SnapshotOptions
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle snapshot",

@@ -13,6 +13,7 @@ SCHEMA = "rekindle.verify/1"
 
 
 def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle verify",
         description="Verify the signature of an image, as `restore` does before it reads anything else.",

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dump a replica again: only what it has written since it was restored.
+"""Dump a replica again, with only the pages that it has written since it was restored.
 
-A replica that maps the memory files of a dump needs of its memory only the pages that it has written; the
-rest is in these files still. So its dump is small, and quick to make and to restore, as long as the files
-stay.
+All other pages of a replica that maps a dump's memory files are still in these files. So its own dump is
+small, and quick to make and to restore, as long as the files exist.
 
-    criu/       what CRIU wrote: small, since pages that were not written are not in it
+    criu/       CRIU's images, without the pages that were not written
     shm/        the cell's /dev/shm
-    delta.json  the digest of the dump that it builds on, and by which names CRIU knows the server's output
+    memory      a link to the memory files of the dump that it builds on
 
-The output of a restored server is a file, pipe or terminal of ours, outside of the cell: CRIU is told that it
-is external, and gets another at the next restore.
+The output of a restored server is a file, pipe or terminal outside the cell. CRIU treats it as external, and
+gets another one at the next restore.
 """
 
 import os
@@ -34,15 +33,15 @@ from rekindle.record import Record
 from restore.options import Output
 
 _OWN_DIRECTORY = Path(MEMORY_PLACE).parts[3]
-"""What the cell keeps for itself in /dev/shm."""
+"""The cell's own directory in /dev/shm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """A dump of a replica at `directory`, in the form that `restore.rungs.process.restore` takes.
+    """A dump of a replica in `directory`, in the format that `restore.rungs.process.restore` reads.
 
-    `record` is that of the base, changed to what the replica was when it was dumped. `bytes` is what was
-    written, /dev/shm included. The base's memory files must stay as long as the delta does.
+    `record` is that of the base, updated to the replica's state. `bytes` is the space that it takes on disk,
+    with /dev/shm. The base's memory files must exist as long as the delta does.
     """
 
     directory: Path
@@ -55,8 +54,8 @@ def dump_replica(
 ) -> Delta:
     """Dump a replica that maps the memory files of the ready dump `base`, and end it.
 
-    `directory` is made. `output` is what the replica was given at its restore. Raises NotDumpableError for an
-    output that CRIU cannot give back, DumpError; the replica runs on then.
+    Creates `directory`. `output` is the one that the replica was restored with. Raises NotDumpableError for
+    an output that CRIU cannot restore, DumpError; the replica keeps running then.
     """
     names = {fd: _name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
     directory.mkdir(mode=0o700)
@@ -87,7 +86,7 @@ def dump_replica(
 
 
 def _name_of_output(cell: Cell, ours: int) -> str:
-    """Return CRIU's name of a descriptor that the replica has from us (criu(8), --external)."""
+    """Return CRIU's name for a descriptor that the replica got from us (criu(8), --external)."""
     wanted = os.fstat(ours)
     for pid in processes.host_pids(cell):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -109,8 +108,8 @@ def _name_of_output(cell: Cell, ours: int) -> str:
             if mount is not None and stat.S_ISREG(status.st_mode):
                 return f"file[{int(mount[1]):x}:{status.st_ino:x}]"
             raise NotDumpableError(
-                f"the server's output is {entry.readlink()}, which CRIU cannot give back",
-                hint="restore it with its output in a file or a pipe",
+                f"the server's output is {entry.readlink()}, which CRIU cannot restore",
+                hint="restore the server with its output in a file or a pipe",
             )
     return "/dev/null"  # the replica has closed it
 

@@ -84,9 +84,9 @@ def is_ready(home: Home, image: Image) -> bool:
 
 @contextlib.contextmanager
 def copied(dump: Path, work: Path) -> Iterator[Path]:
-    """Yield a form of a ready dump that CRIU fills by copying; made on first use, and kept beside the dump.
+    """Yield a directory with CRIU images of a ready dump that hold all of its memory.
 
-    The caller holds the dump's lock, so that it stays. Raises SpaceError.
+    It is made on first use, and kept in the dump. The caller holds the dump's lock. Raises SpaceError.
     """
     from rekindle.criu.memory_files import copy_back  # most restores map
 
@@ -100,7 +100,7 @@ def copied(dump: Path, work: Path) -> Iterator[Path]:
     with naming_full_disk(work):
         copy_back(dump / "criu", dump / "memory", staged)
     with locked(dump.with_name(f"{dump.name}.copied.lock"), timeout=_WAIT_SECONDS):
-        if not target.exists():  # else another restore was faster, or something has changed it: ours is right
+        if not target.exists():  # if another restore was faster, or something changed it, use ours once
             staged.replace(target)
             seal.write_text(_seal_directory(target))
             staged = target
@@ -108,7 +108,7 @@ def copied(dump: Path, work: Path) -> Iterator[Path]:
 
 
 def relabel(home: Home, before: Image, after: Image) -> None:
-    """Keep the dump of one image for another with the same files, if it is still there."""
+    """Rename the dump of one image to that of another with the same files, if it still exists."""
     old, new = (home.dumps / image.process.digest.hex for image in (before, after))
     with (
         locked(old.with_name(f"{old.name}.lock"), timeout=_WAIT_SECONDS),

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 class Memory(StrEnum):
-    """How a process gets its memory back: the memory files of the dump are mapped, and shared by all
-    replicas; or their pages are copied, for each replica anew."""
+    """How a restored process gets its memory.
+
+    `map`: from the dump's memory files, which all replicas share. `copy`: copied for each replica.
+    """
 
     MAP = "map"
     COPY = "copy"

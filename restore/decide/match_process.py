@@ -127,6 +127,7 @@ def plain_command(command: Sequence[str]) -> list[str]:
 
 
 def missing_features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Difference]:
+    """Yield a difference if this node's processor lacks recorded features."""
     if missing := recorded.cpu_features - here.cpu_features:
         missing_here = f"missing on {here.cpu_model}"
         yield Difference(code, "processor features", " ".join(sorted(missing)), missing_here)

@@ -83,6 +83,7 @@ class Step:
 
     @property
     def possible(self) -> bool:
+        """True if no reason is hard."""
         return not any(reason.hard for reason in self.reasons)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a restored process gets its memory back: mapped from the dump's memory files, or copied."""
+"""Restore a process's memory: mapped from the dump's memory files, or copied."""
 
 import heapq
 from pathlib import Path
@@ -21,10 +21,9 @@ class RestoreCall(Protocol):
 def restore_with_memory(
     restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory
 ) -> MemoryUse:
-    """Restore a dump with its memory files mapped, or copied if that was asked for or mapping is refused
-    here.
+    """Restore a dump with its memory files mapped, or copied if `asked` says so or mapping is refused.
 
-    Copying takes seconds for gigabytes the first time: the pages are written once more, as CRIU reads them.
+    Copying takes seconds for gigabytes the first time: the pages are written again, as CRIU reads them.
     """
     if not record.dump.memory:  # an image of format 1: CRIU copies all of its memory
         restore(dump / "criu")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The working set of a dump, read ahead while CRIU works: faults then find their pages in memory.
+"""Read the working set of a dump ahead while CRIU works, so that page faults find it in memory.
 
-Without it each fault waits for the disk alone, and the OS kernel's own readahead, which cannot know what
-comes next, brings nearly the whole file for the fifth of it that is touched.
+Otherwise each fault waits for the disk, and the OS kernel's own readahead, which cannot know the next page,
+reads nearly the whole file for the fifth of it that is touched.
 """
 
 import contextlib
@@ -15,14 +15,13 @@ from typing import Self
 
 from rekindle.record import StoredMemory
 
-_PIECE_BYTES = 2 << 20  # what Linux reads ahead of one POSIX_FADV_WILLNEED at once
+_PIECE_BYTES = 2 << 20  # what Linux reads ahead at most for one POSIX_FADV_WILLNEED
 
 
 class Prefetch:
-    """A context in which the working set is read into the page cache, largest file first, by threads of its
-    own.
+    """A context in which threads read the working set into the page cache, largest file first.
 
-    What is there already costs next to nothing. It is only advice: a file that cannot be read ahead is not.
+    Pages that are there already cost next to nothing. Files that cannot be read are skipped.
     """
 
     def __init__(self, dump: Path, memory: Sequence[StoredMemory]) -> None:

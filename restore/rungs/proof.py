@@ -65,7 +65,7 @@ class Proof:
         return made and not self.engine.loaded
 
     def to_json(self) -> dict[str, Any]:
-        """The field `cache` of the report."""
+        """Return the field `cache` of the report."""
         made = list(itertools.chain.from_iterable(root.made.values() for root in self.observed.roots))
         return {
             "verdict": self.verdict,
