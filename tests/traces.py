@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from rekindle.cell import init
 
 TMP, SHM = Path("/tmp"), Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
-_ZOMBIE = "Z"
 
 
 def take_own_machine(place: Path, keep: Sequence[Path]) -> tuple[int, int]:
@@ -91,24 +92,13 @@ class Traces:
             time.sleep(0.05)
 
 
-def descendants(proc: Path = Path("/proc"), of: int = 0) -> dict[int, str]:
+def descendants(of: int = 0) -> dict[int, str]:
     """The command lines of the processes below this one, or below another, by PID; of those that live."""
-    below = {of or os.getpid()}
-    parents: dict[int, int] = {}
-    for entry in proc.iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdecimal():
-                # proc(5): PID (comm) state ppid …, and comm may hold anything
-                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-                if state != _ZOMBIE:
-                    parents[int(entry.name)] = int(parent)
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
     found = {}
-    for pid in below & parents.keys() - {of or os.getpid()}:
-        with contextlib.suppress(OSError):
-            content = (proc / str(pid) / "cmdline").read_bytes()
-            found[pid] = content.replace(b"\0", b" ").decode(errors="replace").strip()
+    for process in psutil.Process(of or None).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = " ".join(process.cmdline())
     return found
 
 
@@ -120,7 +110,7 @@ def children() -> dict[int, str]:
             for pid in map(int, (task / "children").read_text().split()):
                 with contextlib.suppress(ChildProcessError):
                     if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                        found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                        found[pid] = " ".join(psutil.Process(pid).cmdline())
     return found
 
 

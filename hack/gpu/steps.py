@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from hack.gpu import checkpoints, measure, subjects
 from hack.gpu.errors import StepError
 from hack.gpu.journal import Found
@@ -41,8 +43,7 @@ def describe_machine(trial: Trial, found: Found) -> None:
     """Describe this machine. There is nothing to fail."""
     devices = gpu.probe()
     node = Fingerprint.probe(subjects.server(trial.options), os.environ)
-    with open("/proc/meminfo") as file:
-        memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    memory = psutil.virtual_memory()
     found |= {
         "gpus": [
             {"name": each.name, "arch": each.arch, "memory_bytes": each.memory_bytes} for each in devices.gpus
@@ -53,8 +54,8 @@ def describe_machine(trial: Trial, found: Found) -> None:
         "mps": devices.mps,
         "processor": node.cpu_model,
         "cores": os.cpu_count(),
-        "memory_bytes": memory["MemTotal"],
-        "available_bytes": memory["MemAvailable"],
+        "memory_bytes": memory.total,
+        "available_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(trial.lab.work).free,
         "kernel": platform.release(),
         "packages": dict(node.packages),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import free_port, listening, wait_for
@@ -34,16 +35,13 @@ def _scene(saved: Saved, tmp_path: Path) -> Iterator[Scene]:
 
 def state_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return str(psutil.Process(pid).status())
+    except psutil.NoSuchProcess:
         return ""
 
 
 def children_of(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 # As PID 1.
@@ -64,7 +62,7 @@ def test_as_pid_1_it_reaps_and_forwards_and_ends_as_its_server_does(scene: Scene
     running, pid = as_pid_1(scene, "--rung", rung)
     running.until_ready(OUTCOMES[rung])
     assert running.report["pid"] == 1
-    wait_for(lambda: "Z" not in map(state_of, children_of(pid)), 10)
+    wait_for(lambda: psutil.STATUS_ZOMBIE not in map(state_of, children_of(pid)), 10)
     before = set(children_of(pid))
     # Who is started in the container later may leave orphans, too.
     inside = ["nsenter", "--target", str(pid), "--pid", "--mount"]
@@ -104,9 +102,9 @@ def test_what_was_started_before_it_is_not_its_own(scene: Scene) -> None:
     running = scene.restore("--rung", "cache")
     running.until_ready("cold")
     helper = int(note.read_text())
-    assert state_of(helper) == "S"
+    assert state_of(helper) == psutil.STATUS_SLEEPING
     assert running.end() == 3
-    assert state_of(helper) == "S"
+    assert state_of(helper) == psutil.STATUS_SLEEPING
     os.kill(helper, signal.SIGKILL)
     scene.nothing_is_left()
 
