@@ -12,7 +12,7 @@ from hack.docs import pages
 from oci.cache.inventory import Inventory
 from rekindle.digest import Digest
 from rekindle.fields import JSON
-from rekindle.record import Record
+from rekindle.record import SCHEMA, SCHEMA_WITHOUT_MEMORY, Record
 
 DOCUMENTS = {"record": Record, "inventory": Inventory}
 _TEXTS: dict[type, dict[str, JSON]] = {
@@ -27,7 +27,9 @@ def schema(kind: type) -> dict[str, JSON]:
     parts = made["$defs"]
     for part in parts.values():
         part["description"] = inspect.cleandoc(part["description"])
-    if (node := parts.get("Fingerprint")) is not None:
+    if kind is Record:
+        parts["Record"]["properties"]["schema"]["enum"] = [SCHEMA_WITHOUT_MEMORY, SCHEMA]
+        node = parts["Fingerprint"]
         # A node's GPUs stand beside its other fields.
         del node["properties"]["devices"]
         gpus = parts.pop("Gpus")["properties"]

@@ -42,7 +42,19 @@ INVENTORY: dict[str, Any] = {
         }
     ],
 }
-WHOLE: dict[str, dict[str, Any]] = {"record": document(), "inventory": INVENTORY}
+PAGES: dict[str, Any] = {"path": "memory/7", "kind": "file", "size": 8192, "mode": 0o600, "uid": 0, "gid": 0}
+MEMORY = {"path": "memory/7", "data_bytes": 4096, "ranges": [[4096, 12288]], "working_set": [[0, 4096]]}
+
+
+def record() -> dict[str, Any]:
+    """A record of a dump with a memory file."""
+    value = {**document(), "schema": "rekindle.record/2"}
+    value["dump"]["files"].append({**PAGES, "mtime_ns": 0})
+    value["dump"]["memory"] = [MEMORY]
+    return value
+
+
+WHOLE: dict[str, dict[str, Any]] = {"record": record(), "inventory": INVENTORY}
 READ: dict[str, Callable[[Any], object]] = {
     "record": lambda value: Record.parse(json.dumps(value).encode()),
     "inventory": Inventory.from_json,
@@ -79,6 +91,12 @@ def test_a_document_is_valid_and_has_no_field_that_the_schema_lacks(name: str) -
         if part.get("type") == "object":
             part["additionalProperties"] = False
     jsonschema.Draft202012Validator(strict).validate(WHOLE[name])
+
+
+def test_a_record_of_before_is_valid() -> None:
+    before = document()
+    assert before["schema"] == "rekindle.record/1"
+    CHECK["record"].validate(before)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
