@@ -28,6 +28,7 @@ class Descriptor:
     platform: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, JSON]:
+        """Return the descriptor as manifests and indexes contain it."""
         out: dict[str, JSON] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
         if self.artifact_type:
             out["artifactType"] = self.artifact_type

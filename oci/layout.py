@@ -374,14 +374,17 @@ class Arrival:
         self._lock = lock
 
     def has(self, descriptor: Descriptor) -> bool:
+        """Whether a blob is in the layout already, or was received before an interruption."""
         if descriptor.media_type in media_types.DOCUMENTS:  # publish reads them from there again
             return self._incoming.has(descriptor)
         return self._layout.has(descriptor) or self._incoming.has(descriptor)
 
     def mount(self, _: Descriptor) -> bool:
+        """Return False: a layout has no other repositories."""
         return False
 
     def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+        """Copy a blob. See `Destination`."""
         self._incoming.upload(descriptor, source)
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:

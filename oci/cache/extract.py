@@ -46,6 +46,7 @@ class Extraction:
 
     @property
     def written_bytes(self) -> int:
+        """The bytes of all files that were written."""
         return sum(root.bytes for root in self.roots)
 
     def undo(self) -> None:

@@ -39,6 +39,7 @@ class GzipTar:
         self._put(_HEADER)
 
     def add_directory(self, path: PurePosixPath, *, mode: int, mtime_ns: int) -> None:
+        """Add a directory. Its parents must have been added before."""
         info = self._info(path, mode, mtime_ns)
         info.type = tarfile.DIRTYPE
         self._add(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
@@ -50,9 +51,11 @@ class GzipTar:
         self._add(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
 
     def add_content(self, content: bytes | memoryview) -> None:
+        """Add the next bytes of the file that was begun."""
         self._add(content)
 
     def end_file(self, size: int) -> None:
+        """End the file of `size` bytes that was begun."""
         self._add(bytes(-size % _BLOCK_BYTES))
 
     def finish(self) -> tuple[Digest, Digest]:

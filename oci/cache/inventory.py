@@ -122,6 +122,7 @@ class Inventory(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEM
         return sorted({target for root in self.roots for entry in root.entries for target in entry.targets})
 
     def to_json(self) -> dict[str, JSON]:
+        """Return the field of the config."""
         return documents.to_json(self)
 
     @classmethod

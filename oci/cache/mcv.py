@@ -41,10 +41,12 @@ class Survey:
 
     @property
     def top(self) -> str:
+        """The directory of the root in its layer."""
         return f"io.{self.kind}.cache"
 
     @property
     def manifest_path(self) -> str:
+        """The path of `manifest.json` in the layer."""
         return f"io.{self.kind}.manifest/manifest.json"
 
     def look_at(self, path: PurePosixPath, size: int, content: bytes | None) -> None:

@@ -62,6 +62,7 @@ class Job:
 
 
 def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
+    """Return the destination of a cache. Raises UsageError if it was recorded in a system directory."""
     if isinstance(to, Mapping) and str(to[root.name]) != root.recorded:
         return to[root.name]
     if isinstance(to, Path):
@@ -89,6 +90,7 @@ def _is_private(path: PurePosixPath) -> bool:
 
 
 def refuse_too_large(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
+    """Raise FormatError if a cache has more files or bytes than the limits allow."""
     if root.files > FILES_LIMIT or root.bytes > limits.expanded_bytes(stored_bytes):
         raise FormatError(
             f"the {root.kind} cache is larger than the limits allow",
@@ -150,6 +152,7 @@ def alone_in(parent: Path) -> Iterator[bool]:
 
 
 def cannot_be_written(target: Path, error: OSError) -> UsageError | OSError:
+    """Return the error to raise for a destination: `error` itself if the disk is full, else a UsageError."""
     import errno
 
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:

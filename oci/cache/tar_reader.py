@@ -64,6 +64,7 @@ class LayerReader:
         self._buffer = memoryview(bytearray(_READ_BYTES))
 
     def close(self) -> None:
+        """Wait for the piece that is being read, and close the stream."""
         self._settle()
         self._stream.close()
 

@@ -45,6 +45,7 @@ class Bundle:
 
     @classmethod
     def sign(cls, statement: Statement, key: PrivateKey) -> Self:
+        """Sign a statement with a key."""
         payload = statement.to_bytes()
         envelope = Envelope(payload=payload, payload_type="application/vnd.in-toto+json", signatures=())
         signed = Envelope(
@@ -80,6 +81,7 @@ class SimpleSignature:
 
     @classmethod
     def sign(cls, digest: Digest, repository: str, key: PrivateKey) -> Self:
+        """Sign the digest of an image with a key. `repository` is its name without tag."""
         document = {
             "critical": {
                 "identity": {"docker-reference": repository},

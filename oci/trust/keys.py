@@ -38,6 +38,7 @@ class PublicKey:
 
     @classmethod
     def of(cls, key: ec.EllipticCurvePublicKey) -> Self:
+        """Wrap a key of `cryptography`."""
         der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         return cls(key=key, hint=base64.b64encode(hashlib.sha256(der).digest()).decode())
 
@@ -63,6 +64,7 @@ class PublicKey:
             ) from None
 
     def verifies(self, signature: bytes, content: bytes) -> bool:
+        """Whether a signature in DER is by this key, over the content."""
         try:
             self.key.verify(signature, content, _ALGORITHM)
         except InvalidSignature:
@@ -70,6 +72,7 @@ class PublicKey:
         return True
 
     def to_pem(self) -> bytes:
+        """Return the key in PEM."""
         return self.key.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -83,6 +86,7 @@ class PrivateKey:
 
     @classmethod
     def generate(cls) -> Self:
+        """Generate a new key."""
         return cls(key=ec.generate_private_key(ec.SECP256R1()))
 
     @classmethod
@@ -107,6 +111,7 @@ class PrivateKey:
 
     @property
     def public(self) -> PublicKey:
+        """The public key of the pair."""
         return PublicKey.of(self.key.public_key())
 
     def sign(self, content: bytes) -> bytes:

@@ -32,6 +32,7 @@ class Statement:
     predicate: Mapping[str, JSON]
 
     def to_bytes(self) -> bytes:
+        """Return the statement as JSON, the payload of an envelope."""
         document = {
             "_type": _STATEMENT_TYPE,
             # sigstore-python does not sign a statement whose subject has no name.
@@ -75,9 +76,11 @@ class Envelope:
 
     @property
     def signed(self) -> bytes:
+        """The bytes that the signature covers."""
         return encode(self.payload_type, self.payload)
 
     def to_json(self) -> dict[str, JSON]:
+        """Return the envelope as bundles contain it."""
         return {
             "payload": base64.b64encode(self.payload).decode(),
             "payloadType": self.payload_type,

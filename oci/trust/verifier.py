@@ -57,10 +57,12 @@ class Verified(Generic[T]):
 
     @property
     def value(self) -> T:
+        """The value that was verified."""
         return self._value
 
     @property
     def trust(self) -> Trust:
+        """Who signed the image that the value belongs to."""
         return self._trust
 
     def map(self, read: Callable[[T], U]) -> "Verified[U]":
