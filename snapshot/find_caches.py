@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rekindle.engine.caches import VARIABLES, CacheKind, CacheRoot, is_within, place, place_below
+from rekindle.engine.caches import VARIABLES, CacheKind, CacheRoot, is_within, path_below, path_of
 
 _DELETED = " (deleted)"
 _ENTRIES_LIMIT = 1000  # entries of a directory that are read to recognise it
@@ -45,7 +45,7 @@ def find(
     for kind in CacheKind:
         if not usual_places and not environment.get(VARIABLES[kind]):
             continue
-        where = place(kind, environment)
+        where = path_of(kind, environment)
         if kind is CacheKind.TORCH_EXTENSIONS and not environment.get("TORCH_EXTENSIONS_DIR"):
             for name in _names(readable(where)):
                 if _TORCH_BUILD.fullmatch(name):
@@ -103,7 +103,7 @@ def find_below(directory: Path, kind: CacheKind | None = None) -> list[CacheRoot
     directory = directory.absolute()
     found = kind or recognise(directory)
     if found is not None:
-        inside = place_below(found, directory)
+        inside = path_below(found, directory)
         roots = [_root(found, inside if inside.is_dir() else directory)]
     else:
         roots = []
@@ -111,7 +111,7 @@ def find_below(directory: Path, kind: CacheKind | None = None) -> list[CacheRoot
             path = directory / name
             known = next((each for each in CacheKind if re.fullmatch(rf"{each}(-\d+)?", name)), None)
             if path.is_dir() and (inner := known or recognise(path)):
-                inside = place_below(inner, path)
+                inside = path_below(inner, path)
                 roots.append(_root(inner, inside if inside.is_dir() else path))
     return [root for root in roots if _holds_a_file(root.path)]
 

@@ -22,7 +22,7 @@ from rekindle import criu, dump_tree
 from rekindle.cell import Cell, working_set
 from rekindle.cuda import search
 from rekindle.engine import Engine
-from rekindle.engine.choose import Weights, asleep, for_command
+from rekindle.engine.choose import Weights, for_command, for_sleep
 from rekindle.engine.vllm import VllmEngine
 from rekindle.errors import RekindleError, UsageError
 from rekindle.files import remove_tree
@@ -139,7 +139,7 @@ def _sleeping_engine(
     weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
     if weights is Weights.AS_IS:
         return engine
-    return asleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
+    return for_sleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
 
 
 def _require_writable(reference: Reference, access: Access) -> None:

@@ -34,7 +34,7 @@ from oci.cache.secret_search import SEARCHED_BYTES, refuse_secrets
 from oci.descriptor import Descriptor, platform_of
 from rekindle import __version__
 from rekindle.digest import Digest
-from rekindle.engine.caches import CacheKind, CacheRoot, leaves_out
+from rekindle.engine.caches import CacheKind, CacheRoot, is_left_out
 from rekindle.errors import IntegrityError, UsageError
 from rekindle.fields import JSON
 
@@ -184,7 +184,7 @@ def _members(root: CacheRoot, say: Callable[[str], None]) -> Iterator[_Member]:
         path = queue.pop()
         status = (root.path / path).lstat() if path.parts else root.path.stat()
         if path.parts:
-            if leaves_out(root.kind, path):
+            if is_left_out(root.kind, path):
                 continue
             is_directory = stat.S_ISDIR(status.st_mode)
             if not is_directory and not stat.S_ISREG(status.st_mode):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from oci.cache.inventory import StoredRoot
 from rekindle.config import Limits
-from rekindle.engine.caches import CacheKind, is_within, place_below
+from rekindle.engine.caches import CacheKind, is_within, path_below
 from rekindle.errors import FormatError, UsageError
 from rekindle.files import remove_tree, try_lock
 
@@ -66,7 +66,7 @@ def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
     if isinstance(to, Mapping) and str(to[root.name]) != root.recorded:
         return to[root.name]
     if isinstance(to, Path):
-        return place_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
+        return path_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
     real = os.path.realpath(root.recorded)
     if (
         any(is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a server listens, and what is asked of it: the values that engines and the HTTP client share."""
+"""Endpoint and Request: the values that engines and the HTTP client share."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -11,7 +11,7 @@ from rekindle.documents import whole
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import JSON
 
-# What HTTP/1.1 lets through (RFC 9110 and 9112), so that a request cannot be more than one.
+# What HTTP/1.1 allows (RFC 9110 and 9112), so that one request cannot smuggle in another.
 _Method = Annotated[str, Meta(pattern=whole("[A-Za-z]+"))]
 _Path = Annotated[str, Meta(pattern=whole("/[!-~]*"))]
 _HeaderName = Annotated[str, Meta(pattern=whole("[!#$%&'*+.^_`|~0-9A-Za-z-]+"))]
@@ -26,7 +26,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
     @property
     def reachable_host(self) -> str:
-        """The host for a client on the same machine: a server on every address is on loopback, too."""
+        """The host for a client on the same machine: loopback for a server that listens on every address."""
         return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Request(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_json(cls, value: JSON) -> "Request":
-        """Read what a file says. Without a method, it is POST if there is a body. Raises FormatError."""
+        """Parse a request. The method defaults to POST with a body and GET without. Raises FormatError."""
         if isinstance(value, dict):
             value = {"method": "POST" if "body" in value else "GET", **value}
         try:
@@ -57,9 +57,9 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 def parse_endpoint(text: str, default_host: str) -> Endpoint:
-    """Read `PORT`, `HOST:PORT` or `[HOST]:PORT`. Raises UsageError."""
+    """Parse `PORT`, `HOST:PORT` or `[HOST]:PORT`. Raises UsageError."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isdecimal() or not 0 < int(port) < 65536 or (colon and not host):
-        raise UsageError(f"--publish {text} is not of the form [HOST:]PORT")
+        raise UsageError(f"invalid --publish {text!r}", hint="write [HOST:]PORT")
     return Endpoint(host=host or default_host, port=int(port))

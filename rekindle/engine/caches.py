@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel caches of LLM servers: which there are, where they lie, and what in them must not travel.
+"""The kernel caches of LLM servers: their kinds, their paths, and the files in them that must stay behind.
 
-Looked up in Triton 3.9 (`triton/knobs.py`), torch 2.13 (`_inductor/runtime/cache_dir_utils.py`,
-`utils/cpp_extension.py`), vLLM 0.32 (`envs.py`, `utils/deep_gemm.py`), FlashInfer (`jit/env.py`),
-DeepGEMM (`csrc/jit/compiler.hpp`) and the CUDA programming guide:
+"Kernel" means GPU kernel here. The paths are those of Triton 3.9 (`triton/knobs.py`), torch 2.13
+(`_inductor/runtime/cache_dir_utils.py`, `utils/cpp_extension.py`), vLLM 0.32 (`envs.py`,
+`utils/deep_gemm.py`), FlashInfer (`jit/env.py`), DeepGEMM (`csrc/jit/compiler.hpp`) and the CUDA
+programming guide:
 
     kind               variable                     without it
     vllm               VLLM_CACHE_ROOT              $XDG_CACHE_HOME/vllm, ~/.cache/vllm
@@ -15,7 +16,7 @@ DeepGEMM (`csrc/jit/compiler.hpp`) and the CUDA programming guide:
                                                     $XDG_CACHE_HOME/torch_extensions
     cuda               CUDA_CACHE_PATH              ~/.nv/ComputeCache
 
-Model files are never part of one: what lies in HF_HOME is somebody else's to fetch.
+Model files are never part of a cache: downloading what is in HF_HOME is not our task.
 """
 
 import os
@@ -28,7 +29,7 @@ from pathlib import Path, PurePosixPath
 
 
 class CacheKind(StrEnum):
-    """A kind of kernel cache, in the order in which they are named."""
+    """A kind of kernel cache, in the order of listings."""
 
     VLLM = "vllm"
     TRITON = "triton"
@@ -52,35 +53,34 @@ VARIABLES: Mapping[CacheKind, str] = {
 # FlashInfer's variable names the directory above the cache.
 _BELOW_FLASHINFER_BASE = ".cache/flashinfer"
 
-# What lies beside kernels below VLLM_CACHE_ROOT, or below a cache directory that was chosen too wide.
+# Directories beside the kernels below VLLM_CACHE_ROOT, or below a parent that was given instead.
 _VLLM_LEFT_OUT = {
-    "assets",  # pictures and sound for tests
-    "media_cache",  # what users sent
+    "assets",  # images and audio for tests
+    "media_cache",  # uploads of users
     "huggingface",
     "hub",
     "modelscope",
-    "startup_plan",  # how much memory this node had
-    "dummy_cache",  # a place to write to, never read
+    "startup_plan",  # the memory sizes of this node
+    "dummy_cache",  # written to and never read
 }
-_P2P = re.compile(r"gpu_p2p_access_cache_for_.*\.json")  # which of this node's GPUs reach each other
+_P2P = re.compile(r"gpu_p2p_access_cache_for_.*\.json")  # the pairs of GPUs on this node with peer access
 _MODEL_FILE = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin")
 _TEMPORARY = re.compile(r"tmp\.pid_\d+_.*|\..+\.rekindle-[0-9a-f]+")  # of Triton, and of `rekindle extract`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheRoot:
-    """A cache: where it can be read now, and the absolute path at which the server sees it."""
+    """A cache: the path at which we can read it, and the absolute path at which the server sees it."""
 
     kind: CacheKind
     path: Path
     recorded: str
 
 
-def place(kind: CacheKind, environment: Mapping[str, str]) -> str:
-    """The absolute path at which a process with this environment keeps a cache; it need not be there.
+def path_of(kind: CacheKind, environment: Mapping[str, str]) -> str:
+    """Return the absolute path of a cache for a process with this environment; it need not exist.
 
-    For torch-extensions without its variable, that of the directory that holds one for each Python and
-    CUDA.
+    For torch-extensions without its variable, it is the parent of one directory per Python and CUDA.
     """
     given = environment.get(VARIABLES[kind], "")
     home = environment.get("HOME") or _home()
@@ -106,27 +106,27 @@ def place(kind: CacheKind, environment: Mapping[str, str]) -> str:
 
 
 def environment_for(kind: CacheKind, root: str) -> dict[str, str]:
-    """The variables that make a server use the cache at an absolute path; none if no variable can."""
+    """Return the variables that make a server use a cache at an absolute path; {} if none can."""
     if kind is CacheKind.FLASHINFER:
         base = root.removesuffix("/" + _BELOW_FLASHINFER_BASE)
         return {VARIABLES[kind]: base} if base and base != root else {}
     return {VARIABLES[kind]: root}
 
 
-def place_below(kind: CacheKind, directory: Path) -> Path:
-    """Where in a directory of its own a cache must lie so that a variable can lead to it."""
+def path_below(kind: CacheKind, directory: Path) -> Path:
+    """Return the path of a cache in its own directory such that `environment_for` can name it."""
     return directory / _BELOW_FLASHINFER_BASE if kind is CacheKind.FLASHINFER else directory
 
 
 def is_within(path: str, directory: str) -> bool:
-    """Whether a normal path is that of a directory, or below it. Links are not looked at."""
+    """Tell whether a normalized path is a directory's or below it. Does not resolve links."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
-def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
-    """Whether a file or directory, by its path within the cache, must not travel.
+def is_left_out(kind: CacheKind, path: PurePosixPath) -> bool:
+    """Tell whether to leave out a file or directory, given its path within the cache.
 
-    It is of this node or user alone, half-written, a model, or of no use elsewhere.
+    Left out is what is private to this node or user, half-written, a model, or useless elsewhere.
     """
     name = path.name
     if _MODEL_FILE.fullmatch(name) or _TEMPORARY.fullmatch(name):
@@ -135,22 +135,22 @@ def leaves_out(kind: CacheKind, path: PurePosixPath) -> bool:
         case CacheKind.VLLM:
             return len(path.parts) == 1 and (name in _VLLM_LEFT_OUT or _P2P.fullmatch(name) is not None)
         case CacheKind.INDUCTOR:
-            # 150 MB of precompiled C++ headers; the compiler takes the header beside them.
+            # 150 MB of precompiled C++ headers; without them, the compiler uses the plain header beside them.
             return name.endswith(".gch") or "locks" in path.parts
         case CacheKind.TORCH_EXTENSIONS:
-            # torch waits for as long as this file is there; its owner is not.
+            # torch waits until this file is gone, and the process that would remove it does not exist here.
             return name == "lock"
         case _:
             return False
 
 
 def _temporary(environment: Mapping[str, str]) -> str:
-    """As Python's tempfile looks for it."""
+    """Return the directory for temporary files, as Python's tempfile does."""
     return next((environment[name] for name in ("TMPDIR", "TEMP", "TMP") if environment.get(name)), "/tmp")  # noqa: S108
 
 
 def _user(environment: Mapping[str, str]) -> str:
-    """As Python's getpass names the user, and torch makes a file name of it."""
+    """Return the user's name as Python's getpass does, as a file name as torch makes it."""
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         if environment.get(name):
             return re.sub(r'[\\/:*?"<>|]', "_", environment[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine a command or a record means, and how vLLM is started so that it can be saved.
+"""Choose the engine for a command or a record.
 
 Engines are imported only once chosen: a restore that needs none must not load an HTTP client.
 """
@@ -21,39 +21,39 @@ if TYPE_CHECKING:
 def for_command(
     argv: Sequence[str], *, ready_url: str | None = None, oracle_file: Path | None = None
 ) -> Engine:
-    """The engine for a command. Raises UsageError if it is not known and the options do not say."""
+    """Return the engine for a command. Raises UsageError if it is unknown and no option describes it."""
     from rekindle.engine import http, vllm
 
     if ready_url is not None:
         return http.HttpEngine.from_options(ready_url, oracle_file)
-    if engine := vllm.VllmEngine.recognise(argv):
+    if engine := vllm.VllmEngine.recognize(argv):
         return engine
     raise UsageError(
-        f"{argv[0]} is no server that rekindle knows",
-        hint="say how to talk to it: --ready-url http://127.0.0.1:PORT/PATH --oracle-request FILE",
+        f"{argv[0]} is not a server that rekindle knows",
+        hint="describe it: --ready-url http://127.0.0.1:PORT/PATH --oracle-request FILE",
     )
 
 
-def restored(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engine:
-    """The engine that a record names. Raises FormatError for one that is not known here."""
+def from_record(name: str, endpoint: Endpoint, options: Mapping[str, JSON]) -> Engine:
+    """Return the engine that a record names. Raises FormatError if this version does not know it."""
     from rekindle.engine import http
 
     match name:
         case "vllm":
-            return _restored_vllm(endpoint, options)
+            return _vllm_from_record(endpoint, options)
         case "http":
             return http.HttpEngine.from_record(endpoint, options)
-    raise FormatError(f"the record's engine {name!r} is not known here", hint="use a newer rekindle")
+    raise FormatError(f"unknown engine {name!r} in the record", hint="use a newer rekindle")
 
 
-def _restored_vllm(endpoint: Endpoint, options: Mapping[str, JSON]) -> "VllmEngine":
-    """The engine of a record. Raises FormatError for options that are not known here."""
+def _vllm_from_record(endpoint: Endpoint, options: Mapping[str, JSON]) -> "VllmEngine":
+    """Return the vLLM engine of a record. Raises FormatError if this version does not know its options."""
     from rekindle.engine.vllm import VllmEngine
 
     match options.get("asleep"):
         case None:
             return VllmEngine(endpoint=endpoint)
-        case bool():  # which would be 1
+        case bool():  # True would match 1
             pass
         case 1 | 2 as level:
             from rekindle.engine.vllm_asleep import Sleeping
@@ -63,24 +63,29 @@ def _restored_vllm(endpoint: Endpoint, options: Mapping[str, JSON]) -> "VllmEngi
             from rekindle.engine.vllm_asleep import AtBoundary
 
             return AtBoundary(endpoint=endpoint)
-    raise FormatError("the record's vLLM sleeps in a way that is not known here", hint="use a newer rekindle")
+    raise FormatError("unknown sleep mode of vLLM in the record", hint="use a newer rekindle")
 
 
 class Weights(StrEnum):
-    """Where the weights of a model on a GPU are while the server is saved: in the image, which is complete
-    then; not in it, and read again from the model's files; or where they are, with all that the GPU holds."""
+    """The place of a model's weights in a snapshot of a server on a GPU.
+
+    IMAGE: in host memory, so in the image, which is complete then. RELOAD: not in the image; they are read
+    again from the model's files. AS_IS: left on the GPU and checkpointed with everything else there.
+    """
 
     IMAGE = "image"
     RELOAD = "reload"
     AS_IS = "as-is"
 
 
-def asleep(
+def for_sleep(
     engine: "VllmEngine", argv: Sequence[str], weights: Weights, version: str, *, warmed: bool = False
 ) -> "VllmEngine":
-    """The engine for a server that is to sleep through the snapshot. vLLM's own snapshot server is taken
-    where there is one (since 0.31) and it does what is asked: it reads the weights again, and takes no
-    requests before, so it cannot be `warmed` with those of the user."""
+    """Return the engine for a server that sleeps during the snapshot.
+
+    Uses vLLM's own snapshot server where it exists (since 0.31) and fits: it always reloads the weights,
+    and accepts no requests before the restore, so the user's own requests cannot have `warmed` it.
+    """
     from rekindle.engine.vllm import option
     from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 
@@ -90,10 +95,12 @@ def asleep(
     return Sleeping(endpoint=engine.endpoint, level=level, api_key=option(argv, "--api-key"))
 
 
-def as_compiled(argv: Sequence[str], options: Mapping[str, JSON]) -> list[str]:
-    """How a command is started so that it finds the kernels of a server with these options of a record:
-    whether sleep mode is on is part of the key of vLLM's cache (0.32: ModelConfig.compute_hash)."""
+def with_recorded_sleep_mode(argv: Sequence[str], options: Mapping[str, JSON]) -> list[str]:
+    """Return the command line with which a server finds the kernel cache of one with these recorded options.
+
+    Sleep mode is part of the key of vLLM's cache (0.32: ModelConfig.compute_hash).
+    """
     from rekindle.engine.vllm import is_server
 
-    asleep = options.get("asleep") is not None and is_server(argv)
-    return [*argv, "--enable-sleep-mode"] if asleep else list(argv)
+    slept = options.get("asleep") is not None and is_server(argv)
+    return [*argv, "--enable-sleep-mode"] if slept else list(argv)

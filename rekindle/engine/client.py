@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An HTTP client for one server, over connections that somebody else makes."""
+"""An HTTP client for one server, over connections that the caller makes."""
 
 import contextlib
 import http.client
@@ -21,8 +21,10 @@ Connect = Callable[[str, int, float], socket.socket]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """A whole response. `first_byte` is when its body began, by time.monotonic: of a stream, the first
-    token."""
+    """A complete response.
+
+    `first_byte` is the time.monotonic() at which its body began, which is a stream's first token.
+    """
 
     status: int
     body: bytes
@@ -30,23 +32,26 @@ class Response:
 
 
 class Client:
-    """Asks one server. Every request has a connection of its own."""
+    """Sends requests to one server, each over its own connection."""
 
     def __init__(self, endpoint: Endpoint, connect: Connect) -> None:
         self._endpoint = endpoint
         self._connect = connect
 
     def ask(self, request: Request, *, timeout: float) -> Response:
-        """Raises OSError while the server cannot be reached, NotReadyError if it does not answer in time
-        or speaks no HTTP."""
+        """Send a request and return the complete response.
+
+        Raises OSError while the server cannot be reached or does not speak HTTP, and NotReadyError if it
+        does not finish within `timeout` seconds or its answer is too large.
+        """
         host, port = self._endpoint.reachable_host, self._endpoint.port
         deadline = time.monotonic() + timeout
         connection = http.client.HTTPConnection(host, port, timeout=timeout)
         connection.sock = self._connect(host, port, timeout)
-        # A socket's own timeout begins anew with every byte; this one does not.
-        over = threading.Timer(timeout, _shut, [connection.sock])
-        over.daemon = True
-        over.start()
+        # A socket's own timeout restarts with every byte; this one does not.
+        timer = threading.Timer(timeout, _shut, [connection.sock])
+        timer.daemon = True
+        timer.start()
         try:
             body = None if request.body is None else json.dumps(request.body).encode()
             headers = {"Content-Type": "application/json"} if body is not None else {}
@@ -57,7 +62,7 @@ class Client:
             while piece := response.read1(65536):
                 content += piece
                 if len(content) > _BODY_LIMIT_BYTES:
-                    raise NotReadyError(f"{request.path} answers with more than {_BODY_LIMIT_BYTES} bytes")
+                    raise NotReadyError(f"{request.path} answered with more than {_BODY_LIMIT_BYTES} bytes")
             if time.monotonic() >= deadline:
                 raise TimeoutError
             return Response(status=response.status, body=bytes(content), first_byte=first_byte)
@@ -68,7 +73,7 @@ class Client:
                 raise
             raise ConnectionError(f"{request.path}: {type(error).__name__} {error}") from error
         finally:
-            over.cancel()
+            timer.cancel()
             connection.close()
 
     def get(self, path: str, *, timeout: float, headers: dict[str, str] | None = None) -> Response:

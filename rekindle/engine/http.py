@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any server that speaks HTTP: told by a URL when it is ready, proved by a request from a file.
+"""The engine for any HTTP server: a URL tells when it is ready, and a request from a file proves it.
 
-The file holds one request as JSON: {"method", "path", "headers", "body"}, and may name in "select" the
-parts of a JSON answer that count, as JSON pointers (RFC 6901): {"select": ["/choices/0/text"], …}.
-Without it, the whole body counts.
+The file holds one request as JSON: {"method", "path", "headers", "body"}. Its "select" may name the parts
+of a JSON answer that count, as JSON pointers (RFC 6901): {"select": ["/choices/0/text"], …}. Without it,
+the whole body counts.
 """
 
 import json
@@ -24,7 +24,7 @@ _INDEX = re.compile(r"0|[1-9][0-9]*")
 
 
 class HttpEngine(Engine):
-    """A server that rekindle knows nothing of but what the user said."""
+    """The engine for a server that only the user's options describe."""
 
     name = "http"
     compiles = False
@@ -35,16 +35,16 @@ class HttpEngine(Engine):
 
     @classmethod
     def from_options(cls, ready_url: str, oracle_file: Path | None) -> "HttpEngine":
-        """Raises UsageError for a URL or a file that makes no sense."""
+        """Create the engine from command-line options. Raises UsageError for an invalid URL or file."""
         try:
             url = urlsplit(ready_url)
             host, port = url.hostname, 80 if url.port is None else url.port
             ready_path = (url.path or "/") + (f"?{url.query}" if url.query else "")
             Request.from_json({"path": ready_path})
         except (ValueError, FormatError) as error:
-            raise UsageError(f"--ready-url {ready_url} is no URL", cause=str(error)) from error
+            raise UsageError(f"invalid --ready-url {ready_url!r}", cause=str(error)) from error
         if url.scheme != "http" or not host or not port:
-            raise UsageError(f"--ready-url {ready_url} is not of the form http://HOST:PORT/PATH")
+            raise UsageError(f"invalid --ready-url {ready_url!r}", hint="write http://HOST:PORT/PATH")
         options: dict[str, JSON] = {"ready_path": ready_path, "oracle": None, "select": []}
         if oracle_file is not None:
             try:
@@ -53,16 +53,16 @@ class HttpEngine(Engine):
                 options["oracle"] = request.to_json()
             except (OSError, ValueError, RecursionError, FormatError) as error:
                 raise UsageError(
-                    f"--oracle-request {oracle_file} holds no request",
+                    f"cannot read a request from --oracle-request {oracle_file}",
                     cause=str(error),
                     hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
                 ) from error
             for name, value in request.headers.items():
                 if is_secret_name(name) and not value.startswith("$"):
                     raise UsageError(
-                        f"{oracle_file} holds a secret in the header {name}",
+                        f"the header {name} in {oracle_file} holds a secret",
                         cause="the request becomes part of the image",
-                        hint=f'put the value into a variable and write {{"{name}": "$VARIABLE"}}',
+                        hint=f'write {{"{name}": "$VARIABLE"}} and set that environment variable',
                     )
             select = content.get("select", [])
             if not _is_pointers(select):
@@ -72,7 +72,7 @@ class HttpEngine(Engine):
 
     @classmethod
     def from_record(cls, endpoint: Endpoint, options: Mapping[str, JSON]) -> "HttpEngine":
-        """Raises FormatError for options that are not such as `options` gives."""
+        """Create the engine from the `options` of a record. Raises FormatError if they are invalid."""
         fields = Fields(dict(options), "record.engine.options")
         Request.from_json({"path": fields.text("ready_path")})
         if (oracle := fields.json("oracle")) is not None:
@@ -103,20 +103,23 @@ class HttpEngine(Engine):
         return self._options
 
     def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
-        """Puts variables in the place of header values such as `$TOKEN`, so that no record holds them."""
+        """Replace header values such as `$TOKEN` by the variable's value, which is never recorded.
+
+        Raises UsageError if the variable is missing or its value cannot be sent.
+        """
         headers = dict(request.headers)
         for name, value in request.headers.items():
             if value.startswith("$"):
                 if value[1:] not in environment:
                     raise UsageError(
-                        f"the oracle's request needs the variable {value[1:]}",
+                        f"the oracle's request needs the environment variable {value[1:]}",
                         hint=f"set it to the value of the header {name}",
                     )
                 headers[name] = environment[value[1:]]
         try:
             return Request.from_json({**request.to_json(), "headers": headers})
         except FormatError:
-            raise UsageError("the value of a variable cannot be sent as a header") from None
+            raise UsageError("the value of an environment variable cannot be sent as a header") from None
 
     def ready(self, client: Client, timeout: float) -> bool:
         response = client.get(self._options["ready_path"], timeout=min(timeout, _TIMEOUT_SECONDS))
@@ -143,7 +146,7 @@ class HttpEngine(Engine):
             values = [_at(document, pointer) for pointer in self._options["select"]]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise OracleError(
-                "the oracle's answer does not hold what is to be compared", cause=repr(error)
+                'the oracle\'s answer does not contain what "select" names', cause=repr(error)
             ) from error
         return {"status": response.status, "values": values}
 
@@ -152,12 +155,12 @@ class HttpEngine(Engine):
 
 
 def _at(document: JSON, pointer: str) -> JSON:
-    """The value that a JSON pointer names. Raises LookupError, ValueError or TypeError if there is none."""
+    """Return the value that a JSON pointer names. Raises LookupError, ValueError or TypeError."""
     for token in pointer.split("/")[1:]:
         key = token.replace("~1", "/").replace("~0", "~")
         if isinstance(document, list):
             if not _INDEX.fullmatch(key):
-                raise LookupError(f"{key!r} is no index of a list")
+                raise LookupError(f"invalid list index {key!r}")
             document = document[int(key)]
         else:
             document = document[key]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's OpenAI-compatible server."""
+"""The engine for vLLM's OpenAI-compatible server."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _ORACLE_PROMPT = "The capital of France is"
 _ORACLE_TOKENS = 16
 _WARM_LENGTHS = (1, 16, 128, 1024)  # tokens
 _WARM_AT_ONCE = (1, 4)
-# vllm/compilation/backends.py of 0.32; older versions leave the range out.
+# vllm/compilation/backends.py of 0.32; older versions print no range.
 _LOADED = re.compile(
     r"Directly load the compiled graph\(s\) for [^\n]{0,80}from the cache, took ([0-9.]{1,12}) s"
 )
@@ -36,13 +36,13 @@ class VllmEngine(Engine):
     compiles = True
 
     def __init__(self, *, endpoint: Endpoint, api_key: str | None = None) -> None:
-        """Without `api_key`, the key is taken from VLLM_API_KEY, as the server does."""
+        """Take the key from VLLM_API_KEY if `api_key` is None, as the server does."""
         self.endpoint = endpoint
         self._api_key = api_key
 
     @classmethod
-    def recognise(cls, argv: Sequence[str]) -> "VllmEngine | None":
-        """The engine if this command starts vLLM's server. Raises UsageError for what is not supported."""
+    def recognize(cls, argv: Sequence[str]) -> "VllmEngine | None":
+        """Return the engine if a command starts vLLM's server. Raises UsageError for unsupported options."""
         if not is_server(argv):
             return None
         if option(argv, "--uds"):
@@ -52,18 +52,18 @@ class VllmEngine(Engine):
         if option(argv, "--ssl-keyfile") or option(argv, "--ssl-certfile"):
             raise UsageError(
                 "a server that speaks TLS itself is not supported",
-                cause="the oracle is asked by plain HTTP, within the cell",
-                hint="leave it out, and put a proxy that speaks TLS before the published port",
+                cause="the oracle's request is sent as plain HTTP, within the cell",
+                hint="omit --ssl-keyfile and --ssl-certfile; put a TLS proxy in front of the published port",
             )
         port = option(argv, "--port") or "8000"
         if not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UsageError(f"--port {port} is no port")
+            raise UsageError(f"invalid --port {port!r}")
         host = option(argv, "--host") or "0.0.0.0"
         return cls(endpoint=Endpoint(host=host, port=int(port)), api_key=option(argv, "--api-key"))
 
     def environment(self) -> Mapping[str, str]:
-        # Spawned workers inherit no descriptors, and a server that phones home has connections that
-        # nobody can restore.
+        # Spawned workers inherit no descriptors. Usage statistics and Xet open connections to the internet,
+        # which cannot be restored.
         return {
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_NO_USAGE_STATS": "1",
@@ -104,7 +104,7 @@ class VllmEngine(Engine):
         )
 
     def disposable(self) -> Sequence[str]:
-        # Precompiled C++ headers, 150 MB. The compiler takes the header beside them if they are gone.
+        # Precompiled C++ headers, 150 MB. Without them, the compiler uses the plain header beside them.
         return ("torchinductor_*/precompiled_headers/*.gch",)
 
     def options(self) -> dict[str, JSON]:
@@ -149,8 +149,8 @@ class VllmEngine(Engine):
         tokens: list[str] = []
         logprobs: list[float] = []
         try:
-            # Not splitlines: a stream of events ends its lines with a line feed alone, and vLLM leaves
-            # other line separators in its texts as they are.
+            # Not splitlines: lines of an event stream end with a line feed only, and vLLM does not escape
+            # other line separators in its texts.
             for line in response.body.decode().split("\n"):
                 if line.startswith("data: ") and line.strip() != "data: [DONE]":
                     event = json.loads(line.removeprefix("data: "))
@@ -159,7 +159,7 @@ class VllmEngine(Engine):
                     for choice in event["choices"]:
                         if found := choice["logprobs"]:
                             if not isinstance(found["tokens"], list):
-                                raise TypeError("the tokens are no list")
+                                raise TypeError("the tokens are not a list")
                             tokens += found["tokens"]
                             logprobs += found["token_logprobs"]
             answer = {"tokens": tokens, "logprobs": [round(value, 6) for value in logprobs]}
@@ -170,7 +170,7 @@ class VllmEngine(Engine):
             ) from error
         if not tokens or not _is_answer(answer):
             raise OracleError(
-                "the oracle's answer holds no tokens with their logprobs",
+                "the oracle's answer contains no tokens with logprobs",
                 cause=response.body[:300].decode(errors="replace"),
             )
         return answer
@@ -184,7 +184,7 @@ class VllmEngine(Engine):
         )
 
     def _model(self, client: Client) -> tuple[str, int]:
-        """The name that the server gives its model, and how many tokens it takes."""
+        """Ask the server for the name of its model and the length of its context in tokens."""
         request = self.authorize(Request(method="GET", path="/v1/models", headers={}, body=None), os.environ)
         response = client.ask(request, timeout=_TIMEOUT_SECONDS)
         try:
@@ -194,12 +194,12 @@ class VllmEngine(Engine):
             raise OracleError(
                 f"/v1/models names no model (status {response.status})",
                 cause=response.body[:300].decode(errors="replace"),
-                hint="if the server asks for a key, set VLLM_API_KEY",
+                hint="if the server requires a key, set VLLM_API_KEY",
             ) from error
 
 
 def is_server(argv: Sequence[str]) -> bool:
-    """Whether a command starts vLLM's server: `vllm serve`, with or without Python in front of it."""
+    """Tell whether a command starts vLLM's server: `vllm serve`, with or without Python in front of it."""
     if not argv:
         return False
     words = list(argv)
@@ -216,7 +216,7 @@ def is_server(argv: Sequence[str]) -> bool:
 
 
 def _is_answer(value: JSON) -> bool:
-    """Whether this is an answer as `answer` makes them: texts, and a number for each."""
+    """Tell whether a value has the form that `VllmEngine.answer` returns: texts, and a number for each."""
     match value:
         case {"tokens": list(tokens), "logprobs": list(logprobs)}:
             return (
@@ -228,25 +228,23 @@ def _is_answer(value: JSON) -> bool:
 
 
 def _prompt(number: int, tokens: int) -> list[int]:
-    """A prompt of an exact number of tokens; different numbers share no prefix, so no cached block."""
+    """Return a prompt of exactly `tokens` tokens. Different numbers share no prefix, so no cached block."""
     return [3 + (number * 31 + position * 7) % 200 for position in range(tokens)]
 
 
 def served_name(argv: Sequence[str]) -> str:
-    """The name that the server gives its model."""
+    """Return the name that a command gives its model."""
     model = VllmEngine(endpoint=Endpoint(host="", port=1)).model(argv)
     return option(argv, "--served-model-name") or (model[0] if model else "")
 
 
 def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """A command as the Python that it comes to, and what vLLM's server is told. Raises UsageError."""
+    """Split a command into its Python interpreter and the arguments of vLLM's server. Raises UsageError."""
     words = list(argv)
     after = next((n for n, word in enumerate(words) if word in {"serve", _API_SERVER}), None)
     python = packages.interpreter(argv, environment)
     if after is None or python is None:
-        raise UsageError(
-            f"nobody can tell which Python runs {argv[0]}", hint="start it as python -m vllm serve"
-        )
+        raise UsageError(f"cannot tell which Python runs {argv[0]}", hint="start it as python -m vllm serve")
     return [str(python)], words[after + 1 :]
 
 
@@ -264,7 +262,7 @@ def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
 
 
 def option(argv: Sequence[str], name: str) -> str | None:
-    """The value of a long option, the last one given, as argparse would take it."""
+    """Return the value of a long option, the last if it is repeated, as argparse does."""
     value = None
     for index, word in enumerate(argv):
         if word.startswith(f"{name}="):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's server, put to sleep before the snapshot and woken after the restore.
+"""The engines that put vLLM's server to sleep before the snapshot and wake it after the restore.
 
-Asleep, it holds no KV cache on its GPU, and its weights either in host memory (level 1: they become part of
-the image) or not at all (level 2: they are read again from the model's files). Two ways lead there:
+An engine that sleeps holds no KV cache on its GPU. It keeps its weights in host memory (level 1: they become
+part of the image) or drops them (level 2: they are read again from the model's files).
 
-    Sleeping    through sleep mode's development endpoints, which rekindle/engine/vllm_gate.py closes to
-                everybody else; both levels
-    AtBoundary  through `vllm.snapshot.server` (since 0.31), which rehearses by itself, sleeps at level 2 and
-                opens its port only when it is released; logs nothing after that
+    Sleeping    uses sleep mode's development endpoints, which rekindle/engine/vllm_gate.py closes to other
+                clients; both levels
+    AtBoundary  uses `vllm.snapshot.server` (since 0.31), which rehearses by itself, sleeps at level 2 and
+                opens its port only when it is released; it logs nothing after that
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _CANARY = "The capital of France is"  # vllm/snapshot/server.py asks it for one 
 
 
 class Sleeping(VllmEngine):
-    """Through the development endpoints."""
+    """Sleeps by way of the development endpoints."""
 
     def __init__(self, *, endpoint: Endpoint, level: int, api_key: str | None = None) -> None:
         super().__init__(endpoint=endpoint, api_key=api_key)
@@ -62,28 +62,28 @@ class Sleeping(VllmEngine):
 
     def enter(self, root: Path) -> None:
         self._root = root
-        shutil.copyfile(Path(__file__).with_name("vllm_gate.py"), _made(root) / "rekindle_gate.py")
+        shutil.copyfile(Path(__file__).with_name("vllm_gate.py"), _make_directory(root) / "rekindle_gate.py")
 
     def quiesce(self, client: "Client", expected: JSON, request: Request) -> None:
         with self._key() as key:
             self._sleep(client, key)
-            self._rouse(client, key, no_phase)
+            self._wake_up(client, key, no_phase)
             got = self.answer(_ask(client, request))
             if not self.agree(expected, got):
                 raise OracleError(
-                    "after a sleep the server answers otherwise, so a restored one would, too",
+                    "the server answers differently after a sleep, so a restored one would, too",
                     cause=f"expected {json.dumps(expected)[:300]}, got {json.dumps(got)[:300]}",
                 )
             self._sleep(client, key)
 
     def wake(self, client: "Client", phase: Phase) -> None:
         with self._key() as key:
-            self._rouse(client, key, phase)
+            self._wake_up(client, key, phase)
 
     @contextlib.contextmanager
     def _key(self) -> Iterator[str]:
-        """What opens the gate, while within."""
-        path = _made(self._root) / KEY_NAME
+        """Return the key that opens the gate; it is valid within the context."""
+        path = _make_directory(self._root) / KEY_NAME
         key = secrets.token_hex(KEY_BYTES // 2)
         path.write_text(key)
         try:
@@ -92,38 +92,38 @@ class Sleeping(VllmEngine):
             path.unlink()
 
     def _sleep(self, client: "Client", key: str) -> None:
-        self._order(client, key, f"/sleep?level={self._level}")
+        self._post(client, key, f"/sleep?level={self._level}")
 
-    def _rouse(self, client: "Client", key: str, phase: Phase) -> None:
+    def _wake_up(self, client: "Client", key: str, phase: Phase) -> None:
         if self._level == 1:
             with phase("wake"):
-                self._order(client, key, "/wake_up")
+                self._post(client, key, "/wake_up")
             return
         with phase("wake"):
-            self._order(client, key, "/wake_up?tags=weights")
+            self._post(client, key, "/wake_up?tags=weights")
         with phase("reload weights"):
-            self._order(client, key, "/collective_rpc", {"method": "reload_weights"})
+            self._post(client, key, "/collective_rpc", {"method": "reload_weights"})
         with phase("wake kv cache"):
-            self._order(client, key, "/wake_up?tags=kv_cache")
+            self._post(client, key, "/wake_up?tags=kv_cache")
 
-    def _order(self, client: "Client", key: str, path: str, body: JSON = None) -> None:
+    def _post(self, client: "Client", key: str, path: str, body: JSON = None) -> None:
         request = Request(method="POST", path=path, headers={HEADER: key}, body=body)
         response = _ask(client, self.authorize(request, os.environ))
         if response.status != 200:
             raise WorkloadError(
-                f"{path} was answered with status {response.status}",
+                f"vLLM answered {path} with status {response.status}",
                 cause=response.body[:500].decode(errors="replace"),
-                hint="does this vLLM have sleep mode on this node? `--weights as-is` does without",
+                hint="use `--weights as-is` if this vLLM has no sleep mode on this node",
             )
 
 
 class AtBoundary(VllmEngine):
-    """Through vLLM's own snapshot server."""
+    """Sleeps by way of vLLM's own snapshot server."""
 
     def __init__(self, *, endpoint: Endpoint, api_key: str | None = None, model: str = "") -> None:
         super().__init__(endpoint=endpoint, api_key=api_key)
         self._named = model
-        # None: a server like any other, as on a lower rung.
+        # None for a server that does not sleep, as on a lower rung.
         self._root: Path | None = None
 
     def options(self) -> dict[str, JSON]:
@@ -138,7 +138,7 @@ class AtBoundary(VllmEngine):
 
     def enter(self, root: Path) -> None:
         self._root = root
-        _made(root)
+        _make_directory(root)
 
     def ready(self, client: "Client", timeout: float) -> bool:
         if self._root is None or _below(self._root, _RELEASE).exists():
@@ -146,24 +146,25 @@ class AtBoundary(VllmEngine):
         return _below(self._root, _READY).exists()
 
     def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:  # noqa: ARG002
-        return []  # its port is closed; graphs are captured and a question is asked before it sleeps
+        return []  # its port is closed; it captures graphs and asks itself a question before it sleeps
 
     def known_oracle(self) -> tuple[Request, JSON]:
-        """The question that it asked itself, as a request, and its answer.
+        """Return the question that the server asked itself, as a request, and its answer.
 
-        By the token's number: its text in a list of tokens and in the answer need not be the same.
+        The answer names the token by its number, since its text may differ between the list of tokens and
+        the answer.
         """
         try:
             assert self._root is not None
-            told = json.loads(_below(self._root, _READY).read_bytes())
-            (token,) = told["token_ids"]
-            logprob = float(told["sampled_token_logprob"])
+            ready = json.loads(_below(self._root, _READY).read_bytes())
+            (token,) = ready["token_ids"]
+            logprob = float(ready["sampled_token_logprob"])
             if not isinstance(token, int) or not math.isfinite(logprob):
-                raise ValueError(str(told)[:300])
+                raise ValueError(str(ready)[:300])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OracleError("vLLM's snapshot server did not say its answer", cause=repr(error)) from None
+            raise OracleError("cannot read the answer of vLLM's snapshot server", cause=repr(error)) from None
         asked = completion(self._named, _CANARY, 1)
-        # As vllm/snapshot/server.py asks: no token that ends the answer.
+        # min_tokens as in vllm/snapshot/server.py: no token that ends the answer.
         body = {**asked.body, "min_tokens": 1, "return_tokens_as_token_ids": True}
         answer = {"tokens": [f"token_id:{token}"], "logprobs": [round(logprob, 6)]}
         return structs.replace(asked, body=body), answer
@@ -181,7 +182,9 @@ class AtBoundary(VllmEngine):
                     if super().ready(client, _TIMEOUT_SECONDS):
                         return
                 if time.monotonic() > deadline:
-                    raise NotReadyError("the released server does not open its port")
+                    raise NotReadyError(
+                        f"the released server did not open its port within {_TIMEOUT_SECONDS:.0f} s"
+                    )
                 time.sleep(_POLL_SECONDS)
 
 
@@ -189,10 +192,10 @@ def _ask(client: "Client", request: Request) -> "Response":
     try:
         return client.ask(request, timeout=_TIMEOUT_SECONDS)
     except OSError as error:
-        raise WorkloadError(f"the server broke off at {request.path}", cause=str(error)) from error
+        raise WorkloadError(f"the server did not answer {request.path}", cause=str(error)) from error
 
 
-def _made(root: Path) -> Path:
+def _make_directory(root: Path) -> Path:
     directory = _below(root, _DIRECTORY)
     directory.mkdir(mode=0o755, exist_ok=True)
     return directory

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs inside vLLM's server, as ASGI middleware: keeps its development endpoints for rekindle alone.
+"""ASGI middleware inside vLLM's server that reserves its development endpoints for rekindle.
 
-vLLM can put its weights to sleep only in development mode, which also opens endpoints by which whoever
-reaches the port can run any method of the workers. So a copy of this file is put into the server's cell, and
-vLLM is told of it by `--middleware rekindle_gate.Gate`. A request to such an endpoint is answered as if there
-were none, unless it brings the key that lies beside this file, where only the cell's processes and root see
-it. rekindle puts one there while it sends the server to sleep or wakes it, and no longer: no snapshot holds
-one. From which address somebody asks is of no account: with the host's network, others on the host reach the
-server on its loopback, too; and uvicorn believes those who say for whom they ask.
+vLLM can sleep only in development mode, which also opens endpoints through which any client of the port can
+run any method of the workers. A copy of this file is therefore put into the server's cell and loaded with
+`--middleware rekindle_gate.Gate`. It answers requests to these endpoints with 404 unless they carry the key
+in the file beside it, which only the cell's processes and root can read. rekindle writes a key only while it
+puts the server to sleep or wakes it, so no snapshot contains one. The client's address proves nothing: with
+the host's network, other processes of the host reach the server over loopback, too, and uvicorn trusts the
+address in a proxy's headers.
 
-Imports the standard library only, and nothing of rekindle.
+Imports only the standard library, and nothing of rekindle.
 """
 
 import hmac
@@ -19,8 +19,8 @@ HEADER = "x-rekindle-key"
 KEY_NAME = "key"
 KEY_BYTES = 64
 
-# Where vLLM 0.32 keeps them, and where they were before. At first they stood in the file of the server
-# itself, hence the paths.
+# The modules of the endpoints in vLLM 0.32 and before. The first versions defined them in the server's own
+# module, hence the list of paths.
 _MODULES = (
     *(".entrypoints.serve.dev.", ".entrypoints.serve.rpc.", ".entrypoints.serve.sleep."),
     *(".entrypoints.serve.cache.", ".entrypoints.serve.rlhf.", ".entrypoints.rl."),
@@ -36,12 +36,13 @@ _PATHS = frozenset(
         *("/update_weight_version", "/weight_checker"),
     }
 )
-# Below what an application may be mounted or included at, of a path as deep as none of vLLM's.
+# An application may be mounted below a prefix, so the ends of a path are matched: up to this many parts, more
+# than any path of vLLM's has.
 _DEPTH = 8
 
 
 class Gate:
-    """The middleware."""
+    """The middleware, which vLLM creates."""
 
     def __init__(self, app) -> None:  # type: ignore[no-untyped-def]
         self._app = app
@@ -59,10 +60,10 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _is_closed(self, scope) -> bool:  # type: ignore[no-untyped-def]
-        """Whether the path, or its end below some prefix, is that of a development endpoint."""
+        """Tell whether the path, or its end below some prefix, is a development endpoint."""
         if self._routes is None:
             self._routes = _development_routes(scope.get("app"))
-        path = scope["path"].rstrip("/\n")  # the end of a route's pattern lets a line feed pass
+        path = scope["path"].rstrip("/\n")  # the `$` of a route's pattern also matches before a line feed
         parts = path.split("/")[-_DEPTH:]
         ends = [path, *("/" + "/".join(parts[first:]) for first in range(len(parts)))]
         return any(end in _PATHS or any(r.path_regex.match(end) for r in self._routes) for end in ends)
@@ -79,7 +80,7 @@ def _has_key(scope) -> bool:  # type: ignore[no-untyped-def]
 
 
 def _development_routes(app: object) -> list:  # type: ignore[type-arg]
-    """Those of an application, and of what is mounted or included in it."""
+    """Return the development routes of an application and of those mounted or included in it."""
     found, queue = [], list(getattr(app, "routes", ()))
     while queue:
         route = queue.pop()

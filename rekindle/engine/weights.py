@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights a server has loaded: the files of its model, by digest, and their revision on a hub."""
+"""Identify the weights that a server has loaded: the digests of the model's files, and their revision."""
 
 import os
 from collections.abc import Mapping
@@ -8,23 +8,23 @@ from pathlib import Path
 from rekindle.digest import Digest
 from rekindle.fields import JSON
 
-# What decides a model's answers: weights, configuration, tokenizer, chat template.
+# The files that determine a model's answers: weights, configuration, tokenizer, chat template.
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".jinja", ".txt"}
 _FILES_LIMIT = 10_000
 
 
 def identify(model: str, revision: str, environment: Mapping[str, str]) -> dict[str, JSON]:
-    """The identity of a model that is a directory, or in the cache of Hugging Face's hub, as
-    `{"model", "revision", "files": [{"name", "size", "sha256"}]}`; without files if it is neither.
+    """Return a model's `{"model", "revision", "files": [{"name", "size", "sha256"}]}`.
 
-    Reads every byte, with all cores: some 1.7 GB/s each. The revision is a commit of the hub, or empty.
+    `model` is a directory or a name in the cache of Hugging Face's hub; "files" is empty if it is neither.
+    "revision" is a commit of the hub, or "". Reads every byte, with all cores: some 1.7 GB/s each.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     directory, commit = Path(model), ""
     if not directory.is_dir():
         directory, commit = _in_hub_cache(model, revision, environment)
-    paths = sorted(path for path in _listed(directory) if path.suffix in _SUFFIXES and path.is_file())
+    paths = sorted(path for path in _list(directory) if path.suffix in _SUFFIXES and path.is_file())
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         digests = list(pool.map(Digest.of_file, paths[:_FILES_LIMIT]))
     files = [
@@ -34,8 +34,8 @@ def identify(model: str, revision: str, environment: Mapping[str, str]) -> dict[
     return {"model": model, "revision": commit, "files": files}
 
 
-def changed(recorded: Mapping[str, JSON], environment: Mapping[str, str]) -> list[str]:
-    """The names of the recorded files that are missing here, or have other content. Reads every byte."""
+def changed_files(recorded: Mapping[str, JSON], environment: Mapping[str, str]) -> list[str]:
+    """Return the names of recorded files that are missing or different on this node. Reads every byte."""
     model, revision = recorded.get("model"), recorded.get("revision")
     if not isinstance(model, str) or not recorded.get("files"):
         return []
@@ -48,7 +48,7 @@ def changed(recorded: Mapping[str, JSON], environment: Mapping[str, str]) -> lis
     ]
 
 
-def _listed(directory: Path) -> list[Path]:
+def _list(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
     except OSError:
@@ -56,7 +56,7 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def _in_hub_cache(model: str, revision: str, environment: Mapping[str, str]) -> tuple[Path, str]:
-    """Where huggingface_hub keeps a model, and of which commit: `models--ORG--NAME/snapshots/COMMIT`."""
+    """Return huggingface_hub's directory of a model, `models--ORG--NAME/snapshots/COMMIT`, and the commit."""
     home = Path(environment.get("HF_HOME") or Path(environment.get("HOME") or "/", ".cache/huggingface"))
     cache = Path(environment.get("HF_HUB_CACHE") or home / "hub")
     directory = cache / ("models--" + model.replace("/", "--"))

@@ -14,7 +14,7 @@ from rekindle import os_errors
 from rekindle.cell import Network
 from rekindle.cuda.search import begin_search
 from rekindle.engine import Endpoint, Engine, parse_endpoint
-from rekindle.engine.choose import for_command, restored
+from rekindle.engine.choose import for_command, from_record
 from rekindle.errors import CapabilityError, RekindleError, UsageError
 from rekindle.home import Home
 from rekindle.record import Record
@@ -176,10 +176,10 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
     """Return the engine for the command that a lower rung starts; None if no engine knows it."""
     record = facts.image.record if facts.image else None
     if not options.command:
-        return restored(record.engine.name, record.endpoint, record.engine.options) if record else None
+        return from_record(record.engine.name, record.endpoint, record.engine.options) if record else None
     known = record if record and same_command(record.command, options.command) else None
     if not options.ready_url and known is not None and known.engine.name != "vllm":
-        return restored(known.engine.name, known.endpoint, known.engine.options)
+        return from_record(known.engine.name, known.endpoint, known.engine.options)
     try:
         engine = for_command(options.command, ready_url=options.ready_url)
     except UsageError:
@@ -194,7 +194,7 @@ def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
     if known is None or known.engine.name != engine.name or known.engine.name == "vllm":
         return engine
     options = {**known.engine.options, "ready_path": engine.options()["ready_path"]}
-    return restored(known.engine.name, engine.endpoint, options)
+    return from_record(known.engine.name, engine.endpoint, options)
 
 
 def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options) -> Endpoint | None:

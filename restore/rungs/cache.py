@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from rekindle.cell import Cell
-from rekindle.engine.choose import as_compiled
+from rekindle.engine.choose import with_recorded_sleep_mode
 from rekindle.report import Rung
 from restore.decide.decision import Decision, make_plan
 from restore.decide.plan import Step, require_possible
@@ -58,4 +58,4 @@ def _as_compiled(decision: Decision) -> Sequence[str]:
     here = decision.facts.node.devices.gpus
     if record.engine.name != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
         return command
-    return as_compiled(command, record.engine.options)
+    return with_recorded_sleep_mode(command, record.engine.options)

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 from oci.cache.inventory import entry_key
-from rekindle.engine.caches import CacheKind, leaves_out
+from rekindle.engine.caches import CacheKind, is_left_out
 
 _OPEN, _CLOSE_WRITE, _MOVED_TO, _CREATE, _MOVE_SELF = 0x20, 0x08, 0x80, 0x100, 0x800
 _OVERFLOW, _IGNORED, _ISDIR = 0x4000, 0x8000, 0x40000000
@@ -273,7 +273,7 @@ class CacheWatch:
             tree, inside, treat_as = self._pending.pop()
             if not inside:
                 self._watch_above(tree)
-            if not inside or not leaves_out(tree.kind, PurePosixPath(inside)):
+            if not inside or not is_left_out(tree.kind, PurePosixPath(inside)):
                 self._list(tree, inside, treat_as)
             count += 1
             if count % _LISTED_AT_ONCE == 0:
@@ -349,7 +349,7 @@ def _join(inside: str, name: str) -> str:
 def _key(tree: _Tree, path: str) -> str:
     """Return the key of the entry that a file belongs to, or "" for a file that does not count."""
     where = PurePosixPath(path)
-    return "" if leaves_out(tree.kind, where) else entry_key(tree.kind, where)
+    return "" if is_left_out(tree.kind, where) else entry_key(tree.kind, where)
 
 
 def _inotify_init() -> int:

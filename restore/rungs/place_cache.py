@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rekindle.engine import caches
-from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, place_below
+from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, path_below
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.record import Record
 from rekindle.secrets.redact import HIDDEN, is_secret_name, redact_command
@@ -156,9 +156,9 @@ def places(
 
 def _place(root: "StoredRoot", own: Mapping[str, str], directory: Path | None) -> Path:
     if directory is not None:
-        return place_below(root.kind, directory / root.name)
+        return path_below(root.kind, directory / root.name)
     if own.get(VARIABLES[root.kind]) and root.kind is not CacheKind.TORCH_EXTENSIONS:
-        return Path(caches.place(root.kind, own))
+        return Path(caches.path_of(root.kind, own))
     return Path(root.recorded)
 
 

@@ -20,7 +20,7 @@ from rekindle import criu
 from rekindle.cell import Cell, Network, exit_status, processes
 from rekindle.criu import Criu
 from rekindle.engine import Engine
-from rekindle.engine.choose import restored
+from rekindle.engine.choose import from_record
 from rekindle.errors import CapabilityError, MismatchError, OracleError, PortError, RestoreError
 from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
@@ -145,7 +145,7 @@ def _check_weights(record: Record, report: Report) -> None:
     from rekindle.engine import weights
 
     with report.phase("weights"):
-        if names := weights.changed(record.weights, os.environ):
+        if names := weights.changed_files(record.weights, os.environ):
             raise MismatchError(
                 "the model to reload differs from the recorded one",
                 cause=", ".join(names[:10]),
@@ -205,7 +205,7 @@ def restore(
         }
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory)
-    engine = engine or restored(record.engine.name, record.endpoint, record.engine.options)
+    engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):
             _restore_cuda(cell, process.cuda_pids, cuda)

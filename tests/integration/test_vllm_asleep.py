@@ -220,9 +220,9 @@ def test_a_sleep_that_changes_the_answer_is_refused(
 @pytest.mark.parametrize(
     ("faults", "words"),
     [
-        ({"fail": ["sleep"]}, "/sleep?level=1 was answered with status 500"),
+        ({"fail": ["sleep"]}, "vLLM answered /sleep?level=1 with status 500"),
         ({"fail": ["wake_up"]}, "wake_up was made to fail"),
-        ({"exit": ["sleep"]}, "broke off at /sleep?level=1"),
+        ({"exit": ["sleep"]}, "did not answer /sleep?level=1"),
     ],
 )
 def test_a_rehearsal_that_fails_is_told(

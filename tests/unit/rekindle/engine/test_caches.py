@@ -9,10 +9,10 @@ from rekindle.engine.caches import (
     VARIABLES,
     CacheKind,
     environment_for,
+    is_left_out,
     is_within,
-    leaves_out,
-    place,
-    place_below,
+    path_below,
+    path_of,
 )
 from snapshot import find_caches
 from tests.samples.cache import KEY, triton, vllm, write
@@ -43,15 +43,15 @@ HOME = {"HOME": "/home/ada", "USER": "ada"}
 def test_a_cache_lies_where_its_framework_puts_it(
     kind: CacheKind, environment: dict[str, str], path: str
 ) -> None:
-    assert place(kind, HOME | environment) == path
+    assert path_of(kind, HOME | environment) == path
 
 
 @pytest.mark.parametrize("kind", CacheKind)
 def test_the_variables_lead_to_the_place_that_they_are_for(kind: CacheKind) -> None:
-    root = place_below(kind, Path("/caches") / kind)
+    root = path_below(kind, Path("/caches") / kind)
     environment = environment_for(kind, str(root))
     assert set(environment) == {VARIABLES[kind]}
-    assert place(kind, HOME | environment) == str(root)
+    assert path_of(kind, HOME | environment) == str(root)
 
 
 def test_no_variable_leads_to_a_flashinfer_cache_elsewhere() -> None:
@@ -74,7 +74,7 @@ def test_no_variable_leads_to_a_flashinfer_cache_elsewhere() -> None:
     ],
 )
 def test_what_is_of_one_node_only_does_not_travel(kind: CacheKind, path: str, left_out: bool) -> None:
-    assert leaves_out(kind, PurePosixPath(path)) is left_out
+    assert is_left_out(kind, PurePosixPath(path)) is left_out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rekindle.digest import Digest
 from rekindle.engine import Endpoint, Request
-from rekindle.engine.choose import for_command, restored
+from rekindle.engine.choose import for_command, from_record
 from rekindle.engine.client import Response
 from rekindle.engine.http import HttpEngine
 from rekindle.errors import FormatError, OracleError, UsageError
@@ -66,7 +66,7 @@ def test_the_oracle_comes_from_a_file(tmp_path: Path) -> None:
     made = from_file(tmp_path / "oracle.json", {"path": "/ask", "body": body, "select": ["/a", "/b/0"]})
     wanted = {"method": "POST", "path": "/ask", "headers": {}, "body": body}
     assert made.options() == {"ready_path": "/health", "oracle": wanted, "select": ["/a", "/b/0"]}
-    again = restored("http", made.endpoint, json.loads(json.dumps(made.options())))
+    again = from_record("http", made.endpoint, json.loads(json.dumps(made.options())))
     assert again.options() == made.options()
 
 
@@ -252,4 +252,4 @@ def test_answers_agree_when_they_are_equal(first: Response, second: Response, sa
 )
 def test_malformed_recorded_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
-        restored("http", Endpoint(host="::1", port=5), options).answer(response(b""))
+        from_record("http", Endpoint(host="::1", port=5), options).answer(response(b""))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rekindle.engine import Endpoint, Request
-from rekindle.engine.choose import for_command, restored
+from rekindle.engine.choose import for_command, from_record
 from rekindle.engine.client import Response
 from rekindle.engine.vllm import VllmEngine
 from rekindle.errors import FormatError, OracleError, UsageError
@@ -52,39 +52,39 @@ def test_a_command_of_vllm_is_recognised(command: str, host: str, port: int) -> 
     ],
 )
 def test_another_command_is_not(command: str) -> None:
-    assert VllmEngine.recognise(command.split()) is None
+    assert VllmEngine.recognize(command.split()) is None
     with pytest.raises(UsageError, match=command.split()[0]) as caught:
         for_command(command.split())
     assert "--ready-url" in caught.value.hint
 
 
 def test_no_command_is_not_recognised() -> None:
-    assert VllmEngine.recognise([]) is None
+    assert VllmEngine.recognize([]) is None
 
 
 @pytest.mark.parametrize(
     "command", [f"python3 -u -m {MODULE} --model m", "python -m vllm.entrypoints.cli.main serve m"]
 )
 def test_python_with_other_options_is_recognised(command: str) -> None:
-    assert VllmEngine.recognise(command.split())
+    assert VllmEngine.recognize(command.split())
 
 
 @pytest.mark.parametrize("option", ["--uds /run/vllm.sock", "--uds=/run/vllm.sock"])
 def test_a_unix_socket_is_refused(option: str) -> None:
     with pytest.raises(UsageError, match="unix socket"):
-        VllmEngine.recognise(f"vllm serve m {option}".split())
+        VllmEngine.recognize(f"vllm serve m {option}".split())
 
 
 @pytest.mark.parametrize("option", ["--ssl-keyfile /k", "--ssl-certfile=/c"])
 def test_tls_is_refused(option: str) -> None:
     with pytest.raises(UsageError, match="TLS"):
-        VllmEngine.recognise(f"vllm serve m {option}".split())
+        VllmEngine.recognize(f"vllm serve m {option}".split())
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "80.0", "http", "1_0", " 80", "99999999999999999999"])
 def test_a_bad_port_is_refused(port: str) -> None:
     with pytest.raises(UsageError, match="port"):
-        VllmEngine.recognise(["vllm", "serve", "m", f"--port={port}"])
+        VllmEngine.recognize(["vllm", "serve", "m", f"--port={port}"])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ QUESTION = Request(method="POST", path="/v1/completions", headers={"X": "y"}, bo
     ],
 )
 def test_a_key_goes_with_the_request(command: str, environment: dict[str, str], key: str | None) -> None:
-    engine = VllmEngine.recognise(command.split())
+    engine = VllmEngine.recognize(command.split())
     assert engine
     sent = engine.authorize(QUESTION, environment)
     wanted = {"X": "y"} if key is None else {"X": "y", "Authorization": f"Bearer {key}"}
@@ -126,7 +126,7 @@ def test_a_key_goes_with_the_request(command: str, environment: dict[str, str], 
 
 
 def test_a_key_is_not_recorded() -> None:
-    engine = VllmEngine.recognise(["vllm", "serve", "m", "--api-key", "sk-1"])
+    engine = VllmEngine.recognize(["vllm", "serve", "m", "--api-key", "sk-1"])
     assert engine
     assert "sk-1" not in json.dumps(engine.options())
 
@@ -138,7 +138,7 @@ def test_caches_go_where_they_are_told(tmp_path: Any) -> None:
 
 
 def test_a_recorded_engine_is_made_again() -> None:
-    engine = restored("vllm", Endpoint(host="::1", port=5), {})
+    engine = from_record("vllm", Endpoint(host="::1", port=5), {})
     assert isinstance(engine, VllmEngine)
     assert engine.endpoint == Endpoint(host="::1", port=5)
 
@@ -146,7 +146,7 @@ def test_a_recorded_engine_is_made_again() -> None:
 @pytest.mark.parametrize("name", ["", "VLLM", "sglang"])
 def test_an_unknown_engine_is_malformed(name: str) -> None:
     with pytest.raises(FormatError, match="engine"):
-        restored(name, Endpoint(host="::1", port=5), {})
+        from_record(name, Endpoint(host="::1", port=5), {})
 
 
 def event(*pairs: tuple[str, Any], **changes: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 from msgspec import structs
 
 from rekindle.engine import Endpoint, Request, no_phase
-from rekindle.engine.choose import Weights, as_compiled, asleep, restored
+from rekindle.engine.choose import Weights, for_sleep, from_record, with_recorded_sleep_mode
 from rekindle.engine.client import Client, Response
 from rekindle.engine.vllm import VllmEngine
 from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
@@ -93,16 +93,16 @@ def vllm(tmp_path: Path) -> str:
 def test_how_it_sleeps_follows_from_where_the_weights_go_and_from_the_version(
     weights: Weights, version: str, options: dict[str, Any]
 ) -> None:
-    engine = asleep(PLAIN, ["vllm", "serve", "m"], weights, version)
+    engine = for_sleep(PLAIN, ["vllm", "serve", "m"], weights, version)
     assert engine.options() == options
     assert engine.endpoint == PLAIN.endpoint
-    again = restored("vllm", ENDPOINT, options)
+    again = from_record("vllm", ENDPOINT, options)
     assert again.options() == options
     assert type(again) is type(engine)
 
 
 def test_one_that_is_warmed_by_the_user_is_not_taken_to_where_it_takes_no_requests() -> None:
-    engine = asleep(PLAIN, ["vllm", "serve", "m"], Weights.RELOAD, "0.32.0", warmed=True)
+    engine = for_sleep(PLAIN, ["vllm", "serve", "m"], Weights.RELOAD, "0.32.0", warmed=True)
     assert engine.options() == {"asleep": 2}
 
 
@@ -114,8 +114,8 @@ def recorded(options: dict[str, Any]) -> Record:
     "asleep", [0, 3, -1, 1.5, "1", "", "Boundary", True, False, [], [1], {}, {"level": 1}]
 )
 def test_a_record_that_sleeps_otherwise_is_refused(asleep: object) -> None:
-    with pytest.raises(FormatError, match="sleeps"):
-        restored("vllm", ENDPOINT, {"asleep": asleep})
+    with pytest.raises(FormatError, match="unknown sleep mode"):
+        from_record("vllm", ENDPOINT, {"asleep": asleep})
     assert not recorded({"asleep": asleep}).reloads
 
 
@@ -137,11 +137,11 @@ def test_a_record_says_whether_weights_are_read_again(options: dict[str, Any], r
 def test_its_kernels_are_found_by_who_is_started_alike(
     options: dict[str, Any], command: str, added: list[str]
 ) -> None:
-    assert as_compiled(command.split(), options) == [*command.split(), *added]
+    assert with_recorded_sleep_mode(command.split(), options) == [*command.split(), *added]
 
 
 def test_one_that_does_not_sleep_needs_nothing() -> None:
-    engine = restored("vllm", ENDPOINT, {})
+    engine = from_record("vllm", ENDPOINT, {})
     assert engine.options() == {}
     assert engine.launch(["vllm", "serve", "m"], {"A": "b"}) == (["vllm", "serve", "m"], {"A": "b"})
 
@@ -204,13 +204,13 @@ def test_every_key_is_a_new_one(root: Path) -> None:
     ("answer", "error", "words"),
     [
         (lambda path: reply(b'{"detail":"Not Found"}', 404), WorkloadError, "404"),
-        (lambda path: ConnectionRefusedError("refused"), WorkloadError, "broke off"),
-        (lambda path: reply(stream(-0.5) if path == ASKED.path else b"{}"), OracleError, "otherwise"),
+        (lambda path: ConnectionRefusedError("refused"), WorkloadError, "did not answer"),
+        (lambda path: reply(stream(-0.5) if path == ASKED.path else b"{}"), OracleError, "differently"),
         (lambda path: reply(b"no stream", 500 if path == ASKED.path else 200), OracleError, "500"),
         (
             lambda path: ConnectionResetError("reset") if path == ASKED.path else reply(b"{}"),
             WorkloadError,
-            "broke off",
+            "did not answer",
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_orders_bring_the_servers_own_key_too(root: Path, monkeypatch: pytest.Mo
     engine.wake(client, no_phase)
     assert client.asked[0].headers["Authorization"] == "Bearer theirs"
     monkeypatch.setenv("VLLM_API_KEY", "of the environment")
-    again = restored("vllm", ENDPOINT, engine.options())
+    again = from_record("vllm", ENDPOINT, engine.options())
     again.enter(root)
     again.wake(client, no_phase)
     assert client.asked[1].headers["Authorization"] == "Bearer of the environment"
@@ -328,14 +328,14 @@ def test_it_is_asked_what_it_asked_itself(vllm: str, root: Path, words: str, nam
     ],
 )
 def test_an_answer_of_its_own_that_is_none_is_refused(root: Path, ready: object) -> None:
-    with pytest.raises(OracleError, match="did not say"):
+    with pytest.raises(OracleError, match="cannot read the answer"):
         boundary(root, ready).known_oracle()
 
 
 def test_without_an_answer_of_its_own_it_is_refused(root: Path) -> None:
     engine = AtBoundary(endpoint=ENDPOINT)
     engine.enter(root)
-    with pytest.raises(OracleError, match="did not say"):
+    with pytest.raises(OracleError, match="cannot read the answer"):
         engine.known_oracle()
 
 
@@ -354,7 +354,7 @@ def test_it_is_ready_when_it_says_so_and_once_released_when_it_answers(root: Pat
 
 
 def test_on_a_lower_rung_it_is_a_server_like_any_other(root: Path) -> None:
-    engine, client = restored("vllm", ENDPOINT, {"asleep": "boundary"}), FakeClient(root)
+    engine, client = from_record("vllm", ENDPOINT, {"asleep": "boundary"}), FakeClient(root)
     assert engine.ready(client, 1)
     assert client.paths == ["/health"]
 
@@ -393,5 +393,5 @@ def test_it_wakes_when_it_is_released(root: Path) -> None:
 
 def test_one_that_never_opens_its_port_is_given_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rekindle.engine.vllm_asleep._TIMEOUT_SECONDS", 0.1)
-    with pytest.raises(NotReadyError, match="does not open its port"):
+    with pytest.raises(NotReadyError, match="did not open its port"):
         boundary(root, READY).wake(FakeClient(root, lambda path: ConnectionRefusedError("closed")), no_phase)

@@ -59,7 +59,7 @@ def test_what_is_nowhere_has_no_files(tmp_path: Path) -> None:
     ],
 )
 def test_a_command_names_its_model(words: list[str], model: tuple[str, str] | None) -> None:
-    engine = VllmEngine.recognise(words)
+    engine = VllmEngine.recognize(words)
     assert engine is not None
     assert engine.model(words) == model
 
