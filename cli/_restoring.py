@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cli import _arguments, _plan, _report, _trust
+from cli import _arguments, _report, _trust
 from rekindle.report import Report, Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
 from restore.options import Listener, Memory, Options, Output
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _show_plan(options: Options, *, as_json: bool) -> int:
     """Print the plan; return the exit status of a restore that succeeds on the first possible rung."""
+    from cli import _plan
+
     decision = plan(options)
     digest = decision.source.image.value.index.digest if decision.source else ""
     _plan.show(decision.plan, decision.facts, options.image, digest, as_json=as_json)

@@ -13,7 +13,7 @@ from oci.cache import pack
 from oci.cache.image import CacheImage
 from oci.layout import Layout
 from oci.reference import LayoutReference, parse
-from oci.trust import machine
+from oci.trust import made_here
 from rekindle.config import Config
 from rekindle.engine.caches import CacheKind
 from rekindle.errors import UsageError
@@ -78,7 +78,7 @@ def _pack(reference: LayoutReference, args: argparse.Namespace, report: Report) 
         )
         with report.phase("sign"):
             attested = {"created": created, "made_by": image.inventory.made_by}
-            own, given = machine.sign(staging, [descriptor], attested, by, home)
+            own, given = made_here.sign(staging, [descriptor], attested, by, home)
             _signing.advise(report, reference, given)
         with report.phase("publish"):
             layout = store.layout_of(reference, home, create=True)

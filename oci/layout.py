@@ -18,7 +18,6 @@ import errno
 import io
 import json
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -436,7 +435,9 @@ def _move(source: Path, target: Path) -> None:
             raise
         staged = target.with_name(f".staged-{target.name}")
         try:
-            shutil.copyfile(source, staged)
+            from shutil import copyfile  # rarely needed, and slow to import
+
+            copyfile(source, staged)
             with open(staged, "rb") as file:
                 os.fsync(file.fileno())
             staged.replace(target)

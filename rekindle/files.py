@@ -5,7 +5,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import time
 from collections.abc import Collection, Iterator
@@ -57,7 +56,9 @@ def write_at(fd: int, content: memoryview, offset: int) -> int:
 def remove_tree(path: Path) -> None:
     """Removes a directory with all below it. Idempotent; symbolic links are not followed."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        from shutil import rmtree  # which loads compressors that a restore has no use for
+
+        rmtree(path)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ for `rekindle doctor --repair`.
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +123,7 @@ class Home:
             return
         kept = self.logs / f"{directory.name}-{error.log.name}"
         try:
-            shutil.copyfile(error.log, kept)
+            kept.write_bytes(error.log.read_bytes())
         except OSError:  # not there, or no room: the error itself matters more
             error.log = None
             return

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -141,7 +140,7 @@ def _room_bytes(image: Image) -> int:
 
 def _require_disk_size(dumps: Path, room: int) -> None:
     """Raise SpaceError if the dump would not fit on the disk even if it were empty."""
-    total = shutil.disk_usage(dumps).total
+    total = _disk_bytes(dumps)
     if room > total:
         raise SpaceError(
             f"the unpacked dump needs {room:,} bytes", cause=f"the disk of {dumps} has {total:,} bytes in all"
@@ -243,9 +242,19 @@ def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
         found.append((not stale, used, path, marker[1] if marker else 0))
     total = sum(size for _, _, _, size in found)
     for useful, _, path, size in sorted(found):
-        crowded = total > limit or shutil.disk_usage(dumps).free < room
+        crowded = total > limit or _free_bytes(dumps) < room
         if (crowded or not useful) and _remove(path):
             total -= size
+
+
+def _disk_bytes(directory: Path) -> int:
+    disk = os.statvfs(directory)
+    return disk.f_frsize * disk.f_blocks
+
+
+def _free_bytes(directory: Path) -> int:
+    disk = os.statvfs(directory)
+    return disk.f_frsize * disk.f_bavail
 
 
 def _remove(path: Path) -> bool:

@@ -17,7 +17,7 @@ from oci.layout import Layout
 from oci.reference import Reference, RegistryReference, parse
 from oci.registry.access import Access
 from oci.registry.repository import Repository
-from oci.trust import machine, signer
+from oci.trust import made_here, signer
 from rekindle import criu, dump_tree
 from rekindle.cell import Cell, working_set
 from rekindle.cuda import search
@@ -101,7 +101,7 @@ def snapshot(
         with report.phase("sign"):
             subjects = [image.index, *([image.cache] if image.cache else [])]
             attested = signer.predicate(image.record)
-            signatures = machine.sign(staging, subjects, attested, options.sign, home)
+            signatures = made_here.sign(staging, subjects, attested, options.sign, home)
         report.image = ImageName(reference=options.image, digest=image.index.digest)
         report.bytes.dump, report.bytes.written = image.record.dump.dump_bytes, image.size_bytes
         with report.phase("publish"):
@@ -196,8 +196,8 @@ def _prove(
     The server's log files are moved away first, since a later restore will not find them either. Returns the
     image with that record; its dump is kept, unpacked, for `restore`.
     """
-    machine.sign(staging, [image.index], signer.predicate(image.record), None, home)
-    proved = machine.verify_made_here(image, staging, home)
+    made_here.sign(staging, [image.index], signer.predicate(image.record), None, home)
+    proved = made_here.verify(image, staging, home)
     for name in ("stdout.log", "stderr.log"):
         (work / name).rename(work / f"before-{name}")
     record = image.record

@@ -4,9 +4,7 @@
 import contextlib
 import json
 import os
-import platform
 import re
-import shutil
 import socket
 import sys
 import time
@@ -80,7 +78,7 @@ def find(home: Home) -> Criu:
         raise CapabilityError("CRIU is not installed", hint=_INSTALL_HINT)
     last = tried[-1]
     raise CapabilityError(
-        f"CRIU {last.version} ({last.path}) does not work on kernel {platform.release()}",
+        f"CRIU {last.version} ({last.path}) does not work on kernel {os.uname().release}",
         cause=last.problem,
         hint=_INSTALL_HINT,
     )
@@ -96,8 +94,10 @@ def _paths() -> list[Path]:
         return [Path(chosen).absolute()]
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     prefix = os.environ.get("REKINDLE_PREFIX") or str(Path(cache, "rekindle"))
-    found = [shutil.which("criu"), shutil.which("criu", path=f"{prefix}/bin")]
-    return [Path(path).absolute() for path in dict.fromkeys(found) if path]
+    directories = [*os.get_exec_path(), f"{prefix}/bin"]
+    found = (Path(directory or ".", "criu") for directory in dict.fromkeys(directories))
+    works = (path.absolute() for path in found if path.is_file() and os.access(path, os.X_OK))
+    return list(dict.fromkeys(works))
 
 
 def _identity(path: Path) -> str:
@@ -105,7 +105,7 @@ def _identity(path: Path) -> str:
         status = path.stat()
     except OSError:
         return f"{path} missing"
-    return f"{path} {status.st_size} {status.st_mtime_ns} on {platform.release()}"
+    return f"{path} {status.st_size} {status.st_mtime_ns} on {os.uname().release}"
 
 
 def _read_known(path: Path) -> dict[str, str]:

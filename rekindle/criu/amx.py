@@ -10,7 +10,6 @@ on a processor with AMX, and links no library, so that every loader accepts it.
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 from rekindle.errors import CapabilityError, UsageError
@@ -57,6 +56,8 @@ def compiled(tools: Path) -> Path:
     target = tools / f"amx-{hashlib.sha256(SOURCE.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
+    import shutil  # which loads compressors that a restore has no use for
+
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         raise CapabilityError(

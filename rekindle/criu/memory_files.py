@@ -25,7 +25,6 @@ import bisect
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ def copy_back(criu: Path, memory: Path, target: Path) -> int:
     for path in criu.iterdir():
         if path.name not in changed and path.is_file():
             # No hard link: that would change the time by which a ready dump is known to be untouched.
-            shutil.copyfile(path, target / path.name, follow_symlinks=False)
+            (target / path.name).write_bytes(path.read_bytes())
     return sum(_Task.read(criu, pid).copy_back(memory / pid, ids, target) for pid in sorted(pids))
 
 

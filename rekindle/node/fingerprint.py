@@ -6,7 +6,6 @@ command is run, and it costs some milliseconds, or up to a hundred more where th
 """
 
 import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,10 +61,10 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
         return cls(
-            architecture=platform.machine(),
+            architecture=os.uname().machine,
             cpu_model=facts.get("model name", "unknown"),
             cpu_features=frozenset((facts.get("flags") or facts.get("Features", "")).split()),
-            kernel=platform.release(),
+            kernel=os.uname().release,
             page_bytes=os.sysconf("SC_PAGE_SIZE"),
             cpu_vendor=facts.get("vendor_id") or facts.get("CPU implementer", ""),
             xsave=_xsave(),
@@ -113,7 +112,7 @@ def _capabilities() -> int:
 
 def _xsave() -> int:
     """arch_prctl(ARCH_GET_XCOMP_SUPP): the user states that the kernel knows and the processor has."""
-    if platform.machine() != "x86_64":
+    if os.uname().machine != "x86_64":
         return 0
     import ctypes
 

@@ -4,7 +4,6 @@
 import contextlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +70,7 @@ def _cell_problem(home: Home) -> str:
 
 def _privileges() -> dict[str, str]:
     """Return what decides whether we may make namespaces and mounts."""
-    found = {"kernel": platform.release(), "boot": boot_id()}
+    found = {"kernel": os.uname().release, "boot": boot_id()}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in {"CapEff", "CapBnd", "Seccomp", "NoNewPrivs"}:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rekindle.engine.caches import is_within
 from rekindle.errors import CapabilityError, MismatchError
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Reason, Rung
 from rekindle.secrets.redact import HIDDEN
-from restore.decide import match_cache, match_process
+from restore.decide import match_process
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
 from restore.decide.rules import Strictness, reason_for
@@ -150,6 +149,9 @@ def _process(facts: Facts) -> Step:
     fetched = 0
     if facts.cache is not None:
         inventory = facts.cache.inventory
+        from rekindle.engine.caches import is_within
+        from restore.decide import match_cache
+
         roots = match_cache.roots_with_missing(record.mapped_files, different, inventory)
         for root in inventory.roots:
             if root.name in roots:
@@ -188,6 +190,8 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
         reason = reason_for(Difference("no-cache", "kernel cache", "", "the image holds no kernel cache"))
         return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
     inventory = facts.cache.inventory
+    from restore.decide import match_cache  # a restore of the process needs none of it
+
     fit = match_cache.compare(inventory, record.node.architecture, record, facts.node, soft)
     chosen = [root for root in inventory.roots if root.name in fit.roots]
     fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)

@@ -8,14 +8,16 @@ not match, and a malformed record end the restore on any rung.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rekindle.errors import RekindleError, RestoreError
 from rekindle.report import Report, Rung
 from restore.decide.plan import Plan, Step, require_possible
 from restore.decide.rules import failure_reason
-from restore.serve.foreground import Serving
 from restore.signals import DeadlinePassed
+
+if TYPE_CHECKING:
+    from restore.serve.foreground import Serving
 
 T = TypeVar("T")
 
@@ -67,5 +69,5 @@ class TakenRung:
     """A rung that was taken. `status` is set if its server exited before it was ready."""
 
     rung: Rung
-    serving: Serving
+    serving: "Serving"
     status: int | None = None

@@ -38,10 +38,10 @@ from restore.rungs.memory import restore_with_memory
 from restore.rungs.prefetch import Prefetch
 from restore.rungs.run import Run
 from restore.serve.address import Address
-from restore.serve.foreground import RestoredServer, Serving
 
 if TYPE_CHECKING:
     from rekindle.cuda.search import Search
+    from restore.serve.foreground import Serving
 
 _ANSWER_SECONDS = 60.0
 
@@ -114,6 +114,8 @@ def take(
                 stack.push(using.pop_all().__exit__)
                 stack.callback(cell.end)  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
+    from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
+
     replica = RestoredServer(cell, record.process)
     serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
     if record.process.network is Network.PRIVATE:
@@ -122,7 +124,7 @@ def take(
     return TakenRung(rung=Rung.PROCESS, serving=serving)
 
 
-def _publish(address: Address, serving: Serving) -> None:
+def _publish(address: Address, serving: "Serving") -> None:
     try:
         sock = address.listen()
     except PortError as error:
