@@ -167,7 +167,7 @@ def _cuda(home: Home) -> Iterator[Check]:
         from rekindle.node import gpu
 
         found = gpu.probe_nvidia()
-        seen = bool(found.gpus or found.lack)
+        seen = bool(found.gpus or found.problem)
     except ImportError:  # dependencies are not installed, so the GPUs cannot be listed
         seen = _has_nvml()
     if not seen:

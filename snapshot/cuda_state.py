@@ -106,7 +106,7 @@ def _find_holders(cell: Cell, backend: "Backend") -> tuple[list[int], CudaState]
     state = CudaState(
         pids=pids,
         gpus=gpu.held_by(found) or every,
-        device_bytes=gpu.memory_held(found),
+        device_bytes=gpu.memory_held_bytes(found),
         host_bytes=sum(processes.anonymous_bytes(cell, pid) for pid in pids),
     )
     return found, state

@@ -33,7 +33,7 @@ def schema(kind: type) -> dict[str, JSON]:
         # A node's GPUs stand beside its other fields.
         del node["properties"]["devices"]
         gpus = parts.pop("Gpus")["properties"]
-        del gpus["gpu_lack"]
+        del gpus["gpu_problem"]
         node["properties"] |= {**gpus, "cpu_level": {"description": "For people; it is not read."}}
         del node["properties"]["cpu_features"]["uniqueItems"]  # a name that stands there twice counts once
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}

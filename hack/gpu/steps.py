@@ -50,7 +50,7 @@ def describe_machine(trial: Trial, found: Found) -> None:
         ],
         "driver": devices.driver,
         "cuda": devices.cuda,
-        "problem": devices.lack,
+        "problem": devices.problem,
         "mps": devices.mps,
         "processor": node.cpu_model,
         "cores": os.cpu_count(),

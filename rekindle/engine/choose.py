@@ -89,7 +89,7 @@ def for_sleep(
     from rekindle.engine.vllm import option
     from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
 
-    if weights is Weights.RELOAD and packages.release(version) >= (0, 31) and not warmed:
+    if weights is Weights.RELOAD and packages.major_minor(version) >= (0, 31) and not warmed:
         return AtBoundary(endpoint=engine.endpoint, api_key=option(argv, "--api-key"))
     level = 2 if weights is Weights.RELOAD else 1
     return Sleeping(endpoint=engine.endpoint, level=level, api_key=option(argv, "--api-key"))

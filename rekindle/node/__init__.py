@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node is: its fingerprint, its GPUs, the packages and files that a server uses."""
+"""Describe a node: its fingerprint, its GPUs, and the packages and files that a server uses."""

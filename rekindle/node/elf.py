@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ELF files: their GNU build id, which names the build that a file came from.
+"""Read the GNU build id of an ELF file, which identifies the build that made it.
 
-The header, program headers and section headers are those of the System V gABI, chapters 4 and 5, as in
-elf(5); so are notes, but for their padding, which is 8 bytes where the segment says so, and 4 elsewhere
-(`ELF_NOTE_DESC_OFFSET` of binutils). The build id is the note `NT_GNU_BUILD_ID` of "GNU", made by
-`ld --build-id`. Linked files have it in a segment PT_NOTE; object files and kernel modules have sections
-only.
+The header, program headers, section headers and notes are those of the System V gABI, chapters 4 and 5, as
+in elf(5), except that notes are padded to 8 bytes where the segment says so and to 4 elsewhere
+(`ELF_NOTE_DESC_OFFSET` of binutils). The build id is the note `NT_GNU_BUILD_ID` of "GNU", written by
+`ld --build-id`. Linked files have it in a PT_NOTE segment; object files and modules of the OS kernel have
+only sections.
 """
 
 import os
@@ -19,9 +19,9 @@ _PT_NOTE = 4
 _SHT_NOTE = 7
 _NT_GNU_BUILD_ID = 3
 
-# Of a usual file, the first read brings the header, the program headers and the note.
+# In most files, the first read gets the header, the program headers and the note.
 _HEAD_BYTES = 4096
-# More than linkers write, and little enough that a file made to waste time cannot.
+# More than linkers write, and few enough that a hostile file cannot waste time.
 _SEGMENTS_LIMIT = 512
 _SECTIONS_LIMIT = 4096
 _PIECES_LIMIT = 32
@@ -32,7 +32,7 @@ _ID_BYTES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Form:
-    """How one class and byte order is packed; a triple of fields is offset, size and alignment."""
+    """The layout for one class and byte order. A triple holds the fields for offset, size and alignment."""
 
     header_at: int
     header: Struct
@@ -66,16 +66,16 @@ _FORMS = {
 
 
 def build_id(path: Path) -> str:
-    """The GNU build id of an ELF file in hex; "" if it has none, or is no ELF file.
+    """Return the GNU build id of an ELF file in hex; "" if it has none or is not an ELF file.
 
-    Never raises for what a file holds, and reads at most about 1 MiB of it. Symbolic links are not
-    followed. Raises OSError as open() does.
+    Accepts any content, and reads at most about 1 MiB of it. Does not follow symbolic links. Raises OSError
+    as open() does.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         file = os.fstat(fd)
         return _build_id(fd, file.st_size) if stat.S_ISREG(file.st_mode) else ""
-    except OSError:  # of a read
+    except OSError:  # from a read
         return ""
     finally:
         os.close(fd)
@@ -90,7 +90,7 @@ def _build_id(fd: int, size: int) -> str:
     segments_at, sections_at, _, _, segment_bytes, segments, section_bytes, sections = fields
 
     def read(start: int, length: int) -> bytes:
-        """What there is of a stretch. Where it lies is the file's word, so it may be anywhere."""
+        """Read what exists of a range. The file's own headers name it, so it may lie anywhere."""
         end = min(start + length, size)
         if end <= len(head):
             return head[start:end]
@@ -111,7 +111,7 @@ def _build_id(fd: int, size: int) -> str:
 
 
 def _find(pieces: Sequence[Sequence[int]], read: Callable[[int, int], bytes], note: Struct) -> str:
-    """The first build id in segments or sections of notes, each given by offset, size and alignment."""
+    """Return the first build id in note segments or sections, given as (offset, size, alignment); or ""."""
     for start, length, align in pieces[:_PIECES_LIMIT]:
         for name, kind, content in _notes(read(start, min(length, _PIECE_BYTES)), align, note):
             if kind == _NT_GNU_BUILD_ID and name == b"GNU\0" and 0 < len(content) <= _ID_BYTES:
@@ -120,7 +120,7 @@ def _find(pieces: Sequence[Sequence[int]], read: Callable[[int, int], bytes], no
 
 
 def _notes(piece: bytes, align: int, note: Struct) -> Iterator[tuple[bytes, int, bytes]]:
-    """Name, type and content of each whole note."""
+    """Yield the name, type and content of each complete note."""
     pad = 8 if align == 8 else 4
     at = 0
     for _ in range(_NOTES_LIMIT):

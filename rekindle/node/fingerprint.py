@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node is, as far as a restored process or a kernel cache depends on it.
+"""Probe the facts about a node that a restored process or a GPU kernel cache depends on.
 
-Read from the kernel, from the drivers and from the metadata of what is installed: nothing is imported, no
-command is run, and it costs some milliseconds, or up to a hundred more where there are GPUs.
+They come from the OS kernel, the drivers and the metadata of installed packages: no package is imported and
+no command is run. It takes some milliseconds, and up to a hundred more where there are GPUs.
 """
 
 import os
@@ -24,7 +24,7 @@ _FEATURES_LIMIT = 100_000
 _ARCH_GET_XCOMP_SUPP = 0x1021  # asm/prctl.h, since Linux 5.16
 _SYS_ARCH_PRCTL = 158
 
-# The x86-64 psABI's levels, by the kernel's names of the features that each adds.
+# The x86-64 psABI's levels, with the OS kernel's names of the features that each adds.
 _LEVELS = (
     ("v2", {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"}),
     ("v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}),
@@ -33,10 +33,13 @@ _LEVELS = (
 
 
 class Fingerprint(Struct, frozen=True, kw_only=True):
-    """The facts. `cpu_features` are the kernel's names of them, as in /proc/cpuinfo; `xsave` is the set of
-    extended states that the kernel lets processes have, a bit each as in the register XCR0, 0 if it does not
-    say; `capabilities` those that we have and a server that we start, a bit each as in capabilities(7);
-    `packages` are the versions of what a command runs with. What a record of before does not say is empty."""
+    """The facts about a node. Facts that an older record does not contain are empty.
+
+    `cpu_features` are named as in /proc/cpuinfo. `xsave` has a bit for each extended state that the OS
+    kernel lets processes use, as in the register XCR0; 0 if unknown. `capabilities` has a bit for each
+    capability of ours, as in capabilities(7), which are also those of a server that we start. `packages`
+    are the versions that a command runs with.
+    """
 
     architecture: str
     cpu_model: str
@@ -53,11 +56,11 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def probe(cls, command: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Self:
-        """Read the facts of this node now, and of what a command would run with."""
+        """Probe this node now, and find the packages that a command would run with."""
         facts: dict[str, str] = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if not line and "processor" in facts:
-                break  # the others are like the first
+                break  # the other processors are like the first
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
         return cls(
@@ -77,7 +80,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
 
     @property
     def cpu_level(self) -> str:
-        """`x86-64-v3` and the like; empty for other architectures."""
+        """The x86-64 psABI's level, such as `x86-64-v3`; "" for other architectures."""
         if self.architecture != "x86_64":
             return ""
         level = "v1"
@@ -88,16 +91,16 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
         return f"x86-64-{level}"
 
     def to_json(self) -> dict[str, JSON]:
-        """Return the field `node` of the record. What tells of GPUs stands beside the rest."""
+        """Return the field `node` of the record, with the fields of `devices` beside the others."""
         document = documents.to_json(self)
         gpus = document.pop("devices")
-        del gpus["gpu_lack"]
+        del gpus["gpu_problem"]
         features = sorted(self.cpu_features)
         return {**document, **gpus, "cpu_features": features, "cpu_level": self.cpu_level}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Self:
-        """Raises FormatError."""
+        """Read the field `node` of a record. Raises FormatError."""
         devices = documents.read(value, Gpus, where)
         assert isinstance(value, dict)
         return documents.read({**value, "devices": devices}, cls, where)
@@ -111,7 +114,7 @@ def _capabilities() -> int:
 
 
 def _xsave() -> int:
-    """arch_prctl(ARCH_GET_XCOMP_SUPP): the user states that the kernel knows and the processor has."""
+    """Return arch_prctl(ARCH_GET_XCOMP_SUPP): the states that OS kernel and CPU support; 0 if unknown."""
     if os.uname().machine != "x86_64":
         return 0
     import ctypes
@@ -129,7 +132,7 @@ def _libc() -> str:
 
 
 def _container() -> str:
-    """What kind of container this is, as far as it shows; empty for none."""
+    """Guess the kind of container that this process runs in; "" for none."""
     if Path("/.dockerenv").exists():
         return "docker"
     if Path("/run/.containerenv").exists():

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GPUs a node has: NVIDIA's as NVML knows them, AMD's as the compute driver shows them in sysfs.
+"""Probe the GPUs of a node: NVIDIA's through NVML, AMD's through the compute driver's files in sysfs.
 
-No CUDA context is made and no GPU is used. What a GPU does not support or may not tell is empty or false. A
-driver that cannot be asked, and one that says what cannot be, is a lack: nothing here is an error.
+It creates no CUDA context and uses no GPU. Facts that a GPU does not support or may not reveal are empty or
+false. If a driver cannot be queried or reports impossible facts, `Gpus.problem` says so: probes raise
+nothing.
 """
 
 import contextlib
@@ -21,18 +22,21 @@ _MEMORY_LIMIT_BYTES = 1 << 50
 _FILE_LIMIT_BYTES = 1 << 16
 _PCI_NVIDIA, _PCI_DISPLAY = "0x10de", "0x03"
 
-# What nvidia-smi calls them in `topo -m`, by nvmlGpuTopologyLevel_t; 0 is two GPUs on one board.
+# The names of `nvidia-smi topo -m`, by nvmlGpuTopologyLevel_t; 0 is two GPUs on one board.
 _LEVELS = {0: "pix", 10: "pix", 20: "pxb", 30: "phb", 40: "node", 50: "sys"}
 
 # drivers/gpu/drm/amd/amdkfd/kfd_topology.h and kfd_crat.h
 _KFD_MEMORY_ECC = 1 << 20
-_KFD_HEAPS_OF_THE_GPU = (1, 2)  # its memory, whether the processor sees it or not
-_KFD_NO_NAME = "ip discovery"  # how the driver calls a chip that it knows by its parts
+_KFD_HEAPS_OF_THE_GPU = (1, 2)  # its memory, whether visible to the processor or not
+_KFD_NO_NAME = "ip discovery"  # the driver's name for a chip that it knows only by its parts
 
 
 class Gpu(Struct, frozen=True, kw_only=True):
-    """A GPU. `arch` and `warp_size` are as in Triton's targets: `90` and 32, `gfx942` and 64; `uuid` is as
-    the vendor's tools print it. `mig` and `ecc` say what is on now, not what will be after a reset."""
+    """A GPU.
+
+    `arch` and `warp_size` are as in Triton's targets: `90` and 32, `gfx942` and 64. `uuid` is as the
+    vendor's tools print it. `mig` and `ecc` are the present modes, not those after the next reset.
+    """
 
     vendor: str
     name: str
@@ -44,13 +48,13 @@ class Gpu(Struct, frozen=True, kw_only=True):
     ecc: bool = False
 
 
-class Gpus(Struct, frozen=True, kw_only=True, rename={"driver": "gpu_driver", "lack": "gpu_lack"}):
-    """The GPUs of a node, NVIDIA's first and in NVML's order, which is that of the PCI bus.
+class Gpus(Struct, frozen=True, kw_only=True, rename={"driver": "gpu_driver", "problem": "gpu_problem"}):
+    """The GPUs of a node: NVIDIA's first, in NVML's order, which is that of the PCI bus.
 
-    `cuda` is the newest version that the driver knows. `links` says how NVIDIA's GPUs reach each other, for
-    each pair of positions in `gpus`: `0-1 nvlink`, or else `pix`, `pxb`, `phb`, `node` or `sys`, as
-    nvidia-smi calls them; a pair of which the driver does not tell is left out. `lack` is why GPUs that seem
-    to be there could not be asked about. GPUs that the node has and does not give to us are no lack.
+    `cuda` is the newest version that the driver supports. `links` names the connection between each pair of
+    NVIDIA's GPUs, by their positions in `gpus`: `0-1 nvlink`, or else `pix`, `pxb`, `phb`, `node` or `sys`,
+    as nvidia-smi does; pairs that the driver does not report are left out. `problem` says why GPUs that seem
+    to exist could not be queried. GPUs that exist but are not assigned to us are not a problem.
     """
 
     driver: str = ""
@@ -58,15 +62,15 @@ class Gpus(Struct, frozen=True, kw_only=True, rename={"driver": "gpu_driver", "l
     mps: bool = False
     gpus: Annotated[tuple[Gpu, ...], Meta(max_length=_GPUS_LIMIT)] = ()
     links: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT**2)] = ()
-    lack: str = ""
+    problem: str = ""
 
 
-class _SilentError(Exception):
-    """NVML cannot be asked. Its text is the lack; it is empty if there is nothing to be asked about."""
+class _UnavailableError(Exception):
+    """NVML cannot be queried. The text is the problem; it is empty if there is no GPU of NVIDIA's."""
 
 
 def probe(*, sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Gpus:
-    """Ask the drivers now. CUDA_VISIBLE_DEVICES and the like are not regarded."""
+    """Query the drivers now. Ignores CUDA_VISIBLE_DEVICES and the like."""
     nvidia = probe_nvidia(sysfs=sysfs, dev=dev, proc=proc)
     amd = _amd(sysfs)
     return Gpus(
@@ -75,26 +79,27 @@ def probe(*, sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Gpus:
         mps=nvidia.mps,
         gpus=nvidia.gpus + amd.gpus,
         links=nvidia.links,
-        lack="; ".join(lack for lack in (nvidia.lack, amd.lack) if lack),
+        problem="; ".join(problem for problem in (nvidia.problem, amd.problem) if problem),
     )
 
 
 def probe_nvidia(*, sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Gpus:
-    """Ask the driver of NVIDIA's GPUs alone, as `probe` does."""
+    """Query only NVIDIA's driver, as `probe` does."""
     try:
         with _nvml(sysfs, dev, proc) as nvml:
             return _nvidia(nvml)
-    except _SilentError as silent:
-        return Gpus(lack=str(silent))
+    except _UnavailableError as error:
+        return Gpus(problem=str(error))
 
 
 def held_by(pids: Collection[int]) -> tuple[str, ...]:
-    """The UUIDs of NVIDIA's GPUs on which one of these processes computes or draws; with MIG, the whole's.
+    """Return the UUIDs of NVIDIA's GPUs on which one of these processes computes or draws.
 
-    PIDs are the host's. A GPU that does not tell is left out: none found is no proof that none is held.
+    With MIG, it is the UUID of the whole GPU. PIDs are the host's. GPUs that do not report their processes
+    are left out, so an empty result does not prove that no GPU is held.
     """
     found: list[str] = []
-    with contextlib.suppress(_SilentError), _nvml() as nvml:
+    with contextlib.suppress(_UnavailableError), _nvml() as nvml:
         for _, handle in _handles(nvml, []):
             with contextlib.suppress(nvml.NVMLError, ValueError):
                 kinds = ("Compute", "Graphics")
@@ -103,11 +108,13 @@ def held_by(pids: Collection[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def memory_held(pids: Collection[int]) -> int:
-    """The bytes that these processes hold on NVIDIA's GPUs, with what CUDA itself needs; 0 if nobody tells,
-    as in a container with PIDs of its own."""
+def memory_held_bytes(pids: Collection[int]) -> int:
+    """Return the bytes that these processes hold on NVIDIA's GPUs, including those of CUDA itself.
+
+    It is 0 if the driver does not report them, as in a container with its own PIDs.
+    """
     total = 0
-    with contextlib.suppress(_SilentError), _nvml() as nvml:
+    with contextlib.suppress(_UnavailableError), _nvml() as nvml:
         for _, handle in _handles(nvml, []):
             with contextlib.suppress(nvml.NVMLError, ValueError):
                 held = _processes(nvml, handle, "Compute")
@@ -117,21 +124,21 @@ def memory_held(pids: Collection[int]) -> int:
 
 @contextlib.contextmanager
 def _nvml(sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Iterator[Any]:
-    """NVML, ready to be asked; it is shut down afterwards. Raises _SilentError."""
+    """Return NVML, initialized, and shut it down at the end. Raises _UnavailableError."""
     import ctypes
 
     try:
-        ctypes.CDLL("libnvidia-ml.so.1")  # 0.2 ms without a driver; to import pynvml takes 25
+        ctypes.CDLL("libnvidia-ml.so.1")  # takes 0.2 ms without a driver; importing pynvml takes 25 ms
     except OSError as error:
-        raise _SilentError(str(error) if _has_driver(dev, proc) else "") from None
+        raise _UnavailableError(str(error) if _has_driver(dev, proc) else "") from None
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        if isinstance(error, pynvml.NVMLError_DriverNotLoaded) and not _on_the_bus(sysfs):
-            raise _SilentError from None
-        raise _SilentError(f"NVML does not start: {_words(pynvml, error)}") from None
+        if isinstance(error, pynvml.NVMLError_DriverNotLoaded) and not _is_on_pci_bus(sysfs):
+            raise _UnavailableError from None
+        raise _UnavailableError(f"NVML does not start: {_error_text(pynvml, error)}") from None
     try:
         yield pynvml
     finally:
@@ -140,14 +147,14 @@ def _nvml(sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Iterator[
 
 
 def _nvidia(nvml: Any) -> Gpus:
-    lacks: list[str] = []
+    problems: list[str] = []
     handles: list[Any] = []
     gpus: list[Gpu] = []
-    for index, handle in _handles(nvml, lacks):
+    for index, handle in _handles(nvml, problems):
         try:
             gpus.append(_nvidia_gpu(nvml, handle))
         except (nvml.NVMLError, ValueError) as error:
-            lacks.append(f"GPU {index}: {_words(nvml, error)}")
+            problems.append(f"GPU {index}: {_error_text(nvml, error)}")
         else:
             handles.append(handle)
     driver, cuda = "", ""
@@ -159,49 +166,50 @@ def _nvidia(nvml: Any) -> Gpus:
     return Gpus(
         driver=driver,
         cuda=cuda,
-        mps=bool(handles) and (_mps_daemon() or any(_mps_clients(nvml, handle) for handle in handles)),
+        mps=bool(handles)
+        and (_has_mps_daemon() or any(_has_mps_clients(nvml, handle) for handle in handles)),
         gpus=tuple(gpus),
         links=tuple(_links(nvml, handles)),
-        lack="; ".join(lacks),
+        problem="; ".join(problems),
     )
 
 
-def _handles(nvml: Any, lacks: list[str]) -> Iterator[tuple[int, Any]]:
-    """The GPUs that are ours to ask, by NVML's index."""
+def _handles(nvml: Any, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    """Yield NVML's index and handle of each GPU that we may query; append what fails to `problems`."""
     try:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
-        lacks.append(f"the GPUs cannot be counted: {_words(nvml, error)}")
+        problems.append(f"cannot count the GPUs: {_error_text(nvml, error)}")
         return
     if count > _GPUS_LIMIT:
-        lacks.append(f"NVML says that there are {count} GPUs")
+        problems.append(f"NVML reports {count} GPUs")
         return
     for index in range(count):
         try:
             yield index, nvml.nvmlDeviceGetHandleByIndex(index)
         except nvml.NVMLError_NoPermission:
-            continue  # it is counted, and not given to us: nvml.h on nvmlDeviceGetCount_v2
+            continue  # it is counted but not assigned to us: nvml.h on nvmlDeviceGetCount_v2
         except nvml.NVMLError as error:
-            lacks.append(f"GPU {index}: {_words(nvml, error)}")
+            problems.append(f"GPU {index}: {_error_text(nvml, error)}")
 
 
 def _nvidia_gpu(nvml: Any, handle: Any) -> Gpu:
-    """Raises NVMLError if the GPU is lost or the like, ValueError for what cannot be."""
-    major, minor = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle, default=(0, 0))
+    """Query a GPU. Raises NVMLError if it is lost or the like, ValueError for impossible facts."""
+    major, minor = _query(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle, default=(0, 0))
     if (major, minor) != (0, 0) and not (1 <= major <= 99 and 0 <= minor <= 9):
-        raise ValueError(f"its compute capability is said to be {major}.{minor}")
-    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle, default=None)
+        raise ValueError(f"impossible compute capability {major}.{minor}")
+    memory = _query(nvml, nvml.nvmlDeviceGetMemoryInfo, handle, default=None)
     if memory and memory.total > _MEMORY_LIMIT_BYTES:
-        raise ValueError(f"it is said to have {memory.total} bytes of memory")
+        raise ValueError(f"impossible memory size of {memory.total} bytes")
     return Gpu(
         vendor="nvidia",
-        name=_text(_ask(nvml, nvml.nvmlDeviceGetName, handle, default="")),
+        name=_text(_query(nvml, nvml.nvmlDeviceGetName, handle, default="")),
         arch=f"{major}{minor}" if major else "",
         warp_size=32,
-        uuid=_text(_ask(nvml, nvml.nvmlDeviceGetUUID, handle, default="")),
+        uuid=_text(_query(nvml, nvml.nvmlDeviceGetUUID, handle, default="")),
         memory_bytes=memory.total if memory else 0,
-        mig=_ask(nvml, nvml.nvmlDeviceGetMigMode, handle, default=(0, 0))[0] == nvml.NVML_DEVICE_MIG_ENABLE,
-        ecc=_ask(nvml, nvml.nvmlDeviceGetEccMode, handle, default=(0, 0))[0] == nvml.NVML_FEATURE_ENABLED,
+        mig=_query(nvml, nvml.nvmlDeviceGetMigMode, handle, default=(0, 0))[0] == nvml.NVML_DEVICE_MIG_ENABLE,
+        ecc=_query(nvml, nvml.nvmlDeviceGetEccMode, handle, default=(0, 0))[0] == nvml.NVML_FEATURE_ENABLED,
     )
 
 
@@ -213,7 +221,7 @@ def _links(nvml: Any, handles: Sequence[Any]) -> Iterator[str]:
 
 
 def _link(nvml: Any, one: Any, other: Any) -> str:
-    # True through switches too, where the other end of each link is the switch.
+    # Also OK through switches, where each link ends at the switch.
     with contextlib.suppress(nvml.NVMLError):
         status = nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
         if status == nvml.NVML_P2P_STATUS_OK:
@@ -224,8 +232,8 @@ def _link(nvml: Any, one: Any, other: Any) -> str:
 
 
 def _processes(nvml: Any, handle: Any, kind: str) -> dict[int, int]:
-    """The host PIDs that a GPU runs, with the bytes that each holds, 0 if untold. Raises NVMLError."""
-    # _v2 first: to _v3, driver 535.54.03 answers with entries longer than pynvml's (XuehaiPan/nvitop#79).
+    """Return the host PIDs on a GPU, with the bytes that each holds, 0 if unknown. Raises NVMLError."""
+    # _v2 first: driver 535.54.03 answers _v3 with entries longer than pynvml's (XuehaiPan/nvitop#79).
     ask = getattr(nvml, f"nvmlDeviceGet{kind}RunningProcesses_v2")
     try:
         found = ask(handle)
@@ -234,31 +242,31 @@ def _processes(nvml: Any, handle: Any, kind: str) -> dict[int, int]:
     return {process.pid: process.usedGpuMemory or 0 for process in found}
 
 
-def _mps_daemon() -> bool:
-    """Whether a control daemon waits where a CUDA program would look for it."""
+def _has_mps_daemon() -> bool:
+    """Tell whether an MPS control daemon listens where a CUDA program would look for it."""
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps", "control").exists()  # noqa: S108
 
 
-def _mps_clients(nvml: Any, handle: Any) -> bool:
+def _has_mps_clients(nvml: Any, handle: Any) -> bool:
     with contextlib.suppress(nvml.NVMLError):
         return bool(_processes(nvml, handle, "MPSCompute"))
     return False
 
 
-def _ask(nvml: Any, question: Callable[[Any], Any], handle: Any, *, default: Any) -> Any:
-    """The answer, or the default if NVML or the GPU has none for us. Raises other NVMLErrors."""
+def _query(nvml: Any, question: Callable[[Any], Any], handle: Any, *, default: Any) -> Any:
+    """Return the answer, or the default if it is unsupported or not permitted. Raises other NVMLErrors."""
     try:
         return question(handle)
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission):
         return default
 
 
-def _words(nvml: Any, error: Exception) -> str:
-    """NVML's own text, as nvidia-smi prints it; pynvml has others for some errors."""
+def _error_text(nvml: Any, error: Exception) -> str:
+    """Return NVML's own text, which nvidia-smi prints, too; pynvml's differs for some errors."""
     if isinstance(error, nvml.NVMLError):
         with contextlib.suppress(nvml.NVMLError, ValueError):
-            if words := nvml.nvmlErrorString(error.value):
-                return _text(words)
+            if text := nvml.nvmlErrorString(error.value):
+                return _text(text)
     return str(error)
 
 
@@ -267,13 +275,15 @@ def _text(value: str | bytes) -> str:
 
 
 def _has_driver(dev: Path, proc: Path) -> bool:
-    """Return whether NVIDIA's driver is loaded and given to us. The device alone proves nothing: any libcuda
-    makes it, on any machine, if it may."""
+    """Tell whether NVIDIA's driver is loaded and accessible.
+
+    The device file alone proves nothing: any libcuda creates it, on any machine, if it may.
+    """
     return (dev / "nvidiactl").exists() and (proc / "driver/nvidia/version").exists()
 
 
-def _on_the_bus(sysfs: Path) -> bool:
-    """Whether there is a GPU of NVIDIA's, driver or not."""
+def _is_on_pci_bus(sysfs: Path) -> bool:
+    """Tell whether the node has a GPU of NVIDIA's, with or without a driver."""
     with contextlib.suppress(OSError):
         for device in (sysfs / "bus/pci/devices").iterdir():
             with contextlib.suppress(OSError):
@@ -290,24 +300,24 @@ def _amd(sysfs: Path) -> Gpus:
     except OSError:
         return Gpus()
     gpus: list[Gpu] = []
-    lacks: list[str] = []
+    problems: list[str] = []
     for number in numbers:
         try:
             properties = _properties(nodes / str(number) / "properties")
             if _integer(properties, "simd_count"):  # processors are nodes, too
                 gpus.append(_amd_gpu(sysfs, nodes / str(number), properties))
         except PermissionError:
-            continue  # its cgroup does not give it to us
+            continue  # our cgroup does not allow it
         except (OSError, ValueError) as error:
-            lacks.append(f"KFD node {number}: {error}")
+            problems.append(f"KFD node {number}: {error}")
     driver = ""
     with contextlib.suppress(OSError):
-        driver = _read(sysfs / "module/amdgpu/version") if gpus else ""  # the kernel's own amdgpu has none
-    return Gpus(driver=driver, gpus=tuple(gpus), lack="; ".join(lacks))
+        driver = _read(sysfs / "module/amdgpu/version") if gpus else ""  # the OS kernel's own has no version
+    return Gpus(driver=driver, gpus=tuple(gpus), problem="; ".join(problems))
 
 
 def _amd_gpu(sysfs: Path, node: Path, properties: Mapping[str, str]) -> Gpu:
-    """Raises OSError and ValueError."""
+    """Read a GPU from its KFD node. Raises OSError, and ValueError for impossible facts."""
     version = _integer(properties, "gfx_target_version", at_least=1)
     major, minor, step = version // 10000, version // 100 % 100, version % 100
     if not 1 <= major <= 99 or minor > 15 or step > 15:
@@ -341,7 +351,7 @@ def _amd_name(sysfs: Path, node: Path, properties: Mapping[str, str]) -> str:
 
 
 def _properties(path: Path) -> dict[str, str]:
-    """KFD's: a name and a decimal number a line."""
+    """Read a properties file of KFD: a name and a decimal number per line."""
     pairs = (line.partition(" ") for line in _read(path).splitlines())
     return {name: value.strip() for name, _, value in pairs}
 
@@ -354,7 +364,10 @@ def _integer(
     at_most: int = (1 << 64) - 1,
     default: int | None = None,
 ) -> int:
-    """Raises ValueError for a number that is missing, unless it has a default, or is none."""
+    """Return a property as a number, or the default if it is missing.
+
+    Raises ValueError if it is missing without a default, out of range, or not a number.
+    """
     text = properties.get(name)
     if text is None and default is not None:
         return default

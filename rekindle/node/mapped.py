@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of the node that a process has mapped or open, and whether one here is the same.
+"""Describe the files that a process has mapped or open, and compare them with those of this node.
 
-A process in memory goes on with the code that it has mapped: CRIU maps the files of the node again, and they
-must be what they were. A file is the same if its size is, and its time, or else its content: for an ELF file
-its build id says so, for another its sha256.
+A restored process continues with the code that it has mapped. CRIU maps the node's files again, so they must
+be unchanged. A file is unchanged if its size is the same, and its time or its content: the build id of an
+ELF file, the sha256 of another.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ _HASHED_BYTES = 256 << 20
 
 
 class MappedFile(Struct, frozen=True, kw_only=True):
-    """A file by its path, size in bytes, time of change and identity.
+    """The path, size in bytes, modification time and identity of a file.
 
-    The identity is `build-id:HEX`, `sha256:HEX`, or empty for a file too large to be read at every restore.
+    The identity is `build-id:HEX`, `sha256:HEX`, or "" for a file too large to read at every restore.
     """
 
     path: AbsolutePath
@@ -34,7 +34,7 @@ class MappedFile(Struct, frozen=True, kw_only=True):
 
 
 def describe(path: str) -> MappedFile | None:
-    """What a regular file is; None if there is none at that path."""
+    """Describe the regular file at a path; return None if there is none."""
     try:
         status = Path(path).lstat()
     except OSError:
@@ -48,15 +48,15 @@ def describe(path: str) -> MappedFile | None:
 
 
 def difference(file: MappedFile) -> str:
-    """What is here instead of a file, in words; empty if it is the same."""
+    """Compare a recorded file with the one on this node; return what is here instead, or "" if equal."""
     try:
         status = Path(file.path).stat()
     except OSError as error:
         return "missing" if error.errno in {errno.ENOENT, errno.ENOTDIR} else os.strerror(error.errno or 0)
-    except ValueError:  # a name that no file can have
+    except ValueError:  # no file can have such a name
         return "missing"
     if not stat.S_ISREG(status.st_mode):
-        return "no regular file"
+        return "not a regular file"
     if status.st_size != file.size:
         return f"{status.st_size:,} bytes"
     if not file.identity or status.st_mtime_ns == file.mtime_ns:
@@ -68,8 +68,8 @@ def difference(file: MappedFile) -> str:
     return "" if here == file.identity else f"{status.st_size:,} bytes, {here[:25]}"
 
 
-def in_words(file: MappedFile) -> str:
-    """The file as it was recorded, as `difference` puts it."""
+def describe_recorded(file: MappedFile) -> str:
+    """Describe a recorded file in the words of `difference`."""
     return f"{file.size:,} bytes" + (f", {file.identity[:25]}" if file.identity else "")
 
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions of the engine, torch, Triton and others a command would run with, as metadata tells.
+"""Find the versions of vLLM, torch, Triton and others that a command would run with, from their metadata.
 
-Nothing is imported and nothing run: importing torch takes more than a second, and a restore asks before
-it has decided to start anything. What leads from a command to its packages, and where that is specified:
+Nothing is imported or run: importing torch takes more than a second, and a restore needs the versions before
+it has decided to start anything. A command leads to its packages as follows, with the specifications:
 
 - the first line of a script names its interpreter: execve(2), with one optional argument; env(1). For
-  a long or movable path it names a shell, which gives the file to Python in its second line: distlib's
+  a long or movable path it names a shell, which passes the file to Python in its second line: distlib's
   `ScriptMaker._build_shebang`, used by pip, and `format_shebang` of uv's `uv-install-wheel`.
-- `pyvenv.cfg` beside the interpreter or above it makes a virtual environment: PEP 405.
-- which directories it searches, in order: Python's documentation of `site`; PEP 370 for the user's own;
+- `pyvenv.cfg` beside or above the interpreter makes a virtual environment: PEP 405.
+- the directories that it searches, in order: Python's documentation of `site`; PEP 370 for the user's own;
   Debian's Python policy for `dist-packages`.
 - `NAME-VERSION.dist-info` is an installed distribution: "Recording installed projects" in PyPA's
-  specifications (PEP 376); its name is escaped as in a wheel's (PEP 427) and compared as by PEP 503.
-- `torch/version.py` says what torch was built for: `tools/generate_torch_version.py` in torch's sources.
+  specifications (PEP 376); its name is escaped as in a wheel's (PEP 427) and compared as in PEP 503.
+- `torch/version.py` names the platform of torch: `tools/generate_torch_version.py` in torch's sources.
 
-Not looked at: what `.pth` files add, PYTHONHOME, the working directory, and what other shell scripts do.
+Ignored are `.pth` files, PYTHONHOME, the working directory, and other shell scripts.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a distribution is called here. One of several names stands for the same package.
+# Our names for distributions. Several distributions provide the same package.
 _DISTRIBUTIONS = {
     "vllm": "vllm",
     "torch": "torch",
@@ -45,9 +45,9 @@ _DISTRIBUTIONS = {
 
 _HEAD_BYTES = 8 << 10
 _ENTRIES_LIMIT = 50_000
-# Scripts and env(1) in a row. Of scripts alone, Linux follows four.
+# The longest chain of scripts and env(1). Linux follows four scripts.
 _STEPS_LIMIT = 8
-# What pathlib raises: of the system; for a NUL in a name; for links in a loop, up to Python 3.12.
+# The errors of pathlib: of the system; for a NUL in a name; for a loop of links, up to Python 3.12.
 _UNREADABLE = (OSError, ValueError, RuntimeError)
 
 _VERSION = r"[0-9][0-9A-Za-z.+!_]{0,63}"
@@ -57,18 +57,18 @@ _BUILT_FOR = re.compile(
     r"""^(cuda|hip)[ \t]*(?::[^=\n]{0,80})?=[ \t]*(["'])([0-9][0-9A-Za-z.+_-]{0,63})\2[ \t]*$""",
     re.MULTILINE,
 )
-# `"$(dirname -- "$(realpath -- "$0")")"`: the directory of the script, in a movable environment.
+# `"$(dirname -- "$(realpath -- "$0")")"` is the directory of the script, in a movable environment.
 _OWN_DIRECTORY = re.compile(r'\$\(dirname(?: --)? "\$\(realpath(?: --)? "\$0"\)"\)')
 _OWN_DIRECTORY_WORD = "$OWN_DIRECTORY"
 
 
 def versions(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The versions that a command would run with, by name, as {"python": "3.11", "torch": "2.13.0+cpu"}.
+    """Return the versions that a command would run with, as {"python": "3.11", "torch": "2.13.0+cpu"}.
 
-    The names are "python" (its version is major and minor only), vllm, torch, triton, flashinfer,
-    deep-gemm, sglang, transformers, nccl, and "cuda" or "hip", for which torch was built. Only what was
-    found is there: nothing for a command that is not Python's. Never raises for what it reads. Relative
-    paths are those of the working directory.
+    The names are "python" (major and minor version only), vllm, torch, triton, flashinfer, deep-gemm,
+    sglang, transformers, nccl, and "cuda" or "hip", for which torch was built. Names that were not found are
+    left out: all of them for a command that is not Python's. Raises nothing. Relative paths start at the
+    working directory.
     """
     python = _python(argv, environment)
     if python is None:
@@ -79,7 +79,7 @@ def versions(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, s
     built_for: dict[str, str] | None = None
     for directory in directories:
         here, has_torch = _installed(directory)
-        distributions = here | distributions  # the first on the path wins
+        distributions = here | distributions  # the first directory on the path wins
         if has_torch and built_for is None:
             text = _head(directory / "torch" / "version.py")
             built_for = None if text is None else {m[1]: m[3] for m in _BUILT_FOR.finditer(_text(text))}
@@ -89,30 +89,30 @@ def versions(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Python:
-    """An interpreter as it would be called: symbolic links in its path are not resolved."""
+    """An interpreter as it would be called, with symbolic links in its path not resolved."""
 
     path: Path
     options: frozenset[str]
     environment: Mapping[str, str]
 
     def variable(self, name: str) -> str:
-        """A PYTHON* variable, unless -E or -I tell it to ignore them."""
+        """Return a PYTHON* variable; "" if it is not set or the options -E or -I ignore it."""
         return "" if self.options & {"E", "I"} else self.environment.get(name, "")
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version, with which what a program or a kernel can do changes."""
+def major_minor(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version, the ones that a change of features increments."""
     return tuple(int(number) for number in re.findall(r"\d+", version[:64])[:2])
 
 
 def interpreter(argv: Sequence[str], environment: Mapping[str, str]) -> Path | None:
-    """The Python that a command comes to; None if that cannot be told."""
+    """Return the Python interpreter that a command runs; None if unknown."""
     python = _python(argv, environment)
     return python.path if python else None
 
 
 def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | None:
-    """The Python that a command comes to, through scripts and env(1)."""
+    """Follow a command through scripts and env(1) to its Python interpreter."""
     words = list(argv)
     for _ in range(_STEPS_LIMIT):
         path = _find(words[0], environment) if words else None
@@ -132,7 +132,7 @@ def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | No
 
 
 def _find(command: str, environment: Mapping[str, str]) -> Path | None:
-    """The executable file that execvp(3) would take."""
+    """Return the file that execvp(3) would execute."""
     if "/" in command:
         return Path(command)
     for directory in environment.get("PATH", os.defpath).split(os.pathsep):
@@ -146,7 +146,7 @@ def _find(command: str, environment: Mapping[str, str]) -> Path | None:
 
 
 def _interpreter(script: Path, head: str) -> list[str]:
-    """The words that a script's first lines put in front of its arguments; none if nothing runs it."""
+    """Return the command that a script's first lines put in front of its arguments; [] if there is none."""
     first, _, rest = head.removeprefix("#!").partition("\n")
     second = rest.partition("\n")[0]
     interpreter, *argument = first.strip(" \t").split(None, 1)[:2] or [""]
@@ -165,7 +165,7 @@ def _interpreter(script: Path, head: str) -> list[str]:
 
 
 def _after_env(words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The command that env(1) would run, and its environment. Knows assignments, -i and -S."""
+    """Return the command that env(1) would run and its environment. Knows assignments, -i and -S."""
     left, here = list(words), dict(environment)
     while left:
         word = left.pop(0)
@@ -188,7 +188,7 @@ def _after_env(words: Sequence[str], environment: Mapping[str, str]) -> tuple[li
 
 
 def _options(words: Sequence[str]) -> frozenset[str]:
-    """The letters of Python's options, up to the program; a word may hold several, as -Es."""
+    """Return the letters of Python's options before the program; one word may hold several, as -Es does."""
     letters: set[str] = set()
     left = iter(words)
     for word in left:
@@ -199,13 +199,13 @@ def _options(words: Sequence[str]) -> frozenset[str]:
         rest = word[1 + len(flags) :]
         if rest[:1] in {"m", "c"}:
             break
-        if len(rest) == 1:  # -W or -X, with its value in a word of its own
+        if len(rest) == 1:  # -W or -X, whose value is the next word
             next(left, None)
     return frozenset(letters)
 
 
 def _search_path(python: _Python) -> tuple[str, list[Path]]:
-    """Python's version, if it shows, and the directories that it searches for packages, each once."""
+    """Return Python's version, or "" if unknown, and the directories that it searches, each once."""
     prefix = python.path.parent.parent
     venv = _venv(python.path.parent)
     home = Path(venv["home"]) if venv and "home" in venv else _resolved(python.path).parent
@@ -221,7 +221,7 @@ def _search_path(python: _Python) -> tuple[str, list[Path]]:
 
 
 def _venv(directory: Path) -> dict[str, str] | None:
-    """What pyvenv.cfg says of the environment that an interpreter's directory belongs to, if it does."""
+    """Read the pyvenv.cfg of the environment that an interpreter's directory belongs to, if any."""
     for place in (directory, directory.parent):
         text = _head(place / "pyvenv.cfg")
         if text is not None:
@@ -231,14 +231,17 @@ def _venv(directory: Path) -> dict[str, str] | None:
 
 
 def _version(path: Path, venv: Mapping[str, str], prefix: Path) -> str:
-    """Major and minor: python3.11 in the end, as a rule; `python3` may be a copy, in an environment."""
-    told = _LIBRARY.match(_resolved(path).name) or re.match(
+    """Return Python's major and minor version, or "" if unknown.
+
+    The path usually resolves to python3.11 or the like, but `python3` may be a copy in an environment.
+    """
+    known = _LIBRARY.match(_resolved(path).name) or re.match(
         r"(3\.[0-9]{1,3})\b", venv.get("version") or venv.get("version_info", "")
     )
-    if told:
-        return told[1]
-    there = [match[1] for match in _directories(prefix / "lib", _LIBRARY)]
-    return there[0] if len(there) == 1 else ""
+    if known:
+        return known[1]
+    libraries = [match[1] for match in _directories(prefix / "lib", _LIBRARY)]
+    return libraries[0] if len(libraries) == 1 else ""
 
 
 def _user_site(python: _Python, version: str) -> Iterator[Path]:
@@ -251,7 +254,7 @@ def _user_site(python: _Python, version: str) -> Iterator[Path]:
 
 
 def _site_packages(prefix: Path, version: str) -> Iterator[Path]:
-    """Where packages lie below a prefix; which of these there are depends on the distribution."""
+    """Yield the directories for packages below a prefix; each Linux distribution has some of them."""
     name = f"python{version}"
     yield prefix / "local" / "lib" / name / "dist-packages"
     yield prefix / "lib64" / name / "site-packages"
@@ -261,7 +264,7 @@ def _site_packages(prefix: Path, version: str) -> Iterator[Path]:
 
 
 def _distinct(candidates: Sequence[Path]) -> Iterator[Path]:
-    """The directories among these, each once: lib64 is often a link to lib."""
+    """Yield the directories that exist, each once: lib64 is often a link to lib."""
     seen = set()
     for path in candidates:
         try:
@@ -274,10 +277,10 @@ def _distinct(candidates: Sequence[Path]) -> Iterator[Path]:
 
 
 def _installed(directory: Path) -> tuple[dict[str, str], bool]:
-    """The versions of what is installed in a directory, and whether there is a package `torch`.
+    """Return the versions of the distributions in a directory, and whether it has a package `torch`.
 
-    Of several versions of one, which a broken upgrade leaves, it is the highest on every node: the order
-    of a directory is not the same everywhere.
+    A broken upgrade can leave several versions of one; the highest is returned, since the order of entries
+    differs between nodes.
     """
     found: dict[str, str] = {}
     has_torch = False
@@ -285,11 +288,11 @@ def _installed(directory: Path) -> tuple[dict[str, str], bool]:
         if match[1] is None:
             has_torch = True
         elif known := _DISTRIBUTIONS.get(re.sub(r"[-_.]+", "-", match[1]).lower()):
-            found[known] = max(match[2], found.get(known, ""), key=_height)
+            found[known] = max(match[2], found.get(known, ""), key=_sort_key)
     return found, has_torch
 
 
-def _height(version: str) -> tuple[list[int], str]:
+def _sort_key(version: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"[0-9]+", version)], version
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a secret looks like, and how it is kept out of what is shown or saved."""
+"""Recognize secrets, and keep them out of output and records."""

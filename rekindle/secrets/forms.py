@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What credentials look like: the forms of tokens, and which values of variables are worth hiding.
+"""Recognize credentials: the forms of tokens, and the values of variables worth hiding.
 
-A form alone decides in texts that somebody wrote, such as files of a kernel cache. Memory also holds the
-regexes, documentation and identifiers of libraries, so there a token must look drawn by lot, too
+In text, such as the files of a kernel cache, the form alone decides. Memory also holds the regular
+expressions, documentation and identifiers of libraries, so there a token must also look random
 (`Form.token_at`). See docs/secrets.md.
 """
 
@@ -15,18 +15,18 @@ HIDDEN = b"REDACTED"
 _NOTHING = frozenset(
     [
         *("none", "null", "nil", "false", "true", "yes", "no", "on", "off", "auto", "default"),
-        *("disable", "disabled", "enable", "enabled", "empty"),  # EMPTY: vLLM's examples have it for no key
+        *("disable", "disabled", "enable", "enabled", "empty"),  # EMPTY: no key, in vLLM's examples
     ]
 )
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 _PASSWORD = re.compile(r"PASSWORD|PASSWD|SECRET", re.IGNORECASE)
 _NAMES_A_FILE = re.compile(r"(?:PATH|FILE|DIR|SOCK|HOME|URL|URI)$", re.IGNORECASE)
-# Public, in spite of their names: GPG_KEY is the fingerprint that Docker's images of Python come with.
+# Public despite their names: GPG_KEY is the fingerprint in Docker's images of Python.
 _PUBLIC = frozenset({"GPG_KEY", "XAUTHORITY", "SSH_AUTH_SOCK"})
 
 _WORD = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _EXAMPLE = re.compile(rb"EXAMPLE|x{6}|\*{4}|0{8}|1234567|abcdefg|your[-_]", re.IGNORECASE)
-_LEAST_DISTINCT = 8  # of sixteen random characters out of 32, fewer are distinct once in 40,000 times
+_LEAST_DISTINCT = 8  # sixteen random characters out of 32 have fewer distinct ones once in 40,000 times
 _KEY_BODY = re.compile(
     rb"[\s\\nr]{1,8}(?:[A-Za-z-]{2,20}: [^\r\n\\]{1,100}[\s\\nr]{1,8}){0,3}([A-Za-z0-9+/]{40})"
 )
@@ -34,39 +34,39 @@ _KEY_BODY = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """The form of a kind of token. Each begins with one of its anchors, which is all a fast search needs."""
+    """The form of a kind of token. Each token contains one of the anchors, which a fast search looks for."""
 
     name: str
     title: str
     anchors: tuple[bytes, ...]
     pattern: re.Pattern[bytes]  # from the anchor to the end of the token
-    chunk: int = 0  # the least length of a stretch of letters and digits in it that mixes both
-    is_key: bool = False  # a PEM header: what counts is whether a key follows
+    chunk: int = 0  # it must contain a run of letters and digits, both, at least this long
+    is_key: bool = False  # a PEM header, which counts only if a key follows
     is_inside: bool = False  # the anchor is in the middle of a word
 
     def token_at(self, content: bytes, position: int) -> bytes | None:
-        """The part of the token at an anchor that was drawn by lot; None for an example or identifier."""
+        """Return the random part of the token at an anchor; None if it is an example or identifier."""
         found = self.pattern.match(content, position)
         if not found:
             return None
         token = found[0]
         before = content[position - 1] if position else 0
-        # Where serialised strings have their length before them, that byte may be a letter.
+        # A serialized string may have its length before it, and that byte may be a letter.
         if before in _WORD and before != len(token) and not self.is_inside:
             return None
         if self.is_key:
             body = _KEY_BODY.match(content, found.end())
             return body[1] if body and _is_random(body[1]) else None
-        drawn = found[found.re.groups]  # the last group; the whole where there is none
-        return drawn if _is_random(drawn) and _mixes(drawn, self.chunk) else None
+        drawn = found[found.re.groups]  # the last group, or the whole match if there is none
+        return drawn if _is_random(drawn) and _is_mixed(drawn, self.chunk) else None
 
 
 def _is_random(text: bytes) -> bool:
     return len(set(text)) >= _LEAST_DISTINCT and not _EXAMPLE.search(text)
 
 
-def _mixes(text: bytes, least: int) -> bool:
-    """Whether two of lower case, upper case and digits are there, and a chunk with letters and digits."""
+def _is_mixed(text: bytes, least: int) -> bool:
+    """Tell whether a text has two of lower case, upper case and digits, and a long mixed chunk."""
     kinds = sum(bool(re.search(kind, text)) for kind in (rb"[a-z]", rb"[A-Z]", rb"[0-9]"))
     if kinds < 2:
         return False
@@ -85,7 +85,7 @@ def _form(name: str, title: str, anchors: str, pattern: bytes, **options: int) -
     )
 
 
-# The providers' documentation, and the rules of gitleaks, trufflehog and GitHub's secret scanning.
+# From the providers' documentation and the rules of gitleaks, trufflehog and GitHub's secret scanning.
 _END = rb"(?![A-Za-z0-9])"
 FORMS = (
     _form(
@@ -123,7 +123,7 @@ FORMS = (
         is_inside=1,
     ),
     _form(
-        "api-key",  # OpenAI, Anthropic, and many that took it from them
+        "api-key",  # OpenAI, Anthropic, and many others
         "an API key",
         "sk-",
         rb"sk-(?:[a-z]+-)*(?=[A-Za-z0-9_\-]*[0-9])([A-Za-z0-9_\-]{20,255})" + _END,
@@ -144,7 +144,7 @@ FORMS = (
         is_key=True,
     ),
 )
-# Each begins where a word does, so that no hash or base32 key of Triton's is taken for one.
+# Each must begin a word, so that Triton's hashes and base32 keys do not match.
 _IN_TEXT = tuple(
     (
         form,
@@ -155,7 +155,7 @@ _IN_TEXT = tuple(
 
 
 def find_token(content: bytes) -> tuple[Form, int] | None:
-    """The first form that something in a text has, and where."""
+    """Return the first form that matches in a text and the position of its token; None if none does."""
     for form, pattern in _IN_TEXT:
         if found := pattern.search(content):
             return form, found.start()
@@ -163,7 +163,7 @@ def find_token(content: bytes) -> tuple[Form, int] | None:
 
 
 def tokens_in(text: str) -> list[str]:
-    """What has the form of a token in a text. A private key goes to the text's end."""
+    """Return everything in a text that has the form of a token. A private key extends to the text's end."""
     content = text.encode(errors="surrogateescape")
     found = []
     for form, pattern in _IN_TEXT:
@@ -174,7 +174,7 @@ def tokens_in(text: str) -> list[str]:
 
 
 def hide_tokens(text: str) -> str:
-    """The text without what has the form of a token. Of a private key, nothing after its header is left."""
+    """Return a text with its tokens hidden. A private key is cut off with everything after it."""
     content = text.encode(errors="surrogateescape")
     for form, pattern in _IN_TEXT:
         if not form.is_key:
@@ -185,9 +185,9 @@ def hide_tokens(text: str) -> str:
 
 
 def is_secret_value(name: str, value: str) -> bool:
-    """Whether the value of a variable or option that sounds like a secret can be one.
+    """Tell whether the value of a variable or option with a secret's name can be a secret.
 
-    Words like `true`, numbers (but of a password) and paths are none: HF_TOKEN_PATH says where a token is.
+    Words like `true`, paths, and numbers except for passwords cannot: HF_TOKEN_PATH is the path of a token.
     """
     text = value.strip()
     if name in _PUBLIC or not text or text.lower() in _NOTHING:
@@ -196,6 +196,6 @@ def is_secret_value(name: str, value: str) -> bool:
         return len(text) >= 4 and _PASSWORD.search(name) is not None
     if text.startswith(("/", "./", "../", "~/")):
         path = Path(text)
-        there = path.parent != Path("/") and path.parent.is_dir()
-        return not (_NAMES_A_FILE.search(name) or there or path.exists())
+        has_parent = path.parent != Path("/") and path.parent.is_dir()
+        return not (_NAMES_A_FILE.search(name) or has_parent or path.exists())
     return True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must not get into a record: values whose names say that they are secrets, and tokens by their form.
+"""Redact commands and environments: hide the values of names that mean secrets, and tokens by their form.
 
-`command_secrets` and `environment_secrets` give what is hidden by name, so that it can be searched for
-elsewhere: see snapshot/secret_search.py.
+`command_secrets` and `environment_secrets` return the hidden values, to search for them elsewhere: see
+snapshot/secret_search.py.
 """
 
 import re
@@ -15,18 +15,18 @@ HIDDEN = forms.HIDDEN.decode()
 
 _WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|COOKIE)[\w.-]*"
 _NAME = re.compile(_WORD, re.IGNORECASE)
-# Not --max-num-batched-tokens and its like; but MINIO_SECRET_KEY.
+# --max-num-batched-tokens and the like are not secrets; MINIO_SECRET_KEY is one.
 _COUNTS = r"(?:max|min|num|long)[-_]"
 _COUNT = re.compile(_COUNTS, re.IGNORECASE)
 _OPTION_WORD = rf"--(?!{_COUNTS}){_WORD}"
 _OPTION = re.compile(_OPTION_WORD, re.IGNORECASE)
-# Takes no value: what follows --return-tokens-as-token-ids is the model.
+# These take no value: the model may follow --return-tokens-as-token-ids.
 _FLAG = re.compile(r"--(?:enable|disable|return|allow|skip|include|no)[-_]", re.IGNORECASE)
-# A whole argument is a value to its end; in a shell's command, up to the next option or word.
+# In an argument of its own, the value extends to the end; in a shell's command, to the next option or word.
 _ARGUMENT = re.compile(rf"({_OPTION_WORD}|{_WORD})=(.*)", re.IGNORECASE | re.DOTALL)
 _ASSIGNMENT = re.compile(rf"(?<![\w-])({_OPTION_WORD}|(?!-){_WORD})=(\S*)", re.IGNORECASE)
 _OPTION_IN_TEXT = re.compile(rf"(({_OPTION_WORD})\s+)((?!--)(?:(?!\s--).)+)", re.IGNORECASE)
-# user:password, in which a password may hold what it should not; or a name or token alone.
+# user:password, whose password may contain characters that it should not; or only a name or token.
 _USER_INFO = re.compile(r"(?<=://)(?:[^\s/@]*:\S*|[^\s/@]+)@")
 _PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:([^\s/@]+)@")
 _LOOSE_PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:(?!\d{1,5}/)(\S+)@")
@@ -36,9 +36,10 @@ _SHELL_ENDS = re.compile(r"[;&|<>()]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secret:
-    """A value that is hidden, under the name of its variable or option.
+    """A hidden value, with the name of its variable or option.
 
-    `by_name`: for its name alone, so it may be none. A URL's password and a token by its form are one.
+    `by_name` means that only the name suggests a secret, so it may not be one; a URL's password and a token
+    recognized by its form certainly are.
     """
 
     name: str
@@ -47,12 +48,12 @@ class Secret:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a name says that its value is a secret."""
+    """Tell whether the name of a variable, option or header means that its value is a secret."""
     return _NAME.search(name) is not None and _COUNT.match(name) is None
 
 
 def redact_environment(environment: Mapping[str, str], hide: Collection[str] = ()) -> dict[str, str]:
-    """The environment without such variables, without user and password in URLs, tokens, and `hide`."""
+    """Return an environment without secret variables; hide credentials in URLs, tokens, and `hide`."""
     return {
         name: _redact_text(value, hide)
         for name, value in sorted(environment.items())
@@ -61,15 +62,16 @@ def redact_environment(environment: Mapping[str, str], hide: Collection[str] = (
 
 
 def redact_command(argv: Sequence[str], hide: Collection[str] = ()) -> list[str]:
-    """The command with the values of such options and variables replaced, and tokens, and `hide`.
+    """Return a command with the values of secret options and variables hidden, and tokens, and `hide`.
 
-    An option may take many values (vLLM's --api-key does), so all go up to the next option.
+    An option may take several values, as vLLM's --api-key does, so everything up to the next option is
+    hidden.
     """
     return _read_command(argv, hide, [])
 
 
 def environment_secrets(environment: Mapping[str, str]) -> list[Secret]:
-    """The values that a name, the form of a token or the syntax of a URL tells to be secrets."""
+    """Return the values that are secrets by their name, the form of a token or the syntax of a URL."""
     found = []
     for name, value in environment.items():
         if is_secret_name(name):
@@ -79,14 +81,14 @@ def environment_secrets(environment: Mapping[str, str]) -> list[Secret]:
 
 
 def command_secrets(argv: Sequence[str]) -> list[Secret]:
-    """The same of a command. The name is that of the option or variable, or `argument`."""
+    """Return the secrets of a command, named after the option or variable, or else `argument`."""
     found: list[Secret] = []
     _read_command(argv, (), found)
     return found
 
 
 def _read_command(argv: Sequence[str], hide: Collection[str], found: list[Secret]) -> list[str]:
-    """The command as it may be shown; what is not shown is added to `found`."""
+    """Return the redacted command, and append what is hidden to `found`."""
     out: list[str] = []
     hiding = ""
     last = ""
@@ -117,20 +119,20 @@ def _read_command(argv: Sequence[str], hide: Collection[str], found: list[Secret
 
 
 def _values(name: str, text: str) -> Iterator[Secret]:
-    """A value, and its first word: a shell's command may go on after it."""
+    """Yield a value and its first word, since a shell's command may continue after it."""
     yield Secret(name=name, value=text, by_name=True)
     if words := _shell_words(text):
         yield Secret(name=name, value=words[0], by_name=True)
 
 
 def _by_form(name: str, text: str) -> Iterator[Secret]:
-    """Tokens and the passwords of URLs in a text."""
+    """Yield the tokens and the passwords of URLs in a text."""
     for value in (*forms.tokens_in(text), *_passwords(text)):
         yield Secret(name=name, value=value, by_name=False)
 
 
 def _shell_words(text: str) -> list[str]:
-    """The words that a shell makes of a text, up to one of its operators."""
+    """Return the words that a shell splits a text into, up to the first operator."""
     import shlex
 
     try:
@@ -148,7 +150,7 @@ def _shell_words(text: str) -> list[str]:
 
 
 def _passwords(text: str) -> Iterator[str]:
-    """The passwords of URLs, as they stand there and decoded."""
+    """Yield the passwords of URLs, both percent-encoded and decoded."""
     if "://" not in text:
         return
     from urllib.parse import unquote

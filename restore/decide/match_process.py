@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu
-from rekindle.node.mapped import MappedFile, difference, in_words
-from rekindle.node.packages import release
+from rekindle.node.mapped import MappedFile, describe_recorded, difference
+from rekindle.node.packages import major_minor
 from rekindle.record import Record
 from rekindle.secrets.redact import redact_command
 from restore.decide.abilities import Abilities
@@ -45,7 +45,7 @@ def compare(
         *_ability_problems(abilities, record),
         *_gpus(record, node),
         *(
-            Difference("rootfs-file", file.path, in_words(file), different[file.path])
+            Difference("rootfs-file", file.path, describe_recorded(file), different[file.path])
             for file in record.mapped_files
             if file.path in different
         ),
@@ -141,7 +141,7 @@ def _bits(code: str, name: str, recorded: int, here: int) -> Iterator[Difference
 
 def _kernel(recorded: str, here: str) -> Iterator[Difference]:
     if recorded != here:
-        older = release(here) < release(recorded)
+        older = major_minor(here) < major_minor(recorded)
         yield Difference("kernel-older" if older else "kernel", "kernel", recorded, here)
 
 
@@ -149,7 +149,7 @@ def _ability_problems(abilities: Abilities, record: Record) -> Iterator[Differen
     for code, problem in abilities.problems.items():
         if code != "cuda" or record.process.gpus:
             yield Difference(code, code, "", problem)
-    if abilities.criu is not None and release(abilities.criu.version) < release(record.criu.version):
+    if abilities.criu is not None and major_minor(abilities.criu.version) < major_minor(record.criu.version):
         yield Difference("criu-version", "CRIU", record.criu.version, abilities.criu.version)
 
 
@@ -162,8 +162,8 @@ def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:
     if any(gpu.vendor != "nvidia" for gpu in held):
         yield Difference("gpu-unsupported", "GPU", held[0].name, _models(here))
         return
-    if node.devices.lack:
-        yield Difference("gpu-probe", "GPUs", _models(held), node.devices.lack)
+    if node.devices.problem:
+        yield Difference("gpu-probe", "GPUs", _models(held), node.devices.problem)
         return
     if len(here) not in {len(record.process.gpus), len(record.node.devices.gpus)}:
         yield Difference("gpu-count", "GPUs", _models(held) or str(len(record.process.gpus)), _models(here))

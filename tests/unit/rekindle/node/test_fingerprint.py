@@ -54,7 +54,7 @@ def test_a_node_is_what_the_kernel_says() -> None:
     assert node.cpu_features
     assert node.packages == {}, "nobody has asked for those of a command"
     assert node == Fingerprint.probe()
-    assert round_trip(node) == structs.replace(node, devices=structs.replace(node.devices, lack=""))
+    assert round_trip(node) == structs.replace(node, devices=structs.replace(node.devices, problem=""))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no XSAVE")

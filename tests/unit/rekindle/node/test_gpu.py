@@ -181,7 +181,7 @@ def test_both_vendors_gpus_are_found(nvml: FakeNvml, tmp_path: Path) -> None:
     assert ask(nvml.environment, sysfs=tmp_path).gpus == both
 
 
-def test_without_a_gpu_there_is_nothing_and_nothing_lacks(without: dict[str, str], empty: Path) -> None:
+def test_without_a_gpu_there_is_no_problem(without: dict[str, str], empty: Path) -> None:
     said = ask(without, pids=[1], sysfs=empty, dev=empty, proc=empty)
     assert (said.gpus, said.held) == (Gpus(), ())
     assert not said.modules & {"pynvml", "torch", "subprocess"}
@@ -217,17 +217,17 @@ def test_nothing_of_nvml_stays_open(nvml: FakeNvml, empty: Path) -> None:
         (FUNCTION_NOT_FOUND, "Function Not Found"),
     ],
 )
-def test_an_nvml_that_does_not_start_is_a_lack_in_its_words(
+def test_an_nvml_that_does_not_start_is_a_problem_in_its_words(
     nvml: FakeNvml, empty: Path, code: int, words: str
 ) -> None:
     nvml.describe(nodes.H100, init=code)
     said = ask(nvml.environment, pids=[1], sysfs=empty)
-    assert said.gpus == Gpus(lack=f"NVML does not start: {words}")
+    assert said.gpus == Gpus(problem=f"NVML does not start: {words}")
     assert said.held == ()
 
 
 @pytest.mark.parametrize(
-    ("vendor", "kind", "lack"),
+    ("vendor", "kind", "problem"),
     [
         ("0x10de", "0x030200", "NVML does not start: Driver Not Loaded"),
         ("0x10de", "0x020000", ""),  # its network cards
@@ -235,35 +235,35 @@ def test_an_nvml_that_does_not_start_is_a_lack_in_its_words(
         ("", "", ""),
     ],
 )
-def test_a_driver_that_is_not_loaded_lacks_only_where_there_is_a_gpu(
-    nvml: FakeNvml, empty: Path, vendor: str, kind: str, lack: str
+def test_a_driver_that_is_not_loaded_is_a_problem_only_where_there_is_a_gpu(
+    nvml: FakeNvml, empty: Path, vendor: str, kind: str, problem: str
 ) -> None:
     if vendor:
         write(empty, "bus/pci/devices/0000:17:00.0/vendor", f"{vendor}\n")
         write(empty, "bus/pci/devices/0000:17:00.0/class", f"{kind}\n")
         write(empty, "bus/pci/devices/0000:18:00.0/unfinished", "")
     nvml.describe(nodes.H100, init=DRIVER_NOT_LOADED)
-    assert ask(nvml.environment, sysfs=empty).gpus == Gpus(lack=lack)
+    assert ask(nvml.environment, sysfs=empty).gpus == Gpus(problem=problem)
 
 
 @pytest.mark.parametrize(
-    ("device", "driver", "lacks"),
+    ("device", "driver", "problem"),
     [
         (True, True, True),
         (True, False, False),  # a libcuda made it, on a node without GPUs
         (False, True, False),  # the node has GPUs, and gives us none
     ],
 )
-def test_a_library_that_does_not_load_lacks_where_there_is_a_driver_for_us(
-    without: dict[str, str], empty: Path, device: bool, driver: bool, lacks: bool
+def test_a_library_that_does_not_load_is_a_problem_where_there_is_a_driver_for_us(
+    without: dict[str, str], empty: Path, device: bool, driver: bool, problem: bool
 ) -> None:
     if device:
         (empty / "nvidiactl").touch()
     if driver:
         write(empty, "driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\n")
     gpus = ask(without, sysfs=empty, dev=empty, proc=empty).gpus
-    assert gpus.lack.endswith("libnvidia-ml.so.1: file too short") == lacks
-    assert gpus == Gpus(lack=gpus.lack)
+    assert gpus.problem.endswith("libnvidia-ml.so.1: file too short") == problem
+    assert gpus == Gpus(problem=gpus.problem)
 
 
 @pytest.mark.parametrize("code", [NOT_SUPPORTED, FUNCTION_NOT_FOUND, NO_PERMISSION])
@@ -290,7 +290,7 @@ def test_ways_that_are_not_told_are_left_out(nvml: FakeNvml, empty: Path, code: 
     assert ask(nvml.environment, sysfs=empty).gpus.links == ("0-1 sys", "0-2 sys", "1-2 node")
 
 
-def test_a_gpu_that_is_lost_is_a_lack_and_the_others_are_found(nvml: FakeNvml, empty: Path) -> None:
+def test_a_gpu_that_is_lost_is_a_problem_and_the_others_are_found(nvml: FakeNvml, empty: Path) -> None:
     nvml.describe(
         nodes.H200,
         one_fails={
@@ -299,36 +299,36 @@ def test_a_gpu_that_is_lost_is_a_lack_and_the_others_are_found(nvml: FakeNvml, e
         },
     )
     gpus = ask(nvml.environment, sysfs=empty).gpus
-    assert gpus.lack == "GPU 2: GPU is lost; GPU 5: GPU is lost"
+    assert gpus.problem == "GPU 2: GPU is lost; GPU 5: GPU is lost"
     assert gpus.gpus == tuple(gpu for i, gpu in enumerate(nodes.H200.gpus) if i not in (2, 5))
     assert gpus.links == nodes.linked(6, "nvlink")
 
 
-def test_a_gpu_that_is_not_given_to_us_is_no_lack(nvml: FakeNvml, empty: Path) -> None:
+def test_a_gpu_that_is_not_given_to_us_is_no_problem(nvml: FakeNvml, empty: Path) -> None:
     nvml.describe(nodes.H200, one_fails={0: {"nvmlDeviceGetHandleByIndex_v2": NO_PERMISSION}})
     gpus = ask(nvml.environment, sysfs=empty).gpus
-    assert (gpus.lack, gpus.gpus) == ("", nodes.H200.gpus[1:])
+    assert (gpus.problem, gpus.gpus) == ("", nodes.H200.gpus[1:])
 
 
-def test_gpus_that_cannot_be_counted_are_a_lack(nvml: FakeNvml, empty: Path) -> None:
+def test_gpus_that_cannot_be_counted_are_a_problem(nvml: FakeNvml, empty: Path) -> None:
     nvml.describe(nodes.H200, fails={"nvmlDeviceGetCount_v2": UNKNOWN})
     gpus = ask(nvml.environment, sysfs=empty).gpus
-    assert (gpus.lack, gpus.gpus) == ("the GPUs cannot be counted: Unknown Error", ())
+    assert (gpus.problem, gpus.gpus) == ("cannot count the GPUs: Unknown Error", ())
 
 
 @pytest.mark.parametrize(
-    ("lie", "lack"),
+    ("lie", "problem"),
     [
-        ({"arch": "100000"}, "GPU 0: its compute capability is said to be 10000.0"),
-        ({"arch": "-15"}, "GPU 0: its compute capability is said to be -2.5"),
-        ({"memory_bytes": (1 << 64) - 1}, f"GPU 0: it is said to have {(1 << 64) - 1} bytes of memory"),
+        ({"arch": "100000"}, "GPU 0: impossible compute capability 10000.0"),
+        ({"arch": "-15"}, "GPU 0: impossible compute capability -2.5"),
+        ({"memory_bytes": (1 << 64) - 1}, f"GPU 0: impossible memory size of {(1 << 64) - 1} bytes"),
         ({"name": "NVIDIA \udcff"}, "GPU 0: .*codec can't decode.*"),
     ],
 )
-def test_what_cannot_be_is_a_lack(nvml: FakeNvml, empty: Path, lie: dict[str, Any], lack: str) -> None:
+def test_what_cannot_be_is_a_problem(nvml: FakeNvml, empty: Path, lie: dict[str, Any], problem: str) -> None:
     nvml.describe(changed(nodes.H200, **lie))
     gpus = ask(nvml.environment, sysfs=empty).gpus
-    assert re.fullmatch(lack, gpus.lack)
+    assert re.fullmatch(problem, gpus.problem)
     assert gpus.gpus == nodes.H200.gpus[1:]
 
 
@@ -378,7 +378,7 @@ def test_mps_is_seen_by_its_daemon(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "lack"),
+    ("name", "value", "problem"),
     [
         ("gfx_target_version", "", "gfx_target_version is ''"),
         ("gfx_target_version", "0", "gfx_target_version is '0'"),
@@ -394,18 +394,18 @@ def test_mps_is_seen_by_its_daemon(
         ("capability", "1_0", "capability is '1_0'"),
     ],
 )
-def test_what_sysfs_cannot_mean_is_a_lack(amd: Path, name: str, value: str | None, lack: str) -> None:
+def test_what_sysfs_cannot_mean_is_a_problem(amd: Path, name: str, value: str | None, problem: str) -> None:
     path = amd / NODES / "2/properties"
     lines = [line for line in path.read_text().splitlines() if line.partition(" ")[0] != name]
     path.write_text("\n".join([*lines, *([] if value is None else [f"{name} {value}"])]))
     gpus = probe_below(amd)
-    assert gpus.lack == f"KFD node 2: {lack}"
+    assert gpus.problem == f"KFD node 2: {problem}"
     assert gpus.gpus == nodes.MI300X.gpus[1:]
 
 
-def test_memory_that_cannot_be_is_a_lack(amd: Path) -> None:
+def test_memory_that_cannot_be_is_a_problem(amd: Path) -> None:
     write(amd, f"{NODES}/2/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {1 << 63}\n")
-    assert probe_below(amd).lack == f"KFD node 2: size_in_bytes is '{1 << 63}'"
+    assert probe_below(amd).problem == f"KFD node 2: size_in_bytes is '{1 << 63}'"
 
 
 def test_memory_is_what_the_processor_sees_of_it_and_what_not(amd: Path) -> None:
@@ -414,10 +414,10 @@ def test_memory_is_what_the_processor_sees_of_it_and_what_not(amd: Path) -> None
     assert first.memory_bytes == nodes.MI300X.gpus[0].memory_bytes + 4096
 
 
-def test_a_kfd_node_that_is_half_there_is_a_lack(amd: Path) -> None:
+def test_a_kfd_node_that_is_half_there_is_a_problem(amd: Path) -> None:
     (amd / NODES / "9/properties").unlink()
     gpus = probe_below(amd)
-    assert gpus.lack.startswith("KFD node 9: [Errno 2]")
+    assert gpus.problem.startswith("KFD node 9: [Errno 2]")
     assert gpus.gpus == nodes.MI300X.gpus[:-1]
 
 
@@ -442,7 +442,7 @@ def test_an_amd_gpu_is_called_what_its_maker_calls_it(
     assert probe_below(amd) == changed(nodes.MI300X, name=expected)
 
 
-def test_an_amd_gpu_that_is_not_given_to_us_is_no_lack(amd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_amd_gpu_that_is_not_given_to_us_is_no_problem(amd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel asks the device cgroup, also of root: reading the properties is an EPERM."""
 
     def read(path: Path) -> str:

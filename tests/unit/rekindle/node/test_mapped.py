@@ -14,7 +14,7 @@ from msgspec import structs
 
 from rekindle.digest import Digest
 from rekindle.node import elf, mapped
-from rekindle.node.mapped import MappedFile, describe, difference, in_words
+from rekindle.node.mapped import MappedFile, describe, describe_recorded, difference
 from tests.samples.elf import elf_file, note
 
 HOUR_NS = 3600 * 10**9
@@ -100,8 +100,8 @@ CASES: dict[str, tuple[bytes, Callable[[Path], object], str]] = {
     "gone": (b"data", Path.unlink, "missing"),
     "gone with its directory": (b"data", has_no_directory, "missing"),
     "gone with its directory, which is a file": (b"data", is_below_a_file, "missing"),
-    "a directory": (b"data", is_a_directory, "no regular file"),
-    "a pipe": (b"data", is_a_pipe, "no regular file"),
+    "a directory": (b"data", is_a_directory, "not a regular file"),
+    "a pipe": (b"data", is_a_pipe, "not a regular file"),
     "a link in a circle": (b"data", leads_in_a_circle, "Too many levels of symbolic links"),
 }
 
@@ -192,8 +192,8 @@ def test_a_record_that_lies_about_a_large_file_makes_nobody_read_it(tmp_path: Pa
 
 def test_a_file_in_words() -> None:
     file = MappedFile(path="/x", size=1234567, identity="build-id:" + "ab" * 20)
-    assert in_words(file) == "1,234,567 bytes, build-id:abababababababab"
-    assert in_words(structs.replace(file, identity="")) == "1,234,567 bytes"
+    assert describe_recorded(file) == "1,234,567 bytes, build-id:abababababababab"
+    assert describe_recorded(structs.replace(file, identity="")) == "1,234,567 bytes"
 
 
 NAMES = st.sampled_from(["/", "//", "/proc/self/mem", "/dev/zero", "/a\0b", "/\ud800", "", "x" * 5000])

@@ -161,7 +161,7 @@ GPU_CASES: dict[str, tuple[Any, Any, int, list[tuple[str, bool]]]] = {
     "MPS": (H100, structs.replace(H100, mps=True), 1, [("mps", True)]),
     "NVML does not start": (
         H100,
-        structs.replace(H100, gpus=(), lack="NVML does not start"),
+        structs.replace(H100, gpus=(), problem="NVML does not start"),
         1,
         [("gpu-probe", True)],
     ),

@@ -348,7 +348,7 @@ CASES = [
     cold(
         "H100 on one whose driver does not answer",
         H100,
-        but(CPU, lack="NVML does not start", packages=ON_CUDA),
+        but(CPU, problem="NVML does not start", packages=ON_CUDA),
         "gpu-probe!",
         "cache-target!",
     ),

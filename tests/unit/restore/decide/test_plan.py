@@ -134,7 +134,7 @@ DEVICES = st.builds(
             "driver": st.sampled_from(["", "550.1", "580.65.06", "595", "x"]),
             "mps": st.booleans(),
             "links": st.sampled_from([(), ("0-1 sys",)]),
-            "lack": st.sampled_from(["", "NVML does not start"]),
+            "problem": st.sampled_from(["", "NVML does not start"]),
         },
     ),
 )
