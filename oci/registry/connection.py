@@ -90,21 +90,24 @@ class Connection:
             target = url.absolute
             if self._forwarder.authorization:
                 headers = {**headers, "Proxy-Authorization": self._forwarder.authorization}
-        with _as_os_errors():
-            self._inner.request(
-                method,
-                target,
-                body,  # type: ignore[arg-type]  # memoryviews are sent as well
-                headers,
-                preload_content=False,
-                decode_content=False,
-            )
+        try:
+            with _as_os_errors():
+                self._inner.request(
+                    method,
+                    target,
+                    body,  # type: ignore[arg-type]  # memoryviews are sent as well
+                    headers,
+                    preload_content=False,
+                    decode_content=False,
+                )
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
+            raise ConnectionResetError(str(error)) from error
 
     def receive(self, pace: Pace) -> "HttpResponse":
         """Receive the head of the response. Raises OSError."""
         self._socket.pace = pace
-        # Not by way of urllib3's own response: for decoding and redirects, which we do not want, it takes
-        # 35 us more for each request, and 5 % of the throughput for a copy of each piece.
+        # Not by way of urllib3's own response: for decoding and redirects, which we do not need, it takes
+        # 35 us more for each request, and a copy of each piece 5 % of the throughput.
         with _as_os_errors():
             return HttpResponse(http.client.HTTPConnection.getresponse(self._inner), pace)
 
@@ -191,10 +194,10 @@ def _unconnected(url: Url, proxy: Proxy | None, context_for: ContextFor) -> _Pla
     config = None
     if proxy is not None:
         to_proxy = ProxyUrl(scheme=proxy.scheme, host=proxy.host, port=proxy.port)
-        context = context_for(proxy.host, proxy.port) if proxy.scheme == "https" else None
-        config = ProxyConfig(context, False, None, None)
+        proxy_context = context_for(proxy.host, proxy.port) if proxy.scheme == "https" else None
+        config = ProxyConfig(proxy_context, False, None, None)
     if "https" not in {url.scheme, first.scheme}:
         return _PlainConnection(first.host, first.port, proxy=to_proxy, proxy_config=config)
-    # Without a TLS origin there is nothing but the proxy to be verified.
-    context = context_for(url.host, url.port) if url.scheme == "https" else None
+    verified = url if url.scheme == "https" else first
+    context = context_for(verified.host, verified.port)
     return _TlsConnection(first.host, first.port, ssl_context=context, proxy=to_proxy, proxy_config=config)

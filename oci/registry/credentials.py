@@ -24,11 +24,12 @@ class Credentials:
 
     @property
     def basic(self) -> str:
+        """The value of a header that shows them."""
         return "Basic " + base64.b64encode(f"{self.name}:{self.password}".encode()).decode()
 
 
 def find(host: str) -> Credentials | None:
-    """What the configuration and the credential helpers of docker hold for a registry, or else podman's.
+    """Return what docker's configuration and credential helpers hold for a registry, or else podman's.
 
     Raises CredentialsError if they cannot be read.
     """
@@ -38,13 +39,13 @@ def find(host: str) -> Credentials | None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise CredentialsError(f"{path} cannot be read", cause=str(error)) from None
+            raise CredentialsError(f"cannot read {path}", cause=str(error)) from None
         try:
             if found := _find(json.loads(content), _HUB_NAMES if host == _HUB else (host,)):
                 return found
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise CredentialsError(
-                f"the credentials for {host} in {path} cannot be read",
+                f"cannot read the credentials for {host} in {path}",
                 cause=f"{type(error).__name__}: {error}",
             ) from None
     return None
@@ -63,11 +64,11 @@ def _configurations() -> list[Path]:
 def _find(
     configuration: Mapping[str, Mapping[str, Mapping[str, str]]], names: tuple[str, ...]
 ) -> Credentials | None:
-    # It takes 0.2 s to import: only registries that ask who we are cost it.
+    # The import takes 0.2 s, so it waits until a registry asks for credentials.
     from oras.auth.base import AuthBackend
     from oras.utils import iter_localhosts
 
-    # Its own reading of the file knows ~/.docker alone, and mixes it with others in no certain order.
+    # Left to itself, it reads ~/.docker alone, and mixes it with other files in no certain order.
     backend = AuthBackend()
     backend._auth_config = configuration
     for name in (alias for each in names for alias in iter_localhosts(each)):

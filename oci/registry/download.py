@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blobs over many connections at once, given out as streams.
 
-A blob is fetched in stretches, each by a request of its own, and the stretches are put together in order:
-so one blob goes as fast as many, a broken connection costs what it had yet to bring, and a stretch that is
-slower than the others is asked for once more over another connection. A registry that does not know
+A blob is fetched in stretches, each by a request of its own, and the stretches are put together in order. So
+one blob is as fast as many, a broken connection costs only the rest of its stretch, and a stretch that is
+slower than the others is requested once more over another connection. A registry that does not support
 ranges is read from the beginning to the end instead.
 
-Nothing here is verified: whoever reads a stream has to hash it.
+Nothing here is verified: see `open_verified`.
 """
 
 import collections
@@ -34,28 +34,28 @@ _STRAGGLER_SECONDS = 2.0  # and three times as long as the others took
 
 
 class Fetch(Protocol):
-    """How a stretch is asked for."""
+    """How a stretch is requested."""
 
     def __call__(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None) -> Answer:
-        """The answer to a request for `blob[begin:end]`: 206 with just that, or 200 with all of it.
-        `broken` is the answer before, if it broke.
+        """Return the answer to a request for `blob[begin:end]`: 206 with just that, or 200 with all of it.
 
-        Raises OSError for what another try may mend, RekindleError for the rest.
+        `broken` is the answer before, if it broke. Raises OSError if another attempt may help,
+        RekindleError if not.
         """
 
 
 class _Read(Protocol):
-    """One try to read something; False if it has to be read in another way."""
+    """One attempt to read something; False if it has to be read in another way."""
 
     def __call__(self, broken: Answer | None) -> bool: ...
 
 
 class _OverError(Exception):
-    """Nobody wants any more what an attempt is for."""
+    """What an attempt is for is no longer needed."""
 
 
 class Downloads:
-    """Threads that fetch stretches for the streams that are open."""
+    """Fetches stretches for the streams that are open, in threads of its own."""
 
     def __init__(self, fetch: Fetch, settings: TransferSettings, *, tally: Tally, limiter: Limiter) -> None:
         self._fetch = fetch
@@ -73,7 +73,7 @@ class Downloads:
         self.ranges_work = False  # until the first answer that is one
 
     def open(self, blob: Descriptor) -> "BlobStream":
-        """Begins to fetch a blob, and returns it as a stream. Raises RegistryError after `close`."""
+        """Begin to fetch a blob, and return it as a stream. Raises RegistryError after `close`."""
         stream = BlobStream(self, blob)
         with self.condition:
             if self.closed:
@@ -88,7 +88,7 @@ class Downloads:
         return stream
 
     def close(self) -> None:
-        """Ends all threads and streams, at once."""
+        """End all threads and streams at once."""
         with self.condition:
             self.closed = True
             for attempt in self._running:
@@ -98,12 +98,12 @@ class Downloads:
                 self._tasks.put(None)
 
     def join(self, timeout: float) -> None:
-        """Waits for the threads to end, after `close`."""
+        """Wait for the threads to end, after `close`."""
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    # What streams ask of us. The caller holds the condition.
+    # For streams. The caller holds the condition.
 
     def window(self) -> int:
         return max(_LEAST_WINDOW, _WINDOW // max(1, len(self._streams)))
@@ -126,7 +126,7 @@ class Downloads:
         if len(self._buffers) < _WINDOW:  # fresh memory costs page faults
             self._buffers.append(buffer)
 
-    # The threads.
+    # In the threads.
 
     def _work(self) -> None:
         while not self.closed:
@@ -141,22 +141,22 @@ class Downloads:
             self._bring(stretch)
 
     def _straggler(self) -> "_Stretch | None":
-        """A stretch that is much slower than others were, and that nobody else helps with yet."""
+        """Return a stretch that takes much longer than others did, and that only one thread fetches."""
         now = time.monotonic()
         with self.condition:
             if len(self._took) < 4 or self.closed:
                 return None
-            patience = max(_STRAGGLER_SECONDS, 3 * statistics.median(self._took))
+            limit = max(_STRAGGLER_SECONDS, 3 * statistics.median(self._took))
             tries = collections.Counter(attempt.stretch for attempt in self._running)
             for attempt, began in self._running.items():
                 stretch = attempt.stretch
                 alone = tries[stretch] == 1 and not stretch.given_up
-                if now - began > patience and alone and not stretch.stream.whole:
+                if now - began > limit and alone and not stretch.stream.whole:
                     return stretch
         return None
 
     def _bring(self, stretch: "_Stretch") -> None:
-        """Fetches a stretch, as often as patience allows, unless another thread is faster."""
+        """Fetch a stretch, as often as the policy allows, unless another thread is faster."""
         stream = stretch.stream
         with self.condition:
             if self.closed or not stream.wants(stretch):
@@ -183,11 +183,11 @@ class Downloads:
                 self.condition.notify_all()
 
     def _fail(self, attempt: "_Attempt", error: RekindleError) -> None:
-        """Gives a stream up, unless another thread still tries the same, or reads all of it instead."""
+        """Give a stream up, unless another thread still tries the same or reads all of it instead."""
         stream = attempt.stretch.stream
         with self.condition:
             attempt.failed = True
-            attempt.stretch.given_up = True  # who still tries is the last: nobody comes to help any more
+            attempt.stretch.given_up = True  # a thread that still tries is the last: no other helps it
             others = [o for o in self._running if o.stretch is attempt.stretch and o.whole == attempt.whole]
             if all(other.failed for other in others) and stream.whole == attempt.whole:
                 stream.fail(error)
@@ -205,7 +205,7 @@ class Downloads:
                 if answer.status == 200 and stretch.stream.parts > 1:
                     return False
                 if answer.status == 200:
-                    count = 0  # it begins at the beginning, also if it was asked for the rest
+                    count = 0  # it begins at the beginning, even if the rest was requested
                 else:
                     with self.condition:
                         stretch.stream.begin_all()
@@ -227,7 +227,7 @@ class Downloads:
                         other.abort()
 
     def _read_whole(self, attempt: "_Attempt", buffer: bytearray) -> None:
-        """Reads a blob from its beginning, and hands out stretch after stretch."""
+        """Read a blob from its beginning, and hand out stretch after stretch."""
         stream = attempt.stretch.stream
         total = 0
 
@@ -250,7 +250,7 @@ class Downloads:
         self._with_retries(attempt, read, lambda: total)
 
     def _begin(self, attempt: "_Attempt", answer: Answer) -> None:
-        """Takes note of what an attempt waits for now, so that it can be aborted."""
+        """Take note of what an attempt waits for now, so that it can be aborted."""
         with self.condition:
             attempt.answer = answer
             if attempt.aborted:
@@ -264,7 +264,7 @@ class Downloads:
         return count
 
     def _hand_out(self, stretch: "_Stretch", buffer: bytearray) -> bool:
-        """Waits until there is room for a stretch; False if nobody wants the rest any more."""
+        """Wait until there is room for a stretch; False if the rest is no longer needed."""
         stream = stretch.stream
         with self.condition:
             while not self.closed and not stream.closed and stretch.index >= stream.at + self.window():
@@ -322,7 +322,7 @@ class Downloads:
 
 
 def _has_trailing_bytes(answer: Answer) -> bool:
-    """Whether there is more after all that was asked for. What breaks after it does no harm."""
+    """Whether there is more after all that was requested. What breaks after it does no harm."""
     try:
         return answer.readinto(memoryview(bytearray(1))) > 0
     except OSError:
@@ -347,7 +347,7 @@ class _Stretch:
 
 
 class _Attempt:
-    """A thread's try to bring a stretch."""
+    """One thread's work on a stretch."""
 
     __slots__ = ("aborted", "answer", "failed", "stretch", "whole")
 
@@ -372,7 +372,7 @@ class BlobStream(io.RawIOBase):
         self.blob = blob
         self.parts = max(1, -(-blob.size // STRETCH_BYTES))
         self.at = 0  # the stretch that is being read
-        self.whole = False  # the registry knows no ranges
+        self.whole = False  # the registry does not support ranges
         self._downloads = downloads
         self._condition = downloads.condition
         self._offset = 0  # within that stretch
@@ -385,7 +385,7 @@ class BlobStream(io.RawIOBase):
         return True
 
     def readinto(self, into: object, /) -> int:
-        """The next bytes; 0 at the end. Raises RegistryError if they cannot be fetched."""
+        """Read the next bytes; 0 at the end. Raises RegistryError if they cannot be fetched."""
         target = memoryview(into).cast("B")  # type: ignore[arg-type]
         if self.blob.size == 0 or self.at == self.parts:
             return 0
@@ -418,17 +418,17 @@ class BlobStream(io.RawIOBase):
                 self._stretches.clear()
                 self._condition.notify_all()
 
-    # What the threads ask of us. The caller holds the condition.
+    # For the threads. The caller holds the condition.
 
     def stretch(self, index: int) -> _Stretch:
-        if index < self.at:  # read again on the way to what is wanted
+        if index < self.at:  # read again on the way to what is needed
             return _Stretch(self, index)
         if index not in self._stretches:
             self._stretches[index] = _Stretch(self, index)
         return self._stretches[index]
 
     def ask_for_more(self) -> None:
-        """Asks for as many stretches as may be under way. The first goes ahead, and tells if ranges work."""
+        """Request as many stretches as may be under way. The first goes alone, and tells if ranges work."""
         if self.whole or self.closed or self.blob.size == 0:
             return
         end = min(self.parts, self.at + self._downloads.window()) if self._downloads.ranges_work else 1
@@ -437,19 +437,19 @@ class BlobStream(io.RawIOBase):
             self._asked += 1
 
     def begin_all(self) -> None:
-        """Takes note that the registry knows ranges."""
+        """Take note that the registry supports ranges."""
         self._downloads.ranges_work = True
         self.ask_for_more()
 
     def wants(self, stretch: _Stretch) -> bool:
-        """Whether to begin with a stretch; with a registry that knows no ranges, one begins with all."""
+        """Whether to begin with a stretch; without ranges, the first thread begins with all of them."""
         if not self.whole:
             return stretch.is_wanted()
         begun, self._whole_begun = self._whole_begun, True
         return not begun and not self.closed
 
     def go_whole(self) -> None:
-        """One thread reads all of it, since there is no other way."""
+        """Let one thread read all of it, since ranges do not work."""
         if not self.whole:
             self.whole = True
             self._downloads.submit(self.stretch(self.at))
@@ -460,11 +460,11 @@ class BlobStream(io.RawIOBase):
 
 
 def ended() -> RegistryError:
-    """What whoever still reads is told."""
+    """Return the error for those who still read."""
     return RegistryError("the transfer was ended")
 
 
 def too_long(blob: Descriptor) -> IntegrityError:
-    """A registry that sends more than it should."""
+    """Return the error for a registry that sends more than it should."""
     said = f"blob {blob.digest} is longer than its descriptor says"
     return IntegrityError(said, cause=f"{blob.size} bytes")

@@ -65,10 +65,10 @@ class Host:
         self._base = base
         self._query = query
         self._connections = connections
-        policy = connections.transfer.retry
+        policy = connections.settings.retry
         self._policy = replace(policy, attempts=attempts) if attempts else policy
         # Time for two connects that time out, or for a name service to come up.
-        self._first_contact_seconds = 2 * connections.transfer.connect_seconds
+        self._first_contact_seconds = 2 * connections.settings.connect_seconds
         self._closing = threading.Event()
         self.authorizer = Authorizer(login, self._ask_realm, base=base, find=find_credentials)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who we are to a registry: its challenges, and a token for each scope.
+"""Authentication: the challenges of a registry, and a token for each scope.
 
 The sources are RFC 9110 (challenges) and the distribution project's token authentication: a registry
-answers 401 and names a realm, which gives a token for a scope to whoever has the credentials for it.
+answers 401 and names a realm, which gives a token for a scope in exchange for credentials.
 """
 
 import re
@@ -31,7 +31,7 @@ Ask = Callable[[str, Url, Mapping[str, str], bytes | None], Answer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Challenge:
-    """What a 401 asks for. `realm`, `service`, `scope` and `error` are those of a bearer token."""
+    """What a 401 asks for. The fields but `scheme` are those of a bearer token."""
 
     scheme: str
     realm: str = ""
@@ -41,7 +41,7 @@ class Challenge:
 
     @classmethod
     def parse(cls, headers: list[str]) -> "Challenge | None":
-        """The challenge that we can answer: a bearer token before a password."""
+        """Return the challenge that we can answer, a bearer token before a password; None for no such."""
         found: dict[str, Challenge] = {}
         for header in headers[:_CHALLENGES_LIMIT]:
             scheme, _, rest = header[:_CHALLENGE_LIMIT].strip().partition(" ")
@@ -66,7 +66,7 @@ class _Token:
 
 
 class Authorizer:
-    """Gives the Authorization header for requests to one registry. For many threads."""
+    """Makes the Authorization headers for requests to one registry. For many threads."""
 
     def __init__(self, login: str, ask: Ask, *, base: Url, find: Callable[[str], Credentials | None]) -> None:
         """`login` is the registry's name in docker's configuration, `base` where it is; `ask` sends one
@@ -85,7 +85,10 @@ class Authorizer:
         self._looked = False
 
     def header(self, scope: str) -> str | None:
-        """The header for a scope; None as long as the registry has not asked for one."""
+        """Return the header for a scope; None as long as the registry has not asked for one.
+
+        Raises CredentialsError for credentials that were refused before.
+        """
         challenge = self._challenge
         if challenge is None:
             return None
@@ -95,7 +98,7 @@ class Authorizer:
         with self._lock:  # one thread asks for a token, the others wait for it
             token = self._tokens.get(scope)
             if token is None or token.until < time.monotonic():
-                if refusal := self._refusals.get(scope):  # to ask again might lock an account
+                if refusal := self._refusals.get(scope):  # another try might lock the account
                     raise refusal
                 challenge = replace(challenge, scope=self._wanted.get(scope, ""))
                 try:
@@ -106,14 +109,14 @@ class Authorizer:
             return f"Bearer {token.text}"
 
     def answer(self, refused: str | None, challenges: list[str], scope: str) -> None:
-        """Takes note of a 401 that came to a request with this header, so that the next may do better.
+        """Learn from a 401 that came to a request with the header `refused`, for the next one.
 
-        Raises CredentialsError if it cannot: the credentials are wrong, or there are none.
+        Raises CredentialsError if there is nothing to learn: the credentials are wrong, or there are none.
         """
         challenge = Challenge.parse(challenges)
         if challenge is None:
             raise CredentialsError(
-                f"{self._login} asks for credentials in a way that rekindle does not know",
+                f"{self._login} asks for credentials in a way that rekindle does not support",
                 cause="; ".join(challenges)[:300] or "its 401 carries no challenge",
             )
         if challenge.scheme == "basic":
@@ -142,12 +145,12 @@ class Authorizer:
         try:
             realm = Url.parse(challenge.realm)
         except ValueError as error:
-            raise RegistryError(f"{self._login} names a realm that is none", cause=str(error)) from None
+            raise RegistryError(f"{self._login} names an invalid realm", cause=str(error)) from None
         if realm.scheme != "https" and not self._may_be_plain(realm):
             raise RegistryError(
-                f"{self._login} wants the password sent without TLS",
+                f"{self._login} asks for the password without TLS",
                 cause=f"the realm of its tokens is {realm}",
-                hint="this is an attack, or a mistake of whoever runs it",
+                hint="this is an attack, or a mistake in the registry's configuration",
             )
         scopes = [each for each in dict.fromkeys([*scope.split(), *challenge.scope.split()]) if each]
         if covers(scope, challenge.scope):
@@ -177,17 +180,17 @@ class Authorizer:
         return _parse_token(content, str(url))
 
     def _may_be_plain(self, realm: Url) -> bool:
-        """Whether a password may go without TLS: to whom we speak without it anyway, or to ourselves."""
+        """Whether a password may go without TLS: to a registry that is reached without it, or to loopback."""
         if self._base.scheme == "https":
             return False
         return realm.host == self._base.host or is_loopback(realm.host)
 
     def _refused(self, cause: str) -> CredentialsError:
-        there = "has none for it" if self._known_credentials() is None else "has other ones"
+        known = "no credentials" if self._known_credentials() is None else "wrong credentials"
         return CredentialsError(
-            f"{self._login} refuses us",
+            f"{self._login} refuses access",
             cause=cause,
-            hint=f"docker's configuration {there}: "
+            hint=f"docker's configuration has {known} for it: "
             f"`docker login {self._login}`, or `oras login {self._login}`",
         )
 
@@ -198,7 +201,7 @@ def covers(scope: str, other: str) -> bool:
 
 
 def _rights(scope: str) -> set[tuple[str, str]]:
-    """The single actions that a scope allows, each on what."""
+    """Return the single actions that a scope allows, each with its resource."""
     parts = [each.rpartition(":") for each in scope.split()]
     return {(name, action) for name, _, actions in parts for action in actions.split(",")}
 
@@ -211,7 +214,7 @@ def _parse_token(content: bytes, where: str) -> _Token:
     except FormatError as error:
         raise RegistryError(f"{where} gives no token", cause=f"{error.message} {error.cause}") from None
     if not _TOKEN_FORM.fullmatch(text):
-        raise RegistryError(f"{where} gives no token", cause="it is empty, or has what no header may")
+        raise RegistryError(f"{where} gives no token", cause="it is empty, or does not fit into a header")
     # Renewed while it is still good, so that a long request does not outlive it.
     seconds = max(lasts - _RENEW_SECONDS, lasts / 2)
     return _Token(text=text, until=time.monotonic() + seconds)

@@ -3,7 +3,7 @@
 
 urllib3 makes the connections (see connection). Its pool does not fit: ours ends from another thread what is
 under way, opens a fresh connection for a body that cannot be sent twice, and forgets what was idle for
-long. Nor does its way of reading: it copies each piece once more.
+long.
 """
 
 import contextlib
@@ -147,9 +147,9 @@ class Answer:
 class Connections:
     """Connections to any host, kept open between requests. For many threads."""
 
-    def __init__(self, transfer: TransferSettings, context_for: "ContextFor") -> None:
+    def __init__(self, settings: TransferSettings, context_for: "ContextFor") -> None:
         """`context_for` gives the TLS context for a host and port."""
-        self.transfer = transfer
+        self.settings = settings
         self._context_for = context_for
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[tuple[float, Connection]]] = defaultdict(list)
@@ -185,7 +185,7 @@ class Connections:
     def _exchange(
         self, connection: "Connection", method: str, url: Url, headers: Mapping[str, str], body: Body | None
     ) -> Answer:
-        stall = self.transfer.stall_seconds
+        stall = self.settings.stall_seconds
         length = body.length if body is not None else 0
         # A digest is of the bytes as they are stored.
         ours = {"User-Agent": f"rekindle/{__version__}", "Accept-Encoding": "identity"}
@@ -223,7 +223,7 @@ class Connections:
             url,
             self.proxy(url),
             self._context_for,
-            seconds=self.transfer.connect_seconds,
+            seconds=self.settings.connect_seconds,
             watch=self._watch,
         )
         with self._lock:
@@ -254,7 +254,7 @@ class Connections:
         """Keep a connection for the next request to the same origin."""
         with self._lock:
             idle = self._idle[url.origin]
-            if not self._closed and len(idle) < self.transfer.jobs:
+            if not self._closed and len(idle) < self.settings.jobs:
                 idle.append((time.monotonic(), connection))
                 return
         self.drop(connection)

@@ -628,12 +628,12 @@ PULLS = [
             look=times_asked(2, Kind.MANIFEST),
         )
         for name, value, error, word in (
-            ("unknown", "Negotiate", CredentialsError, "does not know"),
-            ("empty", "", CredentialsError, "does not know"),
+            ("unknown", "Negotiate", CredentialsError, "does not support"),
+            ("empty", "", CredentialsError, "does not support"),
             ("without a realm", "Bearer", RegistryError, "realm"),
             ("with a realm that is none", 'Bearer realm="file:///etc/passwd"', RegistryError, "realm"),
             ("elsewhere in plain text", 'Bearer realm="http://192.0.2.1/t"', RegistryError, "without TLS"),
-            ("long", "a" * 60_000, CredentialsError, "does not know"),
+            ("long", "a" * 60_000, CredentialsError, "does not support"),
         )
     ),
     Case(
