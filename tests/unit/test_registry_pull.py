@@ -605,7 +605,7 @@ PULLS = [
         auth=Auth.TOKEN,
         credentials=None,
         error=CredentialsError,
-        word="has none",
+        word="has no credentials",
         seconds=0.5,
         look=times_asked(1, Kind.TOKEN),
     ),
