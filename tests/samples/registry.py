@@ -23,6 +23,7 @@ from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
 from oci.registry.access import Access
+from oci.registry.certificates import Certificates
 from oci.registry.credentials import Credentials
 from oci.registry.repository import Repository
 from rekindle.config import Config, Limits, RetryPolicy, TransferSettings
@@ -40,6 +41,8 @@ SETTINGS = TransferSettings(
     retry=RetryPolicy(attempts=3, longest_wait_seconds=2),
 )
 CALM = replace(SETTINGS, stall_seconds=5)
+CLOSE_SETTINGS = replace(SETTINGS, jobs=16, stall_seconds=1)  # for looks at close range
+CONTEXTS = Certificates({}, ()).context
 RIGHT = Credentials(name=USERNAME, password=PASSWORD)
 WRONG = Credentials(name=USERNAME, password="guessed")
 BIG, SMALL = "big", "small"
@@ -162,6 +165,11 @@ def expecting(
 
 def said(error: RekindleError) -> str:
     return f"{error.message}\n{error.cause}\n{error.hint}"
+
+
+def sent(registry: Registry, sample: Sample) -> int:
+    """How many bytes of the large blob a registry has sent."""
+    return sum(r.sent_bytes for r in registry.downloads(sample.big.digest) if r.status in {200, 206})
 
 
 Make = Callable[[Sample], list[Misbehave]]
