@@ -96,11 +96,13 @@ class StoredMemory(Struct, frozen=True, kw_only=True):
 class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The files of the dump, with their bytes as CRIU wrote them, and as they are stored.
 
-    `memory` tells more of those that processes map; images of the first format have none.
+    `memory` tells more of those that processes map; images of the first format have none. `own_bytes` is the
+    memory that a restored server had of its own at its first answer, 0 if that was not measured.
     """
 
     dump_bytes: Count
     stored_bytes: Count
+    own_bytes: Count = 0
     files: Annotated[Sequence[StoredFile], Meta(max_length=_FILES_LIMIT)]
     memory: Annotated[Sequence[StoredMemory], Meta(max_length=_FILES_LIMIT)] = ()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rekindle.cell import Cell, processes
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
 from rekindle.journal import CUDA_JOURNAL
-from rekindle.node import gpu
+from rekindle.node import gpu, memory
 from rekindle.report import Report
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ _BYTES_PER_SECOND = 500e6  # of GPU memory through the slowest bus
 _CHECKPOINT_SECONDS = 600.0  # if the amount of GPU memory is unknown
 # What a CUDA context takes on its GPU in addition to the program's memory; it is not part of its state.
 _CONTEXT_BYTES = 1 << 30
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,28 +129,15 @@ def _require_supported(gpus: Collection[str]) -> None:
 
 def _require_memory(device_bytes: int) -> None:
     """Raise SpaceError if the GPU memory does not fit into host memory, where it is moved."""
-    available = available_bytes()
+    import psutil  # takes 15 ms, and most snapshots have no GPU
+
+    available = memory.within_groups(int(psutil.virtual_memory().available))
     if available < device_bytes:
         raise SpaceError(
             "not enough host memory for the state of the GPUs",
             cause=f"{device_bytes:,} bytes are needed, and {available:,} are available",
             hint="give vLLM less KV cache (--gpu-memory-utilization), or --weights reload",
         )
-
-
-def available_bytes(own_groups: Path = _OWN_GROUPS, cgroups: Path = _CGROUPS) -> int:
-    """Return the memory available to us, limited by the node and all our control groups (version 2)."""
-    import psutil  # takes 15 ms, and most snapshots have no GPU
-
-    found = [int(psutil.virtual_memory().available)]
-    groups = own_groups.read_text().splitlines()
-    for group in [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]:
-        for directory in (cgroups / group, *(cgroups / group).parents):
-            with contextlib.suppress(OSError, ValueError):
-                limit, used = (int((directory / f"memory.{name}").read_text()) for name in ("max", "current"))
-                counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                found.append(limit - used + int(counts.get("inactive_file", 0)))  # reclaimed on demand
-    return max(0, min(found))
 
 
 def _device_holders(cell: Cell, except_for: Collection[int] = ()) -> list[str]:

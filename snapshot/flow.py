@@ -235,7 +235,8 @@ def _prove(
         msgspec.structs.replace(each, working_set=tuple(working_sets.get(each.path.name, ())))
         for each in record.dump.memory
     ]
-    dumped = msgspec.structs.replace(record.dump, memory=memory)
+    own_bytes = proof.memory.own_bytes if proof.memory else 0
+    dumped = msgspec.structs.replace(record.dump, memory=memory, own_bytes=own_bytes)
     changed = msgspec.structs.replace(record, dump=dumped)
     known = images.build(staging, changed, image.layers, image.cache)
     dumps.relabel(home, image, known)

@@ -14,14 +14,19 @@ from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.files import write_atomically
 from rekindle.home import Home
+from rekindle.node import memory
 from rekindle.proc import boot_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
-    """A working CRIU, or None, and what prevents a restore of a process here, by reason code."""
+    """A working CRIU, or None, and what prevents a restore of a process here, by reason code.
+
+    `memory_bytes` can be had here; None if that is not known.
+    """
 
     criu: Criu | None = None
+    memory_bytes: int | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -35,7 +40,7 @@ def probe(home: Home) -> Abilities:
     if problem := _cell_problem(home):
         return Abilities(problems={"privileges": problem})
     try:
-        return Abilities(criu=criu.find(home))
+        return Abilities(criu=criu.find(home), memory_bytes=memory.available_bytes())
     except CapabilityError as error:
         problem = f"{error.message}: {error.cause}" if error.cause else error.message
         return Abilities(problems={"criu": problem})

@@ -43,6 +43,7 @@ def compare(
         *_kernel(recorded.kernel, node.kernel),
         *_equal("libc", "C library", recorded.libc, node.libc),
         *_ability_problems(abilities, record),
+        *_memory(abilities, record),
         *_gpus(record, node),
         *(
             Difference("rootfs-file", file.path, describe_recorded(file), different[file.path])
@@ -151,6 +152,23 @@ def _ability_problems(abilities: Abilities, record: Record) -> Iterator[Differen
             yield Difference(code, code, "", problem)
     if abilities.criu is not None and major_minor(abilities.criu.version) < major_minor(record.criu.version):
         yield Difference("criu-version", "CRIU", record.criu.version, abilities.criu.version)
+
+
+def _memory(abilities: Abilities, record: Record) -> Iterator[Difference]:
+    """Yield a difference if the server would not have the memory that it had when it first answered."""
+    needed = memory_needed(record)
+    if abilities.memory_bytes is not None and abilities.memory_bytes < needed:
+        yield Difference(
+            "memory", "memory", f"{needed:,} bytes", f"{abilities.memory_bytes:,} bytes available"
+        )
+
+
+def memory_needed(record: Record) -> int:
+    """Return the bytes of memory that a restored server has of its own when it first answers.
+
+    Of an image that was not proved, or has no memory files, all that is stored counts.
+    """
+    return record.dump.own_bytes or record.dump.stored_bytes
 
 
 def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:

@@ -163,6 +163,15 @@ RULES: Mapping[str, Rule] = {
         source="checkpoint-restore/criu#2128, #2847",
         advice="install the recorded version of CRIU or a newer one",
     ),
+    "memory": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The server needs at once what it had of its own when it first answered; mapped memory files "
+        "can be read again, and do not count. Beyond a control group's limit the OS kernel kills the server, "
+        "or with memory.oom.group all of the group.",
+        source="Linux, Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.oom.group)",
+        advice="give the container more memory, or end something",
+    ),
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
         hard=True,

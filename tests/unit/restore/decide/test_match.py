@@ -34,6 +34,25 @@ def differences(**changes: Any) -> list[Reason]:
     return process(RECORD, structs.replace(NODE, **changes), ABLE, {})
 
 
+@pytest.mark.parametrize(
+    ("own", "stored", "available", "fits"),
+    [
+        (5 << 20, 9 << 20, 5 << 20, True),
+        (5 << 20, 9 << 20, (5 << 20) - 1, False),
+        (0, 9 << 20, 9 << 20, True),  # an image that was not proved
+        (0, 9 << 20, (9 << 20) - 1, False),
+        (1 << 60, 1 << 60, None, True),  # the OS kernel does not tell
+    ],
+)
+def test_a_server_must_have_the_memory_that_it_had(
+    own: int, stored: int, available: int | None, fits: bool
+) -> None:
+    dump = structs.replace(RECORD.dump, own_bytes=own, stored_bytes=stored)
+    able = dataclasses.replace(ABLE, memory_bytes=available)
+    reasons = process(structs.replace(RECORD, dump=dump), NODE, able, {})
+    assert [(each.code, each.hard) for each in reasons] == ([] if fits else [("memory", True)])
+
+
 CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
     "the same node": ({}, []),
     "another name of the processor": ({"cpu_model": "Other CPU"}, []),
