@@ -250,17 +250,18 @@ def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,t
 
     memory.check_kernel()
     os.mkdir(os.path.dirname(MEMORY_PLACE), 0o700)  # noqa: PTH102, PTH120 - fails if there is one already
+    ranges = request["memory"]["ranges"]
     with contextlib.ExitStack() as undo:
         undo.callback(remove_memory_place)
         make_memory_place(request["memory"]["directory"])
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                pid = spawn(request, fds, lambda: memory.give_listener(theirs))
+                pid = spawn(request, fds, lambda: memory.give_listener(theirs, ranges))
             undo.callback(os.waitpid, pid, 0)
             listener = memory.take_listener(ours)
         undo.pop_all()
-    return pid, Supervisor(memory.CallSource(listener), MEMORY_PLACE, request["memory"]["ranges"])
+    return pid, Supervisor(memory.CallSource(listener), MEMORY_PLACE, ranges)
 
 
 def load_siblings() -> None:

@@ -49,10 +49,12 @@ _MACHINES = {
 _MACHINE = _MACHINES.get(os.uname().machine)
 _PROCESS_MADVISE = 440  # the same number everywhere
 _X32_BIT = 0x40000000
+_PLACES_LIMIT = 32  # so that no jump is longer than 255 instructions
 
 _LOAD, _TO_X, _GIVE = 0x20, 0x07, 0x06  # BPF_LD|W|ABS, BPF_MISC|TAX, BPF_RET|K
 _IF_EQUAL, _IF_GREATER, _IF_NOT_LESS, _IF_ANY_BIT = 0x15, 0x25, 0x35, 0x45  # BPF_JMP|JEQ, JGT, JGE, JSET |K
 _IF_EQUAL_X, _IF_GREATER_X = 0x1D, 0x2D
+_AND = 0x54  # BPF_ALU|AND|K
 _ALLOW, _NOTIFY, _ERRNO = 0x7FFF0000, 0x7FC00000, 0x00050000
 _NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
 
@@ -82,11 +84,13 @@ def _assemble(lines: Sequence[_Line]) -> bytes:
 
 
 def _filter(machine: _Machine) -> bytes:
-    """Return a program that notifies of what memory files need, and allows everything else.
+    """Return a program that stops the calls that memory files need help with, and allows all others.
 
-    32-bit calls have the same arguments, so they are treated alike. x32 calls (x86-64 only; CRIU restores no
-    x32 process) do not exist here. process_madvise of a process's own memory takes every advice since
-    Linux 6.13; what it does is in memory that may change while we look, so it answers as an older kernel.
+    It goes on in what `_places` returns with moves by mremap, the high half of their address loaded.
+
+    32-bit calls have the same arguments and are treated alike. x32 calls (x86-64 only; CRIU restores no x32
+    process) fail as on a kernel without them. process_madvise of a process's own memory takes every advice
+    since Linux 6.13, but its arguments are in memory that may change while we look, so it fails as before.
     """
     dropping = (MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL)
     lines: list[_Line] = [
@@ -108,33 +112,63 @@ def _filter(machine: _Machine) -> bytes:
     lines += [(_GIVE, _ALLOW), "process_madvise", (_LOAD, _argument(3))]
     lines += [(_IF_EQUAL, advice, "invalid", "") for advice in dropping]
     lines += [
+        "allow",
         (_GIVE, _ALLOW),
+        "unknown",
+        (_GIVE, _ERRNO | errno.ENOSYS),
+        "invalid",
+        (_GIVE, _ERRNO | errno.EINVAL),
         "mremap",
-        (_LOAD, _argument(3)),
-        (_IF_ANY_BIT, MREMAP_FIXED | MREMAP_DONTUNMAP, "notify", ""),
         (_LOAD, _argument(1, high=True)),
         (_TO_X, 0),
         (_LOAD, _argument(2, high=True)),
         (_IF_GREATER_X, 0, "notify", ""),
-        (_IF_EQUAL_X, 0, "", "allow"),
+        (_IF_EQUAL_X, 0, "", "no growth"),
         (_LOAD, _argument(1)),
         (_TO_X, 0),
         (_LOAD, _argument(2)),
-        (_IF_GREATER_X, 0, "notify", "allow"),
+        (_IF_GREATER_X, 0, "notify", ""),
+        "no growth",
+        (_LOAD, _argument(3)),
+        (_IF_ANY_BIT, MREMAP_DONTUNMAP, "notify", ""),
+        (_IF_ANY_BIT, MREMAP_FIXED, "", "stays"),
+        (_LOAD, _argument(1, high=True)),
+        (_IF_EQUAL, 0, "move", "notify"),
+        "stays",
+        (_GIVE, _ALLOW),
         "notify",
         (_GIVE, _NOTIFY),
-        "invalid",
-        (_GIVE, _ERRNO | errno.EINVAL),
-        "unknown",
-        (_GIVE, _ERRNO | errno.ENOSYS),
-        "allow",
-        (_GIVE, _ALLOW),
+        "move",
+        (_LOAD, _argument(0, high=True)),
+        (_AND, (1 << machine.address_bits - 32) - 1),
     ]
     return _assemble(lines)
 
 
+def _places(ranges: Sequence[Sequence[int]]) -> bytes:
+    """Return the rest of the program: it stops moves of less than 4 GiB that may begin or end in a range.
+
+    CRIU moves a few thousand mappings while it restores, from elsewhere: 7 us each, were they stopped.
+    """
+    places: list[list[int]] = []  # by the high halves of addresses
+    for start, end in ranges:
+        first, last = max((start >> 32) - 1, 0), (end - 1) >> 32
+        if places and first <= places[-1][1] + 1:
+            places[-1][1] = last
+        else:
+            places.append([first, last])
+    while len(places) > _PLACES_LIMIT:
+        at = min(range(1, len(places)), key=lambda i: places[i][0] - places[i - 1][1])
+        places[at - 1 : at + 1] = [[places[at - 1][0], places[at][1]]]
+    lines: list[_Line] = []
+    for first, last in places:
+        after = f"after {last:x}"
+        lines += [(_IF_NOT_LESS, first, "", "allow"), (_IF_GREATER, last, after, "notify"), after]
+    return _assemble([*lines, "allow", (_GIVE, _ALLOW), "notify", (_GIVE, _NOTIFY)])
+
+
 FILTER = _filter(_MACHINE) if _MACHINE else b""
-"""The program, as PTRACE_SECCOMP_GET_FILTER and so a dump's seccomp.img have it; b"" on other machines."""
+"""How the program of every such filter begins, also in a dump's seccomp.img; b"" on other machines."""
 
 _SET_MODE_FILTER = 1
 _FLAG_SPEC_ALLOW = 4  # this is no sandbox: leave the mitigations of a CPU's speculation as they are
@@ -163,10 +197,10 @@ def check_kernel() -> None:
         _libc.munmap(ctypes.c_void_p(address), size)
 
 
-def give_listener(channel: socket.socket) -> None:
+def give_listener(channel: socket.socket, ranges: Sequence[Sequence[int]]) -> None:
     """Put the filter on this process, and send the listener to its supervisor; else an error, and exit."""
     try:
-        listener = _install()
+        listener = _install(FILTER + _places(ranges))
     except OSError as error:
         channel.send(struct.pack("i", error.errno))
         os._exit(1)
@@ -183,10 +217,10 @@ def take_listener(channel: socket.socket) -> int:
     return fds[0]
 
 
-def _install() -> int:
+def _install(program: bytes) -> int:
     assert _MACHINE is not None
-    code = ctypes.create_string_buffer(FILTER, len(FILTER))
-    header = struct.pack("HxxxxxxP", len(FILTER) // 8, ctypes.addressof(code))
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     flags = _FLAG_NEW_LISTENER | _FLAG_SPEC_ALLOW
     for extra in (_FLAG_WAIT_KILLABLE_RECV, 0):
         listener = int(_libc.syscall(_MACHINE.seccomp, _SET_MODE_FILTER, flags | extra, header))

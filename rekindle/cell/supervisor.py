@@ -9,7 +9,7 @@ Sources: mm/madvise.c and mm/mremap.c of Linux, for what is done and for the ord
 import contextlib
 import errno
 import os
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -37,8 +37,9 @@ class Supervisor:
     """Answers the calls of every task under one filter.
 
     `ranges` are all the addresses where a process has a memory file mapped, sorted and disjoint. A call
-    elsewhere goes on at once. Each other one is a job that is done in pieces, so that a large one delays
-    nobody: call `receive` whenever `listener` is readable, and `step` as long as there is `busy`.
+    elsewhere goes on at once, unless a program has moved such memory. Each other one is a job that is done in
+    pieces, so that a large one delays nobody: call `receive` whenever `listener` is readable, and `step` as
+    long as there is `busy`.
 
     A mapping is a memory file's if its path is in the files' directory. (Its device and inode say less:
     stat has other numbers than /proc/PID/maps on btrfs and overlayfs.)
@@ -50,6 +51,7 @@ class Supervisor:
         self._prefix = os.fsencode(directory) + b"/"
         self._starts = [start for start, _ in ranges]
         self._ends = [end for _, end in ranges]
+        self._has_moved = False
         self._files: dict[bytes, int] = {}
         self._running: deque[Iterator[None]] = deque()
         self._waiting: deque[Iterator[None]] = deque()
@@ -64,8 +66,8 @@ class Supervisor:
         if call is None:
             return
         start, end = _range(call)
-        at = bisect_right(self._ends, start)
-        if at < len(self._ends) and self._starts[at] < end:
+        at = bisect_right(self._ends, start)  # the first range that ends behind it
+        if self._has_moved or (at < len(self._ends) and self._starts[at] < end):
             self._waiting.append(self._job(call, start, end))
         else:
             call.let_go_on()
@@ -93,7 +95,7 @@ class Supervisor:
 
     def _remap(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
         """Refuse growth with ENOMEM; realloc then allocates, copies and frees."""
-        _, old_size, new_size, flags, new_start = call.arguments[:5]
+        _, old_size, new_size, flags, new_start, _ = call.arguments
         if not any(self._has(area) for area in memory.between(start, end, of_file=True)):
             call.let_go_on()
         elif flags & MREMAP_DONTUNMAP or not old_size:
@@ -108,7 +110,10 @@ class Supervisor:
                 call.answer(errno.ENOMEM if is_whole else errno.EFAULT)
         else:
             if flags & MREMAP_FIXED:
-                self._add(new_start, new_start + pages(new_size))
+                at = bisect_right(self._ends, new_start)
+                is_known = at < len(self._ends) and self._starts[at] <= new_start
+                # From a place that is not known, it can be moved again without our being asked.
+                self._has_moved |= not (is_known and new_start + pages(new_size) <= self._ends[at])
             call.let_go_on()
         yield
 
@@ -198,14 +203,6 @@ class Supervisor:
             if data < hole:
                 yield max(start, data), hole, True
             start = hole
-
-    def _add(self, start: int, end: int) -> None:
-        """Note that a memory file will be mapped in a further place."""
-        first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
-        if first < last:
-            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
-        self._starts[first:last] = [start]
-        self._ends[first:last] = [end]
 
 
 def _is_valid_move(start: int, old_size: int, new_size: int, flags: int, new_start: int) -> bool:

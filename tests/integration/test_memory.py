@@ -41,6 +41,7 @@ AREAS = [[0, 32, 0], [32, 32, 32], [64, 16, 64], [96, 32, 80]]
 FILE_PAGES, FILE_HOLE = 112, range(64, 80)
 GAP = 80
 FREE_PLACE = 200  # of the arena, where nothing is at first
+FAR = 1 << 26  # pages from its start: 256 GiB
 
 
 @dataclass
@@ -342,7 +343,15 @@ def test_memory_that_was_moved_is_known_where_it_is(pair: Pair) -> None:
     assert pair.do("advise", FREE_PLACE + 50, 4, DONTNEED) == [0, 0]
     assert pair.do("advise", 0, 32, DONTNEED) == [-1, errno.ENOMEM]
     assert pair.do("remap", FREE_PLACE, 8, 8, MAYMOVE | FIXED, 400) == [400, 0]
+    assert pair.do("advise", 400, 2, DONTNEED) == [0, 0]
     assert pair.grow(400, 8, 16, FREE_PLACE) == [FREE_PLACE, 0]
+
+
+def test_memory_that_was_moved_twice_is_known_where_it_is(pair: Pair) -> None:
+    """The second move begins where no memory file was, so it is not seen."""
+    for source, target in ((8, FAR), (FAR, FREE_PLACE)):
+        assert pair.do("remap", source, 8, 8, MAYMOVE | FIXED, target) == [target, 0]
+    assert pair.do("advise", FREE_PLACE + 2, 2, DONTNEED) == [0, 0]
 
 
 def test_nothing_stays_mapped_where_memory_was_moved_from(pair: Pair) -> None:
@@ -486,7 +495,7 @@ def test_no_sequence_of_calls_tells_them_apart(both: Pair, operations: list[tupl
                 both.do(name, *arguments)
 
 
-def test_the_filter_is_seen_in_a_process_as_its_bytes(both: Pair) -> None:
+def test_the_filter_is_seen_in_a_process_by_its_first_bytes(both: Pair) -> None:
     """A dump takes it from there, and it is taken out of the dump again."""
     libc = ctypes.CDLL(None, use_errno=True)
     seize, interrupt, get_filter, detach = 0x4206, 0x4207, 0x420C, 17
@@ -495,10 +504,10 @@ def test_the_filter_is_seen_in_a_process_as_its_bytes(both: Pair) -> None:
     try:
         assert libc.ptrace(interrupt, pid, None, None) == 0
         os.waitpid(pid, 0)
-        program = ctypes.create_string_buffer(len(FILTER))
+        program = ctypes.create_string_buffer(8 * 4096)
         count = libc.ptrace(get_filter, pid, None, program)
-        assert count * 8 == len(FILTER)
-        assert program.raw == FILTER
+        assert count * 8 > len(FILTER)
+        assert program.raw.startswith(FILTER)
     finally:
         libc.ptrace(detach, pid, None, None)
 
