@@ -136,7 +136,7 @@ def _require_memory(device_bytes: int) -> None:
         raise SpaceError(
             "not enough host memory for the state of the GPUs",
             cause=f"{device_bytes:,} bytes are needed, and {available:,} are available",
-            hint="give vLLM less KV cache (--gpu-memory-utilization), or --weights reload",
+            hint="reduce vLLM's KV cache (--gpu-memory-utilization), or use --weights reload",
         )
 
 

@@ -191,7 +191,7 @@ def _prove(
     engine: Engine,
     report: Report,
 ) -> images.Image:
-    """Restore what will be published, ask the oracle, and record what of its memory that touched.
+    """Restore the image that will be published, ask the oracle, and record which memory that touched.
 
     The server's log files are moved away first, since a later restore will not find them either. Returns the
     image with that record; its dump is kept, unpacked, for `restore`.

@@ -119,7 +119,9 @@ def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextl
         try:
             done = extraction.extract(source.read_kernels(), where, limits=limits)
         except UsageError as error:
-            raise CapabilityError(error.message, cause=error.cause, hint="--cache-dir DIR") from None
+            raise CapabilityError(
+                error.message, cause=error.cause, hint="choose another directory with --cache-dir DIR"
+            ) from None
 
     def undo(kind: object, *_: object) -> None:
         if kind is not None:

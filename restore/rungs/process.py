@@ -108,7 +108,7 @@ def take(
                 cuda=cuda,
                 memory=run.options.memory,
             )
-            # What the server maps must stay as it is while it lives. A copied dump is not needed any longer:
+            # Memory files must not change while the server maps them. A copied dump is not needed any longer:
             # other restores may remove it to make room.
             if report.memory is not None and report.memory.mode is MemoryMode.MAPPED:
                 stack.push(using.pop_all().__exit__)
@@ -222,7 +222,7 @@ def restore(
 def _seen_in_cell(cell: Cell, fd: int, opened: contextlib.ExitStack) -> int:
     """Return a descriptor for the server's output that CRIU can dump again.
 
-    Files, pipes and terminals of ours it can call external; a device like /dev/null must be the cell's own
+    CRIU can treat our files, pipes and terminals as external, but a device like /dev/null must be the cell's
     (CRIU 4.2.1: "Can't lookup mount").
     """
     status = os.fstat(fd)
