@@ -5,6 +5,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests that run side by side. Each lane has a machine of its own (tests/traces.py), but no cores of its own.
+LANES := 2
 SCRIPTS = hack/lib.sh $(shell grep -ls "^\#!.*bash" .ci/* hack/*)
 
 help: ## List the targets
@@ -45,7 +47,7 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/python -m hack.docs.schemas --check
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
 
 clean: ## Remove everything that was built in this checkout
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
