@@ -48,20 +48,20 @@ def test_a_restored_server_goes_on_where_it_was(
 
 
 def test_ten_restores_each_after_kill_9_of_the_last(
-    rekindle: Rekindle, restore: Restore, port: int, nothing_left: Callable[[], None]
+    rekindle: Rekindle, restore: Restore, horse_port: int, nothing_left: Callable[[], None]
 ) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
     for _ in range(10):
-        replica = restore("horse", port)
+        replica = restore("horse", horse_port)
         assert replica.report["oracle"]["match"] is True
         assert replica.ask("/count", {}) == "1"
         replica.kill()
     nothing_left()
 
 
-def test_two_replicas_of_one_snapshot_on_one_host(rekindle: Rekindle, restore: Restore, port: int) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
-    first, second = restore("horse", port), restore("horse", free_port())
+def test_two_replicas_of_one_snapshot_on_one_host(
+    rekindle: Rekindle, restore: Restore, horse_port: int
+) -> None:
+    first, second = restore("horse", horse_port), restore("horse", free_port())
     assert [first.ask("/count", {}) for _ in range(3)] == ["1", "2", "3"]
     assert second.ask("/count", {}) == "1"
     assert "data: 4" in first.ask("/stream?n=5")
@@ -71,15 +71,14 @@ def test_two_replicas_of_one_snapshot_on_one_host(rekindle: Rekindle, restore: R
 
 
 def test_the_published_port_carries_much_both_ways_and_streams(
-    rekindle: Rekindle, restore: Restore, port: int
+    rekindle: Rekindle, restore: Restore, horse_port: int
 ) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
-    replica = restore("horse", port)
+    replica = restore("horse", horse_port)
     assert replica.ask("/upload", "x" * 20_000_000) == str(20_000_002)
     began = time.monotonic()
     import urllib.request
 
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/stream?n=20", timeout=30) as response:
+    with urllib.request.urlopen(f"http://127.0.0.1:{horse_port}/stream?n=20", timeout=30) as response:
         response.readline()
         first = time.monotonic() - began
         response.read()
@@ -87,24 +86,22 @@ def test_the_published_port_carries_much_both_ways_and_streams(
 
 
 def test_without_publish_the_port_is_where_the_server_listened(
-    rekindle: Rekindle, port: int, tmp_path: Path
+    rekindle: Rekindle, horse_port: int, tmp_path: Path
 ) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
     report = tmp_path / "report.json"
     process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
     try:
         wait_for(report.exists, 30)
-        assert json.loads(report.read_text())["endpoint"] == f"127.0.0.1:{port}"
+        assert json.loads(report.read_text())["endpoint"] == f"127.0.0.1:{horse_port}"
     finally:
         process.kill()
         process.wait()
 
 
-def test_clocks_go_on_from_the_snapshot(rekindle: Rekindle, restore: Restore, port: int) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
+def test_clocks_go_on_from_the_snapshot(rekindle: Rekindle, restore: Restore, horse_port: int) -> None:
     record = rekindle("inspect", "horse", "--json").json["record"]["process"]
     time.sleep(2.5)
-    facts = json.loads(restore("horse", port).ask("/facts"))
+    facts = json.loads(restore("horse", horse_port).ask("/facts"))
     for clock in ("monotonic", "boottime"):
         passed = facts[clock] - record[f"{clock}_ns"] / 1e9
         assert 0 <= passed < 2, f"{clock} jumped by {passed} s"
@@ -112,10 +109,9 @@ def test_clocks_go_on_from_the_snapshot(rekindle: Rekindle, restore: Restore, po
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_server_and_its_status_is_ours(
-    rekindle: Rekindle, restore: Restore, port: int, signum: int, nothing_left: Callable[[], None]
+    rekindle: Rekindle, restore: Restore, horse_port: int, signum: int, nothing_left: Callable[[], None]
 ) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
-    replica = restore("horse", port)
+    replica = restore("horse", horse_port)
     replica.process.send_signal(signum)
     assert replica.process.wait(20) == 7
     assert f"workhorse: signal {int(signum)}" in replica.log.read_text()
@@ -123,10 +119,9 @@ def test_a_signal_reaches_the_server_and_its_status_is_ours(
 
 
 def test_a_restored_server_writes_to_our_stdout_and_stderr(
-    rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
+    rekindle: Rekindle, restore: Restore, horse_port: int, tmp_path: Path
 ) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
-    replica = restore("horse", port)
+    replica = restore("horse", horse_port)
     replica.ask("/count", {})
     wait_for(lambda: "count 1" in replica.log.read_text(), 5)
     assert "serving" not in replica.log.read_text(), "what was written before the snapshot came again"
@@ -227,49 +222,47 @@ def test_the_environment_reaches_the_server_whole(rekindle: Rekindle, restore: R
     assert facts["large"] == 100_000
 
 
-def test_the_port_is_open_when_the_report_is_there(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
+def test_the_port_is_open_when_the_report_is_there(
+    rekindle: Rekindle, horse_port: int, tmp_path: Path
+) -> None:
     for number in range(5):
         report = tmp_path / f"report-{number}"
         process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
         try:
             wait_for(report.exists, 30)
-            assert Replica(process, port, tmp_path / "log", {}).ask("/count", {}) == "1"
+            assert Replica(process, horse_port, tmp_path / "log", {}).ask("/count", {}) == "1"
         finally:
             process.kill()
             process.wait()
 
 
-def test_readers_of_the_store_do_not_wait_for_each_other(rekindle: Rekindle, port: int) -> None:
+def test_readers_of_the_store_do_not_wait_for_each_other(rekindle: Rekindle, horse_port: int) -> None:
     import fcntl
 
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
     with open(rekindle.home / "store" / ".reading", "w") as unpacking:
         fcntl.flock(unpacking, fcntl.LOCK_SH)
         began = time.monotonic()
         assert rekindle("inspect", "horse").status == 0
-        assert rekindle.snapshot_workhorse("horse", port, flags=["--no-prove"]).status == 0
+        assert rekindle.snapshot_workhorse("horse", horse_port, flags=["--no-prove"]).status == 0
         assert time.monotonic() - began < 20
 
 
-def test_closed_standard_files_do_no_harm(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
+def test_closed_standard_files_do_no_harm(rekindle: Rekindle, horse_port: int, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     rekindle.prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     process = rekindle.spawn("restore", "horse", "--report", str(report), log=tmp_path / "log")
-    replica = Replica(process, port, tmp_path / "log", {})
+    replica = Replica(process, horse_port, tmp_path / "log", {})
     try:
         wait_for(lambda: _answers(replica), 30)
     finally:
         replica.kill()
 
 
-def test_json_keeps_stdout_for_the_report(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
-    assert rekindle.snapshot_workhorse("horse", port).status == 0
+def test_json_keeps_stdout_for_the_report(rekindle: Rekindle, horse_port: int, tmp_path: Path) -> None:
     with open(tmp_path / "stdout", "wb") as stdout:
         process = rekindle.spawn("restore", "horse", "--json", log=tmp_path / "stderr", stdout=stdout)
     wait_for(lambda: (tmp_path / "stdout").read_text().endswith("}\n"), 30)
-    replica = Replica(process, port, tmp_path / "stderr", {})
+    replica = Replica(process, horse_port, tmp_path / "stderr", {})
     wait_for(lambda: _answers(replica), 10)
     process.kill()
     process.wait()
