@@ -105,7 +105,7 @@ class Layout:
         if len(content) != descriptor.size or Digest.of_bytes(content) != descriptor.digest:
             raise IntegrityError(
                 f"the bytes of blob {descriptor.digest} do not match its digest",
-                hint="make the snapshot anew, or fetch it again",
+                hint="make the snapshot again, or fetch it again",
             )
         return content
 
@@ -118,7 +118,7 @@ class Layout:
             fd = os.open(self._blobs / descriptor.digest.hex, flags)
         except FileNotFoundError:
             raise IntegrityError(
-                f"blob {descriptor.digest} is missing from {self.root}", hint="make the snapshot anew"
+                f"blob {descriptor.digest} is missing from {self.root}", hint="make the snapshot again"
             ) from None
         except OSError as error:
             if error.errno not in _NO_FILE:
@@ -134,7 +134,7 @@ class Layout:
             file.close()
             raise IntegrityError(
                 f"blob {descriptor.digest} has {size} bytes instead of {descriptor.size}",
-                hint="make the snapshot anew, or fetch it again",
+                hint="make the snapshot again, or fetch it again",
             )
         return file
 
@@ -412,7 +412,7 @@ def _not_a_file(descriptor: Descriptor, what: str) -> IntegrityError:
     return IntegrityError(
         f"blob {descriptor.digest} is not a regular file",
         cause=what,
-        hint="make the snapshot anew, or fetch it again",
+        hint="make the snapshot again, or fetch it again",
     )
 
 
