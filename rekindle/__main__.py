@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_files() -> None:
-    """Open those of descriptors 0, 1 and 2 that are closed, or a file of ours could become stdout."""
+    """Open descriptors 0, 1 and 2 if they are closed; otherwise a file of ours could become stdout."""
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
@@ -96,7 +96,7 @@ def _interrupt(signum: int, _: object) -> NoReturn:
 
 
 def _reader_is_gone() -> bool:
-    """Return whether the reader of our standard output has gone, as `| head` does early."""
+    """Tell whether the reader of our standard output has exited, as `head` in a pipe does early."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
@@ -141,7 +141,7 @@ def run() -> NoReturn:
         pass
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    os._exit(status)  # nothing is left to do, and finalising the interpreter takes 30 ms
+    os._exit(status)  # nothing is left to do, and finalizing the interpreter takes 30 ms
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration file: `$REKINDLE_HOME/config.toml`, or what `$REKINDLE_CONFIG` names.
+"""Read the configuration file: `$REKINDLE_CONFIG`, or else `$REKINDLE_HOME/config.toml`.
 
 docs/operations.md explains it.
 
-    [limits]                                how much of foreign bytes is taken
+    [limits]                                upper bounds for images from elsewhere
     manifest_bytes = 4194304
     record_bytes = 16777216
     layers = 1000
     expansion_ratio = 200
 
     [transfer]
-    jobs = 16                               connections at once
+    jobs = 16                               parallel connections
     connect_seconds = 10
-    stall_seconds = 30                      without news, a connection counts as broken
-    attempts = 5                            in a row without a byte, until a request has failed
-    longest_wait_seconds = 60               a registry that asks for more (Retry-After) has failed
+    stall_seconds = 30                      a connection without data for this long is broken
+    attempts = 5                            in a row without a byte, before a request fails
+    longest_wait_seconds = 60               fail if a registry asks for a longer one (Retry-After)
 
     [registry."registry.example.com"]
-    mirrors = ["http://127.0.0.1:30020"]    tried first, in this order; the digest is the judge
-    plain_http = false                      true for registries on loopback, unless this says otherwise
-    ca_file = "/etc/ssl/our-ca.pem"         in place of the system's authorities
-    cert_file = "/etc/ssl/node.pem"         the certificate that we show, with its key
+    mirrors = ["http://127.0.0.1:30020"]    tried first, in order; their bytes are checked by digest
+    plain_http = false                      the default is true for registries on loopback only
+    ca_file = "/etc/ssl/our-ca.pem"         instead of the system's authorities
+    cert_file = "/etc/ssl/node.pem"         our client certificate, with its key
     key_file = "/etc/ssl/node-key.pem"
 """
 
@@ -42,7 +42,7 @@ _RETRYING = frozenset({"attempts", "longest_wait_seconds"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an image from elsewhere may be at most. Sizes are in bytes."""
+    """Upper bounds for an image from elsewhere."""
 
     manifest_bytes: int = 4 << 20
     record_bytes: int = 16 << 20
@@ -50,16 +50,19 @@ class Limits:
     expansion_ratio: int = 200
 
     def expanded_bytes(self, stored_bytes: int) -> int:
-        """How much a layer may become. A gigabyte is never a bomb, and constant memory shrinks to nothing."""
+        """Return the limit for an unpacked layer, at least 1 GiB.
+
+        The ratio alone would reject small layers: memory of one repeated byte compresses to almost nothing.
+        """
         return max(1 << 30, stored_bytes * self.expansion_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
-    """How often something is attempted, and how long the pauses in between are.
+    """The number of attempts and the pauses between them.
 
-    The first pause takes up to `first_pause_seconds`, each further one twice as long, none more than
-    `longest_wait_seconds`. A registry that asks for a longer one has failed.
+    The first pause takes up to `first_pause_seconds`, each further one twice as long, and none more than
+    `longest_wait_seconds`. If a registry asks for a longer pause, the request fails.
     """
 
     attempts: int = 5
@@ -69,7 +72,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSettings:
-    """How registries are spoken to: over how many connections at once, and how patiently."""
+    """Settings for transfers: the number of connections, timeouts and retries."""
 
     jobs: int = 16
     connect_seconds: float = 10
@@ -79,7 +82,7 @@ class TransferSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistrySettings:
-    """How one registry is reached."""
+    """Settings for connecting to one registry."""
 
     mirrors: tuple[str, ...] = ()
     plain_http: bool | None = None  # None: for loopback only
@@ -90,7 +93,7 @@ class RegistrySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All that the file may say. Registries are by host, with the port if there is one."""
+    """The settings of the configuration file. `registries` maps `HOST` or `HOST:PORT` to settings."""
 
     limits: Limits = field(default_factory=Limits)
     transfer: TransferSettings = field(default_factory=TransferSettings)
@@ -101,30 +104,30 @@ class Config:
 
     @classmethod
     def read(cls, home: Path) -> "Config":
-        """Raises UsageError for a file that cannot be used; without one, the defaults."""
+        """Read the file; return the defaults if there is none. Raises UsageError for an invalid one."""
         named = os.environ.get("REKINDLE_CONFIG")
         path = Path(named) if named else home / "config.toml"
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
             if named:
-                raise UsageError(f"{path} cannot be read", cause=str(error)) from None
+                raise UsageError(f"cannot read {path}", cause=str(error)) from None
             return cls()
         except OSError as error:
-            raise UsageError(f"{path} cannot be read", cause=str(error)) from None
+            raise UsageError(f"cannot read {path}", cause=str(error)) from None
         try:
             return cls.parse(content)
         except FormatError as error:
             raise UsageError(
-                f"{path} is not as it should be",
+                f"{path} is not valid",
                 cause=": ".join(part for part in (error.message, error.cause) if part),
-                hint="docs/operations.md shows what it may say",
+                hint="see docs/operations.md for the settings",
             ) from None
 
     @classmethod
     def parse(cls, content: bytes) -> "Config":
-        """Raises FormatError."""
-        document = Fields.parse_toml(content, "it", limit_bytes=_FILE_LIMIT_BYTES)
+        """Read the content of the file. Raises FormatError."""
+        document = Fields.parse_toml(content, "the configuration", limit_bytes=_FILE_LIMIT_BYTES)
         document.only({"limits", "transfer", "registry"})
         tables = {"limits": {}, "transfer": {}, "registry": {}, **document.as_json()}
         return cls(
@@ -161,7 +164,7 @@ def _registry(value: object, where: str) -> RegistrySettings:
     mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
     return RegistrySettings(
         mirrors=tuple(mirrors),
-        plain_http=given.truth("plain_http", default=False) if given.has("plain_http") else None,
+        plain_http=given.boolean("plain_http", default=False) if given.has("plain_http") else None,
         ca_file=_path(given, "ca_file"),
         cert_file=_path(given, "cert_file"),
         key_file=_path(given, "key_file"),

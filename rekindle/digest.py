@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Content digests as the OCI image specification writes them: `sha256:<64 hex digits>`."""
+"""Content digests in the form of the OCI image specification: `sha256:<64 hex digits>`."""
 
 import hashlib
 import io
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Self
 
 _FORM = re.compile(r"sha256:[0-9a-f]{64}")
-READ_BYTES = 1 << 20  # the size at which reading and hashing no longer gets faster
+READ_BYTES = 1 << 20  # reading and hashing get no faster with larger buffers
 
 
 class Digest(str):
-    """A well-formed sha256 digest. Other algorithms are refused: nothing here writes them."""
+    """A well-formed sha256 digest. Other algorithms are rejected: rekindle never writes them."""
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError if `text` is not a sha256 digest in canonical form."""
+        """Check a digest in text. Raises ValueError unless it is a sha256 digest in canonical form."""
         if not _FORM.fullmatch(text):
             raise ValueError(f"not a sha256 digest: {text[:80]!r}")
         return cls(text)
@@ -29,7 +29,7 @@ class Digest(str):
 
     @classmethod
     def of_hash(cls, hasher: "hashlib._Hash") -> Self:
-        """Return the digest of what a sha256 hasher was given."""
+        """Return the digest that a sha256 hasher has computed."""
         return cls("sha256:" + hasher.hexdigest())
 
     @classmethod
@@ -39,7 +39,7 @@ class Digest(str):
 
     @classmethod
     def of_stream(cls, stream: io.RawIOBase) -> Self:
-        """Of what is left to read. Takes a buffer of READ_BYTES, whatever the size."""
+        """Read a stream to its end and return the digest, with a buffer of READ_BYTES."""
         hasher = hashlib.sha256()
         buffer = memoryview(bytearray(READ_BYTES))
         while count := stream.readinto(buffer):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents of our own: types that say what each field may be, checked whole when a document is read.
+"""Read and write documents of our own formats, whose types define and check every field.
 
-The types are msgspec's. The JSON schemas in docs/schemas are made from them, and docs/adr/0022-msgspec.md
-says why. Foreign documents, of which a few fields matter, are read with `rekindle.fields`.
+The types are msgspec's, for the reasons in docs/adr/0022-msgspec.md. The JSON schemas in docs/schemas are
+generated from them. Foreign documents, of which only a few fields matter, are read with `rekindle.fields`.
 """
 
 import re
@@ -24,20 +24,21 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
 
 
 def whole(pattern: str) -> str:
-    """Return a pattern for all of a text. `$` alone would let a line feed follow."""
+    """Return a pattern that matches only a whole text. `$` alone would also match before a line feed."""
     return rf"^(?:{pattern})$(?!\n)"
 
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
-Nanoseconds = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]  # before or after 1970
-# The surrogates that os.fsencode takes stand for bytes that are not UTF-8; others are no file's name.
+Nanoseconds = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]  # since 1970, negative before
+# os.fsencode accepts the surrogates for bytes that are not UTF-8; others are in no file's name.
 AbsolutePath = Annotated[str, Meta(pattern=whole(r"/[^\x00\ud800-\udc7f\udd00-\udfff]*"))]
 
 
 def read(value: object, kind: type[T], where: str) -> T:
-    """Return a document as a value of a type. Raises FormatError that names the field, below `where`.
+    """Convert parsed JSON or TOML to a value of a type.
 
-    `value` is what JSON or TOML is parsed to. A part of it may be a value of its type already.
+    Parts of it may have their types already. Raises FormatError, whose message names the field below
+    `where`.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_from_text)
@@ -46,14 +47,14 @@ def read(value: object, kind: type[T], where: str) -> T:
 
 
 def to_json(value: object) -> dict[str, JSON]:
-    """Return the document that `read` makes the value of."""
+    """Convert a value to a document; the inverse of `read`."""
     document = msgspec.to_builtins(value, enc_hook=str)
     assert isinstance(document, dict)
     return document
 
 
 def canonical_path(text: str) -> PurePosixPath:
-    """Return a path that is written in one way only. Raises ValueError for `a//b`, `./a`, `a/`."""
+    """Parse a path in canonical form. Raises ValueError for `a//b`, `./a` and `a/`."""
     path = PurePosixPath(text)
     if str(path) != text:
         raise ValueError(f"Expected a path in canonical form, got {text!r:.120}")
@@ -61,7 +62,7 @@ def canonical_path(text: str) -> PurePosixPath:
 
 
 def _from_text(kind: type[T], value: object) -> object:
-    """Make a path or digest. What is raised here, msgspec raises with the place."""
+    """Convert text to a path or digest. msgspec adds the field's name to the errors."""
     if not isinstance(value, str):
         raise TypeError(f"Expected `str`, got `{type(value).__name__}`")
     if issubclass(kind, Digest):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a dump as the record lists them: found on disk, and made there again."""
+"""List the files of a dump for the record, and recreate them on disk from it."""
 
 import os
 import stat
@@ -9,18 +9,20 @@ from pathlib import Path, PurePosixPath
 from rekindle.record import FileKind, StoredFile
 
 TOPS = ("criu", "memory", "shm")
-"""What CRIU wrote; the memory of processes; what lay in the cell's /dev/shm."""
+"""CRIU's images; the memory of processes; the cell's /dev/shm."""
 
 
 def tops(files: Sequence[StoredFile]) -> list[str]:
-    """Return the top directories of a dump: a dump whose memory CRIU fills has no `memory`."""
+    """Return the top directories of a dump: one whose memory CRIU restores has no `memory`."""
     used = {file.path.parts[0] for file in files}
     return [top for top in TOPS if top != "memory" or top in used]
 
 
 def make(files: Sequence[StoredFile], tree: Path) -> None:
-    """Makes every file of the dump, empty but of its size. The record has been checked: no path leads
-    out, and nothing lies below a link."""
+    """Create every file of the dump in its size, as a hole.
+
+    Relies on the checks of the record: no path leads outside `tree`, and none leads through a link.
+    """
     for top in tops(files):
         (tree / top).mkdir(mode=0o700)
     for file in files:
@@ -40,7 +42,7 @@ def make(files: Sequence[StoredFile], tree: Path) -> None:
 
 
 def finish(files: Sequence[StoredFile], tree: Path) -> None:
-    """Gives every file its owner, mode and times; directories last, since writing changes them."""
+    """Set the owner, mode and times of every file; of directories last, since writing changes theirs."""
     for file in reversed(files):
         path = tree / file.path
         if file.kind is FileKind.HARDLINK:
@@ -52,7 +54,7 @@ def finish(files: Sequence[StoredFile], tree: Path) -> None:
 
 
 def scan(tree: Path) -> list[StoredFile]:
-    """Return the files below `criu/`, `memory/` and `shm/`, in an order in which they can be made."""
+    """Return the files below `criu/`, `memory/` and `shm/`, in an order in which `make` can create them."""
     found: list[StoredFile] = []
     names: dict[tuple[int, int], str] = {}
     for top in TOPS:
@@ -82,7 +84,7 @@ def _describe(path: Path, name: str, names: dict[tuple[int, int], str]) -> Store
         if status.st_nlink > 1 and identity in names:
             kind, target, size = FileKind.HARDLINK, names[identity], 0
         names.setdefault(identity, name)
-    else:  # sockets are bound anew by CRIU, devices do not belong there
+    else:  # CRIU binds sockets again, and devices do not belong into a dump
         return None
     return StoredFile(
         path=PurePosixPath(name),

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every error that a user can see.
 
-An error class exists because its caller acts differently: each has an exit status of its own and says
-whether `restore` may go down the ladder after it. They are turned into text and into an exit status
-once, in `rekindle/__main__.py`; docs/errors.md is generated from this module.
+An error class exists because callers act differently on it: each has its own exit status and says whether
+`restore` may fall back to a lower rung. Errors become text and an exit status in one place,
+`rekindle/__main__.py`; docs/errors.md is generated from this module.
 
     RekindleError
-    ├── UsageError          the command line asks for something that makes no sense
-    ├── CapabilityError     this node cannot do what is needed (root, CRIU, namespaces)   ladder goes down
-    ├── MismatchError       the snapshot was made for another kind of node                ladder goes down
-    ├── NotFoundError       there is no such image                                        ladder goes down
-    ├── PortError           an address that is to be published is taken
-    ├── SpaceError          a disk is full                                                ladder goes down
-    ├── BusyError           another rekindle holds what is needed                         ladder goes down
-    ├── FormatError         a record, manifest or CRIU image file is not what it should be
-    ├── IntegrityError      bytes are not those that their digest names
-    ├── TrustError          an image is not signed by anybody whom the policy accepts
-    ├── WorkloadError       the server died                                               ladder goes down
-    ├── NotReadyError       the server did not get ready in time                          ladder goes down
+    ├── UsageError          the command line or a file that it names is invalid
+    ├── CapabilityError     this node cannot do what is needed (root, CRIU, namespaces)   fallback
+    ├── MismatchError       the snapshot was made for another kind of node                fallback
+    ├── NotFoundError       there is no such image                                        fallback
+    ├── PortError           the address to publish is in use
+    ├── SpaceError          a disk is full                                                fallback
+    ├── BusyError           another rekindle holds a lock                                 fallback
+    ├── FormatError         a record, manifest, layer or CRIU image file is malformed
+    ├── IntegrityError      bytes do not match their digest
+    ├── TrustError          the policy does not accept an image's signatures
+    ├── WorkloadError       the server died                                               fallback
+    ├── NotReadyError       the server was not ready in time                              fallback
     ├── NotDumpableError    the server holds something that CRIU cannot dump
     ├── DumpError           CRIU failed to dump
-    ├── RestoreError        CRIU failed to restore                                        ladder goes down
-    ├── OracleError         the server gave another answer than it should                 ladder goes down
-    ├── SecretError         what is to be packed holds a secret
-    ├── CudaError           the CUDA driver fails at a process's state on GPUs            ladder goes down
-    ├── RegistryError       a registry cannot be reached, or fails                        ladder goes down
-    └── CredentialsError    a registry refuses who we are                                 ladder goes down
+    ├── RestoreError        CRIU failed to restore                                        fallback
+    ├── OracleError         the server gave a wrong answer                                fallback
+    ├── SecretError         the files to pack contain a credential
+    ├── CudaError           the CUDA driver failed to move a process's state on GPUs      fallback
+    ├── RegistryError       a registry is unreachable or fails                            fallback
+    └── CredentialsError    a registry rejects our credentials                            fallback
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ from typing import ClassVar
 
 
 class RekindleError(Exception):
-    """What failed, why, and what to do about it.
+    """Base class of the errors.
 
-    `cause` is the tool's or the system's own words, `hint` what a person can do, `log` where to read
-    more and `command` the command to replay.
+    `message` says what failed, `cause` why, in the words of the tool or system, and `hint` what to do about
+    it. `log` is a file with details, and `command` the command to replay.
     """
 
     exit_status: ClassVar[int]
@@ -61,12 +61,12 @@ class RekindleError(Exception):
         self.command = tuple(command)
 
     def to_json(self) -> dict[str, str]:
-        """Return the error as reports and other documents hold it."""
+        """Return the error in the form of reports and other documents."""
         return {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
 
 
 class UsageError(RekindleError):
-    """The command line, or a file that it names, asks for something that makes no sense."""
+    """The command line, or a file that it names, is invalid."""
 
     exit_status = 2
     code = "usage"
@@ -81,7 +81,7 @@ class CapabilityError(RekindleError):
 
 
 class MismatchError(RekindleError):
-    """The snapshot was made for another kind of node: other processor, GPU, files or kernel."""
+    """The snapshot was made for another kind of node: another processor, GPU, OS kernel or files."""
 
     exit_status = 11
     code = "mismatch"
@@ -97,14 +97,14 @@ class NotFoundError(RekindleError):
 
 
 class PortError(RekindleError):
-    """The address that is to be published is taken or may not be bound."""
+    """The address to publish is in use or may not be bound."""
 
     exit_status = 13
     code = "port"
 
 
 class SpaceError(RekindleError):
-    """A disk is full. What was half-written has been removed."""
+    """A disk is full. Half-written files have been removed."""
 
     exit_status = 14
     code = "space"
@@ -112,7 +112,7 @@ class SpaceError(RekindleError):
 
 
 class BusyError(RekindleError):
-    """Another rekindle holds what is needed, and did not give it back in time."""
+    """Another rekindle holds a lock and did not release it in time."""
 
     exit_status = 15
     code = "busy"
@@ -120,29 +120,28 @@ class BusyError(RekindleError):
 
 
 class FormatError(RekindleError):
-    """A record, manifest, layer or CRIU image file is malformed, or of a version that is not known here."""
+    """A record, manifest, layer or CRIU image file is malformed or has an unknown version."""
 
     exit_status = 20
     code = "format"
 
 
 class IntegrityError(RekindleError):
-    """Bytes are not those that their digest names. Nothing of them is used."""
+    """Bytes do not match their digest. They are not used."""
 
     exit_status = 21
     code = "integrity"
 
 
 class TrustError(RekindleError):
-    """An image has no signature by a key or an identity that the policy accepts, or it is older than one that
-    was seen. Nothing of it is used."""
+    """An image has no signature that the policy accepts, or is older than one seen before. It is not used."""
 
     exit_status = 22
     code = "trust"
 
 
 class WorkloadError(RekindleError):
-    """The server died while rekindle was at work on it."""
+    """The server died while rekindle was working on it."""
 
     exit_status = 30
     code = "workload"
@@ -150,7 +149,7 @@ class WorkloadError(RekindleError):
 
 
 class NotReadyError(RekindleError):
-    """The server did not get ready, or did not answer, in time."""
+    """The server was not ready, or did not answer, in time."""
 
     exit_status = 31
     code = "not-ready"
@@ -158,7 +157,7 @@ class NotReadyError(RekindleError):
 
 
 class NotDumpableError(RekindleError):
-    """The server holds something that CRIU cannot dump; each such thing is named with its remedy."""
+    """The server holds something that CRIU cannot dump. Each such thing is listed with its remedy."""
 
     exit_status = 32
     code = "not-dumpable"
@@ -180,7 +179,7 @@ class RestoreError(RekindleError):
 
 
 class OracleError(RekindleError):
-    """The server gave another answer than the one it must give."""
+    """The server gave a wrong answer."""
 
     exit_status = 35
     code = "oracle"
@@ -188,23 +187,23 @@ class OracleError(RekindleError):
 
 
 class SecretError(RekindleError):
-    """What is to be packed holds a credential. It is named, and its value is not shown."""
+    """The files to pack contain a credential. It is named, and its value is not shown."""
 
     exit_status = 36
     code = "secret"
 
 
 class CudaError(RekindleError):
-    """The CUDA driver could not lock, checkpoint, restore or unlock what a process holds on GPUs."""
+    """The CUDA driver could not lock, checkpoint, restore or unlock a process's state on GPUs."""
 
     exit_status = 37
     code = "cuda"
     descends = True
-    number: int = 0  # the driver's own, a CUresult; 0 if it gave no answer
+    number: int = 0  # the driver's CUresult; 0 if it did not answer
 
 
 class RegistryError(RekindleError):
-    """A registry cannot be reached, does not answer in time, or answers what it must not."""
+    """A registry is unreachable, does not answer in time, or gives an invalid answer."""
 
     exit_status = 40
     code = "registry"
@@ -212,7 +211,7 @@ class RegistryError(RekindleError):
 
 
 class CredentialsError(RekindleError):
-    """A registry refuses the credentials that it was given, or there are none for it."""
+    """A registry rejects our credentials, or there are none for it."""
 
     exit_status = 41
     code = "credentials"
@@ -220,9 +219,9 @@ class CredentialsError(RekindleError):
 
 
 class Interrupted(BaseException):
-    """A signal asked us to end: no error, and not to be caught as one.
+    """A signal asked us to end. It is not an Exception, so that no handler of errors catches it.
 
-    The exit status is 128 + its number, after everything was cleaned up.
+    The exit status is 128 + the signal's number, after the clean-up.
     """
 
     def __init__(self, signum: int) -> None:

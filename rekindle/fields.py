@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The border at which JSON and TOML from outside become typed values."""
+"""Read foreign JSON and TOML field by field into typed values."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -10,11 +10,11 @@ from rekindle.errors import FormatError
 T = TypeVar("T")
 
 JSON = Any
-"""What json.loads gives: to be looked at field by field before anything else is done with it."""
+"""A result of json.loads, which must be checked field by field before any other use."""
 
 
 class Fields:
-    """A JSON object, read field by field. Every getter raises FormatError that names the field."""
+    """A JSON object, read field by field. Every getter raises FormatError, which names the field."""
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
@@ -24,12 +24,12 @@ class Fields:
 
     @classmethod
     def parse(cls, content: bytes, where: str, *, limit_bytes: int) -> "Fields":
-        """Parses a document that is at most `limit_bytes` long."""
+        """Parse a JSON document. Raises FormatError if it is malformed or longer than `limit_bytes`."""
         return cls._parse(json.loads, "JSON", content, where, limit_bytes)
 
     @classmethod
     def parse_toml(cls, content: bytes, where: str, *, limit_bytes: int) -> "Fields":
-        """As `parse`, of a document in TOML."""
+        """Parse a TOML document, as `parse` does."""
         import tomllib
 
         return cls._parse(lambda text: tomllib.loads(text.decode()), "TOML", content, where, limit_bytes)
@@ -59,13 +59,13 @@ class Fields:
         return value
 
     def number(self, name: str, *, at_most: float = 1e12) -> float:
-        """A finite number from 0."""
+        """Return a finite number of at least 0."""
         value = self._value.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= at_most:
             raise self._wrong(name, f"a number from 0 to {at_most:g}")
         return float(value)
 
-    def truth(self, name: str, *, default: bool) -> bool:
+    def boolean(self, name: str, *, default: bool) -> bool:
         value = self._value.get(name, default)
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
@@ -75,24 +75,24 @@ class Fields:
         return Fields(self._value.get(name), f"{self._where}.{name}")
 
     def as_json(self) -> dict[str, Any]:
-        """The object as it is."""
+        """Return the object itself."""
         return self._value
 
     def only(self, known: Collection[str]) -> None:
-        """Refuses names that are not known: a mistake in spelling must not go unsaid."""
+        """Reject unknown names, so that misspelled ones are noticed."""
         if unknown := sorted(set(self._value) - set(known)):
             raise FormatError(
                 f"{self._where} has no {unknown[0]!r}", cause=f"it may have {', '.join(sorted(known))}"
             )
 
     def json(self, name: str) -> Any:
-        """A value of any form."""
+        """Return a value of any type."""
         if name not in self._value:
             raise self._wrong(name, "a value")
         return self._value[name]
 
     def list_of(self, name: str, parse: Callable[[object, str], T], *, at_most: int) -> list[T]:
-        """A list of what `parse(item, where)` makes of its items."""
+        """Return a list of `parse(item, where)` for each item."""
         value = self._value.get(name)
         if not isinstance(value, list) or len(value) > at_most:
             raise self._wrong(name, f"a list of at most {at_most}")
@@ -116,7 +116,7 @@ class Fields:
 
 
 def text_item(value: object, where: str) -> str:
-    """An item of a list that must be text."""
+    """Return an item of a list that must be text. Raises FormatError."""
     if not isinstance(value, str):
         raise FormatError(f"{where} is not text", cause=f"{value!r:.80}")
     return value

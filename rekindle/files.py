@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or not there: staging, locks, sparse copies."""
+"""File operations: atomic writes, locks, sparse copies and the page cache."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ _COPY_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replaces `path` in one step. Readers see the old content or the new, also after a power cut."""
+    """Replace a file atomically. Readers see the old content or the new, even after a power failure."""
     staged = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames in a directory durable."""
+    """Make renames in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -42,10 +42,10 @@ def sync_directory(path: Path) -> None:
 
 
 def write_at(fd: int, content: memoryview, offset: int) -> int:
-    """Writes all of a buffer at an offset; returns its length.
+    """Write a whole buffer at an offset; return its length.
 
-    A single pwrite may write less: when the disk runs full, it writes what fits and says so by its result
-    alone. The next one raises then.
+    A single pwrite may write less: on a disk that becomes full, it writes what fits and raises nothing. The
+    next one raises.
     """
     written = 0
     while written < len(content):
@@ -54,18 +54,18 @@ def write_at(fd: int, content: memoryview, offset: int) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory with all below it. Idempotent; symbolic links are not followed."""
+    """Remove a directory and everything below it. Idempotent; does not follow symbolic links."""
     with contextlib.suppress(FileNotFoundError):
-        from shutil import rmtree  # which loads compressors that a restore has no use for
+        from shutil import rmtree  # it loads compressors that a restore does not need
 
         rmtree(path)
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
-    """Holds an advisory lock on a file, which is made if it is not there.
+    """Hold an advisory lock on a file, which is created if it does not exist.
 
-    The kernel drops it with the process, however that ends. Whoever holds it may remove the file. Raises
+    The OS kernel releases the lock however the process ends. Its holder may remove the file. Raises
     BusyError after `timeout` seconds.
     """
     while True:
@@ -73,10 +73,10 @@ def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterat
         try:
             if not try_lock(fd, shared=shared, timeout=timeout):
                 raise BusyError(
-                    f"another rekindle holds {path}",
-                    hint="wait for it to end; `fuser -v` on that file names it",
+                    f"another rekindle holds the lock {path}",
+                    hint=f"wait for it to end; `fuser -v {path}` shows it",
                 )
-            if not _is_at(fd, path):  # who held it has removed it meanwhile
+            if not _is_at(fd, path):  # its last holder has removed it
                 continue
             yield
             return
@@ -92,7 +92,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def try_lock(fd: int, *, shared: bool = False, timeout: float = 0.0) -> bool:
-    """Takes an advisory lock on an open file; False if another holds it for `timeout` seconds."""
+    """Take an advisory lock on an open file; return False if it is still held after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
@@ -106,13 +106,13 @@ def try_lock(fd: int, *, shared: bool = False, timeout: float = 0.0) -> bool:
 
 
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """The (offset, length) of what is stored of a sparse file; holes are passed over."""
+    """Yield the (offset, length) of each extent of a sparse file that is not a hole."""
     offset = 0
     while offset < size:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
         offset = min(os.lseek(fd, start, os.SEEK_HOLE), size)
@@ -120,10 +120,10 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_sparse_tree(source: Path, target: Path, *, without: Collection[str] = ()) -> int:
-    """Copies the content of a directory into another that exists; returns the bytes written.
+    """Copy the content of a directory into an existing one; return the number of bytes written.
 
-    Holes stay holes; modes, owners, times and hard links are kept. Sockets are left out: their owner makes
-    them anew. Other special files than FIFOs are left out too, and what at the top is named in `without`.
+    Keeps holes, modes, owners, times and hard links. Leaves out sockets, which their owner creates again,
+    other special files except FIFOs, and the entries of `source` that are named in `without`.
     """
     links: dict[tuple[int, int], Path] = {}
     made: list[tuple[Path, os.stat_result]] = []
@@ -151,13 +151,13 @@ def copy_sparse_tree(source: Path, target: Path, *, without: Collection[str] = (
                 continue
             links[identity] = copy
             made.append((copy, status))
-    for copy, status in reversed(made):  # a directory after what is in it, which changes its time
+    for copy, status in reversed(made):  # directories after their content, since writing changes their times
         copy_attributes(copy, status)
     return written
 
 
 def copy_attributes(path: Path, status: os.stat_result) -> None:
-    """Gives a file the owner, mode and times of another."""
+    """Set the owner, mode and times of a file to those in `status`."""
     os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
     if not stat.S_ISLNK(status.st_mode):
         path.chmod(stat.S_IMODE(status.st_mode))
@@ -182,7 +182,7 @@ def _copy_sparse_file(source: Path, target: Path, size: int) -> int:
 
 
 def nonzero_runs(content: bytes) -> Iterator[tuple[int, int]]:
-    """The (start, end) of the stretches of pages that are not all zero; the last page may be short."""
+    """Yield the (start, end) of each run of pages that are not all zero; the last page may be short."""
     zero = bytes(PAGE_BYTES)
     start = None
     for offset in range(0, len(content), PAGE_BYTES):
@@ -198,20 +198,22 @@ def nonzero_runs(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def files_below(directory: Path) -> list[Path]:
-    """The regular files of a tree, in order; where a link leads, nothing is looked at."""
+    """Return the regular files of a tree, sorted; does not follow symbolic links."""
     return [path for path in sorted(directory.rglob("*")) if path.is_file() and not path.is_symlink()]
 
 
 def write_back(directory: Path) -> None:
-    """Brings the files of a tree to the disk: only clean pages can be dropped, and writing them back would
-    slow down what is measured meanwhile."""
+    """Write the files of a tree back to the disk.
+
+    Only clean pages can be dropped from the page cache, and a later write-back would disturb measurements.
+    """
     for path in files_below(directory):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
 
 def drop_from_page_cache(directory: Path) -> None:
-    """Lets the next reader of the files of a tree read them from the disk."""
+    """Drop the files of a tree from the page cache, so that the next reader reads them from the disk."""
     for path in files_below(directory):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`$REKINDLE_HOME`: where everything lies that rekindle keeps.
+"""`$REKINDLE_HOME`, the directory of everything that rekindle keeps.
 
     $REKINDLE_HOME/                 (default: $XDG_DATA_HOME/rekindle, ~/.local/share/rekindle)
         store/                      the local store, an OCI image layout
         dumps/HEX/                  dumps ready to restore, by the digest of their manifest
-        run/VERB-PID-XXXXXX/        what one running command works with; locked itself while that lives
+        run/VERB-PID-XXXXXX/        the work directory of a running command, which locks it while it lives
         logs/                       logs of commands that failed, the newest twenty
-        tools/                      what was compiled here, and what was found out about this node
-        machine.key machine.pub     made at the first snapshot: signs what is made here, for the local store
-        policy.toml                 whom we trust, if the user wrote one
-        seen.json                   the newest that was restored of each tag
-        lock                        held for a moment, while a work directory is made or looked at
+        tools/                      compiled helpers, and facts about this node
+        machine.key machine.pub     created by the first snapshot; signs this machine's images in the store
+        policy.toml                 the user's trust policy, if any
+        seen.json                   the newest image that was restored of each tag
+        lock                        held briefly while a work directory is created or examined
 
-A command that is killed leaves its work directory behind, unlocked; the next command removes it. But where
-the journal in it (`cuda.json`) tells of processes that live and may be locked out of their GPUs, that stays,
-for `rekindle doctor --repair`.
+A killed command leaves its work directory behind, unlocked, and the next command removes it. A journal in it
+(`cuda.json`) stays while it names live processes, which may be locked out of their GPUs, for
+`rekindle doctor --repair`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _STALE_SECONDS = 3600.0
 
 
 class Home:
-    """The directory, made on first use and private to its owner."""
+    """The directory, created on first use and private to its owner."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -53,7 +53,7 @@ class Home:
 
     @classmethod
     def from_environment(cls) -> "Home":
-        """Raises UsageError if the directory cannot be made."""
+        """Return `$REKINDLE_HOME` or its default. Raises UsageError if it cannot be created or used."""
         home = os.environ.get("REKINDLE_HOME")
         root = Path(home or "~/.local/share/rekindle")
         try:
@@ -61,23 +61,25 @@ class Home:
                 data = os.environ.get("XDG_DATA_HOME")
                 root = Path(data, "rekindle") if data else root.expanduser()
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # The kernel and CRIU speak of files by their real paths.
+            # The OS kernel and CRIU report files by their real paths.
             root = root.resolve()
             if root.is_relative_to("/dev/shm"):  # noqa: S108
                 raise UsageError(
-                    f"{root} cannot be used",
-                    cause="a cell has a /dev/shm of its own, in which it is not to be seen",
-                    hint="set REKINDLE_HOME to a directory on a disk, or on another tmpfs",
+                    f"cannot use {root} as REKINDLE_HOME",
+                    cause="a cell has its own /dev/shm, in which it is not visible",
+                    hint="set REKINDLE_HOME to a directory on a disk or on another tmpfs",
                 )
             return cls(root)
         except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
             raise UsageError(
-                f"{root} cannot be used", cause=str(error), hint="set REKINDLE_HOME to a directory of yours"
+                f"cannot use {root} as REKINDLE_HOME",
+                cause=str(error),
+                hint="set REKINDLE_HOME to a directory of yours",
             ) from error
 
     @contextlib.contextmanager
     def work(self, verb: str) -> Iterator[Path]:
-        """A private directory for one command, removed at the end, however the command ends."""
+        """Create a private directory for one command and remove it at the end, also after an error."""
         with contextlib.ExitStack() as stack:
             with locked(self.root / "lock"), naming_full_disk(self.root):
                 directory = self.run / f"{verb}-{os.getpid()}-{os.urandom(4).hex()}"
@@ -94,7 +96,7 @@ class Home:
 
     @contextlib.contextmanager
     def abandoned(self) -> Iterator[list[Path]]:
-        """The work directories of commands that are no more; nobody else is at them within the context."""
+        """Return the work directories of dead processes, locked within the context."""
         found: list[Path] = []
         with contextlib.ExitStack() as stack:
             with locked(self.root / "lock"):
@@ -107,28 +109,30 @@ class Home:
             yield found
 
     def sweep(self) -> list[Path]:
-        """Removes the work directories of commands that are no more, and returns them; without those of which
-        a journal is still needed."""
+        """Remove the work directories of dead processes; return those removed.
+
+        Keeps journals that are still needed.
+        """
         for path in self.tools.glob(".*"):  # staged by a writer that was killed
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
-        # Gigabytes, maybe: nobody has to wait for that, and who comes now finds them locked.
+        # Removing gigabytes takes a while, so the home is not locked meanwhile; the directories are.
         with self.abandoned() as found:
             return [directory for directory in found if _remove_if_possible(directory)]
 
     def _keep_log(self, error: RekindleError, directory: Path) -> None:
-        """Saves the log that an error names from the removal of its directory."""
+        """Copy the log that an error names out of the directory that is going to be removed."""
         if error.log is None or not error.log.is_relative_to(directory):
             return
         kept = self.logs / f"{directory.name}-{error.log.name}"
         try:
             kept.write_bytes(error.log.read_bytes())
-        except OSError:  # not there, or no room: the error itself matters more
+        except OSError:  # it does not exist, or the disk is full: the error itself matters more
             error.log = None
             return
         error.log = kept
-        with contextlib.suppress(OSError):  # another command may be at it, too
+        with contextlib.suppress(OSError):  # another command may be removing them, too
             self._drop_old_logs()
 
     def _drop_old_logs(self) -> None:
@@ -138,13 +142,16 @@ class Home:
 
 
 def _make_private(root: Path) -> None:
-    """Sees to it that nobody else can change what we will run. Raises UsageError for somebody else's."""
+    """Create the directory and make it private, since we run programs in it.
+
+    Raises UsageError if it belongs to another user.
+    """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = root.stat()
     if status.st_uid != os.geteuid():
         raise UsageError(
             f"{root} belongs to another user",
-            cause=f"its owner is {status.st_uid}, and we are {os.geteuid()}",
+            cause=f"its owner has the UID {status.st_uid}, and ours is {os.geteuid()}",
             hint="set REKINDLE_HOME to a directory of yours",
         )
     if status.st_mode & 0o077:
@@ -152,9 +159,9 @@ def _make_private(root: Path) -> None:
 
 
 def _remove_if_possible(directory: Path) -> bool:
-    """A directory that cannot be removed now is left to the next sweep: the command's result stands.
+    """Remove a work directory, or everything but its journal if that is still needed; then return False.
 
-    False if a journal in it is needed: that stays, and all else goes.
+    Never raises: what cannot be removed now is left to the next sweep.
     """
     needed = unfinished(directory / CUDA_JOURNAL)
     with contextlib.suppress(OSError):

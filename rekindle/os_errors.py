@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of the operating system as errors of ours."""
+"""Convert errors of the operating system to our own."""
 
 import contextlib
 import errno
@@ -14,20 +14,20 @@ _ELSEWHERE = FORBIDDEN | {errno.ENOTDIR, errno.EISDIR}
 
 
 def from_os_error(error: OSError) -> RekindleError | None:
-    """Return what the system refuses as an error of ours; None for what counts as a bug."""
+    """Convert an error that the user can mend; return None for one that counts as a bug."""
     if error.errno in FULL:
         return full_disk(error.filename or "here", cause=str(error))
     if error.errno in _ELSEWHERE and error.filename:
-        return UsageError(f"{error.filename} cannot be used", cause=str(error))
+        return UsageError(f"cannot use {error.filename}", cause=str(error))
     return None
 
 
-_DISK_HINT = "free some, or set REKINDLE_HOME to a directory on a larger disk"
+_DISK_HINT = "free some space, or set REKINDLE_HOME to a directory on a larger disk"
 
 
 @contextlib.contextmanager
 def naming_full_disk(place: Path | str, *, hint: str = _DISK_HINT) -> Iterator[None]:
-    """Turns "no space left" and "quota exceeded" within the block into a SpaceError that names the place."""
+    """Convert "no space left" and "quota exceeded" in the context to a SpaceError that names the place."""
     try:
         yield
     except OSError as error:
@@ -37,5 +37,5 @@ def naming_full_disk(place: Path | str, *, hint: str = _DISK_HINT) -> Iterator[N
 
 
 def full_disk(place: Path | str, *, cause: str, hint: str = _DISK_HINT) -> SpaceError:
-    """Return the error for a disk that is full."""
+    """Return the error for a full disk."""
     return SpaceError(f"no space left below {place}", cause=cause, hint=hint)

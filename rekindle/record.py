@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record: our JSON about a snapshot, stored as the process image's config. See docs/format.md."""
+"""The record: our JSON about a snapshot, stored as the config of its image. See docs/format.md."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from rekindle.node.mapped import MappedFile
 
 SCHEMA = "rekindle.record/2"
 SCHEMA_WITHOUT_MEMORY = "rekindle.record/1"
-"""Of an image whose memory CRIU fills: written where there are no memory files, and always read."""
+"""The format of images without memory files, whose memory CRIU restores."""
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
@@ -35,7 +35,7 @@ _Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
 
 class FileKind(StrEnum):
-    """What a file of the dump is."""
+    """The type of a file of the dump."""
 
     FILE = "file"
     DIRECTORY = "directory"
@@ -45,10 +45,9 @@ class FileKind(StrEnum):
 
 
 class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A file of the dump: below `criu/` what CRIU wrote, below `memory/` the memory of processes, below
-    `shm/` what lay in the cell's /dev/shm.
+    """A file of the dump, below `criu/` (CRIU's images), `memory/` (of processes) or `shm/` (of the cell).
 
-    `target` is a symbolic link's text, or the path of the file that a hard link is another name of.
+    `target` is the text of a symbolic link, or the path of the file that a hard link names, too.
     """
 
     path: PurePosixPath
@@ -66,7 +65,7 @@ class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
             _require_inside(documents.canonical_path(self.target))
         elif self.kind is FileKind.SYMLINK and not 0 < len(_encoded(self.target)) <= _PATH_LIMIT_BYTES:
             raise FormatError(
-                f"the record's {self.path} cannot be a symbolic link", cause=f"{self.target!r:.120}"
+                f"invalid symbolic link {self.path} in the record", cause=f"{self.target!r:.120}"
             )
 
 
@@ -74,11 +73,10 @@ Range = tuple[Annotated[int, Meta(ge=0, le=1 << 62)], Annotated[int, Meta(ge=0, 
 
 
 class StoredMemory(Struct, frozen=True, kw_only=True):
-    """A memory file of the dump: where its process maps it, and what was touched until the oracle's answer.
+    """A memory file of the dump: the addresses that map it, and the working set until the oracle's answer.
 
-    `path` is among the dump's files; `data_bytes` of it are not holes. `ranges` are addresses, [start, end),
-    in order. `working_set` are stretches of the file, [offset, length] in bytes; empty if it was not
-    measured.
+    `path` is one of the dump's files; `data_bytes` of it are not holes. `ranges` are addresses, [start, end),
+    in order. `working_set` are ranges of the file, [offset, length] in bytes; empty if it was not measured.
     """
 
     path: PurePosixPath
@@ -90,14 +88,14 @@ class StoredMemory(Struct, frozen=True, kw_only=True):
         _require_inside(self.path)
         ordered = all(start < end for start, end in self.ranges)
         if not ordered or any(end > start for (_, end), (start, _) in itertools.pairwise(self.ranges)):
-            raise FormatError(f"the record's mappings of {self.path} are not in order")
+            raise FormatError(f"the mappings of {self.path} in the record are out of order")
 
 
 class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The files of the dump, with their bytes as CRIU wrote them, and as they are stored.
+    """The files of the dump, with their total size as CRIU wrote them and as they are stored.
 
-    `memory` tells more of those that processes map; images of the first format have none. `own_bytes` is the
-    memory that a restored server had of its own at its first answer, 0 if that was not measured.
+    `memory` describes those that processes map; images of the first format have none. `own_bytes` is the
+    memory that belonged to the server alone at its first answer after a restore, 0 if not measured.
     """
 
     dump_bytes: Count
@@ -107,7 +105,7 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory: Annotated[Sequence[StoredMemory], Meta(max_length=_FILES_LIMIT)] = ()
 
     def __post_init__(self) -> None:
-        """Require each file once, after its directory; a hard link after its file; nothing below a link."""
+        """Require each file once, after its directory and before hard links to it, and none below a link."""
         kinds = {PurePosixPath(top): FileKind.DIRECTORY for top in _TOPS}
         for file in self.files:
             if file.path in kinds:
@@ -116,27 +114,30 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 raise FormatError(f"the record names {file.path} before its directory")
             if file.kind is FileKind.HARDLINK and kinds.get(PurePosixPath(file.target)) is not FileKind.FILE:
                 raise FormatError(
-                    f"the record links {file.path} to {file.target}, which is not a file before it"
+                    f"the record links {file.path} to {file.target}, which is not an earlier file"
                 )
             kinds[file.path] = file.kind
         self._require_memory()
 
     def _require_memory(self) -> None:
-        """Require that memory files are files of the dump, each once, and as large as they must be."""
+        """Require that memory files are files of the dump, each once, and large enough."""
         sizes = {file.path: file.size for file in self.files if file.kind is FileKind.FILE}
         for each in self.memory:
             size = sizes.pop(each.path, None)
             if size is None or each.path.parts[0] != "memory":
-                raise FormatError(f"the record's memory names {each.path}, which is not a file of it")
+                raise FormatError(f"the record maps {each.path}, which is not a memory file of the dump")
             if sum(end - start for start, end in each.ranges) > size or each.data_bytes > size:
-                raise FormatError(f"the record maps more of {each.path} than there is")
+                raise FormatError(f"the record maps more bytes of {each.path} than it has")
             if any(offset + length > size for offset, length in each.working_set):
-                raise FormatError(f"the record's working set lies outside {each.path}")
+                raise FormatError(f"the record's working set of {each.path} exceeds the file")
 
 
 class Process(Struct, frozen=True, kw_only=True):
-    """How the processes lived in their cell. PIDs are those inside; `gpus` the UUIDs of those they held,
-    `cuda_pids` those with CUDA state."""
+    """The processes in their cell.
+
+    PIDs are those inside the cell. `gpus` are the UUIDs of the GPUs that they held, and `cuda_pids` the
+    processes with CUDA state.
+    """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
     server_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -151,19 +152,19 @@ class Process(Struct, frozen=True, kw_only=True):
 
     @property
     def clocks(self) -> Clocks:
-        """Return what the clocks in the cell showed at the dump."""
+        """The cell's clocks at the time of the dump."""
         return Clocks(monotonic_ns=self.monotonic_ns, boottime_ns=self.boottime_ns)
 
 
 class Oracle(Struct, frozen=True, kw_only=True):
-    """The question that proves the server, and its answer before the dump."""
+    """The request that proves the server, and its answer before the dump."""
 
     request: Request
     answer: JSON
 
 
 class RecordedEngine(Struct, frozen=True, kw_only=True):
-    """The engine of the server, and what it needs to know of it again."""
+    """The name of the server's engine, and the options to create it again."""
 
     name: str
     options: Mapping[str, JSON]
@@ -176,10 +177,10 @@ class RecordedCriu(Struct, frozen=True, kw_only=True):
 
 
 class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
-    """All that `restore` must know before it fetches a byte of the dump.
+    """Everything that `restore` must know before it fetches the dump.
 
-    `start_seconds` is how long the server took to get ready when it was started for the snapshot, 0 if that
-    is not known. `weights` tells people and policies of the model's files. Older records have neither.
+    `start_seconds` is the time that the server took to become ready before the snapshot, 0 if unknown.
+    `weights` describes the model's files, for people and policies. Older records have neither.
     """
 
     created: str
@@ -200,7 +201,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
 
     @property
     def reloads(self) -> bool:
-        """Return whether the restored server reads its model's files again."""
+        """Whether the restored server reads its model's files again."""
         return self.engine.options.get("asleep") in (2, "boundary")
 
     def to_bytes(self) -> bytes:
@@ -211,12 +212,12 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
 
     @classmethod
     def parse(cls, content: bytes, *, limit_bytes: int = RECORD_LIMIT_BYTES) -> "Record":
-        """Raises FormatError for anything but a well-formed record of a version known here."""
+        """Parse a document. Raises FormatError unless it is a well-formed record of a known version."""
         fields = Fields.parse(content, "record", limit_bytes=limit_bytes)
         schema = fields.text("schema")
         if schema not in {SCHEMA, SCHEMA_WITHOUT_MEMORY}:
             raise FormatError(
-                f"the record's format is {schema!r:.60}, and this rekindle reads {SCHEMA!r}",
+                f"unknown format {schema!r:.60} of the record; this rekindle reads {SCHEMA!r}",
                 hint="use a newer rekindle" if schema.startswith("rekindle.record/") else "",
             )
         node = Fingerprint.from_json(fields.json("node"), "record.node")
@@ -224,20 +225,20 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
 
 
 def _require_inside(path: PurePosixPath) -> None:
-    """Require a path below `criu/`, `memory/` or `shm/` that a file can have."""
+    """Require a valid path below `criu/`, `memory/` or `shm/`."""
     if (
         path.is_absolute()
         or len(path.parts) < 2
         or path.parts[0] not in _TOPS
         or ".." in path.parts
-        or len(_encoded(str(path))) > _PATH_LIMIT_BYTES // 2  # below the directory that it goes to
+        or len(_encoded(str(path))) > _PATH_LIMIT_BYTES // 2  # the other half is for the dump's directory
         or any(len(os.fsencode(part)) > _NAME_LIMIT_BYTES for part in path.parts)
     ):
         raise FormatError("the record names a path outside the dump", cause=f"{str(path)!r:.120}")
 
 
 def _encoded(text: str) -> bytes:
-    """Return a name as the file system takes it. Raises FormatError for one that no file can have."""
+    """Encode a name for the file system. Raises FormatError if no file can have it."""
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:

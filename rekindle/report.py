@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command did: phases with their times, reasons, bytes, and the oracle's word. See docs/format.md.
+"""The report of a command: its phases, reasons, bytes and the oracle's answer. See docs/format.md.
 
-A Report measures and holds; it writes nothing. Whoever made it is told a line about each step (`tell`) and
-writes the document (`to_json`) where it belongs. Phases and `unaccounted` add up to the wall time since the
-process began.
+A Report measures and collects; it writes nothing. Its creator gets a line of text about each step (`tell`)
+and writes the document (`to_json`). Phases and `unaccounted` add up to the wall time since the process
+started.
 """
 
 import contextlib
@@ -36,10 +36,11 @@ class Rung(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a rung is not taken: a stable code, the field, and what was recorded and is here.
+    """A reason against a rung: a stable code, the field, and its values in the record and on this node.
 
-    A hard reason forbids the rung; a soft one is only told. `recorded` is empty where there is nothing to
-    compare. `advice` is what a person can do about it. `by_policy`: a policy made it hard or soft.
+    A hard reason forbids the rung; a soft one is only reported. `recorded` is "" if there is nothing to
+    compare. `advice` says what a person can do about it. `by_policy` means that a policy made it hard or
+    soft.
     """
 
     rung: Rung
@@ -81,7 +82,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageName:
-    """An image as the user called it, and the digest that was found under that name (empty: none yet)."""
+    """The name that the user gave an image, and its digest; "" until that is known."""
 
     reference: str
     digest: str = ""
@@ -92,9 +93,10 @@ class ImageName:
 
 @dataclass(slots=True, kw_only=True)
 class ByteCounts:
-    """How many bytes a command moved; None for what it has nothing to do with.
+    """The numbers of bytes that a command moved; None where it does not apply.
 
-    `dump` is CRIU's dump, `packed` a kernel cache before compression; `written` went to this machine's disk.
+    `dump` is the size of CRIU's dump, `packed` that of a GPU kernel cache before compression; `written` went
+    to this machine's disk.
     """
 
     dump: int | None = None
@@ -111,9 +113,9 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OracleAnswer:
-    """What the oracle answered beside what was recorded. `problem` says why there is no answer.
+    """The oracle's answer and the recorded one. `problem` says why there is no answer.
 
-    `first_token_seconds` counts from the question.
+    `first_token_seconds` counts from the request.
     """
 
     expected: JSON
@@ -138,11 +140,11 @@ class MemoryMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """How a restored server has its memory, and how much of it when it first answered.
+    """The memory of a restored server at its first answer.
 
-    `mode` is `mapped` (memory files, shared by replicas) or `copied`; `reason` says why it was copied
-    although mapping was asked for. `own_bytes` belong to this replica alone, `file_bytes` are mapped files in
-    memory, shared with all who map them.
+    `mode` is `mapped` (from memory files, shared by replicas) or `copied`; `reason` says why it was copied
+    although mapping was requested. `own_bytes` belong to this replica alone; `file_bytes` are mapped files in
+    memory, shared by all processes that map them.
     """
 
     mode: MemoryMode
@@ -161,7 +163,7 @@ class MemoryUse:
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """Filled by a command while it runs. `tell` is called with a line for people at each step."""
+    """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
     verb: str
     asked: Rung = Rung.PROCESS
@@ -198,29 +200,29 @@ class Report:
         self.say(f"{name} {phase.seconds:.2f} s")
 
     def split_phase(self, name: str, *, at: float) -> None:
-        """Divide the phase that has just ended: from `at` on, by time.monotonic, it counts as `name`."""
+        """Split the last phase at a time.monotonic(): the part from `at` on becomes the phase `name`."""
         last = self.phases[-1]
         rest = min(last.seconds, max(0.0, time.monotonic() - at))
         last.seconds -= rest
         self.phases.append(Phase(name=name, seconds=rest))
 
     def say(self, text: str) -> None:
-        """Tell people something about the step that is under way."""
+        """Report a line of text about the present step."""
         self.tell(text)
 
     def fail(self, error: BaseException) -> None:
-        """Hold the error that ended the command."""
-        told = from_os_error(error) if isinstance(error, OSError) else error
-        match told:
+        """Record the error that ended the command."""
+        known = from_os_error(error) if isinstance(error, OSError) else error
+        match known:
             case RekindleError():
-                self.error = told.to_json()
+                self.error = known.to_json()
             case Interrupted():
-                self.error = interrupted(told.signum)
+                self.error = interrupted(known.signum)
             case _:
                 self.error = {"code": "bug", "message": repr(error)}
 
     def to_json(self) -> dict[str, JSON]:
-        """Return the document, as docs/format.md describes it."""
+        """Return the document that docs/format.md describes."""
         seconds = time.monotonic() - self.began
         return {
             "schema": SCHEMA,
@@ -247,5 +249,5 @@ class Report:
 
 
 def interrupted(signum: int) -> dict[str, JSON]:
-    """Return the report's error for a command that a signal ended."""
+    """Return the report's "error" for a command that a signal ended."""
     return {"code": "interrupted", "message": f"ended by signal {signum}"}

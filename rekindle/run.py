@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to external commands: nothing else imports `subprocess`.
+"""Run external commands. No other module imports `subprocess`.
 
-Commands are argument lists, get a built environment, read nothing, write to files (a child left behind
-would hold a pipe open) and always have a timeout. What they started goes with them: TERM, then KILL, to
-the process group.
+Commands are argument lists. They read nothing, write to files (since a surviving child would hold a pipe
+open) and always have a timeout. Their children end with them: TERM, then KILL, goes to the process group.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed:
-    """How a command ended. `status` is as the shell counts: 128+n for signal n, 124 for a timeout."""
+    """The result of a command. `status` is as in a shell: 128 + n for signal n, 124 for a timeout."""
 
     argv: tuple[str, ...]
     status: int
@@ -34,7 +33,7 @@ class Completed:
 
 
 def replay(argv: Sequence[str]) -> str:
-    """The command as a person would type it."""
+    """Return a command as one would type it into a shell."""
     return shlex.join(argv)
 
 
@@ -46,10 +45,10 @@ def run(
     cwd: Path | None = None,
     stdout: Path | None = None,
 ) -> Completed:
-    """Runs a command to its end and returns how it ended; never raises for a status.
+    """Run a command, wait for it, and return its result, whatever its status.
 
-    `output` is the end of what it wrote (standard output too, unless that goes to the file `stdout`).
-    Raises FileNotFoundError if there is no such program.
+    `output` is the last 64 KiB of its standard error, and of its standard output unless that goes to the
+    file `stdout`. Kills it after `timeout` seconds. Raises FileNotFoundError if there is no such program.
     """
     import tempfile
 
@@ -79,7 +78,7 @@ def spawn(
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Starts a command as leader of a session of its own, so that a terminal's signals do not reach it."""
+    """Start a command in its own session, so that a terminal's signals do not reach it."""
     return subprocess.Popen(
         list(argv),
         stdin=subprocess.DEVNULL,
@@ -100,8 +99,10 @@ def start_server(
     stdout: int,
     stderr: int,
 ) -> subprocess.Popen[bytes]:
-    """Starts a command that stands in for us: with our standard input, in a session of its own, and asked to
-    end (SIGTERM) when the thread that calls this ends. Raises OSError if it cannot be started."""
+    """Start a server in our place: with our standard input, and in its own session.
+
+    It gets SIGTERM when the calling thread ends. Raises OSError if it cannot be started.
+    """
     import ctypes
 
     libc, parent = ctypes.CDLL(None), os.getpid()
@@ -112,7 +113,7 @@ def start_server(
             os._exit(1)
 
     with warnings.catch_warnings():
-        # Python 3.12 warns of any function that is called after a fork beside other threads. This one takes
+        # Python 3.12 warns of every function that runs after a fork in a process with threads. This one takes
         # no lock that another thread could hold.
         warnings.simplefilter("ignore", DeprecationWarning)
         return subprocess.Popen(
@@ -127,7 +128,7 @@ def start_server(
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a spawned command and all of its process group. The leader is reaped last."""
+    """End a spawned command and its whole process group: TERM, then KILL. The leader is reaped last."""
     for signum, grace in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, _GRACE_SECONDS)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signum)
@@ -139,7 +140,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, int]:
-    """Waits with wait4, which also tells the peak of resident memory. (None, 0) when time is over."""
+    """Wait for a process; return its status and peak resident memory, or (None, 0) after a timeout."""
     deadline = time.monotonic() + timeout
     pause = 0.001
     while True:

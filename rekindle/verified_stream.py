@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one stream for bytes that are checked while they are read."""
+"""A stream that checks the digest and size of its bytes while they are read."""
 
 import hashlib
 import io
@@ -7,19 +7,19 @@ import io
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import IntegrityError
 
-_HINT = "make the image again, or fetch it again"
+_HINT = "fetch the image again, or create it again"
 
 
 class VerifiedStream(io.RawIOBase):
-    """Gives the bytes of another stream, and checks that they are those of a digest.
+    """The bytes of another stream, checked against a digest.
 
-    Never gives more than `size` bytes, and the last of them only once the digest has matched and the stream
-    has ended: who has read to the end has what the digest names. Until then nothing is known, so write to
-    where others do not look yet. Closes the other stream with itself. Belongs to one thread at a time.
+    Returns at most `size` bytes, and the last of them only after the digest has matched and the other stream
+    has ended, so a reader that reaches the end has the right bytes. Until then they are unverified: write
+    them where no other process reads yet. Closes the other stream with itself. Not thread-safe.
     """
 
     def __init__(self, stream: io.RawIOBase, *, digest: Digest, size: int, name: str) -> None:
-        """`name` is what errors call it."""
+        """Wrap a stream; errors call it `name`."""
         super().__init__()
         self._stream = stream
         self._digest = digest
@@ -28,21 +28,21 @@ class VerifiedStream(io.RawIOBase):
         self._hasher = hashlib.sha256()
         self._is_verified = False
         self._error: IntegrityError | None = None
-        self.left = size  # bytes that were not given yet
+        self.left = size  # the number of bytes not returned yet
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: object, /) -> int:
-        """Read some bytes; 0 at the end. Raises IntegrityError."""
+        """Read some bytes and return their number, 0 at the end. Raises IntegrityError."""
         view = memoryview(into)[: self.left]  # type: ignore[arg-type]
         if self._error is not None:
             raise self._error
         if view:
             count = self._stream.readinto(view) or 0
             if not count:
-                cause = f"{self._size - self.left} of {self._size} bytes came"
-                raise self._refuse(f"{self._name} is cut off", cause)
+                cause = f"it ended after {self._size - self.left} of {self._size} bytes"
+                raise self._refuse(f"{self._name} is truncated", cause)
             self._hasher.update(view[:count])
             self.left -= count
         else:
@@ -52,12 +52,12 @@ class VerifiedStream(io.RawIOBase):
         return count
 
     def fill(self, into: memoryview) -> None:
-        """Read as much as there is room for, which must not be more than is left."""
+        """Fill a buffer, which must not be larger than `left`. Raises IntegrityError."""
         while into:
             into = into[self.readinto(into) :]
 
     def finish(self) -> None:
-        """Read what is left. Raises IntegrityError unless all is as it should be."""
+        """Read the rest. Raises IntegrityError unless size and digest are right."""
         buffer = memoryview(bytearray(min(READ_BYTES, self.left)))
         while self.readinto(buffer):
             pass
@@ -69,7 +69,7 @@ class VerifiedStream(io.RawIOBase):
 
     def _verify(self) -> None:
         if Digest.of_hash(self._hasher) != self._digest:
-            raise self._refuse(f"the bytes of {self._name} are not those of its digest")
+            raise self._refuse(f"{self._name} does not match its digest")
         if self._stream.read(1):
             raise self._refuse(f"{self._name} is longer than its descriptor says", f"{self._size} bytes")
         self._is_verified = True

@@ -108,7 +108,7 @@ def _rule(value: object, where: str, directory: Path) -> TrustRule:
     )
     if not paths and not identities:
         raise FormatError(f"{where} has neither keys nor identities")
-    logged = given.truth("transparency_log", default=False)
+    logged = given.boolean("transparency_log", default=False)
     if logged and paths:
         raise FormatError(
             f"{where} has keys and requires a transparency log, which key signatures are not in"

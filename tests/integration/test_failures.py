@@ -380,7 +380,7 @@ def test_a_home_that_cannot_be_made(rekindle: Rekindle, tmp_path: Path) -> None:
     rekindle.home = tmp_path / "file" / "home"
     done = rekindle("inspect", "x")
     assert done.status == 2
-    assert "cannot be used" in done.stderr
+    assert "as REKINDLE_HOME" in done.stderr
 
 
 def test_a_lock_that_is_not_given_back(rekindle: Rekindle, tmp_path: Path) -> None:

@@ -123,10 +123,10 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest
     assert str(tmp_path / "config.toml") in raised.value.message
     assert "job" in raised.value.cause
     monkeypatch.setenv("REKINDLE_CONFIG", str(tmp_path / "absent"))
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot read"):
         Config.read(tmp_path)
     monkeypatch.setenv("REKINDLE_CONFIG", str(tmp_path))
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot read"):
         Config.read(tmp_path)
 
 

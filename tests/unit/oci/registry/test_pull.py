@@ -101,19 +101,19 @@ PULLS = [
         name="wrong bytes",
         make=lambda s: [wrong.wrong_bytes(s.big.digest)],
         error=IntegrityError,
-        word="not those of its digest",
+        word="does not match its digest",
     ),
     Case(
         name="wrong bytes, first",
         make=lambda s: [wrong.wrong_bytes(s.big.digest, at=0)],
         error=IntegrityError,
-        word="not those of its digest",
+        word="does not match its digest",
     ),
     Case(
         name="wrong bytes, small",
         make=lambda s: [wrong.wrong_bytes(s.small.digest)],
         error=IntegrityError,
-        word="not those of its digest",
+        word="does not match its digest",
     ),
     Case(
         name="too many bytes",
