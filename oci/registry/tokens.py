@@ -186,7 +186,7 @@ class Authorizer:
         return realm.host == self._base.host or is_loopback(realm.host)
 
     def _refused(self, cause: str) -> CredentialsError:
-        known = "no credentials" if self._known_credentials() is None else "wrong credentials"
+        known = "no credentials" if self._known_credentials() is None else "other credentials"
         return CredentialsError(
             f"{self._login} refuses access",
             cause=cause,
