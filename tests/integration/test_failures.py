@@ -50,7 +50,7 @@ def test_an_unprivileged_user(rekindle: Rekindle, port: int, tmp_path: Path) -> 
     ):
         done = rekindle(*words)
         assert done.status == 10, done.stderr
-        assert "needs root" in done.stderr
+        assert "must run as root" in done.stderr
         assert "sudo" in done.stderr
     done = rekindle("doctor")
     assert done.status == 10
@@ -61,7 +61,7 @@ def test_root_without_the_capability_to_make_namespaces(rekindle: Rekindle, port
     rekindle.prefix = ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]
     done = rekindle.snapshot_workhorse("horse", port)
     assert done.status == 10, done.stderr
-    assert "make a cell" in done.stderr
+    assert "cannot create a cell" in done.stderr
     assert "Operation not permitted" in done.stderr
 
 
@@ -69,7 +69,7 @@ def test_a_missing_criu(rekindle: Rekindle, port: int, nothing_left: NothingLeft
     rekindle.env |= {"REKINDLE_PREFIX": "/no/such/place", "PATH": "/usr/bin:/bin"}
     done = rekindle.snapshot_workhorse("horse", port)
     assert done.status == 10
-    assert "there is no CRIU" in done.stderr
+    assert "CRIU is not installed" in done.stderr
     assert "hack/get-criu" in done.stderr
     doctor = rekindle("doctor", "--check", "criu")
     assert doctor.status == 10
@@ -162,11 +162,11 @@ def rewrite_record(rekindle: Rekindle, change: Callable[[dict[str, object]], Non
 
 
 def test_a_record_of_a_newer_format(rekindle: Rekindle, horse_port: int) -> None:
-    rewrite_record(rekindle, lambda record: record.update(schema="rekindle.record/2"))
+    rewrite_record(rekindle, lambda record: record.update(schema="rekindle.record/99"))
     for words in (["restore", "horse", "--dangerously-skip-verification"], ["inspect", "horse"]):
         done = rekindle(*words)
         assert done.status == 20, done.stderr
-        assert "rekindle.record/2" in done.stderr
+        assert "rekindle.record/99" in done.stderr
         assert "newer rekindle" in done.stderr
 
 
@@ -235,7 +235,7 @@ def test_a_server_that_dies_while_it_warms(rekindle: Rekindle, port: int, nothin
 def test_an_oracle_that_answers_differently(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
     done = rekindle.snapshot_workhorse("horse", port, "moody")
     assert done.status == 35, done.stderr
-    assert "two ways" in done.stderr
+    assert "gave two answers to the same request" in done.stderr
     assert rekindle("inspect", "horse").status == 12
     nothing_left()
 

@@ -436,7 +436,7 @@ def test_a_cache_with_other_bytes_ends_everything_after_a_process_that_failed(
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema": "rekindle.record/2"}, {"process": None}, {"process__root_pid": -1}]
+    "change", [{"schema": "rekindle.record/99"}, {"process": None}, {"process__root_pid": -1}]
 )
 def test_a_record_that_is_malformed_ends_everything(scene: Scene, change: dict[str, Any]) -> None:
     image = rewrite_record(scene.saved, scene.directory / "bad", **change)

@@ -157,7 +157,7 @@ def test_an_authority_that_is_not_there_is_a_mistake_in_the_configuration(
 def test_the_password_of_a_mirror_is_not_shown(rekindle: Rekindle, url: str) -> None:
     done = rekindle("pull", "127.0.0.1:1/a/r:1", "--mirror", url, "--json")
     assert done.status == 2, done.stderr
-    assert "no mirror" in done.stderr
+    assert "is not a mirror" in done.stderr
     assert "hunter2" not in done.stderr + done.stdout
 
 
