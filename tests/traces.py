@@ -108,7 +108,7 @@ def children() -> dict[int, str]:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             for pid in map(int, (task / "children").read_text().split()):
-                with contextlib.suppress(ChildProcessError):
+                with contextlib.suppress(ChildProcessError, psutil.NoSuchProcess):
                     if os.waitpid(pid, os.WNOHANG) == (0, 0):
                         found[pid] = " ".join(psutil.Process(pid).cmdline())
     return found
