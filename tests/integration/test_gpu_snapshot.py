@@ -57,7 +57,7 @@ def saved(built: FakeGpuNode, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def horse(saved: Path, node: FakeGpuNode, rekindle: Rekindle) -> None:
     """The same, for this test."""
-    shutil.copytree(saved, rekindle.home, symlinks=True)
+    shutil.copytree(saved, rekindle.home, symlinks=True, dirs_exist_ok=True)
     node.cuda.forget()
 
 

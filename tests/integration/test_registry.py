@@ -123,7 +123,7 @@ def test_a_registry_with_a_certificate_of_one_s_own(
     image = f"{registry.host}/team/image:1"
     words = ["push", f"oci:{tmp_path}/from:1", image]
 
-    rekindle.home.mkdir()
+    rekindle.home.mkdir(exist_ok=True)
     configuration = rekindle.home / "config.toml"
     plain = rekindle(*words)
     assert plain.status == 40, plain.stderr
@@ -293,7 +293,7 @@ def test_what_makes_no_sense_is_refused(rekindle: Rekindle, words: tuple[str, ..
 
 
 def test_a_configuration_that_is_wrong(rekindle: Rekindle) -> None:
-    rekindle.home.mkdir()
+    rekindle.home.mkdir(exist_ok=True)
     (rekindle.home / "config.toml").write_text("[limit]\n")
     done = rekindle("pull", "127.0.0.1:1/a")
     assert done.status == 2

@@ -649,7 +649,7 @@ def test_half_an_identity_and_files_that_are_not_there_are_refused(
 @pytest.fixture
 def local(prey: Prey, tmp_path: Path) -> Rekindle:
     """A copy of the home in which the snapshot was made, as this machine's own."""
-    shutil.copytree(prey.home, tmp_path / "home", symlinks=True)
+    shutil.copytree(prey.home, tmp_path / "home", symlinks=True, dirs_exist_ok=True)
     return Rekindle(tmp_path / "home", {"TMPDIR": str(tmp_path), "COSIGN_PASSWORD": ""})
 
 
@@ -714,7 +714,7 @@ def test_a_machine_s_own_signature_counts_on_that_machine_only(
         assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "kernels")).status == 0
         shutil.rmtree(rekindle.home / "store")
     else:
-        rekindle.home.mkdir(mode=0o700)
+        rekindle.home.mkdir(mode=0o700, exist_ok=True)
     shutil.copytree(prey.home / "store", rekindle.home / "store")
     for verb in ("restore", "extract"):
         done = use(verb, "horse", rekindle, tmp_path, [])
