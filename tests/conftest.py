@@ -6,6 +6,7 @@ REKINDLE_TEST_REQUIRE=all, as in CI: there, a lack is a failure.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -43,6 +44,8 @@ CRANE = REGISTRY_TOOLS / "crane"
 COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
 ALLOCATORS = PREFIX / "allocators" / "lib"
+_GO_SOURCE = SERVERS / "garbage" / "garbage.go"
+GO_SERVER = PREFIX / "go-server" / hashlib.sha256(_GO_SOURCE.read_bytes()).hexdigest()[:16]
 VECTORS = ROOT.parent / "shared" / "sigstore-conformance"
 
 

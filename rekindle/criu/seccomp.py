@@ -18,8 +18,8 @@ _FILTER, _PREV = 1, 2
 _ALLOW = bytes.fromhex("060000000000ff7f")  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
 
 
-def drop_filter(dump: Path, program: bytes) -> int:
-    """Take every filter with this BPF program out of a dump, in place; return how many there were.
+def drop_filter(dump: Path, beginning: bytes) -> int:
+    """Take every filter whose BPF program begins so out of a dump, in place; return how many there were.
 
     Positions must stay as they are, since threads name them: what comes before such a filter takes its place,
     or a filter that allows everything.
@@ -35,7 +35,7 @@ def drop_filter(dump: Path, program: bytes) -> int:
             assert (number, wire_type) == (1, 2)
             assert isinstance(value, bytes)
             fields = read_fields(value, path)
-            if content(fields, _FILTER) == program:
+            if (content(fields, _FILTER) or b"").startswith(beginning):
                 dropped += 1
                 before = integer(fields, _PREV, path, default=-1)
                 fields = filters[before] if 0 <= before < len(filters) else [(_FILTER, 2, _ALLOW)]
