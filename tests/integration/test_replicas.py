@@ -54,7 +54,8 @@ def test_replicas_map_one_file(
         if "/dev/shm/.rekindle/memory/" in line
     }
     kept = list((rekindle.home / "dumps").glob("*/memory/*"))
-    assert files == {str(path.stat().st_ino) for path in kept}, "whatever the number of replicas"
+    assert files <= {str(path.stat().st_ino) for path in kept}, "whatever the number of replicas"
+    assert files
     for replica in replicas:
         replica.kill()
     nothing_left()

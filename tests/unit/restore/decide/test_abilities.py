@@ -21,6 +21,12 @@ from restore.decide.abilities import Abilities, probe
 CRIU = Criu(path=Path("/criu"), version="4.2.1")
 
 
+@pytest.fixture(autouse=True)
+def of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory is free changes from one look to the next."""
+    monkeypatch.setattr("rekindle.node.memory.available_bytes", lambda: 5 << 30)
+
+
 class Node:
     """One on which cells can be made, and CRIU works, unless it is said otherwise."""
 
@@ -66,7 +72,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
 def test_that_cells_work_is_remembered(node: Node, home: Home) -> None:
     for _ in range(3):
-        assert probe(home) == Abilities(criu=CRIU)
+        assert probe(home) == Abilities(criu=CRIU, memory_bytes=5 << 30)
     assert node.cells == 1
 
 
@@ -85,9 +91,9 @@ def test_that_cells_do_not_work_is_not_remembered(node: Node, home: Home) -> Non
         assert probe(home) == Abilities(problems={"privileges": "unshare: Operation not permitted"})
     assert node.cells == 2
     node.lack = None
-    assert probe(home) == Abilities(criu=CRIU)
+    assert probe(home) == Abilities(criu=CRIU, memory_bytes=5 << 30)
     node.lack = CapabilityError("nobody asks")
-    assert probe(home) == Abilities(criu=CRIU)
+    assert probe(home) == Abilities(criu=CRIU, memory_bytes=5 << 30)
 
 
 def test_a_lack_without_a_cause_is_told(node: Node, home: Home) -> None:
@@ -100,7 +106,7 @@ def test_what_was_remembered_and_cannot_be_read_is_tried_again(
     node: Node, home: Home, content: bytes
 ) -> None:
     (home.tools / "cells-that-work.json").write_bytes(content)
-    assert probe(home) == Abilities(criu=CRIU)
+    assert probe(home) == Abilities(criu=CRIU, memory_bytes=5 << 30)
     assert node.cells == 1
     assert json.loads((home.tools / "cells-that-work.json").read_bytes()) == node.privileges
 
@@ -113,7 +119,7 @@ def test_where_nothing_can_be_remembered_it_is_tried_each_time(
 
     monkeypatch.setattr(abilities, "write_atomically", refuse)
     for number in (1, 2):
-        assert probe(home) == Abilities(criu=CRIU)
+        assert probe(home) == Abilities(criu=CRIU, memory_bytes=5 << 30)
         assert node.cells == number
 
 
