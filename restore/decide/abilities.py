@@ -22,7 +22,7 @@ from rekindle.proc import boot_id
 class Abilities:
     """A working CRIU, or None, and what prevents a restore of a process here, by reason code.
 
-    `memory_bytes` can be had here; None if that is not known.
+    `memory_bytes` is the memory available here; None if it is unknown.
     """
 
     criu: Criu | None = None

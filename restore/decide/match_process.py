@@ -155,7 +155,7 @@ def _ability_problems(abilities: Abilities, record: Record) -> Iterator[Differen
 
 
 def _memory(abilities: Abilities, record: Record) -> Iterator[Difference]:
-    """Yield a difference if the server would not have the memory that it had when it first answered."""
+    """Yield a difference if less memory is available than the server had when it first answered."""
     needed = memory_needed(record)
     if abilities.memory_bytes is not None and abilities.memory_bytes < needed:
         yield Difference(
@@ -164,9 +164,9 @@ def _memory(abilities: Abilities, record: Record) -> Iterator[Difference]:
 
 
 def memory_needed(record: Record) -> int:
-    """Return the bytes of memory that a restored server has of its own when it first answers.
+    """Return the bytes of its own memory that a restored server has when it first answers.
 
-    Of an image that was not proved, or has no memory files, all that is stored counts.
+    For an image that was not proved or has no memory files, all stored memory counts.
     """
     return record.dump.own_bytes or record.dump.stored_bytes
 

@@ -190,7 +190,7 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
         reason = reason_for(Difference("no-cache", "kernel cache", "", "the image holds no kernel cache"))
         return Step(rung=Rung.CACHE, reasons=[reason, *_no_command(facts, Rung.CACHE)])
     inventory = facts.cache.inventory
-    from restore.decide import match_cache  # a restore of the process needs none of it
+    from restore.decide import match_cache  # imported late: the process rung does not need it
 
     fit = match_cache.compare(inventory, record.node.architecture, record, facts.node, soft)
     chosen = [root for root in inventory.roots if root.name in fit.roots]

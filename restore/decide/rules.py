@@ -166,11 +166,11 @@ RULES: Mapping[str, Rule] = {
     "memory": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="The server needs at once what it had of its own when it first answered; mapped memory files "
-        "can be read again, and do not count. Beyond a control group's limit the OS kernel kills the server, "
-        "or with memory.oom.group all of the group.",
+        why="The server immediately needs as much memory of its own as it had when it first answered. Mapped "
+        "memory files do not count, since they can be read again. Above the limit of a control group, the OS "
+        "kernel kills the server, or with memory.oom.group the whole group.",
         source="Linux, Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.oom.group)",
-        advice="give the container more memory, or end something",
+        advice="give the container more memory, or end other processes",
     ),
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
