@@ -88,12 +88,13 @@ class AddressSpace:
 
     def find(self, address: int, *, of_file: bool = False) -> Area | None:
         """Return the mapping at an address, or else the next one above; of a file, if so wanted."""
+        maps = self._open("maps")
         if AddressSpace.can_query:
             flags = _THIS_OR_NEXT | (_OF_FILE if of_file else 0)
             name = ctypes.addressof(self._name)
             query = bytearray(_QUERY.pack(_QUERY.size, flags, address, *[0] * 8, _NAME_BYTES, 0, name, 0))
             try:
-                fcntl.ioctl(self._open("maps"), _PROCMAP_QUERY, query)
+                fcntl.ioctl(maps, _PROCMAP_QUERY, query)
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return None

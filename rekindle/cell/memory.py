@@ -19,6 +19,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from select import POLLIN, poll
 
 # madvise(2). MADV_GUARD_INSTALL drops pages, too.
 MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL = 4, 8, 24, 102
@@ -289,8 +290,13 @@ class CallSource:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._poll = poll()
+        self._poll.register(fd, POLLIN)
         with contextlib.suppress(OSError):
             fcntl.ioctl(fd, _SET_FLAGS, _SYNC_WAKE_UP)
+
+    def is_readable(self) -> bool:
+        return any(event & POLLIN for _, event in self._poll.poll(0))
 
     def receive(self) -> Call | None:
         """Return a call, or None if its task has died, or a signal came."""

@@ -29,6 +29,7 @@ from rekindle.cell.memory import (
 # A job does this much (some 1 ms) before others have their turn.
 _PIECE_BYTES = 2 << 20
 _PIECE_MAPPINGS = 100
+_CALLS_PER_PIECE = 64
 # A job has up to four descriptors open. Of more calls than this at once, the later ones wait.
 _JOBS_LIMIT = 16
 
@@ -41,7 +42,7 @@ class Supervisor:
     pieces, so that a large one delays nobody: call `receive` whenever `listener` is readable, and `step` as
     long as there is `busy`.
 
-    A mapping is a memory file's if its path is in the files' directory. (Its device and inode say less:
+    An area is a memory file's if its path is in the files' directory. (Its device and inode say less:
     stat has other numbers than /proc/PID/maps on btrfs and overlayfs.)
     """
 
@@ -61,10 +62,18 @@ class Supervisor:
         return bool(self._running or self._waiting)
 
     def receive(self) -> None:
-        """Take in a call, and let it go on if it is not about memory files."""
-        call = self.listener.receive()
-        if call is None:
-            return
+        """Take in a call, and let it go on if it is not about memory files.
+
+        While there are jobs, take in all calls that wait: until then a signal can interrupt them (EINTR).
+        """
+        for _ in range(_CALLS_PER_PIECE):
+            call = self.listener.receive()
+            if call is not None:
+                self._take_in(call)
+            if not self.busy or not self.listener.is_readable():
+                return
+
+    def _take_in(self, call: Call) -> None:
         start, end = _range(call)
         at = bisect_right(self._ends, start)  # the first range that ends behind it
         if self._has_moved or (at < len(self._ends) and self._starts[at] < end):
@@ -122,12 +131,12 @@ class Supervisor:
         advice = call.arguments[2] & 0xFFFFFFFF
         is_zeroing = advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED)
         is_concerned = has_others = False
-        for count, mapping in enumerate(memory.between(start, end), 1):
-            if self._has(mapping):
+        for count, area in enumerate(memory.between(start, end), 1):
+            if self._has(area):
                 # Where the file has but holes, the kernel's own way leads to zeros, and frees the pages.
-                is_concerned |= not is_zeroing or self._has_data(mapping, start, end)
+                is_concerned |= not is_zeroing or self._has_data(area, start, end)
             else:
-                has_others |= not mapping.is_anonymous
+                has_others |= not area.is_anonymous
             if count % _PIECE_MAPPINGS == 0:
                 yield
         if not is_concerned:
@@ -163,32 +172,32 @@ class Supervisor:
             memory.check()
         call.answer(errno.ENOMEM if has_gap or start < end else 0)
 
-    def _drop(self, memory: AddressSpace, mapping: Area, start: int, end: int) -> None:
-        """Bring pages of a mapping to what they are when they are touched first."""
-        if self._has(mapping):
-            for low, high, has_data in self._extents(mapping, start, end):
+    def _drop(self, memory: AddressSpace, area: Area, start: int, end: int) -> None:
+        """Bring pages of an area to what they are when they are touched first."""
+        if self._has(area):
+            for low, high, has_data in self._extents(area, start, end):
                 for at, stop in [(low, high)] if has_data else memory.written(low, high):
                     memory.zero(at, stop)
-        elif mapping.is_anonymous:
+        elif area.is_anonymous:
             for at, stop in memory.written(start, end):
                 memory.zero(at, stop)
-        elif mapping.inode and not mapping.is_shared:
-            memory.read_again(mapping, start, end)
+        elif area.inode and not area.is_shared:
+            memory.read_again(area, start, end)
 
-    def _has(self, mapping: Area) -> bool:
-        """Whether a mapping is one of a memory file, and private: a shared one is nobody's own memory."""
-        return mapping.name.startswith(self._prefix) and not mapping.is_shared
+    def _has(self, area: Area) -> bool:
+        """Whether an area is one of a memory file, and private: a shared one is nobody's own memory."""
+        return area.name.startswith(self._prefix) and not area.is_shared
 
-    def _has_data(self, mapping: Area, start: int, end: int) -> bool:
-        start, end = max(start, mapping.start), min(end, mapping.end)
-        return any(has_data for _, _, has_data in self._extents(mapping, start, end))
+    def _has_data(self, area: Area, start: int, end: int) -> bool:
+        start, end = max(start, area.start), min(end, area.end)
+        return any(has_data for _, _, has_data in self._extents(area, start, end))
 
-    def _extents(self, mapping: Area, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Return the parts of a stretch of a memory file's mapping, and whether the file has data there."""
-        if mapping.name not in self._files:
-            self._files[mapping.name] = os.open(mapping.name, os.O_RDONLY | os.O_CLOEXEC)
-        file = self._files[mapping.name]
-        to_file = mapping.offset - mapping.start
+    def _extents(self, area: Area, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Return the parts of a stretch of an area, and whether its memory file has data there."""
+        if area.name not in self._files:
+            self._files[area.name] = os.open(area.name, os.O_RDONLY | os.O_CLOEXEC)
+        file = self._files[area.name]
+        to_file = area.offset - area.start
         while start < end:
             try:
                 data = os.lseek(file, start + to_file, os.SEEK_DATA) - to_file

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +243,20 @@ def test_what_lies_between_is_dropped_as_its_kind_is(pair: Pair, tmp_path: Path)
     assert pair.do("advise", 0, 40, DONTNEED) == [-1, errno.ENOMEM]
 
 
+def test_what_is_no_memory_ends_the_call(pair: Pair) -> None:
+    operations = [["advise_with_vvar", 10, 8, 16, DONTNEED], ["look"]]
+    status, (answer, _) = pair.do("child", operations)
+    assert status == 0
+    assert answer == [-1, errno.EINVAL]
+
+
+def test_memory_is_given_back_where_the_file_has_a_hole(pair: Pair) -> None:
+    pair.do("write", 66, "mine", 8)
+    assert pair.mapped.do("own", 66, 8) == 8
+    assert pair.do("advise", 64, 16, DONTNEED) == [0, 0]
+    assert pair.mapped.do("own", 66, 8) == 0
+
+
 def test_free_may_keep_pages_and_ends_where_it_cannot(pair: Pair, tmp_path: Path) -> None:
     before = pair.mapped.do("look")
     for page, count in ((0, 16), (64, 16), (0, 80)):
@@ -398,6 +413,53 @@ def test_children_have_memory_of_their_own(pair: Pair) -> None:
     pair.do("advise", 0, 8, DONTNEED)
 
 
+def test_programs_that_are_started_have_calls_of_their_own(pair: Pair) -> None:
+    program = """
+import mmap
+memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE)
+memory.write(b"x" * len(memory))
+memory.madvise(mmap.MADV_DONTNEED, 0, 4 * mmap.PAGESIZE)
+memory.resize(2 << 20)
+print(memory.rfind(b"x", 0), memory.find(b"x", 0), len(memory))
+"""
+    assert pair.do("run", program).split() == [str((1 << 20) - 1), str(4 * PAGE), str(2 << 20)]
+
+
+def test_a_process_without_privileges_is_served(tmp_path: Path) -> None:
+    directory = tmp_path / "files"
+    write_memory_file(directory)
+    with actor(directory, tmp_path / "log", supervised=True) as mapped:
+        mapped.do("set", str(mapped.path), AREAS)
+        mapped.do("become", 65534)
+        assert mapped.do("advise", 4, 1, DONTNEED) == [0, 0]
+        assert mapped.do("read", 4, 4) == "00000000"
+        assert mapped.do("remap", 4, 1, 2, MAYMOVE) == [-1, errno.ENOMEM]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "overlay"])
+def test_memory_files_may_be_on(kind: str, tmp_path: Path) -> None:
+    """overlayfs tells other devices and inodes by stat than in /proc/PID/maps."""
+    tops = [tmp_path / name for name in ("below", "above", "work", "files")]
+    for top in tops:
+        top.mkdir()
+    below, above, work, directory = tops
+    write_memory_file(below)
+    options = f"lowerdir={below},upperdir={above},workdir={work}" if kind == "overlay" else "size=8m"
+    subprocess.run(["mount", "-t", kind, "-o", options, "none", str(directory)], check=True)
+    try:
+        if kind == "tmpfs":
+            write_memory_file(directory)
+        with actor(directory, tmp_path / "log", supervised=True) as mapped:
+            mapped.do("set", str(mapped.path), AREAS)
+            mapped.do("write", 66, "mine")
+            assert mapped.do("advise", 0, 80, DONTNEED) == [0, 0]
+            for page in (0, 63, 66):
+                assert mapped.do("read", page, 4) == "00000000"
+            assert mapped.do("read", 96, 7) == b"page 80".hex()
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
 CODE = {"x86_64": "b82a000000c3", "aarch64": "40058052c0035fd6"}  # return 42
 
 
@@ -457,6 +519,24 @@ def test_calls_wait_for_an_init_that_is_slow(pair: Pair) -> None:
     assert json.loads(pair.mapped.channel.recv(1 << 20)) == [[0, 0]] * 16
     pair.anonymous.do("advise", 0, 8, DONTNEED)
     pair.compare()
+
+
+def test_a_task_that_is_killed_while_it_waits_is_forgotten(pair: Pair) -> None:
+    os.kill(pair.mapped.cell.init_pid, signal.SIGSTOP)
+    try:
+        waiting = pair.mapped.do("start", ["advise", 0, 64, DONTNEED])
+        time.sleep(0.1)
+        assert pair.mapped.do("kill", waiting) == signal.SIGKILL
+    finally:
+        os.kill(pair.mapped.cell.init_pid, signal.SIGCONT)
+    pair.do("advise", 0, 8, DONTNEED)
+
+
+def test_signals_do_not_show(pair: Pair) -> None:
+    """With SA_RESTART; without it, a call that init has not yet received fails with EINTR."""
+    for page, count in ((0, 64), (FREE_PLACE, 1)):
+        pair.do("map", FREE_PLACE, 1)
+        assert pair.do("interrupted", page, count, DONTNEED, 2000) == [[0, 0]]
 
 
 # --- Anything in any order ----------------------------------------------------------------------------
@@ -527,6 +607,31 @@ def test_without_the_filter_the_files_bytes_come_back(tmp_path: Path) -> None:
         assert unhelped.do("remap", 96, 32, 40, MAYMOVE) == [96, 0]
         beyond = [checksum for page, _, checksum in unhelped.do("look") if page >= 128]
         assert beyond == [-errno.EIO] * 8  # a touch is SIGBUS
+
+
+def test_a_listener_that_another_has_is_a_reason_to_copy(tmp_path: Path) -> None:
+    """As in a container whose runtime watches calls itself."""
+    program = """
+import ctypes, struct, sys
+from pathlib import Path
+from rekindle.cell import Cell, Command, MappingRefused, MemoryFiles, Network, memory
+memory._install(struct.pack("HBBI", 6, 0, 0, 0x7fff0000))  # allows everything
+with Cell() as cell:
+    cell.enter(Network.PRIVATE)
+    command = {"argv": ["true"], "env": {}, "cwd": Path("/")}
+    try:
+        cell.spawn(Command(**command, memory=MemoryFiles(directory=Path(sys.argv[1]), ranges=[])))
+    except MappingRefused as refused:
+        print(refused, [path.name for path in (cell.root / "dev/shm").iterdir()])
+    print(cell.run(Command(**command), 30))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "[Errno 16] seccomp filter with a listener: Device or resource busy []",
+        "0",
+    ]
 
 
 def test_memory_files_that_are_refused_leave_a_cell_that_goes_on(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
@@ -85,6 +86,25 @@ class Actor:
                         checksum = -(error.errno or 1)
                     found.append([(at - START) // PAGE, permissions, checksum])
         return found
+
+    def own(self, page: int, count: int) -> int:
+        """Count the pages that are this process's own: present, and not those of a file."""
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            entries = os.pread(pagemap.fileno(), 8 * count, place(page) // PAGE * 8)
+        return sum(byte & 0x80 and not byte & 0x20 for byte in entries[7::8])
+
+    def advise_with_vvar(self, vvar: float, page: float, count: float, advice: int) -> list[int]:
+        """Advise while the kernel's data for the clock, which is no memory, is in the arena.
+
+        Without it, reading the clock would kill the process.
+        """
+        with open("/proc/self/maps") as maps:
+            (span,) = (line.split()[0] for line in maps if line.rstrip().endswith("[vvar]"))
+        start, end = (int(text, 16) for text in span.split("-"))
+        libc.mremap(start, end - start, end - start, 3, place(vvar))
+        answer = self.advise(page, count, advice)
+        libc.mremap(place(vvar), end - start, end - start, 3, start)
+        return answer
 
     def write(self, page: float, content: str, count: int = 1) -> list[int]:
         """Write, whatever the protection, the same bytes into every page."""
@@ -177,6 +197,45 @@ class Actor:
             said = file.read()
         status = os.waitpid(pid, 0)[1]
         return [status, json.loads(said) if said else None]
+
+    def become(self, uid: int) -> list[int]:
+        """Give up all privileges, so that only the privileged may look at this process."""
+        os.setresuid(uid, uid, uid)
+        return result(libc.prctl(4, 0))  # PR_SET_DUMPABLE
+
+    def run(self, program: str) -> str:
+        """Run another Python program in this one's place in a child, and return what it prints."""
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(writer, 1)
+            os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", program])
+        os.close(writer)
+        with open(reader) as file:
+            said = file.read()
+        os.waitpid(pid, 0)
+        return said
+
+    def start(self, operation: list[Any]) -> int:
+        """Do an operation in a child and return its PID."""
+        pid = os.fork()
+        if pid == 0:
+            self.do(operation)
+            os._exit(0)
+        return pid
+
+    def kill(self, pid: int) -> int:
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1]
+
+    def interrupted(self, page: float, count: float, advice: int, times: int) -> list[list[int]]:
+        """Advise again and again while signals come, and return the different answers."""
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        answers = {tuple(self.advise(page, count, advice)) for _ in range(times)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return sorted(map(list, answers))
 
     def threads(self, count: int, operations: list[list[Any]]) -> list[Any]:
         said: list[Any] = [None] * count
