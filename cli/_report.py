@@ -75,7 +75,7 @@ def refuse_unwritable(path: Path | None) -> None:
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"--report {path} is not a regular file")
-        path.parent.stat()
+        path.absolute().parent.stat()  # absolute() raises if the working directory is gone
     except OSError as error:
         raise UsageError(f"cannot write --report {path}", cause=str(error)) from None
     in_place = path.exists() and os.access(path, os.W_OK)

@@ -32,6 +32,14 @@ _LOGS_KEPT = 20
 _STALE_SECONDS = 3600.0
 
 
+def expand_user(path: str) -> Path | None:
+    """Expand a leading `~`; return None if the user has no home directory, as in many containers."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return None
+
+
 class Home:
     """The directory, created on first use and private to its owner."""
 

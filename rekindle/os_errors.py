@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,26 @@ def from_os_error(error: OSError) -> RekindleError | None:
         return full_disk(error.filename or "here", cause=str(error))
     if error.errno in _ELSEWHERE and error.filename:
         return UsageError(f"cannot use {error.filename}", cause=str(error))
+    if error.errno == errno.ENOENT and not _is_absolute(error.filename) and _is_working_directory_gone():
+        return UsageError(
+            "the working directory does not exist any more",
+            cause=str(error),
+            hint="change to a directory that exists",
+        )
     return None
+
+
+def _is_absolute(name: object) -> bool:
+    """Tell whether an error names an absolute path; os.getcwd() names none."""
+    return isinstance(name, str | bytes) and Path(os.fsdecode(name)).is_absolute()
+
+
+def _is_working_directory_gone() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109 - Path.cwd() is the same
+    except FileNotFoundError:
+        return True
+    return False
 
 
 _DISK_HINT = "free some space, or set REKINDLE_HOME to a directory on a larger disk"

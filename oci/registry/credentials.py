@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.errors import CredentialsError
+from rekindle.home import expand_user
 
 _HUB = "registry-1.docker.io"
 _HUB_NAMES = ("https://index.docker.io/v1/", "docker.io", _HUB)  # the first by `docker login` without a name
@@ -51,9 +52,21 @@ def find(host: str) -> Credentials | None:
     return None
 
 
+def advise(login: str, known: Credentials | None) -> str:
+    """Return a hint for a user whom a registry refuses access, with the credentials that `find` returned."""
+    if known is None and _docker_directory() is None:
+        return "this user has no home directory: set DOCKER_CONFIG to the directory of docker's config.json"
+    what = "no credentials" if known is None else "other credentials"
+    return f"docker's configuration has {what} for it: `docker login {login}`, or `oras login {login}`"
+
+
+def _docker_directory() -> Path | None:
+    return expand_user(os.environ.get("DOCKER_CONFIG") or "~/.docker")
+
+
 def _configurations() -> list[Path]:
-    docker = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser()
-    found = [docker / "config.json"]
+    docker = _docker_directory()
+    found = [docker / "config.json"] if docker else []
     if podman := os.environ.get("REGISTRY_AUTH_FILE"):
         found.append(Path(podman))
     elif runtime := os.environ.get("XDG_RUNTIME_DIR"):

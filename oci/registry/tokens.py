@@ -12,7 +12,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from oci.registry.credentials import Credentials
+from oci.registry.credentials import Credentials, advise
 from oci.registry.transport import Answer
 from oci.registry.url import Url, is_loopback
 from rekindle.errors import CredentialsError, FormatError, RegistryError
@@ -186,13 +186,8 @@ class Authorizer:
         return realm.host == self._base.host or is_loopback(realm.host)
 
     def _refused(self, cause: str) -> CredentialsError:
-        known = "no credentials" if self._known_credentials() is None else "other credentials"
-        return CredentialsError(
-            f"{self._login} refuses access",
-            cause=cause,
-            hint=f"docker's configuration has {known} for it: "
-            f"`docker login {self._login}`, or `oras login {self._login}`",
-        )
+        hint = advise(self._login, self._known_credentials())
+        return CredentialsError(f"{self._login} refuses access", cause=cause, hint=hint)
 
 
 def covers(scope: str, other: str) -> bool:

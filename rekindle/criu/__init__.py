@@ -16,7 +16,7 @@ from rekindle.cell import Cell, Command, MemoryFiles, Network
 from rekindle.criu import amx
 from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
 from rekindle.files import write_atomically
-from rekindle.home import Home
+from rekindle.home import Home, expand_user
 from rekindle.os_errors import full_disk
 
 # Processes that use a GPU take longer to freeze than CRIU's default of ten seconds.
@@ -92,12 +92,22 @@ def candidates(home: Home) -> Iterator[CriuCandidate]:
 def _paths() -> list[Path]:
     if chosen := os.environ.get("REKINDLE_CRIU"):
         return [Path(chosen).absolute()]
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    prefix = os.environ.get("REKINDLE_PREFIX") or str(Path(cache, "rekindle"))
-    directories = [*os.get_exec_path(), f"{prefix}/bin"]
+    directories = os.get_exec_path()
+    if prefix := _prefix():
+        directories.append(f"{prefix}/bin")
     found = (Path(directory or ".", "criu") for directory in dict.fromkeys(directories))
-    works = (path.absolute() for path in found if path.is_file() and os.access(path, os.X_OK))
+    # os.access first: is_file raises PermissionError in a directory that we may not read.
+    works = (path.absolute() for path in found if os.access(path, os.X_OK) and path.is_file())
     return list(dict.fromkeys(works))
+
+
+def _prefix() -> Path | None:
+    """Return the directory into which hack/get-criu installs; None for a user without a home directory."""
+    if prefix := os.environ.get("REKINDLE_PREFIX"):
+        return Path(prefix)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    directory = Path(cache) if cache else expand_user("~/.cache")
+    return directory and directory / "rekindle"
 
 
 def _identity(path: Path) -> str:

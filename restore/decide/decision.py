@@ -122,7 +122,7 @@ def os_errors_as_capability() -> Iterator[None]:
         if failure is None:
             raise
         if isinstance(failure, UsageError):
-            failure = CapabilityError(failure.message, cause=failure.cause)
+            failure = CapabilityError(failure.message, cause=failure.cause, hint=failure.hint)
         raise failure from error
 
 

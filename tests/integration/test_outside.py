@@ -83,6 +83,54 @@ def test_a_report_lies_in_the_directory_one_is_in(rekindle: Rekindle, tmp_path: 
     assert json.loads((tmp_path / "r.json").read_text())["outcome"] == "saved"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "oci:layout:x"],
+        ["match", "oci:layout:x"],
+        ["copy", "oci:a:1", "oci:b:1"],
+        ["restore", "oci:layout", "--plan"],
+        ["restore", "x", "--", "true"],
+        ["snapshot", "x", "--", "vllm", "serve", "m"],
+        ["bench", "--", "vllm", "serve", "m"],
+    ],
+    ids=lambda words: words[0],
+)
+@needs_root
+def test_a_working_directory_that_is_gone_is_told(
+    rekindle: Rekindle, tmp_path: Path, words: list[str]
+) -> None:
+    rekindle.prefix = deleting_working_directory(tmp_path / "gone")
+    done = rekindle(*words)
+    # restore counts what the system refuses as a missing capability, so that it may take a lower rung.
+    assert done.status == (10 if words[0] == "restore" else 2), done.stderr
+    assert "the working directory does not exist any more" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_in_a_working_directory_that_is_gone_is_refused(rekindle: Rekindle, tmp_path: Path) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    rekindle.prefix = deleting_working_directory(tmp_path / "gone")
+    done = rekindle("copy", f"oci:{tmp_path}/from:1", f"oci:{tmp_path}/to:1", "--report", "r.json")
+    assert done.status == 2, done.stderr
+    assert "cannot write --report r.json" in done.stderr
+    assert not (tmp_path / "to").exists()
+
+
+def test_without_relative_paths_a_working_directory_that_is_gone_does_not_matter(
+    rekindle: Rekindle, tmp_path: Path
+) -> None:
+    make_image(tmp_path / "from", layers=1, size=100)
+    rekindle.prefix = deleting_working_directory(tmp_path / "gone")
+    done = rekindle("copy", f"oci:{tmp_path}/from:1", "mine")
+    assert done.status == 0, done.stderr
+
+
+def deleting_working_directory(path: Path) -> list[str]:
+    """Return a prefix that runs a command in a directory that was deleted."""
+    return ["sh", "-c", 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"', str(path)]
+
+
 @pytest.mark.parametrize("words", [["doctor", "--json"], ["--help"]])
 def test_a_reader_that_has_had_enough_is_no_bug(rekindle: Rekindle, words: list[str]) -> None:
     reading, writing = os.pipe()

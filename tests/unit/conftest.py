@@ -5,6 +5,7 @@ And what tests of several packages share: an image, a transfer of many small str
 its backends.
 """
 
+import pwd
 import threading
 import time
 from collections.abc import Iterator
@@ -85,3 +86,15 @@ def backend(
     found = search.find(home)
     yield found
     found.close()
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test as a user without a home directory: no $HOME, and no entry in /etc/passwd."""
+
+    def unknown(uid: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)

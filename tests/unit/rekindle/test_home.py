@@ -276,3 +276,12 @@ def test_a_directory_that_others_may_write_to_is_made_private(tmp_path: Path) ->
     tmp_path.chmod(0o1777)
     Home(tmp_path)
     assert tmp_path.stat().st_mode & 0o7777 == 0o700
+
+
+def test_a_user_without_a_home_is_told_to_set_rekindle_home(
+    homeless: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REKINDLE_HOME", raising=False)
+    with pytest.raises(UsageError, match="as REKINDLE_HOME") as caught:
+        Home.from_environment()
+    assert "set REKINDLE_HOME" in caught.value.hint
