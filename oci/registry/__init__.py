@@ -5,7 +5,7 @@ From the bottom up:
 
     url           URLs, and which hosts are this machine
     proxy         which proxy the environment names for a URL
-    certificates  whom to trust over TLS, and which certificate to show
+    certificates  the authorities that are trusted, and the client certificate
     sockets       sockets with a deadline for all that comes over them
     connection    one connection, made by urllib3 over these sockets
     transport     a pool of connections; one request, one answer

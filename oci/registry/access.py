@@ -16,7 +16,7 @@ _CERTS_D = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """The configuration, what the command line adds to it, and who counts what is moved.
+    """The configuration, what the command line adds to it, and the counter of what is moved.
 
     `certs_d` are the directories with certificates by host; see `certificates`.
     """

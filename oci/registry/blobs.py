@@ -32,7 +32,7 @@ class BlobFetcher:
         self._places: dict[tuple[str, Digest], Url] = {}  # where redirects led
 
     def __call__(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None) -> Answer:
-        """See `download.Fetch`. What a mirror began and did not finish, the origin is asked for."""
+        """See `download.Fetch`. After a broken answer, only the origin is asked."""
         if broken is not None:
             self._hosts.strike(broken.giver)
         for host in [] if broken is not None else self._hosts.mirrors:
@@ -67,8 +67,8 @@ class BlobFetcher:
 class BlobBody:
     """A blob as the body of a request.
 
-    Its last bytes are sent only if all are those of its digest: the registry must not get the whole of
-    something else. `pieces` raises IntegrityError.
+    Its last bytes are sent only if all of them match the digest, so the registry never gets all of a wrong
+    blob. `pieces` raises IntegrityError.
     """
 
     def __init__(self, descriptor: Descriptor, source: Blobs, access: Access) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whom to trust over TLS, and which certificate to show, for each host.
+"""TLS for each host: the authorities that are trusted, and the client certificate.
 
-The configuration comes first, `ca_file` in place of the system's authorities. What it leaves open is taken
-from the directory that Docker and Podman read for the host, the first that exists:
+The configuration comes first; its `ca_file` replaces the system's authorities. What it leaves open is read
+from the directory that Docker and Podman use for the host, the first that exists:
 
     /etc/containers/certs.d/HOST[:PORT]/
     /etc/docker/certs.d/HOST[:PORT]/
-        *.crt           authorities, besides those of the system
-        NAME.cert       a certificate to show ...
+        *.crt           authorities, in addition to the system's
+        NAME.cert       a client certificate ...
         NAME.key        ... and its key; of several, the first by name
 """
 
@@ -24,10 +24,7 @@ from rekindle.errors import UsageError
 
 
 class Certificates:
-    """Makes one TLS context for each host, and keeps it: to read all authorities takes 20 ms and more.
-
-    For many threads.
-    """
+    """Makes a TLS context for each host, once: reading all authorities takes 20 ms. For many threads."""
 
     def __init__(self, registries: Mapping[str, RegistrySettings], directories: Sequence[Path]) -> None:
         """`registries` are by host, with the port if there is one; `directories` are those of certs.d."""
@@ -51,7 +48,7 @@ class Certificates:
         names = [authority, host] if port == DEFAULT_PORTS["https"] else [authority]
         directory = _first_of(self._directories, names)
         context = _Context(ssl.PROTOCOL_TLS_CLIENT)
-        # An intermediate authority may be trusted by itself, as Go does.
+        # An intermediate authority can be trusted by itself, as with Go.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         if settings.ca_file is not None:
             _trust(context, settings.ca_file, f'the configuration names it for [registry."{host}"]')
@@ -76,10 +73,10 @@ class _Context(ssl.SSLContext):
     sslsocket_class = _PacedTlsSocket
 
     def set_alpn_protocols(self, alpn_protocols: object) -> None:
-        """Do nothing: urllib3 calls this for every connection.
+        """Do nothing.
 
-        OpenSSL frees the list of protocols then, which another thread may be copying for a connection of
-        its own, and without a list a server speaks HTTP/1.1 anyway.
+        urllib3 calls this for every connection. OpenSSL then frees the list of protocols while another
+        thread may be copying it, and without a list, servers speak HTTP/1.1 anyway.
         """
 
 
@@ -129,7 +126,7 @@ def _trust(context: ssl.SSLContext, path: Path, hint: str) -> None:
 
 
 def _show(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    def refuse() -> NoReturn:  # without this, OpenSSL asks at the terminal
+    def refuse() -> NoReturn:  # otherwise OpenSSL asks for the password on the terminal
         raise UsageError(f"the key {key} is encrypted", hint="rekindle needs it without a password")
 
     try:

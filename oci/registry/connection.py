@@ -22,7 +22,7 @@ _CLIENT_ERRORS = (HTTPError, http.client.HTTPException)
 
 
 class _Dialing:
-    """How urllib3's connections get our sockets."""
+    """Gives urllib3's connections our sockets."""
 
     dial: Callable[[], socket.socket]
 
@@ -35,27 +35,26 @@ class _PlainConnection(_Dialing, HTTPConnection):
 
 
 class _TlsConnection(_Dialing, HTTPSConnection):
-    """HTTP over TLS to a host, maybe in a tunnel of a proxy, or to a TLS proxy that forwards."""
+    """HTTP over TLS to a host, perhaps through a tunnel, or to a TLS proxy that forwards."""
 
 
 class Connection:
     """An open connection for requests to one origin. Belongs to one thread; only `shut` is for others."""
 
     def __init__(self, inner: _PlainConnection | _TlsConnection, forwarder: Proxy | None) -> None:
-        """`forwarder` is the proxy that takes the requests themselves, if there is one."""
+        """`forwarder` is the proxy that gets the requests themselves, if there is one."""
         self._inner = inner
         self._forwarder = forwarder
-        # The connection forgets its socket once a response says that it will be closed.
+        # urllib3 forgets the socket when a response announces that the connection will be closed.
         self._socket = _innermost(inner.sock)
 
     @classmethod
     def open(
         cls, url: Url, proxy: Proxy | None, context_for: ContextFor, *, seconds: float, watch: Watch
     ) -> "Connection":
-        """Connect to the host of a URL; all of it takes about so many seconds at most. Raises OSError.
+        """Connect to the host of a URL, within about so many seconds. Raises OSError.
 
-        A proxy is asked to forward requests of http, and for a tunnel for https, whatever it is spoken to
-        itself. See `dial` for `watch`.
+        A proxy forwards requests over http and gives a tunnel for https. See `dial` for `watch`.
         """
         inner = _unconnected(url, proxy, context_for)
         host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
@@ -85,7 +84,7 @@ class Connection:
         body: Iterable[bytes | memoryview] | None,
         pace: Pace,
     ) -> None:
-        """Send a request. Raises OSError, and ValueError for what cannot stand in a header."""
+        """Send a request. Raises OSError, and ValueError for a header that is not valid."""
         self._socket.pace = pace
         target = url.target
         if self._forwarder is not None:
@@ -117,7 +116,7 @@ class Connection:
             raise _as_os_error(error) from None
 
     def shut(self) -> None:
-        """End what the connection's own thread waits for."""
+        """End the wait of the thread that uses the connection."""
         shut(self._socket)
 
     def close(self) -> None:
@@ -179,15 +178,15 @@ class HttpResponse:
 
 
 def _as_os_error(error: Exception) -> OSError:
-    """Return what urllib3 or http.client say of a connection as the OSError that it means."""
-    for cause in (error, error.__cause__):  # http.client's own may be both
+    """Return an error of urllib3 or http.client as the OSError behind it, or as a ConnectionError."""
+    for cause in (error, error.__cause__):  # an error of http.client may be an OSError itself
         if isinstance(cause, OSError):
             return cause
     return ConnectionError(f"{error!r:.200}")
 
 
 def _innermost(sock: object) -> PacedSocket:
-    """Return the socket that waits for the other side: in a tunnel of a TLS proxy, the one to the proxy."""
+    """Return the socket below all TLS; within a tunnel of a TLS proxy, that is the one to the proxy."""
     if isinstance(sock, SSLTransport):
         sock = sock.socket
     assert isinstance(sock, PacedSocket)
@@ -195,7 +194,7 @@ def _innermost(sock: object) -> PacedSocket:
 
 
 def _unconnected(url: Url, proxy: Proxy | None, context_for: ContextFor) -> _PlainConnection | _TlsConnection:
-    first = proxy or url  # whom we speak to first
+    first = proxy or url  # the host to connect to
     to_proxy = None
     config = None
     if proxy is not None:

@@ -460,7 +460,7 @@ class BlobStream(io.RawIOBase):
 
 
 def ended() -> RegistryError:
-    """Return the error for those who still read."""
+    """Return the error for threads that still read."""
     return RegistryError("the transfer was ended")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One host of a registry: asked again where that may help, with our credentials, along its redirects."""
+"""One host of a registry: requests with credentials, retries and redirects."""
 
 import json
 import threading
@@ -142,7 +142,7 @@ class Host:
     ) -> "tuple[bytes, HTTPMessage]":
         """Read something small from the end of all redirects, and return it with the headers.
 
-        What breaks midway is asked for anew. Raises what `ask` does.
+        What breaks midway is requested again. Raises the errors of `ask`.
         """
 
         def attempt() -> "tuple[bytes, HTTPMessage]":
@@ -185,7 +185,7 @@ class Host:
     def _ask_authorized(
         self, method: str, url: Url, scope: str, headers: Mapping[str, str], body: Body | None
     ) -> Answer:
-        """Send a request, again if the registry asks who we are, or if a token has expired."""
+        """Send a request; send it again if the registry asks for credentials or a token has expired."""
         own = url.origin == self._base.origin
         for _ in range(_AUTHORIZATIONS_LIMIT):
             header = self.authorizer.header(scope) if own else None
@@ -203,7 +203,7 @@ class Host:
         )
 
     def _ask_realm(self, method: str, url: Url, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        """Send a request to a token server; every other status than those of `AGAIN` is an answer."""
+        """Send a request to a token server, and return the answer unless its status is one of `AGAIN`."""
 
         def attempt() -> Answer:
             answer = self._connections.request(method, url, headers, Bytes(body) if body else None)
@@ -274,7 +274,7 @@ class Host:
 
 
 def target_of(answer: Answer, location: str | None = None) -> Url:
-    """Return where an answer's Location header leads, or where another URL does that the answer names.
+    """Return the URL of an answer's Location header, or of another reference that the answer gives.
 
     Raises RegistryError for what is not an http or https URL, and for one that leads away from TLS.
     """

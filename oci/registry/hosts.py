@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A registry and its mirrors: which of them is asked, in which order, and for how long."""
+"""A registry and its mirrors: which of them are asked, and in which order."""
 
 import threading
 import urllib.parse
@@ -61,7 +61,7 @@ class Hosts:
         self.connections.close()
 
     def first(self, read: Callable[[Host], T]) -> T:
-        """Return what the first host gives that has it; the origin has the last word."""
+        """Return the result of `read` for the first host that has it, the mirrors before the origin."""
         for host in self.mirrors:
             try:
                 return read(host)
@@ -70,7 +70,7 @@ class Hosts:
         return read(self.origin)
 
     def note(self, mirror: Host, error: RekindleError) -> None:
-        """Take note that a mirror failed: it may lack something, but if it fails it is not asked again.
+        """Take note of an error of a mirror, which is not asked again unless it just lacks something.
 
         Raises the error again if the user has to correct something.
         """

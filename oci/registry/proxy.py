@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proxies, as the environment names them: the variables and rules of curl and of Go's net/http.
+"""Proxies from the environment, by the variables and rules of curl and of Go's net/http.
 
     http_proxy, https_proxy     for that scheme, in lower or upper case, lower first
     all_proxy                   for both, where the scheme's own is not set
     no_proxy                    hosts to reach directly, separated by commas
 
-A value is `[http[s]://][user:password@]host[:port]`; the port is 80 by default, 443 for an https proxy. As in
-every CGI program, HTTP_PROXY is ignored where REQUEST_METHOD is set: a request with a `Proxy` header would
-set it (httpoxy).
+A value is `[http[s]://][user:password@]host[:port]`; the port is 80 by default, 443 for an https proxy.
+HTTP_PROXY is ignored where REQUEST_METHOD is set, since a CGI server sets it to the `Proxy` header of any
+client (httpoxy).
 
 An entry of no_proxy is `*` for all hosts, an address, a network in CIDR notation, or a name; an address or
-a name may have a port. `example.com` means that host and those below it, `.example.com` and
-`*.example.com` only those below it: that is Go's rule, where curl takes the host itself, too. Loopback
-is never reached through a proxy.
+a name may have a port. `example.com` covers that host and the names below it; `.example.com` and
+`*.example.com` cover only the names below it, as in Go (in curl, also the host). Loopback is always reached
+directly.
 """
 
 import base64
@@ -70,7 +70,7 @@ def _parse(name: str, value: str) -> Proxy:
         if not is_host(host):
             raise ValueError("it names no host")
     except ValueError as error:
-        # What the parser says may quote a part of the password.
+        # The parser's message may quote a part of the password.
         secret = "@" in value
         raise RegistryError(
             f"the proxy of ${name} cannot be used",
@@ -128,7 +128,7 @@ def _host_and_port(entry: str) -> tuple[str, str]:
 
 
 def _address(text: str) -> _Address | None:
-    """Return an IP address, an IPv4 one also if it is mapped into IPv6; None for a name."""
+    """Return an IP address, as IPv4 if it is mapped into IPv6; None for a name."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -137,7 +137,7 @@ def _address(text: str) -> _Address | None:
 
 
 def _ascii(name: str) -> str:
-    """Return an international name as it stands in URLs."""
+    """Return an international name in the form that URLs use."""
     try:
         return name if name.isascii() else ".".join(p.encode("idna").decode() for p in name.split("."))
     except UnicodeError:

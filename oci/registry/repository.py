@@ -92,8 +92,7 @@ class Repository:
     def resolve(self) -> Descriptor:
         """Return the manifest or index of the reference, checked against the digest if it has one.
 
-        A tag is asked of the origin: only for a digest it does not matter who answers. Raises
-        NotFoundError.
+        A tag is resolved by the origin alone; a digest can be answered by any host. Raises NotFoundError.
         """
         try:
             if self.reference.digest is not None:
@@ -241,7 +240,7 @@ class Repository:
 
         with self._origin.ask(
             "PUT",
-            begin,  # an upload that broke is begun anew
+            begin,  # another URL for each attempt: an upload that broke cannot be continued
             scope=self._push,
             expected=_CREATED,
             headers={"Content-Type": "application/octet-stream"},

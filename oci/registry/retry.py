@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeat what may succeed at another attempt, with pauses that grow."""
+"""Repeat what may succeed at another attempt, after pauses that grow."""
 
 import random
 import socket
@@ -39,8 +39,8 @@ def with_retries(
     """Return what `attempt` returns; call it again after an OSError, as often as the policy says.
 
     `pause` waits for so many seconds; what it raises ends the retries. `is_final` tells whether another
-    attempt would be in vain. `progress` counts the bytes that all attempts have brought so far: the
-    attempts in a row without any are what the policy limits. The last error is raised as it came.
+    attempt is pointless. `progress` returns the bytes that all attempts have brought so far; the policy
+    limits only attempts in a row without progress. The last error is raised unchanged.
     """
     failures, before = 0, 0
     while True:
@@ -83,8 +83,8 @@ def retry_after(header: str | None) -> float | None:
 def is_passing(error: OSError) -> bool:
     """Whether an error at the first contact with a host may pass.
 
-    A name service may not be up yet when a container starts (EAI_AGAIN), and a full queue does not take
-    connections for a while. A refused connection or an unknown name is a mistake, most often.
+    A name service may not be up yet when a container starts (EAI_AGAIN), and a host whose queue is full
+    takes no connections for a while. A refused connection or an unknown name usually is a mistake.
     """
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN

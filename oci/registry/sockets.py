@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets that do not wait for ever: neither for a host that says nothing, nor for one that drips.
+"""Sockets that bound how long a host can keep us waiting, also a host that sends a byte now and then.
 
-urllib3 and http.client read header after header and chunk after chunk before they return, each with a
-timeout of its own. These sockets keep account of all of them together, and bound how many bytes come.
+urllib3 and http.client read header after header and chunk after chunk before they return, each with its own
+timeout. These sockets count the time and the bytes of all of them together.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 FRAME_BYTES = 256 << 10  # of headers; and of what stands around one piece of a body in chunks
-_DRIP_BYTES = 16 << 10  # who sends or takes less than this within the stall time has stalled
+_DRIP_BYTES = 16 << 10  # a host that sends or takes less than this within the stall time has stalled
 _LEAST_SECONDS = 0.1
 
 Watch = Callable[[socket.socket], AbstractContextManager[object]]
 
 
 class Pace:
-    """How long the other side of a connection has made us wait, and for how many bytes.
+    """How long a connection may keep us waiting, and for how many bytes.
 
-    Only the time in which we waited for it counts: we may read slowly for reasons of our own.
+    Only the time in reads and writes counts: the caller may be slow for reasons of its own.
     """
 
     def __init__(self, seconds: float, *, grace_seconds: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class Pace:
         self.room_bytes: int | None = FRAME_BYTES  # how much may be received yet; None: any amount
 
     def wait(self, sock: socket.socket, move: Callable[[], int]) -> int:
-        """Call `move`, and return what it does: how many bytes were moved. Raises TimeoutError."""
+        """Call `move` and return its result, the count of bytes that it moved. Raises TimeoutError."""
         if self._left <= 0:
             if self._bytes < _DRIP_BYTES:
                 raise TimeoutError(f"less than {_DRIP_BYTES} bytes in {self._seconds} s")
@@ -50,7 +50,7 @@ class Pace:
         return count
 
     def receive(self, sock: socket.socket, move: Callable[[], int]) -> int:
-        """Like `wait`, for what is received. Raises ConnectionError if it has no end."""
+        """Do the same for a read. Raises ConnectionError if more comes than there is room for."""
         if self.room_bytes is None:
             return self.wait(sock, move)
         if self.room_bytes <= 0:
@@ -61,7 +61,7 @@ class Pace:
 
 
 class PacedSocket(socket.socket):
-    """A TCP socket that keeps a pace; without one of its own, the one that its timeout means."""
+    """A TCP socket whose reads and writes are bounded by a pace. By default, its timeout is the pace."""
 
     _pace: Pace | None = None  # ssl makes its sockets without a call of __init__
 
@@ -93,10 +93,10 @@ class PacedSocket(socket.socket):
 
 
 def dial(host: str, port: int, seconds: float, watch: Watch) -> PacedSocket:
-    """Connect to the first address of a host that answers; all of them together have so many seconds.
+    """Connect to the first address of a host that answers, within so many seconds for all of them.
 
-    The socket's timeout is what is left of them. `watch` is told of each socket while it connects, to be
-    able to end the wait. Raises OSError.
+    The socket's timeout is the rest of that time. `watch` gets each socket while it connects, and may shut
+    it down to end the wait. Raises OSError.
     """
     deadline = time.monotonic() + seconds
     places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -121,7 +121,7 @@ def dial(host: str, port: int, seconds: float, watch: Watch) -> PacedSocket:
 
 
 def shut(sock: socket.socket) -> None:
-    """End what another thread waits for on a socket, without closing it under that thread."""
-    # Not SSLSocket's own: it forgets TLS first, and what another thread sends then would go in plain text.
+    """End the wait of another thread on a socket, and leave it to that thread to close it."""
+    # SSLSocket.shutdown drops TLS first, and what another thread sends then would go in plain text.
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 20  # received or sent at once: more is no faster, 8 KiB less than half as fast
 _IDLE_SECONDS = 20.0  # registries and what stands before them drop idle connections after 30 to 60 s
-_DRAIN_BYTES = 8 << 10  # of an unread answer: to receive it is faster than to connect anew
+_DRAIN_BYTES = 8 << 10  # of an unread answer: receiving it is faster than connecting again
 _GRACE_BYTES = 256 << 20  # a registry hashes and moves what it got before it answers
 _REFUSAL_SECONDS = 1.0
 
@@ -35,7 +35,7 @@ Origin = tuple[str, str, int]
 
 
 class Body(Protocol):
-    """What is sent with a request; read anew for every attempt."""
+    """What is sent with a request; read again for every attempt."""
 
     @property
     def length(self) -> int:
@@ -43,8 +43,10 @@ class Body(Protocol):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether it may be sent to the same place again if it broke midway. docker-registry appends what
-        comes then to what it has of an upload already."""
+        """Whether it may be sent to the same URL again if it broke midway.
+
+        docker-registry appends what comes then to what it already has of an upload.
+        """
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Give all of it; a piece is valid until the next one."""
@@ -76,7 +78,7 @@ class Answer:
         self.status = response.status
         self.headers = response.headers
         self.length = response.length
-        self.giver: object = None  # whom the answer is from, if whoever asked takes note of that
+        self.giver: object = None  # the host that gave it, for callers that ask several
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +147,7 @@ class Answer:
 
 
 class Connections:
-    """Connections to any host, kept open between requests. For many threads."""
+    """A pool of connections to any host, kept open between requests. For many threads."""
 
     def __init__(self, settings: TransferSettings, context_for: "ContextFor") -> None:
         """`context_for` gives the TLS context for a host and port."""
@@ -156,7 +158,7 @@ class Connections:
         self._open: set[Connection] = set()
         self._dialed: set[socket.socket] = set()
         self._closed = False
-        self.met: set[Origin] = set()  # who has answered us
+        self.met: set[Origin] = set()  # origins that have answered
 
     def proxy(self, url: Url) -> Proxy | None:
         """Return the proxy through which a URL is reached. Raises RegistryError."""
@@ -195,7 +197,7 @@ class Connections:
         try:
             connection.send(method, url, {**ours, **headers}, pieces, Pace(stall))
         except OSError as error:
-            # Who refuses a body may say so, and read no more or hang up before all of it has gone.
+            # A host that refuses a body may answer and hang up before all of it was sent.
             try:
                 response = connection.receive(Pace(min(_REFUSAL_SECONDS, stall)))
             except OSError as told:
@@ -274,7 +276,7 @@ class Connections:
             for connection in idle:
                 self._open.discard(connection)
                 connection.close()
-            # Their threads close them: one who closes a socket under another gives its number away.
+            # Their own threads close them: to close them here would free their descriptors while in use.
             for connection in self._open:
                 connection.shut()
             for sock in self._dialed:
