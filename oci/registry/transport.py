@@ -219,7 +219,7 @@ class Connections:
                     return connection, True
                 self._open.discard(connection)
                 connection.close()
-        from oci.registry.connection import Connection  # urllib3 takes 40 ms
+        from oci.registry.connection import Connection  # the import takes 50 ms
 
         connection = Connection.open(
             url,
