@@ -55,7 +55,7 @@ class Clocks:
 
 
 class MappingRefused(Exception):  # noqa: N818 - it is an answer: copy instead
-    """Memory files cannot be mapped in this cell; the text says why. The cell is as it was before."""
+    """Memory files cannot be mapped in this cell; the text says why. The cell is unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task's memory, seen and written from another process by its files in /proc.
+"""Inspect and write a task's memory from another process, through its files in /proc.
 
-The cell's init uses this module under `python -I -S`: it imports the standard library only, and little of it.
+The cell's init uses this module under `python -I -S`: it imports only the standard library, and little of it.
 
 Sources: proc_pid_maps(5), proc_pid_pagemap(5), linux/fs.h (PROCMAP_QUERY).
 """
@@ -58,13 +58,13 @@ def _parse(line: bytes) -> Area:
 
 
 class AddressSpace:
-    """The memory of a task that waits for us, by its files in /proc.
+    """The memory of a task that waits for us, through its files in /proc.
 
-    Each is opened when it is needed first. It belongs to the memory that the task had then; `check`, which
-    raises GoneError, is called after that, since the TID could be another task's by now.
+    Each file is opened on first use and refers to the memory that the task has then. `check`, which raises
+    GoneError, is called after each opening, since the TID may have been reused.
     """
 
-    # Asks for one mapping at a time where the kernel can; it can everywhere until one says that it cannot.
+    # Whether the OS kernel can return a single mapping (PROCMAP_QUERY); assumed until a query fails.
     can_query = True
     _name = ctypes.create_string_buffer(_NAME_BYTES)
 
@@ -87,7 +87,7 @@ class AddressSpace:
         return self._fds[name]
 
     def find(self, address: int, *, of_file: bool = False) -> Area | None:
-        """Return the mapping at an address, or else the next one above; of a file, if so wanted."""
+        """Return the mapping at an address, or else the next one above; with `of_file`, only of a file."""
         maps = self._open("maps")
         if AddressSpace.can_query:
             flags = _THIS_OR_NEXT | (_OF_FILE if of_file else 0)
@@ -108,7 +108,7 @@ class AddressSpace:
         return self._find_in_text(address, of_file)
 
     def _find_in_text(self, address: int, of_file: bool) -> Area | None:
-        """Do as `find` by reading /proc/PID/maps, no further than it takes."""
+        """Implement `find` by reading /proc/PID/maps no further than needed."""
         if self._text is None:
             self._text = open(self._open("maps"), "rb", closefd=False)  # noqa: SIM115 - closed with its descriptor
         at = bisect_right(self._parsed, address, key=lambda area: area.end)
@@ -124,7 +124,7 @@ class AddressSpace:
             at += 1
 
     def is_still(self, area: Area, start: int, end: int) -> bool:
-        """Tell whether a part of an area is mapped as before."""
+        """Tell whether a part of an area is still mapped as it was."""
         if self._text is not None:
             self._text.seek(0)
             self._parsed = []
@@ -132,7 +132,7 @@ class AddressSpace:
         return found is not None and found.name == area.name and found.start <= start and end <= found.end
 
     def between(self, start: int, end: int, *, of_file: bool = False) -> Iterator[Area]:
-        """Return the mappings that have a page in a range, in order."""
+        """Yield the mappings that overlap a range, in order."""
         while start < end:
             found = self.find(start, of_file=of_file)
             if found is None or found.start >= end:
@@ -141,10 +141,10 @@ class AddressSpace:
             start = found.end
 
     def first_forbidden(self, start: int, end: int, *, even_locked: bool) -> int:
-        """Return where in a range the first mapping starts whose pages may not be dropped; `end` if none.
+        """Return the start of the first mapping in a range whose pages may not be dropped; `end` if none.
 
-        Those are mappings of devices and, unless `even_locked`, locked ones. Only smaps has the flags, and
-        takes milliseconds.
+        These are mappings of devices and, unless `even_locked`, locked ones. Only smaps shows the flags, and
+        reading it takes milliseconds.
         """
         forbidden = {b"pf", b"ht"} if even_locked else {b"pf", b"ht", b"lo"}
         with open(self._open("smaps"), "rb", closefd=False) as file:
@@ -161,7 +161,7 @@ class AddressSpace:
             return b"\nVmLck:\t       0 kB" not in file.read()
 
     def written(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Return the stretches whose pages are the task's own: not those of a file, and not absent."""
+        """Yield the stretches whose pages are the task's own: present or swapped, and not of a file."""
         count = (end - start) // PAGE_BYTES
         entries = os.pread(self._open("pagemap"), 8 * count, start // PAGE_BYTES * 8)
         own = entries[7::8].translate(_IS_WRITTEN)  # little-endian
@@ -173,7 +173,7 @@ class AddressSpace:
             at = own.find(1, stop)
 
     def write(self, address: int, content: bytes | memoryview) -> None:
-        """Write into the memory, whatever its protection."""
+        """Write to the memory, whatever its protection. Raises OSError, or GoneError as `check` does."""
         done = os.pwrite(self._open("mem"), content, address)
         if done < len(content):
             self.check()
@@ -184,9 +184,9 @@ class AddressSpace:
             self.write(at, _ZEROS[: end - at])
 
     def read_again(self, mapping: Area, start: int, end: int) -> None:
-        """Bring the file's content back to written pages of a private mapping of a file."""
+        """Restore the file's content in the written pages of a private mapping of a file."""
         name = f"map_files/{mapping.start:x}-{mapping.end:x}"
         for low, high in self.written(start, end):
             content = os.pread(self._open(name), high - low, mapping.offset + low - mapping.start)
-            if content:  # past its end there is nothing to bring
+            if content:  # beyond the file's end there is none
                 self.write(low, content + bytes(-len(content) % PAGE_BYTES))

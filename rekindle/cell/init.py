@@ -22,7 +22,7 @@ The cell ends when the socket closes: when rekindle dies, init exits, and the OS
 process of its PID namespace and drops its mounts.
 
 After a command with "memory" ({"directory", "ranges"}), init answers some system calls of that command and of
-everything that it starts. `memory.py`, beside this file, says which; `supervisor.py` answers them.
+everything that it starts: `memory.py`, beside this file, selects them, and `supervisor.py` answers them.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ ADDR_NO_RANDOMIZE = 0x0040000
 # Leaves PIDs below the workload's for init and CRIU, so that neither takes a recorded PID.
 FIRST_WORKLOAD_PID = 1001
 
-# Where memory files are seen in a cell, so that a dump finds them there again.
+# The directory of memory files in every cell, so that a dump finds them again.
 MEMORY_PLACE = "/dev/shm/.rekindle/memory"  # noqa: S108 - the cell's own tmpfs
 
 MESSAGE_BYTES = 1 << 20
@@ -217,7 +217,7 @@ def reap(control: socket.socket) -> None:
 
 
 def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
-    """Carry out a request. Return a supervisor if it started a command that needs one."""
+    """Carry out a request; return a supervisor if it starts a command that needs one."""
     supervisor = None
     match request["op"]:
         case "spawn":
@@ -243,7 +243,7 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
 
 
 def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
-    """Start a command under the filter for memory files. On OSError, nothing of it is left."""
+    """Start a command under the filter for memory files. After an OSError, nothing remains of it."""
     load_siblings()
     from rekindle.cell import memory
     from rekindle.cell.supervisor import Supervisor
@@ -275,8 +275,8 @@ def load_siblings() -> None:
 def make_memory_place(directory: str) -> None:
     """Mount the directory of the memory files, read-only and without noexec.
 
-    A process may make its memory executable, so a noexec of the file system must not hold here. In a user
-    namespace the kernel refuses to drop it (EPERM).
+    A process may make its memory executable, so a noexec of the file system must not apply here. In a user
+    namespace the OS kernel does not allow dropping it (EPERM).
     """
     os.mkdir(MEMORY_PLACE, 0o700)  # noqa: PTH102
     mount(directory, MEMORY_PLACE, None, MS_BIND)

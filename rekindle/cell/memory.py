@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calls tell memory that is mapped from a file from anonymous memory, and how a supervisor gets them.
+"""Pass the system calls that distinguish file mappings from anonymous memory to a supervisor.
 
-A restored process has its private memory mapped from a memory file (MAP_PRIVATE). To the kernel that is the
-same as anonymous memory in all but a few calls: MADV_DONTNEED brings the file's bytes back instead of zeros,
-and a mapping that grows shows what follows in the file. A seccomp filter hands those calls, and no others, to
-a supervisor (SECCOMP_RET_USER_NOTIF), which answers them or lets the kernel go on. docs/memory.md lists them.
+A restored process has its private memory mapped from a memory file (MAP_PRIVATE). That differs from anonymous
+memory in a few calls only: MADV_DONTNEED restores the file's bytes instead of zeros, and a mapping that grows
+shows the next bytes of the file. A seccomp filter passes those calls, and no others, to a supervisor
+(SECCOMP_RET_USER_NOTIF), which answers them or lets the OS kernel carry them out. docs/memory.md lists them.
 
-The cell's init uses this module under `python -I -S`: it imports the standard library only, and little of it.
+The cell's init uses this module under `python -I -S`: it imports only the standard library, and little of it.
 
 Sources: seccomp_unotify(2), linux/seccomp.h, linux/filter.h.
 """
@@ -38,7 +38,7 @@ class _Machine:
         self, seccomp: int, address_bits: int, native: tuple[int, int, int], compat: tuple[int, int, int]
     ) -> None:
         self.seccomp = seccomp
-        self.address_bits = address_bits  # above them is a tag that system calls ignore
+        self.address_bits = address_bits  # the bits above are a tag that system calls ignore
         self.native = native  # audit word, madvise, mremap
         self.compat = compat
 
@@ -66,7 +66,7 @@ def _argument(number: int, *, high: bool = False) -> int:
 
 
 _Line = str | tuple[int, int] | tuple[int, int, str, str]
-"""A label, an instruction with its operand, or a jump with the labels to go to; "" is the next line."""
+"""A label, an instruction with its operand, or a jump with its two target labels; "" is the next line."""
 
 
 def _assemble(lines: Sequence[_Line]) -> bytes:
@@ -85,13 +85,14 @@ def _assemble(lines: Sequence[_Line]) -> bytes:
 
 
 def _filter(machine: _Machine) -> bytes:
-    """Return a program that stops the calls that memory files need help with, and allows all others.
+    """Return a program that stops the calls that need special treatment, and allows all others.
 
-    It goes on in what `_places` returns with moves by mremap, the high half of their address loaded.
+    For moves by mremap, it continues with the result of `_places`, with the high half of the address loaded.
 
     32-bit calls have the same arguments and are treated alike. x32 calls (x86-64 only; CRIU restores no x32
-    process) fail as on a kernel without them. process_madvise of a process's own memory takes every advice
-    since Linux 6.13, but its arguments are in memory that may change while we look, so it fails as before.
+    process) fail as on an OS kernel without them. Since Linux 6.13, process_madvise accepts every advice for
+    a process's own memory, but its arguments are in memory that may change after we read it, so it fails as
+    before.
     """
     dropping = (MADV_DONTNEED, MADV_FREE, MADV_DONTNEED_LOCKED, MADV_GUARD_INSTALL)
     lines: list[_Line] = [
@@ -147,9 +148,9 @@ def _filter(machine: _Machine) -> bytes:
 
 
 def _places(ranges: Sequence[Sequence[int]]) -> bytes:
-    """Return the rest of the program: it stops moves of less than 4 GiB that may begin or end in a range.
+    """Return the rest of the program, which stops moves of less than 4 GiB that may start or end in a range.
 
-    CRIU moves a few thousand mappings while it restores, from elsewhere: 7 us each, were they stopped.
+    CRIU moves a few thousand mappings during a restore, from other places; stopping them costs 7 us each.
     """
     places: list[list[int]] = []  # by the high halves of addresses
     for start, end in ranges:
@@ -169,19 +170,19 @@ def _places(ranges: Sequence[Sequence[int]]) -> bytes:
 
 
 FILTER = _filter(_MACHINE) if _MACHINE else b""
-"""How the program of every such filter begins, also in a dump's seccomp.img; b"" on other machines."""
+"""The beginning of every such filter's program, also in a dump's seccomp.img; b"" on other machines."""
 
 _SET_MODE_FILTER = 1
-_FLAG_SPEC_ALLOW = 4  # this is no sandbox: leave the mitigations of a CPU's speculation as they are
+_FLAG_SPEC_ALLOW = 4  # this is not a sandbox: do not switch on mitigations of speculative execution
 _FLAG_NEW_LISTENER = 8
 _FLAG_WAIT_KILLABLE_RECV = 0x20  # Linux 5.19: a signal waits until a call that we have received is answered
 
 
 def check_kernel() -> None:
-    """Raise OSError where a supervisor could not do its work.
+    """Raise OSError if a supervisor cannot work on this OS kernel.
 
-    A kernel can be told not to let /proc/PID/mem write to pages that the process itself may not write to
-    (proc_mem.force_override=, Linux 6.12).
+    The parameter proc_mem.force_override= (Linux 6.12) can prevent /proc/PID/mem from writing to pages that
+    the process itself may not write to.
     """
     if _MACHINE is None:
         raise OSError(errno.ENOSYS, f"no filter for {os.uname().machine}")
@@ -192,14 +193,17 @@ def check_kernel() -> None:
     try:
         os.pwrite(mem, b"\0", address)
     except OSError as error:
-        raise OSError(error.errno, "the kernel protects read-only pages from /proc/PID/mem") from None
+        raise OSError(error.errno, "the OS kernel protects read-only pages from /proc/PID/mem") from None
     finally:
         os.close(mem)
         _libc.munmap(ctypes.c_void_p(address), size)
 
 
 def give_listener(channel: socket.socket, ranges: Sequence[Sequence[int]]) -> None:
-    """Put the filter on this process, and send the listener to its supervisor; else an error, and exit."""
+    """Install the filter in this process and send the listener to its supervisor.
+
+    Sends the error and exits if that fails.
+    """
     try:
         listener = _install(FILTER + _places(ranges))
     except OSError as error:
@@ -210,7 +214,7 @@ def give_listener(channel: socket.socket, ranges: Sequence[Sequence[int]]) -> No
 
 
 def take_listener(channel: socket.socket) -> int:
-    """Receive what `give_listener` sends. Raises OSError."""
+    """Receive the listener from `give_listener`. Raises OSError."""
     message, fds, _, _ = socket.recv_fds(channel, 4, 1)
     number = struct.unpack("i", message)[0] if message else errno.ECHILD
     if not fds:
@@ -232,7 +236,7 @@ def _install(program: bytes) -> int:
     raise OSError(ctypes.get_errno(), "seccomp")
 
 
-# SECCOMP_IOCTL_NOTIF_*; IS_VALID has the number that all kernels know, not the corrected one of Linux 5.17.
+# SECCOMP_IOCTL_NOTIF_*; IS_VALID has the number of all versions, not the corrected one of Linux 5.17.
 _RECEIVE, _SEND, _IS_VALID, _SET_FLAGS = 0xC0502100, 0xC0182101, 0x80082102, 0x40082104
 _SYNC_WAKE_UP = 1  # Linux 6.6
 _CONTINUE = 1
@@ -241,7 +245,7 @@ _RESPONSE = struct.Struct("=Qqii")  # id, value, error, flags
 
 
 class GoneError(Exception):
-    """A call that was to be answered is over: its task died, or a signal came first."""
+    """A call ended before it was answered: its task died, or a signal came first."""
 
 
 class Call:
@@ -258,18 +262,18 @@ class Call:
         self.arguments[0] &= (1 << _MACHINE.address_bits) - 1
 
     def check(self) -> None:
-        """Raise GoneError if the call waits no longer."""
+        """Raise GoneError if the call does not wait any more."""
         try:
             _ioctl(self._listener, _IS_VALID, struct.pack("=Q", self.id))
         except FileNotFoundError:
             raise GoneError from None
 
     def answer(self, error: int = 0) -> None:
-        """End the call: it returns 0, or fails with an error's number."""
+        """Make the call return 0, or fail with an error's number."""
         self._send(-error, 0)
 
     def let_go_on(self) -> None:
-        """Have the kernel do the call. Its arguments are in registers, so it is the one that we saw."""
+        """Let the OS kernel carry out the call, whose arguments are in registers and cannot have changed."""
         self._send(0, _CONTINUE)
 
     def _send(self, error: int, flags: int) -> None:
@@ -278,7 +282,7 @@ class Call:
 
 
 def _ioctl(fd: int, operation: int, argument: bytes) -> None:
-    """Call ioctl, and again if a signal came (the listener's lock is an interruptible one)."""
+    """Call ioctl, and repeat it if a signal interrupts its wait for the listener's lock."""
     while True:
         with contextlib.suppress(InterruptedError):
             fcntl.ioctl(fd, operation, argument)
@@ -286,7 +290,7 @@ def _ioctl(fd: int, operation: int, argument: bytes) -> None:
 
 
 class CallSource:
-    """Where the calls of all tasks under one filter come from: readable when there is one."""
+    """The source of the calls of all tasks under one filter; readable when there is one."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -299,7 +303,7 @@ class CallSource:
         return any(event & POLLIN for _, event in self._poll.poll(0))
 
     def receive(self) -> Call | None:
-        """Return a call, or None if its task has died, or a signal came."""
+        """Return a call, or None if its task has died or a signal came."""
         notification = bytearray(_NOTIFICATION.size)
         try:
             fcntl.ioctl(self.fd, _RECEIVE, notification)

@@ -130,9 +130,10 @@ def address(text: str) -> tuple[str, int]:
 
 
 def memory_bytes(cell: Cell) -> tuple[int, int]:
-    """Return the memory that the processes of a cell have of their own (anonymous and shared memory), and
-    that of the files that they have mapped, by the OS kernel's counters. What two of them share counts
-    twice."""
+    """Return the bytes of a cell's anonymous and shared memory, and of its mapped files in memory.
+
+    From the OS kernel's counters per process: memory that two processes share counts twice.
+    """
     own = files = 0
     for pid in host_pids(cell):
         with contextlib.suppress(OSError, ValueError):

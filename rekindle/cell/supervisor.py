@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers the calls that would tell memory that is mapped from a file from anonymous memory.
+"""Answer system calls on mapped memory files as if the memory were anonymous.
 
-The cell's init uses this module under `python -I -S`: it imports the standard library only, and little of it.
+The cell's init uses this module under `python -I -S`: it imports only the standard library, and little of it.
 
-Sources: mm/madvise.c and mm/mremap.c of Linux, for what is done and for the order of errors.
+Sources: mm/madvise.c and mm/mremap.c of Linux, for the effects and the order of errors.
 """
 
 import contextlib
@@ -26,28 +26,28 @@ from rekindle.cell.memory import (
     GoneError,
 )
 
-# A job does this much (some 1 ms) before others have their turn.
+# A job does this much (some 1 ms) before it is another job's turn.
 _PIECE_BYTES = 2 << 20
 _PIECE_MAPPINGS = 100
 _CALLS_PER_PIECE = 64
-# A job has up to four descriptors open. Of more calls than this at once, the later ones wait.
+# A job has up to four descriptors open, so further calls wait.
 _JOBS_LIMIT = 16
 
 
 class Supervisor:
     """Answers the calls of every task under one filter.
 
-    `ranges` are all the addresses where a process has a memory file mapped, sorted and disjoint. A call
-    elsewhere goes on at once, unless a program has moved such memory. Each other one is a job that is done in
-    pieces, so that a large one delays nobody: call `receive` whenever `listener` is readable, and `step` as
-    long as there is `busy`.
+    `ranges` are all addresses at which a process has a memory file mapped, sorted and disjoint. Calls about
+    other addresses continue at once, unless a program has moved such memory. Every other call becomes a job,
+    done in pieces so that a large one does not delay others: call `receive` whenever `listener` is readable,
+    and `step` while `busy` is true.
 
-    An area is a memory file's if its path is in the files' directory. (Its device and inode say less:
-    stat has other numbers than /proc/PID/maps on btrfs and overlayfs.)
+    An area maps a memory file if its path is in the files' directory. (Device and inode do not tell: on btrfs
+    and overlayfs, stat and /proc/PID/maps report different numbers.)
     """
 
     def __init__(self, listener: CallSource, directory: str, ranges: Sequence[Sequence[int]]) -> None:
-        """`directory` holds the memory files, by the path at which the tasks have them mapped."""
+        """Create a supervisor; `directory` is the path of the memory files as seen by the tasks."""
         self.listener = listener
         self._prefix = os.fsencode(directory) + b"/"
         self._starts = [start for start, _ in ranges]
@@ -62,9 +62,9 @@ class Supervisor:
         return bool(self._running or self._waiting)
 
     def receive(self) -> None:
-        """Take in a call, and let it go on if it is not about memory files.
+        """Receive a call, and let it continue if it is not about memory files.
 
-        While there are jobs, take in all calls that wait: until then a signal can interrupt them (EINTR).
+        While there are jobs, receive all waiting calls: a signal can interrupt a call until then (EINTR).
         """
         for _ in range(_CALLS_PER_PIECE):
             call = self.listener.receive()
@@ -82,7 +82,7 @@ class Supervisor:
             call.let_go_on()
 
     def step(self) -> None:
-        """Do a piece of the job whose turn it is."""
+        """Do a piece of the next job."""
         while self._waiting and len(self._running) < _JOBS_LIMIT:
             self._running.append(self._waiting.popleft())
         if self._running:
@@ -97,7 +97,7 @@ class Supervisor:
             yield from (self._remap if call.is_mremap else self._advise)(call, memory, start, end)
         except GoneError:
             pass
-        except OSError:  # of /proc, or of a file: no answer would be true but an error
+        except OSError:  # from /proc or a file: the only honest answer is an error
             call.answer(errno.EIO)
         finally:
             memory.close()
@@ -108,7 +108,7 @@ class Supervisor:
         if not any(self._has(area) for area in memory.between(start, end, of_file=True)):
             call.let_go_on()
         elif flags & MREMAP_DONTUNMAP or not old_size:
-            # What stays mapped would have to become zeros. Linux before 5.7 does not know MREMAP_DONTUNMAP.
+            # The old range stays mapped and would have to become zeros. Linux before 5.7 has no DONTUNMAP.
             call.answer(errno.EINVAL)
         elif pages(new_size) > pages(old_size):
             if flags & MREMAP_FIXED and not _is_valid_move(*call.arguments[:5]):
@@ -121,19 +121,19 @@ class Supervisor:
             if flags & MREMAP_FIXED:
                 at = bisect_right(self._ends, new_start)
                 is_known = at < len(self._ends) and self._starts[at] <= new_start
-                # From a place that is not known, it can be moved again without our being asked.
+                # The filter does not stop a second move, from outside the known ranges.
                 self._has_moved |= not (is_known and new_start + pages(new_size) <= self._ends[at])
             call.let_go_on()
         yield
 
     def _advise(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
-        """Do what madvise does with anonymous memory, in its order of mappings and errors."""
+        """Do what madvise does to anonymous memory, with the same order of mappings and errors."""
         advice = call.arguments[2] & 0xFFFFFFFF
         is_zeroing = advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED)
         is_concerned = has_others = False
         for count, area in enumerate(memory.between(start, end), 1):
             if self._has(area):
-                # Where the file has but holes, the kernel's own way leads to zeros, and frees the pages.
+                # Over a hole of the file, the OS kernel itself restores zeros, and frees the pages.
                 is_concerned |= not is_zeroing or self._has_data(area, start, end)
             else:
                 has_others |= not area.is_anonymous
@@ -143,7 +143,7 @@ class Supervisor:
             call.let_go_on()
             return
         if advice == MADV_GUARD_INSTALL:
-            # As Linux before 6.13. Once the guard was removed, the file's bytes would be back.
+            # As on Linux before 6.13. After the guard's removal, the file's bytes would be back.
             call.answer(errno.EINVAL)
             return
         limit = end
@@ -157,14 +157,14 @@ class Supervisor:
                 call.answer(errno.EINVAL)
                 return
             stop = min(found.end, end, limit)
-            if is_zeroing:  # MADV_FREE may leave pages as they are
+            if is_zeroing:  # MADV_FREE may keep the pages
                 stop = min(stop, start + _PIECE_BYTES)
                 try:
                     self._drop(memory, found, start, stop)
                 except OSError:
                     if memory.is_still(found, start, stop):
                         raise
-                    continue  # another thread unmaps it meanwhile
+                    continue  # another thread has unmapped it
             start = stop
             if start >= end:
                 break
@@ -173,7 +173,7 @@ class Supervisor:
         call.answer(errno.ENOMEM if has_gap or start < end else 0)
 
     def _drop(self, memory: AddressSpace, area: Area, start: int, end: int) -> None:
-        """Bring pages of an area to what they are when they are touched first."""
+        """Reset pages of an area to their content before the first write."""
         if self._has(area):
             for low, high, has_data in self._extents(area, start, end):
                 for at, stop in [(low, high)] if has_data else memory.written(low, high):
@@ -185,7 +185,7 @@ class Supervisor:
             memory.read_again(area, start, end)
 
     def _has(self, area: Area) -> bool:
-        """Whether an area is one of a memory file, and private: a shared one is nobody's own memory."""
+        """Tell whether an area is a private mapping of a memory file; shared ones are not process memory."""
         return area.name.startswith(self._prefix) and not area.is_shared
 
     def _has_data(self, area: Area, start: int, end: int) -> bool:
@@ -193,7 +193,7 @@ class Supervisor:
         return any(has_data for _, _, has_data in self._extents(area, start, end))
 
     def _extents(self, area: Area, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-        """Return the parts of a stretch of an area, and whether its memory file has data there."""
+        """Yield the parts of a range of an area, each with whether its memory file has data there."""
         if area.name not in self._files:
             self._files[area.name] = os.open(area.name, os.O_RDONLY | os.O_CLOEXEC)
         file = self._files[area.name]
@@ -221,7 +221,7 @@ def _is_valid_move(start: int, old_size: int, new_size: int, flags: int, new_sta
 
 
 def _range(call: Call) -> tuple[int, int]:
-    """Return the start and the end of the memory that a call is about; nothing of it if it can only fail."""
+    """Return the start and end of the memory that a call is about; (0, 0) if the call can only fail."""
     start, size = call.arguments[:2]
     end = start + pages(size or call.is_mremap)
     return (start, end) if start % PAGE_BYTES == 0 and end < 1 << 64 else (0, 0)

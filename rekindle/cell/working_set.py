@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of their memory files the processes of a cell have touched, by their page tables."""
+"""Find the parts of their memory files that the processes of a cell have touched, from their page tables."""
 
 import contextlib
 from array import array
@@ -10,7 +10,7 @@ from rekindle.cell import MEMORY_PLACE, Cell, processes
 from rekindle.files import PAGE_BYTES
 
 _JOINED_BYTES = 64 << 10
-"""Two stretches that are no farther apart are one: a request to a disk costs as much as reading that."""
+"""Closer stretches are joined: another request to a disk costs as much as reading the gap."""
 
 _ENTRY_BYTES = 8  # of /proc/PID/pagemap: Documentation/admin-guide/mm/pagemap.rst
 _PRESENT = 1 << 63
@@ -18,15 +18,13 @@ _READ_ENTRIES = 1 << 16
 
 
 def touched(cell: Cell) -> dict[str, list[tuple[int, int]]]:
-    """Return the stretches (offset, length in bytes) of each memory file that were touched, by the file's
-    name.
+    """Return the touched stretches of each memory file, as {name: [(offset, length in bytes), …]}.
 
-    A page counts if a page table leads to it, so the neighbours count too that the OS kernel maps along with
-    it.
+    A page counts if a page table refers to it, including neighbors that the OS kernel maps along with it.
     """
     found: dict[str, list[tuple[int, int]]] = {}
     for pid in processes.host_pids(cell):
-        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             for start, end, offset, name in _mappings(pid):
                 found.setdefault(name, []).extend(_present(pid, start, end, offset))
     return {name: _joined(stretches) for name, stretches in found.items()}

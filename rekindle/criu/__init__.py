@@ -208,8 +208,8 @@ def dump(
 ) -> None:
     """Dump a process of the cell and its descendants into a directory, and kill them.
 
-    `external` names descriptors that lead out of the cell (criu(8), --external): the next restore gives
-    others. Raises DumpError; the processes then keep running, unless CRIU had to be killed.
+    `external` names descriptors that lead out of the cell (criu(8), --external); the next restore replaces
+    them. Raises DumpError; the processes then keep running, unless CRIU had to be killed.
     """
     argv = [
         str(criu.path),
@@ -239,9 +239,9 @@ def restore(
 ) -> None:
     """Restore a dump in a cell; its root becomes a child of the cell's init.
 
-    `inherit` maps files that the processes had open to descriptors of ours that replace them. `memory` says
-    where the memory files are that the dump maps. Raises MappingRefused if they cannot be mapped; nothing
-    was done then. Raises RestoreError; end the cell then, since some of its processes may exist already.
+    `inherit` maps files that the processes had open to descriptors of ours that replace them. `memory` is the
+    location of the memory files that the dump maps. Raises MappingRefused if they cannot be mapped, before
+    anything is restored. Raises RestoreError; end the cell then, since some processes may exist already.
     """
     log_directory = log_directory or directory
     fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}

@@ -56,7 +56,7 @@ def compiled(tools: Path) -> Path:
     target = tools / f"amx-{hashlib.sha256(SOURCE.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
-    import shutil  # which loads compressors that a restore has no use for
+    import shutil  # it loads compressors that a restore does not need
 
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private anonymous memory of a dump as files: a restore maps them and copies nothing.
+"""Move private anonymous memory of a dump into files, which a restore maps instead of copying them.
 
-CRIU fills anonymous memory page by page, for each replica anew. Here the pages of large private anonymous
+CRIU restores anonymous memory page by page, for every replica. Here the pages of large private anonymous
 mappings move into one memory file per process, and the mappings become *private file mappings* of it. CRIU
-maps the file at a restore and reads nothing; the OS kernel brings a page when it is touched, from the page
-cache that all replicas share, and copies it when it is written.
+maps the file at a restore and reads nothing. When a page is touched, the OS kernel takes it from the page
+cache, which all replicas share, and copies it when it is written.
 
-    criu/mm-PID.img        vma_entry: MAP_ANONYMOUS gone, VMA_ANON_PRIVATE becomes VMA_FILE_PRIVATE, pgoff and
-                           shmid (the id of a file) are set
-    criu/pagemap-PID.img   without the pages that moved; so is criu/pages-N.img
-    criu/files.img         one more reg_file_entry for each memory file, at `rekindle.cell.MEMORY_PLACE`
-    memory/PID             the pages, sparse: what is zero is a hole
+    criu/mm-PID.img        vma_entry: MAP_ANONYMOUS is cleared, VMA_ANON_PRIVATE becomes VMA_FILE_PRIVATE,
+                           pgoff and shmid (the id of a file) are set
+    criu/pagemap-PID.img   without the moved pages; likewise criu/pages-N.img
+    criu/files.img         another reg_file_entry for each memory file, at `rekindle.cell.MEMORY_PLACE`
+    memory/PID             the pages; zero pages are holes
 
-One file per process, not one for all: CRIU takes two mappings of one file at one address in parent and child
-for inherited, and does not compare their offsets (CRIU 4.2.1; checkpoint-restore/criu#3037).
+One file per process, not one for all: CRIU takes mappings of one file at one address in parent and child for
+inherited, and does not compare their offsets (CRIU 4.2.1; checkpoint-restore/criu#3037).
 
-What stays with CRIU: mappings with few pages, stacks and all that grows, locked memory, huge pages, AIO
-rings, mappings with guard pages or MADV_WIPEONFORK (a file mapping cannot have those), and run-time code. A
-file mapping also differs from anonymous memory under MADV_DONTNEED and mremap; `rekindle.cell` makes up for
-that.
+CRIU still restores mappings with few pages, stacks and other mappings that grow, locked memory, huge pages,
+AIO rings, mappings with guard pages or MADV_WIPEONFORK (which a file mapping cannot have), and run-time code.
+File mappings also differ from anonymous memory in MADV_DONTNEED and mremap, which `rekindle.cell`
+compensates.
 """
 
 import bisect
@@ -48,7 +48,7 @@ from rekindle.errors import FormatError
 from rekindle.files import PAGE_BYTES, data_extents, write_at
 
 LEAST_PAGES = 64
-"""A mapping with fewer pages stays with CRIU: it costs more to map than to fill."""
+"""CRIU restores mappings with fewer pages: they are cheaper to fill than to map."""
 
 # vma_entry of CRIU's images/vma.proto, by field number.
 _START, _END, _PGOFF, _SHMID, _PROT, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 5, 6, 7, 9, 10
@@ -69,7 +69,7 @@ _MODE = 0o100600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MappedRange:
-    """A mapping [start, end) of a memory file, which begins at `offset` in it."""
+    """A mapping of a memory file from `offset` on, at the addresses [start, end)."""
 
     start: int
     end: int
@@ -78,7 +78,7 @@ class MappedRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFile:
-    """A memory file: its name below `memory/`, how many bytes of it are not holes, its mappings."""
+    """A memory file: its name below `memory/`, the size of its data without holes, and its mappings."""
 
     name: str
     data_bytes: int
@@ -88,8 +88,7 @@ class MemoryFile:
 def move_memory(criu: Path, memory: Path) -> list[MemoryFile]:
     """Move private anonymous memory of a dump without zero pages into files below `memory`, in place.
 
-    Not atomic: a dump in which this was interrupted is lost. Raises FormatError for image files that are not
-    as CRIU writes them.
+    Not atomic: an interruption destroys the dump. Raises FormatError for malformed image files.
     """
     path = criu / "files.img"
     files = list(read_messages(path, FILES_MAGIC))
@@ -113,11 +112,9 @@ def move_memory(criu: Path, memory: Path) -> list[MemoryFile]:
 
 
 def copy_back(criu: Path, memory: Path, target: Path) -> int:
-    """Write a dump at `target` that CRIU fills by copying, as if nothing had been moved; return the bytes
-    copied.
+    """Write a dump without memory files to `target`; return the number of bytes copied.
 
-    For nodes on which memory files cannot be mapped. What is the same is a hard link where that is possible.
-    The dump at `criu` is not touched.
+    It is for nodes on which memory files cannot be mapped. Leaves the dump at `criu` unchanged.
     """
     ids = {
         integer(fields, 2, criu / "files.img"): Path(name).name
@@ -129,7 +126,7 @@ def copy_back(criu: Path, memory: Path, target: Path) -> int:
     changed |= {f"pages-{read_pagemap(criu / f'pagemap-{pid}.img')[0]}.img" for pid in pids}
     for path in criu.iterdir():
         if path.name not in changed and path.is_file():
-            # No hard link: that would change the time by which a ready dump is known to be untouched.
+            # Not a hard link: that would change the ctime, by which a ready dump is known to be untouched.
             (target / path.name).write_bytes(path.read_bytes())
     return sum(_Task.read(criu, pid).copy_back(memory / pid, ids, target) for pid in sorted(pids))
 
@@ -150,12 +147,12 @@ class _Task:
         path = criu / f"mm-{pid}.img"
         message = next(read_messages(path, MM_MAGIC), None)
         if message is None:
-            raise FormatError(f"{path.name} holds nothing")
+            raise FormatError(f"{path.name} is empty")
         pages_id, stretches = read_pagemap(criu / f"pagemap-{pid}.img")
         return cls(criu, pid, read_fields(message, path), pages_id, stretches)
 
     def choose(self) -> None:
-        """Choose what moves, and where in the file it goes."""
+        """Choose the mappings to move, and their offsets in the file."""
         path = self._path
         entries = list(self._entries())
         guards = [(start, end) for _, _, start, end, status, _ in entries if status & _VMA_GUARDS]
@@ -170,14 +167,14 @@ class _Task:
                 and not any(first < end and start < last for first, last in guards)
                 and self._present(start, end) >= LEAST_PAGES
             ):
-                # A hole between two mappings, too: the OS kernel must not merge what were two.
+                # Leaves a hole between two mappings, so that the OS kernel does not merge them.
                 offset = at + start % _ALIGNMENT_BYTES
                 self.chosen[position] = MappedRange(start=start, end=end, offset=offset)
                 self.file_bytes = offset + end - start
                 at = -(-self.file_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES + _ALIGNMENT_BYTES
 
     def move_pages(self, target: Path) -> int:
-        """Write the pages of what was chosen to a file, and leave the others in the pages file."""
+        """Move the pages of the chosen mappings to a file; return the number of bytes moved."""
         left: list[Stretch] = []
         read_from = write_to = moved = 0
         buffer = memoryview(bytearray(_COPY_BYTES))
@@ -193,7 +190,7 @@ class _Task:
                     continue
                 content = buffer[: piece.pages * PAGE_BYTES]
                 if os.preadv(pages.fileno(), [content], read_from) != len(content):
-                    raise FormatError(f"pages-{self.pages_id}.img is shorter than its pagemap says")
+                    raise FormatError(f"pages-{self.pages_id}.img is shorter than its pagemap implies")
                 read_from += len(content)
                 if inside is not None:
                     moved += write_at(file.fileno(), content, inside.offset + piece.address - inside.start)
@@ -207,7 +204,7 @@ class _Task:
         return moved
 
     def map_file(self, file_id: int) -> None:
-        """Make private file mappings of what was chosen."""
+        """Turn the chosen mappings into private file mappings."""
         for position, chosen in self.chosen.items():
             self._change(
                 position,
@@ -221,7 +218,7 @@ class _Task:
         write_messages(self.criu / f"mm-{self.pid}.img", MM_MAGIC, [encode_fields(self.mm)])
 
     def copy_back(self, source: Path, ids: dict[int, str], target: Path) -> int:
-        """Write the images of this process to `target` with its memory anonymous again."""
+        """Write the images of this process to `target` with anonymous memory; return the bytes copied."""
         ranges, path = [], self._path
         for position, fields, start, end, _, _ in list(self._entries()):
             if ids.get(integer(fields, _SHMID, path)) == self.pid:
@@ -258,14 +255,14 @@ class _Task:
         return self.criu / f"mm-{self.pid}.img"
 
     def _entries(self) -> Iterator[tuple[int, list[Field], int, int, int, int]]:
-        """Each vma_entry: position, fields, start, end, status, flags."""
+        """Yield each vma_entry as (position, fields, start, end, status, flags)."""
         path = self._path
         for position, (number, _, value) in enumerate(self.mm):
             if number == _MAPPINGS and isinstance(value, bytes):
                 fields = read_fields(value, path)
                 start, end = integer(fields, _START, path), integer(fields, _END, path)
                 if start % PAGE_BYTES or end % PAGE_BYTES or end <= start:
-                    raise FormatError(f"{path.name}: a mapping of {start:#x}-{end:#x}")
+                    raise FormatError(f"{path.name}: invalid mapping {start:#x}-{end:#x}")
                 yield (
                     position,
                     fields,
@@ -314,7 +311,7 @@ class _Task:
         return count
 
     def _pieces(self) -> Iterator[tuple[Stretch, MappedRange | None]]:
-        """Cut the stretches at the borders of what was chosen, and into pieces of a buffer's size."""
+        """Split the stretches at the borders of chosen mappings, into pieces no larger than the buffer."""
         ranges = iter(sorted(self.chosen.values(), key=lambda each: each.start))
         current = next(ranges, None)
         for stretch in self.stretches:
@@ -333,10 +330,9 @@ class _Task:
 def _merged(
     stretches: Sequence[Stretch], pages_fd: int, ranges: Sequence[MappedRange], file_fd: int
 ) -> list[tuple[Stretch, int, int]]:
-    """Yield what a filled process holds, by address: each stretch, and the descriptor and offset of its
-    pages.
+    """Return the stretches of a restored process by address, each with the file and offset of its pages.
 
-    What CRIU has of a mapping of a memory file was written since, and stands over the file's.
+    Pages that CRIU has of a mapping of a memory file were written later and override the file's.
     """
     found: list[tuple[Stretch, int, int]] = []
     at = 0
@@ -359,7 +355,7 @@ def _merged(
 
 
 def _without(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what is left of a range without others, which are sorted."""
+    """Yield the parts of a range that are not in `taken`, which is sorted."""
     for first, last in taken:
         if last <= start or first >= end:
             continue
@@ -374,7 +370,7 @@ def _copy(source: int, source_at: int, target: int, target_at: int, length: int)
     while length:
         count = os.copy_file_range(source, target, length, source_at, target_at)
         if count == 0:
-            raise FormatError("a dump is shorter than its pagemap says")
+            raise FormatError("a pages file is shorter than its pagemap implies")
         source_at, target_at, length = source_at + count, target_at + count, length - count
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protobuf wire format, as much of it as CRIU's image files use: fields in, fields out, nothing lost."""
+"""Decode and encode the part of protobuf's wire format that CRIU's image files use, without loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ Field = tuple[int, int, Value]
 
 
 def integer(fields: Sequence[Field], number: int, path: Path, default: int | None = None) -> int:
-    """Return the value of a varint field: the last of that number, as protobuf rules.
+    """Return the value of a varint field, the last of that number, as protobuf specifies.
 
-    Raises FormatError if it is not a number, or if there is none and no default.
+    Raises FormatError if it is not a number, or is missing without a default.
     """
     value = next((value for each, _, value in reversed(fields) if each == number), default)
     if not isinstance(value, int):
@@ -52,14 +52,14 @@ def read_fields(message: bytes, path: Path) -> list[Field]:
                     raise ValueError(f"wire type {key & 7}")
             found.append((key >> 3, key & 7, value))
     except (ValueError, IndexError) as error:
-        raise FormatError(f"{path.name} is not well-formed", cause=str(error)) from None
+        raise FormatError(f"{path.name} is malformed", cause=str(error)) from None
     return found
 
 
 def _slice(message: bytes, position: int, length: int) -> bytes:
     piece = message[position : position + length]
     if len(piece) < length:
-        raise ValueError("a field reaches over the message's end")
+        raise ValueError("a field extends beyond the message's end")
     return piece
 
 
@@ -73,11 +73,11 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
             return value & 0xFFFF_FFFF_FFFF_FFFF, position
         shift += 7
         if shift > 63:
-            raise ValueError("a varint of more than ten bytes")
+            raise ValueError("a varint is longer than ten bytes")
 
 
 def encode_fields(fields: Sequence[Field]) -> bytes:
-    """Return a protobuf message with these fields, in this order."""
+    """Encode fields as a protobuf message, in their order."""
     out = bytearray()
     for number, wire_type, value in fields:
         _put_varint(out, number << 3 | wire_type)

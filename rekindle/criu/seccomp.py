@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seccomp filters in a dump: one that belonged to the cell, and not to the server, is taken out.
+"""Remove the cell's own seccomp filter from a dump.
 
     seccomp.img   seccomp_entry: repeated seccomp_filter {bytes filter = 1; uint32 prev = 2; uint32 flags = 3}
 
-Threads name the last filter of their chain by its position, and `prev` the one before (CRIU's
+Threads refer to the last filter of their chain by its position, and `prev` to the previous one (CRIU's
 images/seccomp.proto).
 """
 
@@ -19,10 +19,10 @@ _ALLOW = bytes.fromhex("060000000000ff7f")  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
 
 
 def drop_filter(dump: Path, beginning: bytes) -> int:
-    """Take every filter whose BPF program begins so out of a dump, in place; return how many there were.
+    """Remove every filter whose BPF program starts with `beginning`, in place; return their number.
 
-    Positions must stay as they are, since threads name them: what comes before such a filter takes its place,
-    or a filter that allows everything.
+    Positions must not change, since threads refer to them, so each is replaced by the previous filter of its
+    chain, or by one that allows everything.
     """
     path = dump / "seccomp.img"
     if not path.exists():  # no process has a filter

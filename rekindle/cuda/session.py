@@ -51,7 +51,7 @@ class Session:
         *,
         rollback_step_seconds: float = ROLLBACK_STEP_SECONDS,
     ) -> None:
-        """`rollback_step_seconds` is the timeout of each step of a rollback."""
+        """Prepare a session. `rollback_step_seconds` is the timeout of each step of a rollback."""
         self._backend = backend
         self._pids = tuple(dict.fromkeys(pids))
         self._journal = journal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory can be had here: what the node has left, within every control group that we are in."""
+"""Find the available memory of this node, within the limits of our control groups."""
 
 import contextlib
 from pathlib import Path
@@ -10,9 +10,9 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
-    """Return the memory available to us, or None if the OS kernel does not tell (before 3.14).
+    """Return the memory available to us, or None if the OS kernel does not report it (before 3.14).
 
-    Read by hand: a restore would wait for the import of psutil, which reads the same line.
+    Not by psutil, which reads the same line: a restore would have to wait for its import.
     """
     for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -21,9 +21,9 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
 
 
 def within_groups(available: int, own_groups: Path = _OWN_GROUPS, cgroups: Path = _CGROUPS) -> int:
-    """Return what of the memory that the node has available our control groups (version 2) let us have.
+    """Return the part of the available memory that our control groups (version 2) allow us.
 
-    That is what is left below their limits, with the page cache that can be reclaimed.
+    It includes their page cache that can be reclaimed.
     """
     found = [available]
     groups: list[str] = []

@@ -297,7 +297,7 @@ def _sort_key(version: str) -> tuple[list[int], str]:
 
 
 def _directories(directory: Path, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """The directories within one whose names match, among as many entries as the limit allows."""
+    """Yield the directories in a directory whose names match, among at most _ENTRIES_LIMIT entries."""
     with contextlib.suppress(*_UNREADABLE), os.scandir(directory) as entries:
         for entry in itertools.islice(entries, _ENTRIES_LIMIT):
             if (match := pattern.fullmatch(entry.name)) and _is_directory(entry):
@@ -326,7 +326,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _head(path: Path) -> bytes | None:
-    """The first bytes of a plain file; None if it cannot be read."""
+    """Read the first bytes of a regular file; return None if it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except _UNREADABLE:
