@@ -58,6 +58,11 @@ _SOCKET_TABLES = {
     "netlink": 9,
     "packet": 8,
 }
+# The names of protocols that CRIU knows, as the OS kernel gives them in an extended attribute of a socket.
+_KNOWN_PROTOCOLS = {
+    *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6"),
+    *("UNIX", "UNIX-STREAM", "NETLINK", "PACKET"),
+}
 _NVIDIA = "/dev/nvidia"
 _GPUS = (_NVIDIA, "/dev/kfd", "/dev/dri/")
 # By path alone. They stay obstacles where the other NVIDIA devices are none.
@@ -137,8 +142,7 @@ def _of_descriptor(link: Path, target: str, sockets: Mapping[str, Finding | None
         return "is an OS kernel object unknown to CRIU", _ANONYMOUS_REMEDIES.get(kind, "close it")
     if target.startswith("socket:["):
         inode = target.removeprefix("socket:[").removesuffix("]")
-        unknown = ("is a socket of a family unknown to CRIU", "close it")
-        return sockets.get(inode, unknown)
+        return sockets[inode] if inode in sockets else _of_unlisted_socket(link)
     if target.startswith("/secretmem"):
         return _SECRET_MEMORY
     if target.startswith("/"):
@@ -231,6 +235,19 @@ def _sockets(cell: Cell, pid: int, network: Network) -> dict[str, Finding | None
                 if name.startswith("tcp") and network is Network.HOST:
                     found[fields[column]] = _of_connection(fields)
     return found
+
+
+def _of_unlisted_socket(link: Path) -> Finding | None:
+    """Return a finding for a socket that no table of /proc/net lists, unless CRIU knows its protocol.
+
+    The tables list no TCP or UDP socket that is not connected or bound, or whose connection was reset: a
+    client that goes away between a request and the dump leaves such sockets for a moment.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the process has closed it
+        name = os.getxattr(link, "system.sockprotoname").rstrip(b"\0").decode()
+        if name not in _KNOWN_PROTOCOLS:
+            return f"is a socket of a family unknown to CRIU ({name})", "close it"
+    return None
 
 
 def _of_unix_path(path: str) -> Finding | None:

@@ -275,6 +275,12 @@ def test_what_cannot_be_dumped_is_named(
     nothing_left()
 
 
+def test_sockets_without_a_connection_can_be_dumped(rekindle: Rekindle, port: int) -> None:
+    """No table of /proc/net lists them."""
+    done = rekindle.snapshot_workhorse("horse", port, "hold=idle-sockets")
+    assert done.status == 0, done.stderr
+
+
 def test_a_traced_process_is_named(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
     strace = ["strace", "--follow-forks", "--output", os.devnull]
     done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", *strace, *workhorse(port))

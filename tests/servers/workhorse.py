@@ -86,6 +86,9 @@ def hold(what: str) -> object:
     """Something that CRIU cannot dump."""
     if what == "vsock":
         return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    if what == "idle-sockets":  # which CRIU can dump
+        kinds = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_DGRAM)]
+        return [socket.socket(*kind) for kind in kinds]
     if what == "log":
         file = open(BEHAVIOURS["path"], "w")
         file.write("began\n")
