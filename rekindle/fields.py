@@ -58,13 +58,6 @@ class Fields:
             raise self._wrong(name, f"an integer from {at_least} to {at_most}")
         return value
 
-    def number(self, name: str, *, at_most: float = 1e12) -> float:
-        """Return a finite number of at least 0."""
-        value = self._value.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= at_most:
-            raise self._wrong(name, f"a number from 0 to {at_most:g}")
-        return float(value)
-
     def boolean(self, name: str, *, default: bool) -> bool:
         value = self._value.get(name, default)
         if not isinstance(value, bool):

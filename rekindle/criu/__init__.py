@@ -78,7 +78,7 @@ def find(home: Home) -> Criu:
         raise CapabilityError("CRIU is not installed", hint=_INSTALL_HINT)
     last = tried[-1]
     raise CapabilityError(
-        f"CRIU {last.version} ({last.path}) does not work on kernel {os.uname().release}",
+        f"CRIU {last.version} ({last.path}) does not work on Linux {os.uname().release}",
         cause=last.problem,
         hint=_INSTALL_HINT,
     )

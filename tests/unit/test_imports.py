@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arrows between the packages, the one door to commands, and what a start may import."""
+"""The arrows between the packages, the one module that runs commands, and what a start may import."""
 
 import ast
 import subprocess
