@@ -40,7 +40,7 @@ def _workhorse(_own_machine: None, tmp_path_factory: pytest.TempPathFactory) -> 
 def rekindle(rekindle: Rekindle, _workhorse: Workhorse) -> Rekindle:
     """The command line, with a home of its own that knows what this node can do."""
     if (tools := _workhorse.home / "tools").exists():
-        shutil.copytree(tools, rekindle.home / "tools")
+        shutil.copytree(tools, rekindle.home / "tools", dirs_exist_ok=True)
     return rekindle
 
 
