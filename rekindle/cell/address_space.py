@@ -22,6 +22,7 @@ _PROCMAP_QUERY = 0xC0686611  # Linux 6.11
 _QUERY = struct.Struct("=3Q 6Q 2I I I 2Q")
 _IS_SHARED, _THIS_OR_NEXT, _OF_FILE = 8, 0x10, 0x20
 _NAME_BYTES = 4096
+_STATUS_BYTES = 1 << 14
 
 _ZEROS = memoryview(bytes(1 << 20))
 # By the top byte of an entry of pagemap: present (0x80) or swapped (0x40), and not a page of a file (0x20).
@@ -157,8 +158,7 @@ class AddressSpace:
         return end
 
     def has_locked(self) -> bool:
-        with open(self._open("status"), "rb", closefd=False) as file:
-            return b"\nVmLck:\t       0 kB" not in file.read()
+        return b"\nVmLck:\t       0 kB" not in os.pread(self._open("status"), _STATUS_BYTES, 0)
 
     def written(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the stretches whose pages are the task's own: present or swapped, and not of a file."""

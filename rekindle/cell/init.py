@@ -90,6 +90,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 def launch(control: socket.socket, parent: int) -> int:
     """Create the namespaces, start init in them, wait for it and return its exit status."""
     die_with_parent(parent)
+    load_supervisor()  # takes some 4 ms, and rekindle is still busy with other things
     request = json.loads(control.recv(MESSAGE_BYTES) or b"{}")
     if request.get("op") != "enter":
         return 1
@@ -244,7 +245,6 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
 
 def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
     """Start a command under the filter for memory files. After an OSError, nothing remains of it."""
-    load_siblings()
     from rekindle.cell import memory
     from rekindle.cell.supervisor import Supervisor
 
@@ -264,12 +264,13 @@ def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,t
     return pid, Supervisor(memory.CallSource(listener), MEMORY_PLACE, ranges)
 
 
-def load_siblings() -> None:
-    """Make the modules beside this file importable by their names, without importing rekindle itself."""
+def load_supervisor() -> None:
+    """Import the modules beside this file, by their names but without importing rekindle itself."""
     room = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
     for name, path in (("rekindle", os.path.dirname(room)), ("rekindle.cell", room)):  # noqa: PTH120
         sys.modules[name] = package = type(sys)(name)
         package.__path__ = [path]
+    import rekindle.cell.supervisor  # noqa: F401
 
 
 def make_memory_place(directory: str) -> None:

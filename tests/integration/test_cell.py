@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,13 +122,15 @@ def test_what_a_container_shows_of_its_gpus_stays_so(tmp_path: Path) -> None:
     text = Path(cell_init.__file__).read_text()
     changed = text.replace('NVIDIA = "/proc/driver/nvidia"', 'NVIDIA = "/proc/driver"')
     assert changed != text
-    (tmp_path / "init.py").write_text(changed)
+    room = tmp_path / "rekindle" / "cell"
+    shutil.copytree(Path(cell_init.__file__).parent, room)
+    (room / "init.py").write_text(changed)
     program = f"""
 import sys
 from pathlib import Path
 from rekindle.cell import init as cell_init
 from rekindle.cell import Cell, Command, Network
-cell_init.__file__ = {str(tmp_path / "init.py")!r}
+cell_init.__file__ = {str(room / "init.py")!r}
 with Cell() as cell:
     cell.enter(Network.PRIVATE)
     command = Command(argv=["ls", "/proc/driver"], env={{"PATH": "/bin:/usr/bin"}}, cwd=Path("/"),
