@@ -156,7 +156,7 @@ def _places(ranges: Sequence[Sequence[int]]) -> bytes:
     for start, end in ranges:
         first, last = max((start >> 32) - 1, 0), (end - 1) >> 32
         if places and first <= places[-1][1] + 1:
-            places[-1][1] = last
+            places[-1][1] = max(places[-1][1], last)
         else:
             places.append([first, last])
     while len(places) > _PLACES_LIMIT:
