@@ -25,12 +25,14 @@ from rekindle import criu
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
 from rekindle.criu import Criu
 from rekindle.criu import images as criu_images
+from rekindle.criu.memory_files import mapped_ranges
 from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
 from rekindle.files import copy_sparse_tree
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Record
 from restore.options import Output
+from restore.rungs.memory import join_ranges
 
 _OWN_DIRECTORY = Path(MEMORY_PLACE).parts[3]
 """The cell's own directory in /dev/shm."""
@@ -71,6 +73,11 @@ def dump_replica(
     drop_filter(directory / "criu", memory.FILTER)
     criu_images.drop_zero_pages(directory / "criu")
     (directory / "memory").symlink_to(base / "memory")
+    mapped = mapped_ranges(directory / "criu")
+    memory_now = [
+        msgspec.structs.replace(each, ranges=join_ranges(mapped.get(each.path.name, [])))
+        for each in record.dump.memory
+    ]
     process = msgspec.structs.replace(
         record.process,
         monotonic_ns=clocks.monotonic_ns,
@@ -80,7 +87,9 @@ def dump_replica(
     )
     return Delta(
         directory=directory,
-        record=msgspec.structs.replace(record, process=process),
+        record=msgspec.structs.replace(
+            record, process=process, dump=msgspec.structs.replace(record.dump, memory=memory_now)
+        ),
         bytes=sum(_sizes(directory)),
     )
 

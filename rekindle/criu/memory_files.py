@@ -116,11 +116,7 @@ def copy_back(criu: Path, memory: Path, target: Path) -> int:
 
     It is for nodes on which memory files cannot be mapped. Leaves the dump at `criu` unchanged.
     """
-    ids = {
-        integer(fields, 2, criu / "files.img"): Path(name).name
-        for fields, name in _regular_files(criu / "files.img")
-        if name.startswith(f"{MEMORY_PLACE}/")
-    }
+    ids = _memory_file_ids(criu)
     pids = set(ids.values())
     changed = {f"{kind}-{pid}.img" for pid in pids for kind in ("mm", "pagemap")}
     changed |= {f"pages-{read_pagemap(criu / f'pagemap-{pid}.img')[0]}.img" for pid in pids}
@@ -129,6 +125,22 @@ def copy_back(criu: Path, memory: Path, target: Path) -> int:
             # Not a hard link: that would change the ctime, by which a ready dump is known to be untouched.
             (target / path.name).write_bytes(path.read_bytes())
     return sum(_Task.read(criu, pid).copy_back(memory / pid, ids, target) for pid in sorted(pids))
+
+
+def mapped_ranges(criu: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return the addresses at which the processes of a dump map each memory file, in order.
+
+    A server may have moved, unmapped or inherited such memory since it was restored. What several processes
+    map is there several times.
+    """
+    ids = _memory_file_ids(criu)
+    found: dict[str, list[tuple[int, int]]] = {name: [] for name in ids.values()}
+    for path in criu.glob("mm-[0-9]*.img"):
+        task = _Task.read(criu, path.stem.removeprefix("mm-"))
+        for _, fields, start, end, _, _ in task.entries():
+            if name := ids.get(integer(fields, _SHMID, path)):
+                found[name].append((start, end))
+    return {name: sorted(ranges) for name, ranges in found.items()}
 
 
 class _Task:
@@ -154,7 +166,7 @@ class _Task:
     def choose(self) -> None:
         """Choose the mappings to move, and their offsets in the file."""
         path = self._path
-        entries = list(self._entries())
+        entries = list(self.entries())
         guards = [(start, end) for _, _, start, end, status, _ in entries if status & _VMA_GUARDS]
         at = 0
         for position, fields, start, end, status, flags in entries:
@@ -220,7 +232,7 @@ class _Task:
     def copy_back(self, source: Path, ids: dict[int, str], target: Path) -> int:
         """Write the images of this process to `target` with anonymous memory; return the bytes copied."""
         ranges, path = [], self._path
-        for position, fields, start, end, _, _ in list(self._entries()):
+        for position, fields, start, end, _, _ in list(self.entries()):
             if ids.get(integer(fields, _SHMID, path)) == self.pid:
                 offset = integer(fields, _PGOFF, path)
                 ranges.append(MappedRange(start=start, end=end, offset=offset))
@@ -254,7 +266,7 @@ class _Task:
     def _path(self) -> Path:
         return self.criu / f"mm-{self.pid}.img"
 
-    def _entries(self) -> Iterator[tuple[int, list[Field], int, int, int, int]]:
+    def entries(self) -> Iterator[tuple[int, list[Field], int, int, int, int]]:
         """Yield each vma_entry as (position, fields, start, end, status, flags)."""
         path = self._path
         for position, (number, _, value) in enumerate(self.mm):
@@ -372,6 +384,15 @@ def _copy(source: int, source_at: int, target: int, target_at: int, length: int)
         if count == 0:
             raise FormatError("a pages file is shorter than its pagemap implies")
         source_at, target_at, length = source_at + count, target_at + count, length - count
+
+
+def _memory_file_ids(criu: Path) -> dict[int, str]:
+    """Return the names of the memory files that a dump maps, by CRIU's ids."""
+    return {
+        integer(fields, 2, criu / "files.img"): Path(name).name
+        for fields, name in _regular_files(criu / "files.img")
+        if name.startswith(f"{MEMORY_PLACE}/")
+    }
 
 
 def _regular_files(path: Path) -> Iterator[tuple[list[Field], str]]:

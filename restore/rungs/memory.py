@@ -2,6 +2,7 @@
 """Restore a process's memory: mapped from the dump's memory files, or copied."""
 
 import heapq
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -45,8 +46,13 @@ def restore_with_memory(
 
 def joined_ranges(record: Record) -> list[tuple[int, int]]:
     """Return the addresses at which any process maps its memory file, in order and without overlaps."""
+    return join_ranges(heapq.merge(*(each.ranges for each in record.dump.memory)))
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return sorted ranges without overlaps; those that touch become one."""
     joined: list[tuple[int, int]] = []
-    for start, end in heapq.merge(*(each.ranges for each in record.dump.memory)):
+    for start, end in ranges:
         if joined and start <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(joined[-1][1], end))
         else:

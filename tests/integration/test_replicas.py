@@ -21,7 +21,7 @@ from rekindle.report import MemoryMode, Report
 from restore.delta import Delta, dump_replica
 from restore.options import Memory, Output
 from restore.rungs import process
-from tests.conftest import Rekindle, Replica, free_port, wait_for, workhorse, workhorse_flags
+from tests.conftest import SERVERS, Rekindle, Replica, free_port, wait_for, workhorse, workhorse_flags
 
 pytestmark = pytest.mark.criu
 
@@ -271,3 +271,33 @@ def test_its_output_may_be(base: Base, tmp_path: Path, kind: str) -> None:
         assert count(client) == 2
     for fd in {reader, writer} - {-1}:
         os.close(fd)
+
+
+def test_memory_that_a_replica_has_moved_is_known_after_its_next_restore(
+    rekindle: Rekindle, port: int, tmp_path: Path
+) -> None:
+    words = ["snapshot", "mover", *workhorse_flags(port), "--", sys.executable, str(SERVERS / "mover.py")]
+    done = rekindle(*words, str(port))
+    assert done.status == 0, done.stderr
+    base = Base(rekindle, "mover")
+    output = os.open(os.devnull, os.O_WRONLY)
+    with restored(base, tmp_path / "work", output) as (cell, client):
+        assert ask(client, "/move") == {"at": 0x3000_0000_0000}
+        assert ask(client, "/drop") == {"failed": 0, "shown": ["00", "78"]}
+        delta = dump_replica(
+            cell,
+            base.record,
+            base.dump,
+            tmp_path / "delta",
+            tool=base.tool,
+            output=Output(stdout=output, stderr=output),
+        )
+    with restored(base, tmp_path / "again", output, delta) as (_, client):
+        assert ask(client, "/drop") == {"failed": 0, "shown": ["00", "78"]}
+    os.close(output)
+
+
+def ask(client: Client, path: str) -> object:
+    from rekindle.engine import Request
+
+    return json.loads(client.ask(Request(method="GET", path=path, headers={}, body=None), timeout=30).body)
