@@ -861,7 +861,7 @@ def _removes_a_file(dump: Path, _: Path) -> None:
 
 
 def _copies_all_of_it(dump: Path, place: Path) -> None:
-    shutil.copytree(dump, place / "copy", symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(dump, place / "copy", symlinks=True)
     shutil.rmtree(dump)
     (place / "copy").rename(dump)
     dump.chmod(0o700)
