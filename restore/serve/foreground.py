@@ -80,6 +80,7 @@ class Serving:
         self._endpoint = endpoint
         self._signals = signals
         self._asked_to_end = asked_to_end
+        self._forwarder: Forwarder | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -111,9 +112,9 @@ class Serving:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        forwarder = Forwarder(self._selector, self._replica, self._endpoint)
-        self._stack.callback(forwarder.close)
-        forwarder.accept_from(sock)
+        self._forwarder = Forwarder(self._selector, self._replica, self._endpoint)
+        self._stack.callback(self._forwarder.close)
+        self._forwarder.accept_from(sock)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
         """Serve until the server exits; return its exit status. Return None as soon as `until` holds."""
@@ -122,6 +123,8 @@ class Serving:
             _reap(self._replica.child())
             status = self._replica.status()
             if status is not None:
+                if self._forwarder is not None:
+                    self._forwarder.drain()
                 return status
             if until():
                 return None

@@ -14,6 +14,7 @@ from rekindle.engine import Endpoint
 
 _BUFFER_BYTES = 256 * 1024
 _PAUSE_SECONDS = 0.01
+_DRAIN_SECONDS = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -21,11 +22,17 @@ class _Side:
     """One end of a forwarded connection, with the bytes that are still to be written to it."""
 
     sock: socket.socket
+    is_server: bool = False
     other: "_Side | None" = None
     pending: bytearray = field(default_factory=bytearray)
     connected: bool = True
     read_closed: bool = False
     write_closed: bool = False
+
+    def stop_writing(self) -> None:
+        """Write nothing more to it; what it has sent may still be read."""
+        self.pending.clear()
+        self.write_closed = True
 
 
 class Dialer(Protocol):
@@ -51,14 +58,36 @@ class Forwarder:
         self._listener = sock
         self._selector.register(sock, selectors.EVENT_READ, self._accept)
 
+    def drain(self) -> None:
+        """Deliver what a server that has ended wrote to its clients, as the kernel would without a forwarder.
+
+        Stop listening. Give up on clients once none has taken a byte for two seconds.
+        """
+        self._stop_listening()
+        for side in self._sides:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(side.sock)
+        with selectors.DefaultSelector() as self._selector:
+            for side in list(self._sides):
+                if side.is_server:
+                    side.stop_writing()
+                    self._proceed(side)
+            while self._sides and (ready := self._selector.select(_DRAIN_SECONDS)):
+                for key, mask in ready:
+                    key.data(mask)
+            self.close()
+
     def close(self) -> None:
         """Stop listening, and close every connection."""
+        self._stop_listening()
+        for side in list(self._sides):
+            self._drop(side)
+
+    def _stop_listening(self) -> None:
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
-        for side in list(self._sides):
-            self._drop(side)
 
     def _accept(self, _: int) -> None:
         assert self._listener is not None
@@ -74,7 +103,7 @@ class Forwarder:
         except OSError:
             client.close()
             return
-        near, far = _Side(client), _Side(server, connected=False)
+        near, far = _Side(client), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
         for side in (near, far):
             side.sock.setblocking(False)
@@ -94,7 +123,8 @@ class Forwarder:
         events = 0
         if side.pending or not side.connected:
             events |= selectors.EVENT_WRITE
-        if side.connected and not side.read_closed and len(side.other.pending) < _BUFFER_BYTES:
+        is_wanted = not side.read_closed and not side.other.write_closed
+        if side.connected and is_wanted and len(side.other.pending) < _BUFFER_BYTES:
             events |= selectors.EVENT_READ
         registered = side.sock in self._selector.get_map()
         if not events:
@@ -127,13 +157,26 @@ class Forwarder:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self._drop(side)
-            return
-        if side.write_closed and other.write_closed:
+            if not side.is_server:
+                self._drop(side)
+                return
+            side.read_closed = True
+            side.stop_writing()
+            try:
+                self._flush(other)  # what the server sent before
+            except OSError:
+                self._drop(side)
+                return
+        self._proceed(side)
+
+    def _proceed(self, side: _Side) -> None:
+        """Wait for the next events of a connection, or forget it if there are none."""
+        assert side.other is not None
+        if side.write_closed and side.other.write_closed:
             self._drop(side)
             return
         self._watch(side)
-        self._watch(other)
+        self._watch(side.other)
 
     def _flush(self, side: _Side) -> None:
         """Write as much as possible; after the last byte, pass on the end of the stream."""
@@ -142,6 +185,11 @@ class Forwarder:
             while side.pending:
                 del side.pending[: side.sock.send(side.pending)]
         except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            if not side.is_server:
+                raise
+            side.stop_writing()  # it hears nothing more, and may have answered before
             return
         if side.other.read_closed and not side.write_closed:
             side.write_closed = True

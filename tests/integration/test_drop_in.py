@@ -290,6 +290,19 @@ def test_another_address_is_published_on_lower_rungs_too(scene: Scene, rung: str
     scene.nothing_is_left(kept=rung == "cache")
 
 
+@pytest.mark.parametrize("rung", ["cache", "cold"])
+def test_the_last_answer_of_a_server_arrives_though_the_server_has_ended(scene: Scene, rung: str) -> None:
+    other, body = free_port(), b"x" * 4_000_000
+    running = scene.restore("--rung", rung, "--publish", str(other), port=other)
+    running.until_ready(rung)
+    with socket.create_connection(("127.0.0.1", other), timeout=20) as client:
+        client.sendall(b"POST /end HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(0.5)  # it has ended by now; how much of its answer is on its way is the kernel's business
+        answer = b"".join(iter(lambda: client.recv(1 << 20), b""))
+    assert body in answer, f"{len(answer)} bytes"
+    assert running.process.wait(30) == 0
+
+
 def test_an_address_is_closed_until_the_server_is_ready(scene: Scene) -> None:
     other = free_port()
     scene.faults("restore.serve.address:listen=once fails PortError")

@@ -104,6 +104,11 @@ class Setting:
     def watched(self) -> int:
         return len(self._selector.get_map())
 
+    def drain(self) -> None:
+        self._wake.close()
+        self._thread.join(SECONDS)
+        self._forwarder.drain()
+
     def close(self) -> None:
         self._wake.close()
         self._thread.join(SECONDS)
@@ -412,6 +417,74 @@ def test_a_server_that_dies_ends_the_client(setting: Setting) -> None:
     reset(server)
     with client:
         assert ended(client)
+
+
+def test_what_a_server_sent_before_it_died_arrives(narrow: Setting) -> None:
+    client, server = narrow.pair()
+    server.sendall(NOISE[:65536])
+    time.sleep(0.1)  # most of it is held, as the client reads nothing
+    reset(server)
+    with client:
+        assert read_all(client) == NOISE[:65536]
+
+
+def test_what_a_server_answered_arrives_though_it_no_longer_hears(setting: Setting) -> None:
+    client, server = setting.pair()
+    with client, server:
+        server.sendall(b"413")
+        reset(server)
+        client.sendall(b"x")
+        assert read_exactly(client, 3) == b"413"
+
+
+def test_draining_delivers_what_a_slow_client_has_not_read(narrow: Setting) -> None:
+    client, server = narrow.pair()
+    idle, idle_server = narrow.pair()
+    server.sendall(NOISE[:65536])
+    server.close()
+    idle_server.close()
+    content = bytearray()
+
+    def read_late() -> None:
+        time.sleep(0.2)
+        content.extend(read_all(client))
+
+    thread = threading.Thread(target=read_late)
+    thread.start()
+    narrow.drain()
+    thread.join(SECONDS)
+    assert content == NOISE[:65536]
+    with client, idle:
+        assert ended(idle)
+        with socket.socket() as late, pytest.raises(ConnectionRefusedError):
+            late.connect(narrow.address)
+
+
+def test_draining_does_not_wait_for_a_client_that_has_all(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restore.serve.forward._DRAIN_SECONDS", None)  # for ever
+    client, server = setting.pair()
+    finished, finished_server = setting.pair()
+    finished_server.shutdown(socket.SHUT_WR)
+    assert ended(finished)
+    server.close()
+    finished_server.close()
+    setting.drain()
+    client.close()
+    finished.close()
+
+
+def test_draining_gives_up_on_a_client_that_takes_nothing(
+    narrow: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("restore.serve.forward._DRAIN_SECONDS", 0.05)
+    client, server = narrow.pair()
+    server.sendall(NOISE[:65536])
+    server.close()
+    narrow.drain()
+    with client:
+        assert len(read_all(client)) < 65536
 
 
 def test_closing_ends_every_connection() -> None:
