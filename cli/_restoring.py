@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from cli import _arguments, _report, _trust
 from rekindle.report import Report, Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
-from restore.options import Listener, Memory, Options, Output
+from restore.listener import Listener
+from restore.options import Memory, Options, Output
 
 if TYPE_CHECKING:
     from oci.progress import Tally

@@ -15,10 +15,10 @@ from oci.layout import Layout
 from oci.reference import LayoutReference, parse
 from oci.trust import made_here
 from rekindle.config import Config
+from rekindle.engine import find_caches
 from rekindle.engine.caches import CacheKind
 from rekindle.errors import UsageError
 from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
-from snapshot import find_caches
 
 
 def main(words: Sequence[str]) -> int:

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from msgspec import structs
 
+from oci import dump_layers
 from oci import image as images
-from oci import layers
 from oci.layout import Layout
 from rekindle import dump_tree
-from rekindle.criu import images as criu_images
+from rekindle.criu import zero_pages
 from rekindle.home import Home
 from rekindle.run import run
 from tests.servers.registry.simulator import Registry
@@ -120,10 +120,10 @@ def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
 def pack(name: str, dump: Path, layout: Layout) -> None:
     store = Layout(Home.from_environment().store)
     record = images.load(store, store.resolve(f"{name}:latest")).record
-    criu_images.drop_zero_pages(dump / "criu")
+    zero_pages.drop(dump / "criu")
     files = dump_tree.scan(dump)
     record = structs.replace(record, dump=structs.replace(record.dump, files=files))
-    built = images.build(layout, record, layers.pack(dump, files, layout, workers=layers.workers()))
+    built = images.build(layout, record, dump_layers.pack(dump, files, layout, workers=dump_layers.workers()))
     layout.publish(layout, built.index, "x:latest")
 
 

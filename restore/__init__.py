@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from restore.flow import plan, restore
-    from restore.options import Listener, Options, Output
+    from restore.listener import Listener
+    from restore.options import Options, Output
 
 __all__ = ["Listener", "Options", "Output", "plan", "restore"]
 
@@ -23,7 +24,11 @@ def __getattr__(name: str) -> Any:
         from restore import flow
 
         return getattr(flow, name)
-    if name in {"Listener", "Options", "Output"}:
+    if name == "Listener":
+        from restore.listener import Listener
+
+        return Listener
+    if name in {"Options", "Output"}:
         from restore import options
 
         return getattr(options, name)

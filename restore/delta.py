@@ -23,8 +23,7 @@ import msgspec
 
 from rekindle import criu
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
-from rekindle.criu import Criu
-from rekindle.criu import images as criu_images
+from rekindle.criu import Criu, zero_pages
 from rekindle.criu.memory_files import mapped_ranges
 from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
@@ -71,7 +70,7 @@ def dump_replica(
     for leftover in ("dump.log", "criu.out"):
         (directory / "criu" / leftover).unlink(missing_ok=True)
     drop_filter(directory / "criu", memory.FILTER)
-    criu_images.drop_zero_pages(directory / "criu")
+    zero_pages.drop(directory / "criu")
     (directory / "memory").symlink_to(base / "memory")
     mapped = mapped_ranges(directory / "criu")
     memory_now = [

@@ -148,7 +148,7 @@ def _require_disk_size(dumps: Path, room: int) -> None:
 
 
 def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
-    from oci.layers import (  # most restores find the dump unpacked, and zstandard takes time to load
+    from oci.dump_layers import (  # most restores find the dump unpacked, and zstandard takes time to load
         unpack,
         workers,
     )

@@ -12,7 +12,8 @@ from rekindle.errors import Interrupted
 from rekindle.report import Outcome, Report, Rung
 from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
-from restore.options import Listener, Options
+from restore.listener import Listener
+from restore.options import Options
 from restore.rungs import ladder
 from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run

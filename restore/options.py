@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a restore, and the listener that is told of its progress."""
+"""The options of a restore."""
 
-import contextlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from oci.options import RegistryOptions, TrustOptions
 from rekindle.errors import UsageError
-from rekindle.report import Report, Rung
-
-if TYPE_CHECKING:
-    from oci.progress import Tally
+from rekindle.report import Rung
 
 
 class Memory(StrEnum):
@@ -66,23 +61,3 @@ class Options:
             raise UsageError(f"--rung {self.rung} is below --require {self.require}")
         if self.ready_url and not self.command:
             raise UsageError("--ready-url needs a COMMAND", hint="omit it: the image records its own server")
-
-
-class Listener:
-    """Receives the events of a restore. All methods do nothing here; override those that you need."""
-
-    def say(self, text: str) -> None:
-        """Receive a line for people, at each step."""
-
-    def progress(self, tally: "Tally | None") -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
-        """Return a context in which bytes are fetched, counted by `tally`; None if nothing is fetched."""
-        return contextlib.nullcontext()
-
-    def ready(self, report: Report) -> None:
-        """Receive the complete report once the server is ready, or has exited before it was."""
-
-    def interrupted(self, report: Report) -> None:
-        """Receive the report when a signal ends the restore before the server is ready, before clean-up."""
-
-    def failed(self, report: Report) -> None:
-        """Receive the report when no rung could be taken, after clean-up."""

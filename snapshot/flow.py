@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from oci import dump_layers, resolve, store, transfer
 from oci import image as images
-from oci import layers, resolve, store, transfer
 from oci.cache import pack
 from oci.descriptor import Descriptor
 from oci.layout import Layout
@@ -93,7 +93,9 @@ def snapshot(
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):
-            packed = layers.pack(work / "dump", made.record.dump.files, staging, workers=layers.workers())
+            packed = dump_layers.pack(
+                work / "dump", made.record.dump.files, staging, workers=dump_layers.workers()
+            )
             remove_tree(work / "dump")
             image = images.build(staging, made.record, packed, kernels)
         if options.prove:
@@ -117,7 +119,7 @@ def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:
             created=made.record.created,
             architecture=made.record.node.architecture,
             versions=made.record.node.packages,
-            workers=layers.workers(),
+            workers=dump_layers.workers(),
             say=report.say,
         )
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from rekindle import __version__, criu
 from rekindle.cell import Cell, Network, processes
-from rekindle.criu import Criu
-from rekindle.criu import images as criu_images
+from rekindle.criu import Criu, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.dump_tree import TOPS
-from rekindle.engine import Engine, Request
+from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify
 from rekindle.errors import CapabilityError, UsageError
@@ -27,7 +26,7 @@ from rekindle.os_errors import naming_full_disk
 from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, RecordedEngine, StoredFile
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command, redact_environment
-from snapshot import find_caches, secret_search
+from snapshot import secret_search
 from snapshot.cuda_state import checkpointed, require_state
 from snapshot.describe import (
     Dumped,
@@ -202,7 +201,7 @@ def _compact(tree: Path) -> list[MemoryFile]:
     """Take the zero pages out of a dump, and move what is large of the rest into memory files."""
     for leftover in ("dump.log", "criu.out"):
         (tree / "criu" / leftover).unlink(missing_ok=True)
-    criu_images.drop_zero_pages(tree / "criu")
+    zero_pages.drop(tree / "criu")
     return move_memory(tree / "criu", tree / "memory")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import hyperscan
 
-from rekindle.criu import images as criu_images
+from rekindle.criu import image_files
 from rekindle.criu.protobuf import content, read_fields
 from rekindle.errors import DumpError, FormatError, RekindleError, SecretError
 from rekindle.files import PAGE_BYTES, data_extents
@@ -259,12 +259,12 @@ def _pieces(tree: Path) -> Iterator[_Piece]:
 
 def _memory_extents(dump: Path) -> Iterator[_Extent]:
     for pagemap in sorted(dump.glob("pagemap-*.img")):
-        pages_id, stretches = criu_images.read_pagemap(pagemap)
+        pages_id, stretches = image_files.read_pagemap(pagemap)
         pages = dump / f"pages-{pages_id}.img"
         place = _process(dump, pagemap.stem.removeprefix("pagemap-"))
         offset = length = next_address = 0
         for stretch in stretches:
-            if not stretch.flags & criu_images.PE_PRESENT:
+            if not stretch.flags & image_files.PE_PRESENT:
                 continue
             if stretch.address != next_address and length:
                 yield _Extent(path=pages, offset=offset, length=length, place=place)
@@ -282,7 +282,7 @@ def _process(dump: Path, pid: str) -> str:
     core = dump / f"core-{pid}.img"
     name = b""
     with contextlib.suppress(FormatError):
-        for message in criu_images.read_messages(core, _CORE_MAGIC):
+        for message in image_files.read_messages(core, _CORE_MAGIC):
             task = content(read_fields(message, core), 3)
             comm = content(read_fields(task, core), 6) if task is not None else None
             name = comm if isinstance(comm, bytes) else b""

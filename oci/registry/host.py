@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from oci.registry.credentials import Credentials
-from oci.registry.retry import TryAgainError, is_passing, retry_after, with_retries
+from oci.registry.retry import RETRYABLE, TryAgainError, is_passing, retry_after, with_retries
 from oci.registry.tokens import Authorizer
 from oci.registry.transport import Answer, Body, Connections
 from oci.registry.url import Url
@@ -19,7 +19,6 @@ from rekindle.errors import CredentialsError, IntegrityError, NotFoundError, Reg
 if TYPE_CHECKING:
     from http.client import HTTPMessage
 
-AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _OK = frozenset({200})
 _REDIRECTS_LIMIT = 5
@@ -93,7 +92,7 @@ class Host:
         headers: Mapping[str, str] | None = None,
         body: Body | None = None,
         attempts: int | None = None,
-        again: frozenset[int] = AGAIN,
+        again: frozenset[int] = RETRYABLE,
     ) -> Answer:
         """Send a request and return the answer, if its status is one of those expected.
 
@@ -177,7 +176,7 @@ class Host:
             if answer.status in REDIRECTS:
                 raise RegistryError(f"{origin} redirects more than {_REDIRECTS_LIMIT} times")
             said = f"{answer.url} answers {answer.status}{_words_of(answer)}"
-            if answer.status in AGAIN:
+            if answer.status in RETRYABLE:
                 error = RegistryError(f"{self.name} fails", cause=said)
                 raise TryAgainError(error, wait_seconds=self._wait_asked_by(answer))
         raise ConnectionError(said)  # an expired link, perhaps: another attempt gets another one
@@ -203,11 +202,11 @@ class Host:
         )
 
     def _ask_realm(self, method: str, url: Url, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        """Send a request to a token server, and return the answer unless its status is one of `AGAIN`."""
+        """Send a request to a token server, and return the answer unless its status is one of `RETRYABLE`."""
 
         def attempt() -> Answer:
             answer = self._connections.request(method, url, headers, Bytes(body) if body else None)
-            if answer.status not in AGAIN:
+            if answer.status not in RETRYABLE:
                 return answer
             with answer:
                 error = RegistryError(f"{url} gives no token", cause=f"it answers {answer.status}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from oci import media_types
 from oci.descriptor import Descriptor
-from oci.registry.host import AGAIN, Host, target_of
+from oci.registry.host import Host, target_of
+from oci.registry.retry import RETRYABLE
 from oci.registry.url import Url
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, RegistryError
@@ -22,7 +23,7 @@ _BYTES_LIMIT = 4 << 20
 _PAGES_LIMIT = 100
 _LINK_LIMIT = 4096
 _NEXT = re.compile(r'<([^<>]*)>\s*;[^,]*\brel="?next"?')
-_SETTLED = frozenset(range(100, 600)) - AGAIN  # what another attempt would not change
+_SETTLED = frozenset(range(100, 600)) - RETRYABLE  # what another attempt would not change
 
 
 def ask(host: Host, repository: str, digest: Digest) -> list[Descriptor] | None:

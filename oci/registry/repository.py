@@ -14,8 +14,9 @@ from oci.registry import referrers
 from oci.registry.access import Access, base_of
 from oci.registry.blobs import BlobBody, BlobFetcher
 from oci.registry.download import BlobStream, Downloads
-from oci.registry.host import AGAIN, REDIRECTS, Bytes, Host, target_of
+from oci.registry.host import REDIRECTS, Bytes, Host, target_of
 from oci.registry.hosts import Hosts
+from oci.registry.retry import RETRYABLE
 from oci.registry.url import Url
 from rekindle.digest import Digest
 from rekindle.errors import CredentialsError, FormatError, IntegrityError, NotFoundError, RegistryError
@@ -26,7 +27,7 @@ _ANY = frozenset(range(100, 600))
 _ACCEPTED = frozenset({202})
 _CREATED = frozenset({200, 201, 204})
 _FORGOTTEN = frozenset({404, 416})  # an upload that a registry no longer knows, after a restart
-_SETTLED = _ANY - AGAIN  # what another attempt would not change
+_SETTLED = _ANY - RETRYABLE  # what another attempt would not change
 _THERE = frozenset({200}) | REDIRECTS
 _KEPT_BYTES = 64 << 20  # of manifests and other small blobs: they are read more than once
 _END_SECONDS = 1.0
@@ -245,7 +246,7 @@ class Repository:
             expected=_CREATED,
             headers={"Content-Type": "application/octet-stream"},
             body=BlobBody(descriptor, source, self._access),
-            again=AGAIN | _FORGOTTEN,
+            again=RETRYABLE | _FORGOTTEN,
         ) as answer:
             said = answer.headers.get("Docker-Content-Digest", descriptor.digest)
         if said != descriptor.digest:

@@ -12,6 +12,9 @@ from rekindle.errors import RekindleError
 
 T = TypeVar("T")
 
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+"""The statuses that another attempt may change."""
+
 _PROGRESS_BYTES = 16 << 10  # an attempt that brought as many bytes does not count against the policy
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.cell import MEMORY_PLACE
-from rekindle.criu.images import (
+from rekindle.criu.image_files import (
     FILES_MAGIC,
     MAP_HUGETLB,
     MM_MAGIC,

@@ -9,7 +9,7 @@ images/seccomp.proto).
 
 from pathlib import Path
 
-from rekindle.criu.images import read_messages, write_messages
+from rekindle.criu.image_files import read_messages, write_messages
 from rekindle.criu.protobuf import Field, content, encode_fields, integer, read_fields
 
 SECCOMP_MAGIC = 0x64413049

@@ -178,7 +178,7 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
     if not options.command:
         return from_record(record.engine.name, record.endpoint, record.engine.options) if record else None
     known = record if record and same_command(record.command, options.command) else None
-    if not options.ready_url and known is not None and known.engine.name != "vllm":
+    if not options.ready_url and known is not None and known.engine.name == "http":
         return from_record(known.engine.name, known.endpoint, known.engine.options)
     try:
         engine = for_command(options.command, ready_url=options.ready_url)
@@ -191,7 +191,7 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
 
 def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
     """Return the engine with the recorded rules for its answer, if it is the recorded server."""
-    if known is None or known.engine.name != engine.name or known.engine.name == "vllm":
+    if known is None or not known.engine.name == engine.name == "http":
         return engine
     options = {**known.engine.options, "ready_path": engine.options()["ready_path"]}
     return from_record(known.engine.name, engine.endpoint, options)

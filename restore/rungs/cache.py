@@ -10,10 +10,11 @@ from rekindle.engine.choose import with_recorded_sleep_mode
 from rekindle.report import Rung
 from restore.decide.decision import Decision, make_plan
 from restore.decide.plan import Step, require_possible
-from restore.rungs import place_cache, server
+from restore.rungs import place_cache
 from restore.rungs.ladder import TakenRung
 from restore.rungs.proof import WatchedCache
 from restore.rungs.run import Run
+from restore.rungs.start import start_server
 from restore.serve.address import Address
 
 
@@ -35,7 +36,7 @@ def take(
         environment, where = place_cache.place(run, decision, step, stack)
     with WatchedCache(source.roots(step), where) as watched:
         command = _as_compiled(decision)
-        return server.start(run, decision, address, cell, stack, Rung.CACHE, command, environment, watched)
+        return start_server(run, decision, address, cell, stack, Rung.CACHE, command, environment, watched)
 
 
 def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
@@ -56,6 +57,6 @@ def _as_compiled(decision: Decision) -> Sequence[str]:
     record, command = decision.image.value.record, decision.facts.command
     assert command
     here = decision.facts.node.devices.gpus
-    if record.engine.name != "vllm" or not any(gpu.vendor == "nvidia" for gpu in here):
+    if not any(gpu.vendor == "nvidia" for gpu in here):
         return command
     return with_recorded_sleep_mode(command, record.engine.options)

@@ -40,9 +40,9 @@ class ChildServer:
     ) -> None:
         """Start the server with the given descriptors as its standard output and error.
 
-        With `listen`, its output passes through us unchanged and is kept in `log`. Call this in the main
-        thread: the server ends when the thread that started it does. Raises UsageError if the command
-        cannot be started.
+        With `listen`, its output passes through us unchanged, and its beginning is kept in
+        `first_output`. Call this in the main thread: the server ends when the thread that started it does.
+        Raises UsageError if the command cannot be started.
         """
         self._copier: _Copier | None = None
         self._status: int | None = None
@@ -79,7 +79,7 @@ class ChildServer:
         self._stack.close()
 
     @property
-    def log(self) -> str:
+    def first_output(self) -> str:
         """The first 4 MiB of what the server has written so far; empty without `listen`."""
         return self._copier.text if self._copier else ""
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from rekindle.cell import Cell
 from rekindle.report import Rung
 from restore.decide.decision import Decision
-from restore.rungs import place_cache, server
+from restore.rungs import place_cache
 from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
+from restore.rungs.start import start_server
 from restore.serve.address import Address
 
 
@@ -23,4 +24,4 @@ def take(
     if facts.image is not None and not facts.given:
         environment = place_cache.environment(facts.image.record, os.environ)
     assert facts.command
-    return server.start(run, decision, address, cell, stack, Rung.COLD, facts.command, environment)
+    return start_server(run, decision, address, cell, stack, Rung.COLD, facts.command, environment)

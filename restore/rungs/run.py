@@ -4,7 +4,8 @@
 from dataclasses import dataclass
 
 from rekindle.report import Report
-from restore.options import Listener, Options
+from restore.listener import Listener
+from restore.options import Options
 from restore.serve.announce import Announcer
 from restore.signals import Signals
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from rekindle.report import Outcome, Report, Rung, interrupted
-from restore.options import Listener
+from restore.listener import Listener
 from restore.serve import notify
 
 _HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}

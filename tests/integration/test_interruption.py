@@ -41,7 +41,7 @@ FAILS = "rekindle.criu:restore=fails RestoreError"
 MOMENTS = {
     "decide": Moment(at="restore.decide.facts:gather"),
     "work": Moment(at="rekindle.home:Home.work"),
-    "unpack": Moment(at="oci.layers:unpack"),
+    "unpack": Moment(at="oci.dump_layers:unpack"),
     "cell": Moment(at="rekindle.cell:Cell.enter"),
     "shared memory": Moment(at="restore.rungs.process:copy_sparse_tree"),
     "criu": Moment(at="rekindle.cell:Cell.run"),

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from rekindle.criu.images import (
+from rekindle.criu.image_files import (
     IMAGE_MAGIC,
     MM_MAGIC,
     PAGEMAP_MAGIC,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from oci import image, layers
+from oci import dump_layers, image
 from oci.cache import pack
 from oci.descriptor import Descriptor
 from oci.layout import Layout
@@ -44,7 +44,7 @@ def of_this_node(place: Path, **changes: Any) -> Record:
 def publish(place: Path, record: Record, kernels: Callable[[Layout], Descriptor] | None = None) -> str:
     """An image of it, whose layers nobody can read."""
     layout = Layout.create(place / "layout")
-    stored = layers.pack(place / "dump", record.dump.files, layout, workers=1)
+    stored = dump_layers.pack(place / "dump", record.dump.files, layout, workers=1)
     built = image.build(layout, record, stored, kernels(layout) if kernels else None)
     layout.publish(layout, built.index, "1")
     for path in (layout.root / "blobs/sha256").iterdir():

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from oci import dump_layers
 from oci import image as images
-from oci import layers
 from oci.layout import Layout
 from oci.trust import verifier
 from oci.trust.verifier import Verified
@@ -48,7 +48,7 @@ def make(place: Path, pages: bytes = PAGES) -> images.Image:
     os.mkfifo(dump / "shm/fifo")
     layout = Layout.create(place / "layout")
     record = holding(RECORD, dump_tree.scan(dump))
-    return images.build(layout, record, layers.pack(dump, record.dump.files, layout, workers=1))
+    return images.build(layout, record, dump_layers.pack(dump, record.dump.files, layout, workers=1))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rekindle.cell import MEMORY_PLACE
 from rekindle.criu import memory_files
-from rekindle.criu.images import FILES_MAGIC, MM_MAGIC, read_messages, write_messages
+from rekindle.criu.image_files import FILES_MAGIC, MM_MAGIC, read_messages, write_messages
 from rekindle.criu.memory_files import LEAST_PAGES, copy_back, move_memory
 from rekindle.criu.protobuf import content, integer, read_fields
 from rekindle.errors import FormatError
@@ -142,7 +142,7 @@ def test_processes_have_a_file_each(tmp_path: Path) -> None:
     for kind in ("mm", "pagemap"):
         (criu / f"{kind}-8.img").write_bytes((criu / f"{kind}-7.img").read_bytes())
     shutil.copy(criu / "pages-1.img", criu / "pages-2.img")
-    from rekindle.criu.images import read_pagemap, write_pagemap
+    from rekindle.criu.image_files import read_pagemap, write_pagemap
 
     write_pagemap(criu / "pagemap-8.img", 2, read_pagemap(criu / "pagemap-8.img")[1])
     assert [each.name for each in move_memory(criu, files)] == ["7", "8"]

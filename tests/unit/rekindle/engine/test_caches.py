@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from rekindle.engine import find_caches
 from rekindle.engine.caches import (
     VARIABLES,
     CacheKind,
@@ -14,7 +15,6 @@ from rekindle.engine.caches import (
     path_below,
     path_of,
 )
-from snapshot import find_caches
 from tests.samples.cache import KEY, triton, vllm, write
 
 HOME = {"HOME": "/home/ada", "USER": "ada"}

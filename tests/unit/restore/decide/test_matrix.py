@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from oci import dump_layers, resolve, transfer
 from oci import image as images
-from oci import layers, resolve, transfer
 from oci.cache import extract, pack
 from oci.cache import image as cache_image
 from oci.layout import Layout
@@ -702,7 +702,7 @@ def made(case: Case, place: Place, layout: Layout) -> images.Image:
         mapped_files=mapped,
         dump=Dump(dump_bytes=1 << 30, stored_bytes=sum(file.size for file in files), files=files),
     )
-    return images.build(layout, record, layers.pack(dump, files, layout, workers=1), kernels)
+    return images.build(layout, record, dump_layers.pack(dump, files, layout, workers=1), kernels)
 
 
 def described(path: Path) -> MappedFile:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from rekindle.errors import UsageError
-from restore.rungs import child as start
+from restore.rungs import child
 from restore.rungs.child import ChildServer
 from tests.conftest import wait_for
 
@@ -84,7 +84,7 @@ def test_output_to_one_place_keeps_its_order(out: BinaryIO, listen: bool) -> Non
     with started(python(ALTERNATES), out, listen=listen) as server:
         assert ended(server) == 0
     assert content(out) == ALTERNATED
-    assert server.log == (ALTERNATED.decode(errors="replace") if listen else "")
+    assert server.first_output == (ALTERNATED.decode(errors="replace") if listen else "")
 
 
 @pytest.mark.parametrize("listen", [True, False])
@@ -93,13 +93,13 @@ def test_output_to_two_places_goes_to_each(out: BinaryIO, tmp_path: Path, listen
         assert ended(server) == 0
     for file, first in ((out, 0), (err, 1)):
         assert content(file) == b"".join(b"%d\x00\xff\r\n" % number for number in range(first, 2000, 2))
-    assert len(server.log) == (len(ALTERNATED.decode(errors="replace")) if listen else 0)
+    assert len(server.first_output) == (len(ALTERNATED.decode(errors="replace")) if listen else 0)
 
 
 def test_output_comes_while_the_server_runs(out: BinaryIO) -> None:
     program = "import os, time; os.write(2, b'ready\\n'); time.sleep(600)"
     with started(python(program), out, listen=True) as server:
-        wait_for(lambda: server.log == "ready\n", 10)
+        wait_for(lambda: server.first_output == "ready\n", 10)
         assert content(out) == b"ready\n"
         assert server.status() is None
 
@@ -109,8 +109,8 @@ def test_of_much_output_the_beginning_is_kept_and_all_is_passed_on(out: BinaryIO
     with started(python(program), out, listen=True) as server:
         assert ended(server) == 0
     assert content(out) == b"x" * (96 << 16) + b"end"
-    assert start._KEPT_BYTES <= len(server.log) < start._KEPT_BYTES + (1 << 17)
-    assert set(server.log) == {"x"}
+    assert child._KEPT_BYTES <= len(server.first_output) < child._KEPT_BYTES + (1 << 17)
+    assert set(server.first_output) == {"x"}
 
 
 def test_when_nobody_reads_the_output_the_server_is_told_so() -> None:
@@ -120,7 +120,7 @@ def test_when_nobody_reads_the_output_the_server_is_told_so() -> None:
         program = "import os\nwhile True: os.write(1, b'x' * 1000)"  # Python does not die of SIGPIPE
         with started(python(program), pipe, listen=True) as server:
             assert ended(server) != 0
-            assert "x" in server.log
+            assert "x" in server.first_output
 
 
 # Its end.

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rekindle.criu import images as criu_images
-from rekindle.criu.images import (
+from rekindle.criu import image_files, zero_pages
+from rekindle.criu.image_files import (
     MAP_HUGETLB,
     MM_MAGIC,
     PAGEMAP_MAGIC,
@@ -22,7 +22,6 @@ from rekindle.criu.images import (
     VMA_AIORING,
     VMA_ANON_PRIVATE,
     Stretch,
-    drop_zero_pages,
     read_mappings,
     read_messages,
     read_pagemap,
@@ -56,7 +55,7 @@ def stretches(dump: Path, name: str = "pagemap-7.img") -> list[tuple[int, int, i
 
 def test_zero_pages_of_anonymous_memory_go(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 4 * PAGE)], [entry(BASE, 4)], ZERO + ONE + ZERO + ONE)
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (2, 2)
     assert (tmp_path / "pages-1.img").read_bytes() == ONE + ONE
     assert stretches(tmp_path) == [
@@ -68,13 +67,13 @@ def test_zero_pages_of_anonymous_memory_go(tmp_path: Path) -> None:
 def test_a_page_with_one_byte_stays(tmp_path: Path) -> None:
     first, last = b"\1" + ZERO[1:], ZERO[1:] + b"\1"
     write_dump(tmp_path, [mapping(BASE, BASE + 2 * PAGE)], [entry(BASE, 2)], first + last)
-    assert drop_zero_pages(tmp_path).dropped == 0
+    assert zero_pages.drop(tmp_path).dropped == 0
     assert (tmp_path / "pages-1.img").read_bytes() == first + last
 
 
 def test_a_dump_of_zeros_keeps_no_page(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 9 * PAGE)], [entry(BASE, 9)], ZERO * 9)
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (0, 9)
     assert stretches(tmp_path) == []
     assert (tmp_path / "pages-1.img").stat().st_size == 0
@@ -82,7 +81,7 @@ def test_a_dump_of_zeros_keeps_no_page(tmp_path: Path) -> None:
 
 def test_a_dump_without_pages_stays_so(tmp_path: Path) -> None:
     write_dump(tmp_path, [], [], b"")
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (0, 0)
 
 
@@ -98,20 +97,20 @@ def test_a_dump_without_pages_stays_so(tmp_path: Path) -> None:
 )
 def test_zero_pages_of_other_mappings_stay(tmp_path: Path, status: int, flags: int) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 3 * PAGE, status, flags)], [entry(BASE, 3)], ZERO + ONE + ZERO)
-    assert drop_zero_pages(tmp_path).dropped == 0
+    assert zero_pages.drop(tmp_path).dropped == 0
     assert (tmp_path / "pages-1.img").read_bytes() == ZERO + ONE + ZERO
     assert stretches(tmp_path) == [(BASE, 3, PE_PRESENT)]
 
 
 def test_zero_pages_outside_every_mapping_stay(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + PAGE)], [entry(BASE + 8 * PAGE, 1)], ZERO)
-    assert drop_zero_pages(tmp_path).dropped == 0
+    assert zero_pages.drop(tmp_path).dropped == 0
 
 
 def test_shared_memory_loses_all_its_zero_pages(tmp_path: Path) -> None:
     (tmp_path / "pagemap-shmem-99.img").write_bytes(pagemap(entry(0, 3)))
     (tmp_path / "pages-1.img").write_bytes(ZERO + ONE + ZERO)
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (1, 2)
     assert stretches(tmp_path, "pagemap-shmem-99.img") == [(PAGE, 1, PE_PRESENT)]
 
@@ -119,7 +118,7 @@ def test_shared_memory_loses_all_its_zero_pages(tmp_path: Path) -> None:
 def test_a_stretch_over_the_border_of_two_mappings_is_cut_there(tmp_path: Path) -> None:
     file, anonymous = mapping(BASE, BASE + 2 * PAGE, VMA_FILE_PRIVATE), (BASE + 2 * PAGE, BASE + 4 * PAGE)
     write_dump(tmp_path, [file, mapping(*anonymous)], [entry(BASE, 6)], ZERO * 5 + ONE)
-    assert drop_zero_pages(tmp_path).dropped == 2
+    assert zero_pages.drop(tmp_path).dropped == 2
     assert stretches(tmp_path) == [(BASE, 2, PE_PRESENT), (BASE + 4 * PAGE, 2, PE_PRESENT)]
     assert (tmp_path / "pages-1.img").read_bytes() == ZERO * 3 + ONE
 
@@ -127,7 +126,7 @@ def test_a_stretch_over_the_border_of_two_mappings_is_cut_there(tmp_path: Path) 
 def test_absent_stretches_stay_and_take_no_pages(tmp_path: Path) -> None:
     entries = [entry(BASE, 2, PE_PARENT), entry(BASE + 2 * PAGE, 2), entry(BASE + 4 * PAGE, 1, PE_LAZY)]
     write_dump(tmp_path, [mapping(BASE, BASE + 5 * PAGE)], entries, ZERO + ONE)
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (1, 1)
     assert stretches(tmp_path) == [
         (BASE, 2, PE_PARENT),
@@ -139,7 +138,7 @@ def test_absent_stretches_stay_and_take_no_pages(tmp_path: Path) -> None:
 def test_other_flags_of_present_pages_are_kept(tmp_path: Path) -> None:
     entries = [entry(BASE, 1), entry(BASE + PAGE, 2, PE_PRESENT | PE_LAZY)]
     write_dump(tmp_path, [mapping(BASE, BASE + 3 * PAGE)], entries, ONE + ONE + ZERO)
-    assert drop_zero_pages(tmp_path).dropped == 1
+    assert zero_pages.drop(tmp_path).dropped == 1
     assert stretches(tmp_path) == [(BASE, 1, PE_PRESENT), (BASE + PAGE, 1, PE_PRESENT | PE_LAZY)]
 
 
@@ -151,7 +150,7 @@ def test_stretches_longer_than_the_buffer_are_whole_again_afterwards(tmp_path: P
     for index in kept:
         pages[index * PAGE : (index + 1) * PAGE] = order.randbytes(PAGE)
     write_dump(tmp_path, [mapping(BASE, BASE + count * PAGE)], [entry(BASE, count)], bytes(pages))
-    drop_zero_pages(tmp_path)
+    zero_pages.drop(tmp_path)
     assert memory(tmp_path) == {
         BASE + index * PAGE: bytes(pages[index * PAGE : (index + 1) * PAGE]) for index in set(kept)
     }
@@ -165,7 +164,7 @@ def test_many_tasks_have_their_own_pages(tmp_path: Path) -> None:
         (tmp_path / f"mm-{pid}.img").write_bytes(mm(mapping(BASE, BASE + 2 * PAGE)))
         (tmp_path / f"pagemap-{pid}.img").write_bytes(pagemap(entry(BASE, 2), pages_id=pid))
         (tmp_path / f"pages-{pid}.img").write_bytes(pages)
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (2, 2)
     assert memory(tmp_path, "pagemap-7.img") == {BASE + PAGE: ONE}
     assert memory(tmp_path, "pagemap-8.img") == {BASE: ONE}
@@ -173,16 +172,16 @@ def test_many_tasks_have_their_own_pages(tmp_path: Path) -> None:
 
 def test_a_second_time_changes_nothing(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 4 * PAGE)], [entry(BASE, 4)], ZERO + ONE + ZERO + ONE)
-    drop_zero_pages(tmp_path)
+    zero_pages.drop(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert drop_zero_pages(tmp_path).dropped == 0
+    assert zero_pages.drop(tmp_path).dropped == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_old_page_count_is_read(tmp_path: Path) -> None:
     old = number(1, BASE) + number(2, 2) + number(4, PE_PRESENT)
     write_dump(tmp_path, [mapping(BASE, BASE + 2 * PAGE)], [old], ZERO + ONE)
-    assert drop_zero_pages(tmp_path).dropped == 1
+    assert zero_pages.drop(tmp_path).dropped == 1
     assert memory(tmp_path) == {BASE + PAGE: ONE}
 
 
@@ -202,7 +201,7 @@ def test_unknown_fields_are_passed_over(tmp_path: Path) -> None:
 def test_writing_and_reading_a_pagemap_agree(tmp_path: Path) -> None:
     path = tmp_path / "pagemap-7.img"
     wanted = [Stretch(address=0, pages=1, flags=4), Stretch(address=(1 << 64) - PAGE, pages=1, flags=6)]
-    criu_images.write_pagemap(path, 12345, wanted)
+    image_files.write_pagemap(path, 12345, wanted)
     assert read_pagemap(path) == (12345, wanted)
 
 
@@ -240,7 +239,7 @@ def memories(draw: st.DrawFn) -> Memory:
 def test_restored_memory_is_what_was_dumped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Memory, buffer_bytes: int
 ) -> None:
-    monkeypatch.setattr(criu_images, "_READ_BYTES", buffer_bytes)
+    monkeypatch.setattr(zero_pages, "_READ_BYTES", buffer_bytes)
     before: dict[int, bytes] = {}
     vmas, entries = [], []
     droppable: set[int] = set()
@@ -259,7 +258,7 @@ def test_restored_memory_is_what_was_dumped(
             entries.append(entry(BASE + (index - run) * PAGE, run))
             run = 0
     write_dump(tmp_path, vmas, entries, b"".join(before.values()))
-    counts = drop_zero_pages(tmp_path)
+    counts = zero_pages.drop(tmp_path)
     after = memory(tmp_path)
     assert {**dict.fromkeys(before.keys() & droppable, ZERO), **after} == before
     assert ZERO not in [page for where, page in after.items() if where in droppable]
@@ -335,7 +334,7 @@ def test_a_malformed_pagemap_is_refused(tmp_path: Path, content: bytes) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 9 * PAGE)], [], ONE)
     (tmp_path / "pagemap-7.img").write_bytes(content)
     with memory_peak() as peak, pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
     assert peak[0] < 80 << 20
     assert (tmp_path / "pages-1.img").read_bytes() == ONE
 
@@ -365,7 +364,7 @@ def test_a_malformed_mm_is_refused(tmp_path: Path, content: bytes) -> None:
     write_dump(tmp_path, [], [entry(BASE, 1)], ONE)
     (tmp_path / "mm-7.img").write_bytes(content)
     with pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
     assert (tmp_path / "pages-1.img").read_bytes() == ONE
 
 
@@ -373,7 +372,7 @@ def test_a_malformed_mm_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_pages_file_of_another_size_is_refused(tmp_path: Path, pages: bytes) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 3 * PAGE)], [entry(BASE, 3)], pages)
     with pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
     assert (tmp_path / "pages-1.img").read_bytes() == pages
 
 
@@ -382,27 +381,27 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + PAGE)], [entry(BASE, 1)], ONE)
     (tmp_path / name).unlink()
     with pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
 
 
 def test_memory_over_the_end_of_the_address_space_is_refused(tmp_path: Path) -> None:
     write_dump(tmp_path, [], [entry((1 << 64) - PAGE, 2)], ONE * 2)
     with pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
 
 
 def test_one_malformed_task_leaves_the_pages_of_all(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + PAGE)], [entry(BASE, 1)], ZERO)
     (tmp_path / "pagemap-8.img").write_bytes(b"")
     with pytest.raises(FormatError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
     assert (tmp_path / "pages-1.img").read_bytes() == ZERO
 
 
 def test_a_short_write_is_no_success(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + 3 * PAGE)], [entry(BASE, 3)], ZERO + ONE + ONE)
     with writable_up_to(6000), pytest.raises(OSError):
-        drop_zero_pages(tmp_path)
+        zero_pages.drop(tmp_path)
 
 
 def test_a_huge_dump_is_compacted_in_bounded_memory(tmp_path: Path) -> None:
@@ -410,7 +409,7 @@ def test_a_huge_dump_is_compacted_in_bounded_memory(tmp_path: Path) -> None:
     write_dump(tmp_path, [mapping(BASE, BASE + pages * PAGE)], [entry(BASE, pages)], b"")
     os.truncate(tmp_path / "pages-1.img", pages * PAGE)
     with memory_peak() as peak:
-        counts = drop_zero_pages(tmp_path)
+        counts = zero_pages.drop(tmp_path)
     assert (counts.kept, counts.dropped) == (0, pages)
     assert peak[0] < 40 << 20
 

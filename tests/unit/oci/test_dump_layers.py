@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from oci import media_types
 from oci.descriptor import Descriptor
-from oci.layers import PIECE_BYTES, pack, read_pieces, unpack
+from oci.dump_layers import PIECE_BYTES, pack, read_pieces, unpack
 from oci.layout import Layout
 from rekindle import dump_tree
 from rekindle.digest import Digest
@@ -245,7 +245,7 @@ def test_metadata_pages_and_shared_memory_are_layers_of_their_own(source: Path, 
 def test_many_pages_are_many_layers(
     source: Path, target: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oci.layers._LAYER_BYTES", PIECE_BYTES)
+    monkeypatch.setattr("oci.dump_layers._LAYER_BYTES", PIECE_BYTES)
     (source / "criu/pages-1.img").write_bytes(NOISE * 13)
     files = dump_tree.scan(source)
     layers = pack(source, files, layout, workers=2)

@@ -81,7 +81,7 @@ def bring_up(
     return StartedServer(serving=serving, child=child, ready=waiting.result, status=status)
 
 
-def start(
+def start_server(
     run: Run,
     decision: Decision,
     address: Address,
@@ -136,7 +136,7 @@ def start(
     elif oracle is not None and engine is not None:
         _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
-        report.cache = watched.proof(engine.compiled(up.child.log)).to_json()
+        report.cache = watched.proof(engine.compiled(up.child.first_output)).to_json()
     if forwarded and (sock := address.listen()) is not None:
         up.serving.publish(sock)
     return TakenRung(rung=rung, serving=up.serving)
