@@ -33,7 +33,7 @@ from rekindle.secrets.redact import HIDDEN, Secret, command_secrets, environment
 _ALONE_CHARACTERS = 6
 _DISTINCT_CHARACTERS = 3  # or a run of equal bytes would be a million hits
 _STRING_LIMIT_BYTES = 512
-_AROUND_BYTES = _STRING_LIMIT_BYTES, 1024  # read before and after the beginning of a hit
+_AROUND_BYTES = _STRING_LIMIT_BYTES, 4096  # read before and after the beginning of a hit
 _PIECE_BYTES = 512 << 10  # stays in a core's cache
 _WORKERS_LIMIT = 8
 _CORE_MAGIC = 0x55053847

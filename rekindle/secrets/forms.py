@@ -6,7 +6,9 @@ expressions, documentation and identifiers of libraries, so there a token must a
 (`Form.token_at`). See docs/secrets.md.
 """
 
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,14 @@ _NOTHING = frozenset(
     ]
 )
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
-_PASSWORD = re.compile(r"PASSWORD|PASSWD|SECRET", re.IGNORECASE)
+# PASS, PWD and PW are words of a name (DB_PASS, --db-pass, MYSQL_PWD) or end one (SSHPASS). BYPASS, COMPASS,
+# PASS_THROUGH, and the shell's PWD and OLDPWD, which are paths, are none; nor is --pwd.
+WORDS_OF_PASSWORDS = (
+    r"PASSWORD|PASSWD|PASSPHRASE|SECRET"
+    r"|(?<=[A-Z\d][_.-])(?:PASS|PWD)(?![A-Z])|(?<![\w.])PASS(?![\w.-])|(?<=[A-Z\d][_.-])PW(?![\w.-])"
+    r"|(?<=[A-Z]{2})(?<!BY)(?<!COM)(?<!SUR)(?<!TRES)PASS(?![\w.-])|(?<=[A-Z]{3})(?<!OLD)PWD(?![\w.-])"
+)
+_PASSWORD = re.compile(WORDS_OF_PASSWORDS, re.IGNORECASE)
 _NAMES_A_FILE = re.compile(r"(?:PATH|FILE|DIR|SOCK|HOME|URL|URI)$", re.IGNORECASE)
 # Public despite their names: GPG_KEY is the fingerprint in Docker's images of Python.
 _PUBLIC = frozenset({"GPG_KEY", "XAUTHORITY", "SSH_AUTH_SOCK"})
@@ -39,10 +48,20 @@ class Form:
     name: str
     title: str
     anchors: tuple[bytes, ...]
-    pattern: re.Pattern[bytes]  # from the anchor to the end of the token
+    source: bytes  # of the pattern, from the anchor to the end of the token
     chunk: int = 0  # it must contain a run of letters and digits, both, at least this long
     is_key: bool = False  # a PEM header, which counts only if a key follows
     is_inside: bool = False  # the anchor is in the middle of a word
+
+    @property
+    def pattern(self) -> re.Pattern[bytes]:
+        """The pattern, compiled at its first use: most commands never meet a token."""
+        return _compiled(self.source)
+
+    @property
+    def pattern_in_text(self) -> re.Pattern[bytes]:
+        """The pattern with the beginning of a word, so that Triton's hashes and base32 keys do not match."""
+        return _compiled((b"" if self.is_inside else rb"(?<![A-Za-z0-9_\-])") + b"(?:%b)" % self.source)
 
     def token_at(self, content: bytes, position: int) -> bytes | None:
         """Return the random part of the token at an anchor; None if it is an example or identifier."""
@@ -59,6 +78,11 @@ class Form:
             return body[1] if body and _is_random(body[1]) else None
         drawn = found[found.re.groups]  # the last group, or the whole match if there is none
         return drawn if _is_random(drawn) and _is_mixed(drawn, self.chunk) else None
+
+
+@functools.cache
+def _compiled(source: bytes) -> re.Pattern[bytes]:
+    return re.compile(source)
 
 
 def _is_random(text: bytes) -> bool:
@@ -79,7 +103,7 @@ def _form(name: str, title: str, anchors: str, pattern: bytes, **options: int) -
         name=name,
         title=title,
         anchors=tuple(anchor.encode() for anchor in anchors.split(" ")),
-        pattern=re.compile(pattern),
+        source=pattern,
         chunk=options.get("chunk", 0),
         is_inside=bool(options.get("is_inside")),
     )
@@ -132,32 +156,61 @@ FORMS = (
     _form(
         "slack-token",
         "a Slack token",
-        "xoxa- xoxb- xoxe- xoxo- xoxp- xoxr- xoxs- xapp-",
-        rb"(?:xox[abeoprs]|xapp)-([A-Za-z0-9\-]{20,255})" + _END,
+        "xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp-",
+        rb"(?:xox[abcdeoprs]|xapp)-([A-Za-z0-9\-]{20,255})" + _END,
         chunk=8,
+    ),
+    _form(
+        "gitlab-token",
+        "a GitLab token",
+        "glpat- gldt- glrt- glcbt- glptt- glft- glimt- glagent- glsoat-",
+        rb"gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|soat)-([A-Za-z0-9_\-]{20,255})" + _END,
+    ),
+    _form("npm-token", "an npm token", "npm_", rb"npm_([A-Za-z0-9]{36})" + _END),
+    # A macaroon in base64: its first bytes are the version and a location.
+    _form("pypi-token", "a PyPI token", "pypi-AgE", rb"pypi-AgE([A-Za-z0-9_\-]{50,1000})" + _END),
+    _form(
+        "stripe-key",
+        "a Stripe key",
+        "sk_live_ rk_live_ sk_test_ rk_test_",
+        rb"[sr]k_(?:live|test)_([A-Za-z0-9]{16,255})" + _END,
+    ),
+    _form("vault-token", "a Vault token", "hvs. hvb. hvr.", rb"hv[sbr]\.([A-Za-z0-9_\-]{24,300})" + _END),
+    _form("docker-token", "a Docker Hub token", "dckr_pat_", rb"dckr_pat_([A-Za-z0-9_\-]{27})" + _END),
+    _form("nvidia-api-key", "an NVIDIA API key", "nvapi-", rb"nvapi-([A-Za-z0-9_\-]{60,100})" + _END),
+    _form(
+        "json-web-token",
+        "a JSON web token",
+        "eyJ",
+        # Header and claims are JSON objects. The subject of the documentation's example is 1234567890.
+        rb"eyJ[A-Za-z0-9_\-]{8,2000}\.(?!eyJzdWIiOiIxMjM0NTY3ODkw)eyJ[A-Za-z0-9_\-]{8,8000}"
+        rb"\.([A-Za-z0-9_\-]{20,1500})" + _END,
+    ),
+    _form(
+        "webhook-url",
+        "the URL of a webhook",
+        "hooks.slack.com/ /api/webhooks/ .webhook.office.com/webhookb2/ /triggers/manual/paths/invoke?",
+        rb"(?:hooks\.slack\.com/(?:services|workflows|triggers)/(?:[A-Za-z0-9]{1,40}/){1,4}"
+        rb"|/api/webhooks/\d{10,25}/"  # Discord
+        rb"|\.webhook\.office\.com/webhookb2/[0-9a-f@\-]{10,100}/[A-Za-z]{4,40}/"  # Teams
+        rb"|/triggers/manual/paths/invoke\?[\w%&=.\-]{0,200}sig=)"  # workflows for Teams
+        rb"([A-Za-z0-9_\-]{16,200})(?:/[0-9a-f\-]{36})?" + _END,
+        is_inside=1,
     ),
     Form(
         name="private-key",
         title="a private key",
         anchors=(b"-----BEGIN ",),
-        pattern=re.compile(rb"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"),
+        source=rb"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----",
         is_key=True,
     ),
-)
-# Each must begin a word, so that Triton's hashes and base32 keys do not match.
-_IN_TEXT = tuple(
-    (
-        form,
-        re.compile((b"" if form.is_inside else rb"(?<![A-Za-z0-9_\-])") + b"(?:%b)" % form.pattern.pattern),
-    )
-    for form in FORMS
 )
 
 
 def find_token(content: bytes) -> tuple[Form, int] | None:
     """Return the first form that matches in a text and the position of its token; None if none does."""
-    for form, pattern in _IN_TEXT:
-        if found := pattern.search(content):
+    for form in _forms_in(content):
+        if found := form.pattern_in_text.search(content):
             return form, found.start()
     return None
 
@@ -166,8 +219,8 @@ def tokens_in(text: str) -> list[str]:
     """Return everything in a text that has the form of a token. A private key extends to the text's end."""
     content = text.encode(errors="surrogateescape")
     found = []
-    for form, pattern in _IN_TEXT:
-        for each in pattern.finditer(content):
+    for form in _forms_in(content):
+        for each in form.pattern_in_text.finditer(content):
             token = content[each.start() :] if form.is_key else each[0]
             found.append(token.decode(errors="surrogateescape"))
     return found
@@ -176,12 +229,17 @@ def tokens_in(text: str) -> list[str]:
 def hide_tokens(text: str) -> str:
     """Return a text with its tokens hidden. A private key is cut off with everything after it."""
     content = text.encode(errors="surrogateescape")
-    for form, pattern in _IN_TEXT:
+    for form in _forms_in(content):
         if not form.is_key:
-            content = pattern.sub(HIDDEN, content)
-        elif found := pattern.search(content):
+            content = form.pattern_in_text.sub(HIDDEN, content)
+        elif found := form.pattern_in_text.search(content):
             content = content[: found.start()] + HIDDEN
     return content.decode(errors="surrogateescape")
+
+
+def _forms_in(content: bytes) -> Iterator[Form]:
+    """Yield the forms of which a text holds an anchor."""
+    return (form for form in FORMS if any(anchor in content for anchor in form.anchors))
 
 
 def is_secret_value(name: str, value: str) -> bool:

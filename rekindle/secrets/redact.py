@@ -13,7 +13,11 @@ from rekindle.secrets import forms
 
 HIDDEN = forms.HIDDEN.decode()
 
-_WORD = r"[\w.-]*(?:KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH|COOKIE)[\w.-]*"
+# A PAT is a personal access token, as a word of a name (GITLAB_PAT, but not PATH).
+_WORD = (
+    rf"[\w.-]*(?:KEY|TOKEN(?!IZER)|CREDENTIAL|AUTH(?!OR(?!I))|COOKIE|{forms.WORDS_OF_PASSWORDS}"
+    r"|(?<=[A-Z\d][_.-])PAT(?![A-Z])|(?<![\w.])PAT(?![\w.-]))[\w.-]*"
+)
 _NAME = re.compile(_WORD, re.IGNORECASE)
 # --max-num-batched-tokens and the like are not secrets; MINIO_SECRET_KEY is one.
 _COUNTS = r"(?:max|min|num|long)[-_]"

@@ -57,6 +57,29 @@ TOKENS = {
     "slack-token": [
         "xoxb-" + drawn(12, "0123456789") + "-" + drawn(24),
         "xapp-1-" + drawn(20) + "-" + drawn(64),
+        "xoxd-" + drawn(80),
+    ],
+    "gitlab-token": ["glpat-" + drawn(20), "glrt-" + drawn(20, ALNUM + "_-") + "q7", "glptt-" + drawn(40)],
+    "npm-token": ["npm_" + drawn(36)],
+    "pypi-token": ["pypi-AgEIcHlwaS5vcmc" + drawn(120, ALNUM + "_-") + "z"],
+    "stripe-key": ["sk_live_" + drawn(24), "rk_live_" + drawn(99), "sk_test_" + drawn(24)],
+    "vault-token": ["hvs." + drawn(95), "hvb." + drawn(130)],
+    "docker-token": ["dckr_pat_" + drawn(27)],
+    "nvidia-api-key": ["nvapi-" + drawn(64)],
+    "json-web-token": [
+        f"eyJhbGciOiJIUzI1NiJ9.eyJ{drawn(40)}.{drawn(43)}",
+        f"eyJhbGciOiJSUzI1NiIsImtpZCI6Ing{drawn(40)}.eyJ{drawn(1200)}.{drawn(342)}",
+    ],
+    "webhook-url": [
+        f"https://hooks.slack.com/services/T02{drawn(8).upper()}/B02{drawn(8).upper()}/{drawn(24)}",
+        f"https://hooks.slack.com/triggers/T02{drawn(8).upper()}/7012345678901/{drawn(32)}",
+        f"https://discord.com/api/webhooks/112233445566778899/{drawn(68)}",
+        f"https://ptb.discordapp.com/api/webhooks/112233445566778899/{drawn(68)}",
+        "https://acme.webhook.office.com/webhookb2/0b7c1a52-1111-2222-3333-0123456789ab@0b7c1a52-1111-2222"
+        f"-3333-0123456789ab/IncomingWebhook/{drawn(32, '0123456789abcdef')}"
+        "/0b7c1a52-1111-2222-3333-0123456789ab",
+        "https://prod-00.westeurope.logic.azure.com:443/workflows/0b7c1a521111/triggers/manual/paths/invoke"
+        f"?api-version=2016-06-01&sp=%2Ftriggers%2Fmanual%2Frun&sv=1.0&sig={drawn(43)}",
     ],
     "private-key": [
         f"-----BEGIN {kind}PRIVATE KEY-----{end}{drawn(64, ALNUM + '+/')}"
@@ -80,6 +103,13 @@ HARMLESS = [
     b"-----BEGIN PRIVATE KEY-----\n(.*)\n-----END PRIVATE KEY-----",
     b"zAKIAQ3EXW5RT7YU2IOPAz AKIAQ3EXW5RT7YU2IOPAQQQQQ",
     b"AccountKey=<key>; SecretAccessKey: string AWS_SECRET_ACCESS_KEY=",
+    b"glpat-xxxxxxxxxxxxxxxxxxxx npm_config_registry_and_other_settings_of_it npm_" + b"A" * 36,
+    b"eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIiwiaWF0Ijox"
+    b"NTE2MjM5MDIyfQ.SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c",
+    b"eyJhbGciOiJub25lIn0.eyJpc3MiOiJqb2UifQ. header.eyJ.sig eyJhbGciOiJIUzI1NiJ9",
+    b"https://hooks.slack.com/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX",
+    b"https://discord.com/api/webhooks/{webhook.id}/{webhook.token} https://discord.com/api/webhooks/123/abc",
+    b"hvs.example_token_of_the_documentation sk_live_" + b"0" * 24 + b" pypi-AgENdGVzdC5weXBpLm9yZw",
 ]
 
 

@@ -11,7 +11,8 @@ from rekindle.secrets.redact import is_secret_name, redact_command, redact_envir
     [
         *("VLLM_API_KEY", "HF_TOKEN", "hf_token", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "PGPASSWD"),
         *("GOOGLE_CREDENTIALS", "BASIC_AUTH", "Authorization", "X-Api-Key", "Cookie", "Set-Cookie", "OAuth2"),
-        "API_TOKENS",
+        *("API_TOKENS", "DB_PASS", "SMTP_PASS2", "DB_PASS_PROD", "SSHPASS", "dbPass", "PASS", "MYSQL_PWD"),
+        *("userPwd", "GITLAB_PAT", "GH_PAT_RO", "PAT", "GPG_PASSPHRASE", "LDAP_PW"),
     ],
 )
 def test_the_name_of_a_secret_is_recognised(name: str) -> None:
@@ -29,6 +30,8 @@ def test_the_name_of_a_secret_is_recognised(name: str) -> None:
         "TOKENIZERS_PARALLELISM",
         "Content-Type",
         "max-num-batched-tokens",
+        *("PWD", "OLDPWD", "PYTHONPATH", "PATTERN", "COMPAT_MODE", "BYPASS", "COMPASS", "PASS_THROUGH"),
+        *("GIT_AUTHOR_NAME", "PW", "PWDEBUG", "PASSIVE", "XPASS"),
     ],
 )
 def test_another_name_does_not(name: str) -> None:
@@ -54,6 +57,11 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
         ["--allow-credentials", "--api-key", "sk-1"],
         ["--allow-credentials", "--api-key", "REDACTED"],
     ),
+    "a password": (["--db-pass", "x", "--smtp-pwd=y"], ["--db-pass", "REDACTED", "--smtp-pwd=REDACTED"]),
+    "a webhook": (
+        ["--notify", "https://hooks.slack.com/services/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"],
+        ["--notify", "https://REDACTED"],
+    ),
     "in a variable": (["env", "HF_TOKEN=sk-1", "A=b", "serve"], ["env", "HF_TOKEN=REDACTED", "A=b", "serve"]),
     "in a URL": (["--db=postgres://me:pw@host/db", "x"], ["--db=postgres://REDACTED@host/db", "x"]),
 }
@@ -75,6 +83,7 @@ def test_values_of_secrets_leave_the_command(argv: list[str], wanted: list[str])
         ["serve", "--allow-credentials", "--port", "8000", "--host", "::"],
         ["serve", "--skip-tokenizer-init", "m"],
         ["--url=http://host/path@version", "http://host"],
+        ["--pwd", "/work", "--path", "/x", "--pattern", "y", "PWD=/x"],
     ],
 )
 def test_a_command_without_secrets_stays_as_it_is(argv: list[str]) -> None:
