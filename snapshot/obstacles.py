@@ -95,10 +95,10 @@ def obstacles(
     cell: Cell, root: int, network: Network, own: Collection[Path], *, gpus: bool = False
 ) -> Iterator[Obstacle]:
     """Yield every obstacle in the cell, process by process."""
-    tree = processes.tree(cell, root)
+    strays = processes.strays(cell, root)
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
-        if pid not in tree:
+        if pid in strays:
             yield Obstacle(
                 pid=pid,
                 command=name,
@@ -160,8 +160,8 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
         return "is a device unknown to CRIU", "close it"
     if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
         return "is a deleted file with other hard links", "keep such files below $TMPDIR"
-    if not status.st_nlink and status.st_size > GHOST_LIMIT_BYTES:
-        return f"is a deleted file of {status.st_size:,} bytes, more than CRIU stores", "do not delete it"
+    if not status.st_nlink and (stored := status.st_blocks * 512) > GHOST_LIMIT_BYTES:
+        return f"is a deleted file of {stored:,} bytes on the disk, more than CRIU stores", "do not delete it"
     return None
 
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,13 @@ def status(cell: Cell, pid: int) -> dict[str, str]:
 
 
 def children(cell: Cell, pid: int) -> list[int]:
+    """List the children of a process, of all its threads."""
+    found: list[int] = []
     with contextlib.suppress(OSError):
-        path = proc(cell) / str(pid) / "task" / str(pid) / "children"
-        return [int(child) for child in path.read_text().split()]
-    return []
+        for thread in (proc(cell) / str(pid) / "task").iterdir():
+            with contextlib.suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def tree(cell: Cell, root: int) -> list[int]:
@@ -50,6 +54,19 @@ def tree(cell: Cell, root: int) -> list[int]:
     found = [root]
     for pid in found:
         found += children(cell, pid)
+    return found
+
+
+def strays(cell: Cell, root: int, *, patience: float = 1.0) -> set[int]:
+    """Return the processes of the cell that are not `root` or its descendants.
+
+    One that starts or ends meanwhile is none: a process is a stray if it is one for `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    found = set(pids(cell)) - set(tree(cell, root))
+    while found and time.monotonic() < deadline:
+        time.sleep(0.02)
+        found &= set(pids(cell)) - set(tree(cell, root))
     return found
 
 

@@ -275,9 +275,19 @@ def test_what_cannot_be_dumped_is_named(
     nothing_left()
 
 
-def test_sockets_without_a_connection_can_be_dumped(rekindle: Rekindle, port: int) -> None:
-    """No table of /proc/net lists them."""
-    done = rekindle.snapshot_workhorse("horse", port, "hold=idle-sockets")
+@pytest.mark.parametrize(
+    "held",
+    [
+        "idle-sockets",  # no table of /proc/net lists them
+        "child-of-a-thread",  # not among the children of the main thread
+        "fork-storm",
+        "sparse-deleted",  # 4 GiB, of which one block is stored
+    ],
+)
+def test_what_only_looks_like_an_obstacle_can_be_dumped(
+    rekindle: Rekindle, port: int, tmp_path: Path, held: str
+) -> None:
+    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={tmp_path / 'held'}")
     assert done.status == 0, done.stderr
 
 

@@ -22,6 +22,7 @@ import pathlib
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -118,6 +119,23 @@ def hold(what: str) -> object:
         device = open("/dmabuf:", "wb")
         os.unlink("/dmabuf:")
         return device
+    if what == "child-of-a-thread":  # which CRIU can dump, as it can these two
+        threading.Thread(
+            target=lambda: (subprocess.Popen(["sleep", "1000"]), time.sleep(1000)), daemon=True
+        ).start()
+        time.sleep(0.2)
+        return None
+    if what == "fork-storm":
+        for _ in range(3):
+            threading.Thread(target=storm, daemon=True).start()
+        return None
+    if what == "sparse-deleted":
+        file = open(BEHAVIOURS["path"], "w+b")
+        os.unlink(BEHAVIOURS["path"])
+        file.truncate(4 << 30)
+        file.write(b"kept")
+        file.flush()
+        return file
     if what == "daemon":
         if os.fork() == 0:
             os.setsid()
@@ -127,6 +145,13 @@ def hold(what: str) -> object:
         os.wait()
         return None
     raise ValueError(what)
+
+
+def storm() -> None:
+    """Start short-lived processes all the time."""
+    while True:
+        subprocess.run(["true"], check=True)
+        time.sleep(0.002)
 
 
 def fork(keep: Callable[[], object]) -> int:
