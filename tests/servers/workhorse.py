@@ -120,9 +120,7 @@ def hold(what: str) -> object:
         os.unlink("/dmabuf:")
         return device
     if what == "child-of-a-thread":  # which CRIU can dump, as it can these two
-        threading.Thread(
-            target=lambda: (subprocess.Popen(["sleep", "1000"]), time.sleep(1000)), daemon=True
-        ).start()
+        threading.Thread(target=subprocess.run, args=(["sleep", "1000"],), daemon=True).start()
         time.sleep(0.2)
         return None
     if what == "fork-storm":
@@ -130,12 +128,11 @@ def hold(what: str) -> object:
             threading.Thread(target=storm, daemon=True).start()
         return None
     if what == "sparse-deleted":
-        file = open(BEHAVIOURS["path"], "w+b")
+        deleted = os.open(BEHAVIOURS["path"], os.O_RDWR | os.O_CREAT)
         os.unlink(BEHAVIOURS["path"])
-        file.truncate(4 << 30)
-        file.write(b"kept")
-        file.flush()
-        return file
+        os.truncate(deleted, 4 << 30)
+        os.write(deleted, b"kept")
+        return deleted
     if what == "daemon":
         if os.fork() == 0:
             os.setsid()
