@@ -168,7 +168,7 @@ class Bench:
             server = Server(cell, self._options.command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
             clock = _Milestones(self._engine, server, began)
-            wait_ready(server, self._engine, client, _START_SECONDS, clock.update)
+            wait_ready(server, self._engine, client, _START_SECONDS, meanwhile=clock.update)
             clock.mark("ready")
             first = self._first_token(client, self._engine.oracle_request(client))
             clock.mark("first token", at=first)

@@ -159,7 +159,7 @@ def _bring_up(
     client = Client(engine.endpoint, cell.connect)
     with report.phase("ready"):
         began = time.monotonic()
-        wait_ready(server, engine, client, spec.ready_timeout)
+        wait_ready(server, engine, client, spec.ready_timeout, say=report.say)
         start_seconds = time.monotonic() - began
     with report.phase("warm"):
         batches = spec.warm_requests

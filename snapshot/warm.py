@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from rekindle.record import Oracle
 from snapshot.server import Server
 
 _POLL_SECONDS = 0.02
+_FIRST_WORD_SECONDS = 10.0
 _ANSWER_SECONDS = 300.0
 _REQUESTS_LIMIT_BYTES = 16 << 20
 
@@ -24,14 +26,17 @@ def wait_ready(
     engine: Engine,
     client: Client,
     timeout: float,
+    *,
     meanwhile: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Wait until the server is ready, and call `meanwhile` before every poll.
 
-    Raises WorkloadError as soon as it exits, NotReadyError after `timeout` seconds; both with the end of
-    its log.
+    `say` is told now and then what the server answers instead. Raises WorkloadError as soon as it exits,
+    NotReadyError after `timeout` seconds; both with the end of its log.
     """
     deadline = time.monotonic() + timeout
+    say_at, pause = time.monotonic() + _FIRST_WORD_SECONDS, _FIRST_WORD_SECONDS
     while True:
         server.raise_if_dead(_POLL_SECONDS)
         meanwhile()
@@ -43,10 +48,23 @@ def wait_ready(
         if time.monotonic() > deadline:
             raise NotReadyError(
                 f"the server was not ready after {timeout:.0f} s",
-                cause=server.log_tail(),
-                hint="allow more time with --ready-timeout, or look in its log for the reason",
+                cause="\n".join(filter(None, (client.last_outcome, server.log_tail()))),
+                hint=_not_ready_hint(client.last_outcome),
                 log=server.stderr,
             )
+        if time.monotonic() > say_at:
+            say(f"not ready yet: {client.last_outcome or 'it was not asked'}")
+            pause *= 2
+            say_at = time.monotonic() + pause
+
+
+def _not_ready_hint(outcome: str) -> str:
+    """Return what to do about a server that answered like this to the last."""
+    if re.search(r"status (?!503)[345]\d\d$", outcome):
+        return "is this the URL that answers 2xx once the server is ready? See --ready-url"
+    if "refused" in outcome:
+        return "compare the address with the one in its log, or allow more time with --ready-timeout"
+    return "allow more time with --ready-timeout, or look in its log for the reason"
 
 
 def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Sequence[Request]]) -> int:

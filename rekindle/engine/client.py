@@ -32,11 +32,15 @@ class Response:
 
 
 class Client:
-    """Sends requests to one server, each over its own connection."""
+    """Sends requests to one server, each over its own connection.
+
+    `last_outcome` tells in words what became of the latest request; empty before the first.
+    """
 
     def __init__(self, endpoint: Endpoint, connect: Connect) -> None:
         self._endpoint = endpoint
         self._connect = connect
+        self.last_outcome = ""
 
     def ask(self, request: Request, *, timeout: float) -> Response:
         """Send a request and return the complete response.
@@ -44,6 +48,16 @@ class Client:
         Raises OSError while the server cannot be reached or does not speak HTTP, and NotReadyError if it
         does not finish within `timeout` seconds or its answer is too large.
         """
+        asked = f"{request.method} http://{self._endpoint}{request.path}"
+        try:
+            response = self._ask(request, timeout)
+        except (OSError, NotReadyError) as error:
+            self.last_outcome = f"{asked}: {getattr(error, 'strerror', None) or error}"
+            raise
+        self.last_outcome = f"{asked} was answered with status {response.status}"
+        return response
+
+    def _ask(self, request: Request, timeout: float) -> Response:
         host, port = self._endpoint.reachable_host, self._endpoint.port
         deadline = time.monotonic() + timeout
         connection = http.client.HTTPConnection(host, port, timeout=timeout)

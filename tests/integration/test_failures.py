@@ -215,6 +215,21 @@ def test_a_server_that_never_gets_ready(rekindle: Rekindle, port: int, nothing_l
     nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("url", "cause", "hint"),
+    [
+        ("http://127.0.0.1:{port}/healthz", "/healthz was answered with status 404", "--ready-url"),
+        ("http://127.0.0.1:1/health", "GET http://127.0.0.1:1/health: Connection refused", "one in its log"),
+    ],
+)
+def test_a_wrong_ready_url(rekindle: Rekindle, port: int, url: str, cause: str, hint: str) -> None:
+    wrong = ["--ready-timeout", "1", "--ready-url", url.format(port=port)]
+    done = rekindle.snapshot_workhorse("horse", port, flags=wrong)
+    assert done.status == 31, done.stderr
+    assert cause in done.stderr
+    assert hint in done.stderr.split("hint:")[1]
+
+
 def test_a_server_that_dies_before_it_is_ready(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", "sh", "-c", "echo no oats; exit 9")
     assert done.status == 30, done.stderr
