@@ -2,8 +2,9 @@
 """Draw the phases of starts side by side, as SVG 1.1: one bar per start, one colour per phase."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from xml.sax import saxutils
+
+from msgspec import Struct
 
 _COLOURS = (
     *("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c"),
@@ -15,8 +16,7 @@ _TEXT = "font-family='sans-serif' font-size='13' fill='#222'"
 _VISIBLE = 0.5  # the width of a phase that the legend names
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
+class Bar(Struct, frozen=True, kw_only=True):
     """A start: its name, the seconds of each of its phases, and a note to write behind them."""
 
     name: str

@@ -21,9 +21,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from oci import image as images
 from oci.layout import Layout
@@ -57,8 +58,7 @@ _RESTORE_SECONDS = 300.0
 _SETTLE_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(Struct, frozen=True, kw_only=True):
     """The server to compare, and how often to start it.
 
     `cold_runs` is for `cold`, `warm-cache` and `cache`, which take long. `registry` is the reference to push
@@ -74,8 +74,7 @@ class BenchOptions:
     oracle_file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
+class Start(Struct, frozen=True, kw_only=True):
     """One start. Its phases, with `unaccounted`, add up to the time to the first token.
 
     `report` is that of `rekindle restore`; empty for a start without rekindle.

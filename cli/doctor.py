@@ -15,10 +15,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from oci import store
 from rekindle import criu
 from rekindle.cell import Cell, Clocks, Network
 from rekindle.criu import amx
@@ -30,8 +29,7 @@ SCHEMA = "rekindle.doctor/1"
 _FREE_BYTES = 8 << 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """The result of a check. `needed`: snapshot and restore do not work without it."""
 
     name: str
@@ -64,7 +62,7 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     home = Home.from_environment()
     repaired, left = _repair(home) if args.repair else ([], False)
-    removed = store.sweep(home)
+    removed = _sweep(home)
     names = [args.check] if args.check else list(_CHECKS)
     checks = [check for name in names for check in _CHECKS[name](home)]
     ok = all(check.ok or not check.needed for check in checks) and not left
@@ -99,6 +97,15 @@ def main(words: Sequence[str]) -> int:
         for path in removed:
             print(f"      {'':<11}removed the work directory of a killed command: {path}")
     return 0 if ok else CapabilityError.exit_status
+
+
+def _sweep(home: Home) -> list[Path]:
+    """Remove what killed commands left; without the dependencies, no other command has run."""
+    if importlib.util.find_spec("msgspec") is None:
+        return []
+    from oci import store
+
+    return store.sweep(home)
 
 
 def _root(_: Home) -> Iterator[Check]:

@@ -3,8 +3,9 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from oci import media_types
 from rekindle.digest import Digest
@@ -16,8 +17,7 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _MANIFESTS_LIMIT = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Descriptor:
+class Descriptor(Struct, frozen=True, kw_only=True):
     """A reference to a blob: its media type, its digest, and its size in bytes."""
 
     media_type: str

@@ -3,8 +3,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from oci import resolve, store
 from oci.descriptor import Blobs
@@ -22,8 +23,7 @@ Show = Callable[["Tally"], contextlib.AbstractContextManager[None]]
 """A context manager that shows people the progress that a tally counts."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copied:
+class Copied(Struct, frozen=True, kw_only=True):
     """The result of a copy: the digest, the bytes moved, and the digest of the image that was replaced."""
 
     digest: Digest

@@ -3,8 +3,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Self
+
+from msgspec import Struct, structs
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of, platform_of
@@ -18,8 +19,7 @@ _DEFAULTS = Limits()
 _CACHE_HINT = "it is a kernel cache without a process: use `rekindle extract`"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
+class Image(Struct, frozen=True, kw_only=True):
     """A snapshot: its descriptors, its parsed record, and where to read its blobs.
 
     `limits` also apply to its layers when they are read.
@@ -36,7 +36,7 @@ class Image:
 
     def fetched_from(self, blobs: Blobs) -> Self:
         """Return the same image with its layers fetched from elsewhere."""
-        return replace(self, blobs=blobs)
+        return structs.replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:
@@ -72,7 +72,7 @@ def build(
     manifests = [{**process.to_json(), "platform": platform}]
     if cache is not None:
         annotations = {**cache.annotations, media_types.ROLE: media_types.CACHE_ROLE}
-        manifests.append({**replace(cache, annotations=annotations).to_json(), "platform": platform})
+        manifests.append({**structs.replace(cache, annotations=annotations).to_json(), "platform": platform})
     index = {
         "schemaVersion": 2,
         "mediaType": media_types.INDEX,

@@ -13,7 +13,6 @@ DIR/
 """
 
 import contextlib
-import dataclasses
 import errno
 import io
 import json
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor, open_verified
@@ -189,7 +190,7 @@ class Layout:
             document = self._document()
             others = [entry for entry in document["manifests"] if not _is_tagged(entry, tag)]
             annotations = {**descriptor.annotations, TAG_ANNOTATION: tag}
-            ours = dataclasses.replace(descriptor, annotations=annotations)
+            ours = structs.replace(descriptor, annotations=annotations)
             entries = [*_with_attached(others, attached), ours.to_json()]
             self._write_index({**document, "manifests": entries})
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a caller: how to reach registries, and whom to trust."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from oci.trust.policy import TrustRule
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistryOptions:
+class RegistryOptions(Struct, frozen=True, kw_only=True):
     """How to reach registries. None means the value in config.toml, or the default.
 
     `limit_rate` is in bytes per second, over all connections. `mirrors` are URLs to try first.
@@ -22,8 +22,7 @@ class RegistryOptions:
     plain_http: bool | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrustOptions:
+class TrustOptions(Struct, frozen=True, kw_only=True):
     """Whom to trust.
 
     `rule` names keys and identities and replaces any policy. `policy` is a policy file; None means the one in

@@ -4,11 +4,11 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 
-@dataclass(slots=True, kw_only=True)
-class Tally:
+class Tally(Struct, kw_only=True):
     """The bytes and blobs of one transfer. Thread-safe.
 
     `expected_bytes` is the size of the images; `reused_bytes` of that were there already. `fetched_bytes` and

@@ -2,8 +2,9 @@
 """Image references: the names by which users call images."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.digest import Digest
 from rekindle.errors import UsageError
@@ -17,8 +18,7 @@ _NAME_LIMIT = 255
 DOCKER_HUB = "docker.io"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutReference:
+class LayoutReference(Struct, frozen=True, kw_only=True):
     """An image in an OCI layout: the one in `directory`, or the local store if that is None.
 
     `tag` is its name in the layout's index: `name:tag` in the store, the tag alone in a directory.
@@ -42,8 +42,7 @@ class LayoutReference:
         return self.text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistryReference:
+class RegistryReference(Struct, frozen=True, kw_only=True):
     """An image in a repository of a registry. If there is a digest, the tag is ignored."""
 
     text: str

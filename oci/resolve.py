@@ -2,10 +2,10 @@
 """Resolve a reference to a verified image: find it, and require a signature by a trusted signer."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from oci.descriptor import Blobs, Descriptor
 from oci.options import RegistryOptions, TrustOptions
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from oci.registry.access import Access
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundImage:
+class FoundImage(Struct, frozen=True, kw_only=True):
     """An image that was found: the descriptor of its root, where to read its blobs, and their tally."""
 
     blobs: Blobs
@@ -44,8 +43,8 @@ def access(options: RegistryOptions, home: Home) -> "Access":
     if options.jobs is not None:
         if not 1 <= options.jobs <= JOBS_LIMIT:
             raise UsageError(f"--jobs must be from 1 to {JOBS_LIMIT}")
-        transfer = dataclasses.replace(config.transfer, jobs=options.jobs)
-        config = dataclasses.replace(config, transfer=transfer)
+        transfer = structs.replace(config.transfer, jobs=options.jobs)
+        config = structs.replace(config, transfer=transfer)
     return Access(
         config=config,
         tally=Tally(),
@@ -95,7 +94,7 @@ def _rule(reference: Reference, home: Home, options: TrustOptions) -> TrustRule:
     """Return whom to trust for an image. Raises TrustError if no option, policy or machine key says so."""
     name = reference.policy_name
     if options.rule is not None:
-        return dataclasses.replace(options.rule, name=name)
+        return structs.replace(options.rule, name=name)
     in_store = isinstance(reference, LayoutReference) and reference.in_store
     path = options.policy or (home.policy if home.policy.exists() else None)
     given = Policy.read(path).rule_for(name) if path else None
@@ -110,5 +109,5 @@ def _rule(reference: Reference, home: Home, options: TrustOptions) -> TrustRule:
         )
     rule = given or TrustRule(name=name)
     if machine is not None:
-        return dataclasses.replace(rule, keys=(*rule.keys, machine))
+        return structs.replace(rule, keys=(*rule.keys, machine))
     return rule

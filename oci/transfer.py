@@ -5,8 +5,9 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor
@@ -46,24 +47,21 @@ class Destination(Protocol):
         """Abort the transfers of other threads, where they could take long."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class Node(Struct, frozen=True, kw_only=True):
     """A manifest or index of an image, with the bytes to store."""
 
     descriptor: Descriptor
     content: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
+class Attachment(Struct, frozen=True, kw_only=True):
     """A small manifest that refers to an image, such as a signature, and its blobs."""
 
     node: Node
     blobs: Sequence[Descriptor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
+class Tree(Struct, frozen=True, kw_only=True):
     """Everything that an image consists of. A node comes after those that it lists; the last is the root.
 
     `attached` is not part of the image, and is copied with it where possible.

@@ -26,8 +26,9 @@ docs/operations.md explains it.
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import Fields, text_item
@@ -40,8 +41,7 @@ _CONNECTING = frozenset({"jobs", "connect_seconds", "stall_seconds"})
 _RETRYING = frozenset({"attempts", "longest_wait_seconds"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(Struct, frozen=True, kw_only=True):
     """Upper bounds for an image from elsewhere."""
 
     manifest_bytes: int = 4 << 20
@@ -57,8 +57,7 @@ class Limits:
         return max(1 << 30, stored_bytes * self.expansion_ratio)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
+class RetryPolicy(Struct, frozen=True, kw_only=True):
     """The number of attempts and the pauses between them.
 
     The first pause takes up to `first_pause_seconds`, each further one twice as long, and none more than
@@ -70,8 +69,7 @@ class RetryPolicy:
     first_pause_seconds: float = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferSettings:
+class TransferSettings(Struct, frozen=True, kw_only=True):
     """Settings for transfers: the number of connections, timeouts and retries."""
 
     jobs: int = 16
@@ -80,8 +78,7 @@ class TransferSettings:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrySettings:
+class RegistrySettings(Struct, frozen=True, kw_only=True):
     """Settings for connecting to one registry."""
 
     mirrors: tuple[str, ...] = ()
@@ -91,8 +88,7 @@ class RegistrySettings:
     key_file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Struct, frozen=True, kw_only=True):
     """The settings of the configuration file. `registries` maps `HOST` or `HOST:PORT` to settings."""
 
     limits: Limits = field(default_factory=Limits)
@@ -131,7 +127,7 @@ class Config:
         document.only({"limits", "transfer", "registry"})
         tables = {"limits": {}, "transfer": {}, "registry": {}, **document.as_json()}
         return cls(
-            limits=Limits(**_integers(tables["limits"], "limits", {each.name for each in fields(Limits)})),
+            limits=Limits(**_integers(tables["limits"], "limits", set(Limits.__struct_fields__))),
             transfer=_transfer(tables["transfer"]),
             registries={
                 host: _registry(value, f"registry.{host}")

@@ -8,8 +8,8 @@ States are kept as strings, so that `unfinished` imports nothing of `rekindle.cu
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
@@ -23,8 +23,7 @@ _PROCESSES_LIMIT = 10_000
 _STATES = frozenset({"running", "locked", "checkpointed", "failed"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundProcess:
+class FoundProcess(NamedTuple):
     """A process as it was found.
 
     `start_ticks` is its start in clock ticks since boot, which tells it from another one with the same PID.

@@ -9,8 +9,9 @@ started.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
 from enum import StrEnum
+
+from msgspec import Struct, field
 
 from rekindle.errors import Interrupted, RekindleError
 from rekindle.fields import JSON
@@ -34,8 +35,7 @@ class Rung(StrEnum):
     COLD = "cold"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
+class Reason(Struct, frozen=True, kw_only=True):
     """A reason against a rung: a stable code, the field, and its values in the record and on this node.
 
     A hard reason forbids the rung; a soft one is only reported. `recorded` is "" if there is nothing to
@@ -74,14 +74,12 @@ def _keep_silent(_: str) -> None:
     pass
 
 
-@dataclass(slots=True, kw_only=True)
-class Phase:
+class Phase(Struct, kw_only=True):
     name: str
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageName:
+class ImageName(Struct, frozen=True, kw_only=True):
     """The name that the user gave an image, and its digest; "" until that is known."""
 
     reference: str
@@ -91,8 +89,7 @@ class ImageName:
         return {"reference": self.reference, **({"digest": self.digest} if self.digest else {})}
 
 
-@dataclass(slots=True, kw_only=True)
-class ByteCounts:
+class ByteCounts(Struct, kw_only=True):
     """The numbers of bytes that a command moved; None where it does not apply.
 
     `dump` is the size of CRIU's dump, `packed` that of a GPU kernel cache before compression; `written` went
@@ -107,12 +104,11 @@ class ByteCounts:
     written: int | None = None
 
     def to_json(self) -> dict[str, JSON]:
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: value for name, value in found.items() if value is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OracleAnswer:
+class OracleAnswer(Struct, frozen=True, kw_only=True):
     """The oracle's answer and the recorded one. `problem` says why there is no answer.
 
     `first_token_seconds` counts from the request.
@@ -138,8 +134,7 @@ class MemoryMode(StrEnum):
     COPIED = "copied"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryUse:
+class MemoryUse(Struct, frozen=True, kw_only=True):
     """The memory of a restored server at its first answer.
 
     `mode` is `mapped` (from memory files, shared by replicas) or `copied`; `reason` says why it was copied
@@ -161,8 +156,7 @@ class MemoryUse:
         return {**found, "reason": self.reason} if self.reason else found
 
 
-@dataclass(slots=True, kw_only=True)
-class Report:
+class Report(Struct, kw_only=True):
     """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
     verb: str

@@ -13,8 +13,8 @@ import subprocess
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 TimeoutExpired = subprocess.TimeoutExpired
 _GRACE_SECONDS = 5.0
@@ -22,8 +22,7 @@ _OUTPUT_BYTES = 64 * 1024
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completed:
+class Completed(NamedTuple):
     """The result of a command. `status` is as in a shell: 128 + n for signal n, 124 for a timeout."""
 
     argv: tuple[str, ...]

@@ -16,10 +16,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from rekindle import criu
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
@@ -37,8 +37,7 @@ _OWN_DIRECTORY = Path(MEMORY_PLACE).parts[3]
 """The cell's own directory in /dev/shm."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
+class Delta(Struct, frozen=True, kw_only=True):
     """A dump of a replica in `directory`, in the format that `restore.rungs.process.restore` reads.
 
     `record` is that of the base, updated to the replica's state. `bytes` is the space that it takes on disk,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a restore."""
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from oci.options import RegistryOptions, TrustOptions
 from rekindle.errors import UsageError
@@ -20,16 +21,14 @@ class Memory(StrEnum):
     COPY = "copy"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class Output(Struct, frozen=True, kw_only=True):
     """The descriptors of ours that the server gets as its stdout and stderr."""
 
     stdout: int = 1
     stderr: int = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Struct, frozen=True, kw_only=True):
     """The options of `rekindle restore`. Raises UsageError if they contradict each other.
 
     `image` is a reference as users write it. `command` is the server that the process replaces and that a

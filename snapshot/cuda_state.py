@@ -3,9 +3,10 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from rekindle.cell import Cell, processes
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
@@ -23,8 +24,7 @@ _CHECKPOINT_SECONDS = 600.0  # if the amount of GPU memory is unknown
 _CONTEXT_BYTES = 1 << 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CudaState:
+class CudaState(Struct, frozen=True, kw_only=True):
     """The CUDA state of a server.
 
     `pids` are the processes with CUDA state, by their PIDs in the cell; `gpus` their GPUs, by UUID.

@@ -2,8 +2,9 @@
 """Describe a server for its record: where it listens, and which files it uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from msgspec import Struct
 
 from rekindle.cell import Cell, processes
 from rekindle.criu.memory_files import MemoryFile
@@ -13,16 +14,14 @@ from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import Record, StoredMemory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dumped:
+class Dumped(Struct, frozen=True, kw_only=True):
     """The record of a dump, and the server's kernel caches, with paths that can be read here."""
 
     record: Record
     caches: Sequence[CacheRoot]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningServer:
+class RunningServer(Struct, frozen=True, kw_only=True):
     """A server just before its dump.
 
     `endpoint` is where it listens. `server_pid` is the PID in the cell that gets its signals. `threads` is

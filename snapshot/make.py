@@ -5,10 +5,11 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from rekindle import __version__, criu
 from rekindle.cell import Cell, Network, processes
@@ -45,8 +46,7 @@ if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSpec:
+class ServerSpec(Struct, frozen=True, kw_only=True):
     """The server to snapshot, and how to start it.
 
     `ready_timeout` is in seconds. `warm_requests` None means the engine's own. `find_backend` returns the

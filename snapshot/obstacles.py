@@ -10,16 +10,16 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.cell import Cell, Command, Network, processes
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Obstacle:
+class Obstacle(Struct, frozen=True, kw_only=True):
     """Something that CRIU cannot dump. `where` is a descriptor, a mapping or the process itself."""
 
     pid: int

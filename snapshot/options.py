@@ -2,9 +2,10 @@
 """The options of a snapshot."""
 
 import contextlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from oci.options import RegistryOptions
 from rekindle.cell import Network
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from oci.trust.signer import Sign
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SnapshotOptions:
+class SnapshotOptions(Struct, frozen=True, kw_only=True):
     """The options of `rekindle snapshot`. Raises UsageError if they contradict each other.
 
     `image` is a reference as users write it, `command` starts the server. A server other than vLLM needs

@@ -16,11 +16,11 @@ import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import hyperscan
+from msgspec import Struct
 
 from rekindle.criu import image_files
 from rekindle.criu.protobuf import content, read_fields
@@ -41,8 +41,7 @@ _END_OF_WORD = b"\0 \t\r\n\"',;&"
 _ENDS = frozenset({b"", *(bytes([byte]) for byte in _END_OF_WORD)})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(Struct, frozen=True, kw_only=True):
     """A string that must not be in a dump. `ends`: it only counts if a word ends after it."""
 
     names: frozenset[str]
@@ -66,8 +65,7 @@ class Text:
         return start >= 0 and content[start:end] == self.content and content[end : end + 1] in _ENDS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(Struct, frozen=True, kw_only=True):
     """A credential in a dump: its name or kind, and the first place where it was found."""
 
     name: str
@@ -75,8 +73,7 @@ class Found:
     place: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownSecrets:
+class KnownSecrets(Struct, frozen=True, kw_only=True):
     """The secrets that a server was given: strings to search for, and those that are allowed."""
 
     texts: Sequence[Text]
@@ -219,8 +216,7 @@ def _search(pieces: "_Shared", needles: "_Needles", stop: threading.Event) -> Co
     return found.values()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Extent:
+class _Extent(Struct, frozen=True, kw_only=True):
     """Bytes of a file that are adjacent in memory, too."""
 
     path: Path
@@ -229,8 +225,7 @@ class _Extent:
     place: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
+class _Piece(Struct, frozen=True, kw_only=True):
     """A part of an extent, with some of the bytes around it."""
 
     extent: _Extent

@@ -10,8 +10,9 @@ import contextlib
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from msgspec import Struct
 
 from oci.cache.image import CacheImage
 from oci.cache.inventory import METADATA_LIMIT_BYTES
@@ -37,8 +38,7 @@ from rekindle.os_errors import naming_full_disk
 _MANIFEST_LIMIT_BYTES = 256 << 20  # MCV's, which is read but not kept
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extraction:
+class Extraction(Struct, frozen=True, kw_only=True):
     """The caches that were written, and the variables that make a server use them."""
 
     roots: Sequence[ExtractedRoot]

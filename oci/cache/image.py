@@ -13,8 +13,9 @@ The place of a cache in its layer depends on the others (docs/adr/0005-kernel-ca
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Self
+
+from msgspec import Struct, structs
 
 from oci import media_types
 from oci.cache.inventory import (
@@ -30,8 +31,7 @@ from rekindle.fields import Fields, text_item
 _LABELS_LIMIT = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheImage:
+class CacheImage(Struct, frozen=True, kw_only=True):
     """A kernel cache: its descriptors and its parsed config. No layer was fetched."""
 
     blobs: Blobs
@@ -46,7 +46,7 @@ class CacheImage:
 
     def fetched_from(self, blobs: Blobs) -> Self:
         """Return the same image with its layers fetched from elsewhere."""
-        return replace(self, blobs=blobs)
+        return structs.replace(self, blobs=blobs)
 
     @property
     def size_bytes(self) -> int:

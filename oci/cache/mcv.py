@@ -9,8 +9,9 @@ docs/cache-image.md says what they do with our images.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+
+from msgspec import Struct, field
 
 from oci.cache.inventory import StoredRoot, Target, json_object, triton_target
 from rekindle import documents
@@ -27,8 +28,7 @@ _WARP_SIZES = {"cuda": 32, "rocm": 64, "hip": 64, "tpu": 128, "cpu": 1}
 _FORMATS = ("aot_compile", "binary", "triton")
 
 
-@dataclass(slots=True, kw_only=True)
-class Survey:
+class Survey(Struct, kw_only=True):
     """What MCV needs to know about the root that it reads, gathered file by file while that is packed."""
 
     kind: CacheKind

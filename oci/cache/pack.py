@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pack kernel caches into layers, with an inventory of what is in them."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from msgspec import structs
+from msgspec import Struct, field, structs
 
 from oci import media_types
 from oci.cache.inventory import (
@@ -49,21 +47,18 @@ _CONFIG_LIMIT_BYTES = (4 << 20) - (256 << 10)  # containers/image reads 4 MiB
 _READ_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Member:
+class _Member(Struct, frozen=True, kw_only=True):
     path: PurePosixPath  # within the root
     status: os.stat_result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Planned:
+class _Planned(Struct, frozen=True, kw_only=True):
     root: CacheRoot
     prefix: str
     members: Sequence[_Member]
 
 
-@dataclass(slots=True)
-class _Gathering:
+class _Gathering(Struct):
     """An entry of the inventory while its files are read."""
 
     files: int = 0
@@ -135,7 +130,7 @@ def pack(
         "annotations": {"org.opencontainers.image.created": created},
     }
     descriptor = layout.put(json.dumps(manifest, indent=1).encode(), media_types.MANIFEST)
-    return dataclasses.replace(
+    return structs.replace(
         descriptor, annotations={media_types.ROLE: media_types.CACHE_ROLE}, platform=platform
     )
 

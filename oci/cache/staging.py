@@ -5,8 +5,9 @@ import contextlib
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+from msgspec import Struct, field
 
 from oci.cache.inventory import StoredRoot
 from rekindle.config import Limits
@@ -33,8 +34,7 @@ _DATA = (".local", "share")
 _STARTED = {"applications", "systemd", "dbus-1", "autostart", "keyrings", "bash-completion", "fish", "zsh"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractedRoot:
+class ExtractedRoot(Struct, frozen=True, kw_only=True):
     """A cache that was extracted to `path`.
 
     `kept` are the entries that were there with other content and were not replaced; `written` are the files,
@@ -49,8 +49,7 @@ class ExtractedRoot:
     written: Sequence[PurePosixPath] = ()
 
 
-@dataclass(slots=True, kw_only=True)
-class Job:
+class Job(Struct, kw_only=True):
     """A cache that is being extracted."""
 
     root: StoredRoot

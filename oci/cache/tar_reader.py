@@ -10,8 +10,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from oci.descriptor import Blobs, Descriptor, open_verified
 from rekindle.digest import Digest
@@ -32,8 +33,7 @@ _PAX_TIME = re.compile(rb"([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?")
 _PAX_SIZE = re.compile(rb"[0-9]{1,14}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(Struct, frozen=True, kw_only=True):
     """A file or directory of an archive. The name is unchanged, but for the final slash of a directory."""
 
     name: str

@@ -2,8 +2,9 @@
 """How one command reaches registries."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct, structs
 
 from oci.progress import Limiter, Tally
 from oci.registry import credentials
@@ -14,8 +15,7 @@ from rekindle.errors import UsageError
 _CERTS_D = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
+class Access(Struct, frozen=True, kw_only=True):
     """The configuration, what the command line adds to it, and the counter of what is moved.
 
     `certs_d` are the directories with certificates by host; see `certificates`.
@@ -33,8 +33,8 @@ class Access:
         """Return the settings of one registry."""
         settings = self.config.registry(host)
         if self.plain_http is not None:
-            settings = replace(settings, plain_http=self.plain_http)
-        return replace(settings, mirrors=(*self.mirrors, *settings.mirrors))
+            settings = structs.replace(settings, plain_http=self.plain_http)
+        return structs.replace(settings, mirrors=(*self.mirrors, *settings.mirrors))
 
 
 def base_of(host: str, plain_http: bool | None) -> Url:

@@ -5,8 +5,9 @@ import base64
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.errors import CredentialsError
 from rekindle.home import expand_user
@@ -15,8 +16,7 @@ _HUB = "registry-1.docker.io"
 _HUB_NAMES = ("https://index.docker.io/v1/", "docker.io", _HUB)  # the first by `docker login` without a name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credentials:
+class Credentials(Struct, frozen=True, kw_only=True):
     """A name and password; or, if `identity` is set, a refresh token in the password's place."""
 
     name: str

@@ -6,8 +6,9 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from oci.registry.credentials import Credentials
 from oci.registry.retry import RETRYABLE, TryAgainError, is_passing, retry_after, with_retries
@@ -26,8 +27,7 @@ _ERROR_LIMIT_BYTES = 64 << 10
 _AUTHORIZATIONS_LIMIT = 4  # other threads may have used up the token that we waited for
 
 
-@dataclass(frozen=True, slots=True)
-class Bytes:
+class Bytes(Struct, frozen=True):
     """A body that is in memory."""
 
     content: bytes
@@ -65,7 +65,7 @@ class Host:
         self._query = query
         self._connections = connections
         policy = connections.settings.retry
-        self._policy = replace(policy, attempts=attempts) if attempts else policy
+        self._policy = structs.replace(policy, attempts=attempts) if attempts else policy
         # Time for two connects that time out, or for a name service to come up.
         self._first_contact_seconds = 2 * connections.settings.connect_seconds
         self._closing = threading.Event()
@@ -76,7 +76,7 @@ class Host:
         target = f"{self._base.target.rstrip('/')}/v2/{path}"
         if self._query:
             target += f"{'&' if '?' in target else '?'}{self._query}"
-        return replace(self._base, target=target)
+        return structs.replace(self._base, target=target)
 
     def close(self) -> None:
         """End all waiting."""
@@ -121,7 +121,7 @@ class Host:
         self, attempt: Callable[[], Answer], url: Callable[[], Url], attempts: int | None = None
     ) -> Answer:
         began = time.monotonic()
-        policy = replace(self._policy, attempts=attempts) if attempts else self._policy
+        policy = structs.replace(self._policy, attempts=attempts) if attempts else self._policy
 
         def is_final(error: OSError) -> bool:
             return self._closing.is_set() or (

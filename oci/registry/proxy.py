@@ -19,7 +19,8 @@ import base64
 import ipaddress
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from oci.registry.url import DEFAULT_PORTS, Url, is_host, is_loopback
 from rekindle.errors import RegistryError
@@ -27,8 +28,7 @@ from rekindle.errors import RegistryError
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proxy:
+class Proxy(Struct, frozen=True, kw_only=True):
     """A proxy. `authorization` is the value of Proxy-Authorization, or "" for none."""
 
     scheme: str

@@ -4,8 +4,9 @@
 import threading
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Self
+
+from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import Blobs, Descriptor
@@ -237,7 +238,7 @@ class Repository:
             with self._origin.ask("POST", path, scope=self._push, expected=_ACCEPTED) as answer:
                 place = target_of(answer)
             joint = "&" if "?" in place.target else "?"
-            return replace(place, target=f"{place.target}{joint}digest={descriptor.digest}")
+            return structs.replace(place, target=f"{place.target}{joint}digest={descriptor.digest}")
 
         with self._origin.ask(
             "PUT",

@@ -10,7 +10,8 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct, structs
 
 from oci.registry.credentials import Credentials, advise
 from oci.registry.transport import Answer
@@ -29,8 +30,7 @@ _TOKEN_FORM = re.compile(r"[!-~]+")
 Ask = Callable[[str, Url, Mapping[str, str], bytes | None], Answer]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Challenge:
+class Challenge(Struct, frozen=True, kw_only=True):
     """What a 401 asks for. The fields but `scheme` are those of a bearer token."""
 
     scheme: str
@@ -59,8 +59,7 @@ class Challenge:
         return found.get("bearer") or found.get("basic")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Token:
+class _Token(Struct, frozen=True, kw_only=True):
     text: str
     until: float
 
@@ -100,7 +99,7 @@ class Authorizer:
             if token is None or token.until < time.monotonic():
                 if refusal := self._refusals.get(scope):  # another try might lock the account
                     raise refusal
-                challenge = replace(challenge, scope=self._wanted.get(scope, ""))
+                challenge = structs.replace(challenge, scope=self._wanted.get(scope, ""))
                 try:
                     token = self._tokens[scope] = self._fetch(challenge, scope)
                 except CredentialsError as error:

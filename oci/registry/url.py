@@ -3,8 +3,9 @@
 
 import re
 import urllib.parse
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -14,8 +15,7 @@ _LOGIN = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@", re.DOTALL)
 _LOOPBACK = re.compile(r"(?:.*\.)?localhost|::1|127(?:\.[0-9]{1,3}){3}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Url:
+class Url(Struct, frozen=True, kw_only=True):
     """An absolute http or https URL. `target` is its path and query."""
 
     scheme: str

@@ -5,8 +5,9 @@ Bundles with a certificate are only recognised here; `oci.trust.keyless` verifie
 """
 
 import json
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.statement import COSIGN_SIGN, Envelope, Statement, from_base64
@@ -20,8 +21,7 @@ SIMPLE_MEDIA_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
 _SIMPLE_TYPE = "cosign container image signature"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
+class Bundle(Struct, frozen=True, kw_only=True):
     """A well-formed bundle, not yet verified. `content` has the bytes as they were received.
 
     `hint` identifies the key; it is None if the bundle has a certificate instead.
@@ -72,8 +72,7 @@ class Bundle:
         return Statement.parse(self.envelope.payload)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimpleSignature:
+class SimpleSignature(Struct, frozen=True, kw_only=True):
     """A signature in the form of cosign before 2.6: over a JSON document that holds the digest."""
 
     payload: bytes

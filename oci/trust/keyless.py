@@ -13,12 +13,12 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cryptography import x509
+from msgspec import Struct
 
 from oci.trust.bundle import Bundle
 from oci.trust.policy import Identity
@@ -41,8 +41,7 @@ _REASON_LIMIT = 300
 _SERVICES_TIMEOUT = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signed:
+class Signed(Struct, frozen=True, kw_only=True):
     """A verified statement, its signer, and the time that the log attests.
 
     `signed_at` is None if only a timestamping authority attests the time, as with Rekor v2.

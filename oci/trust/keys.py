@@ -10,13 +10,13 @@ import binascii
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from msgspec import Struct
 
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import Fields
@@ -29,8 +29,7 @@ _SCRYPT_LIMIT_BYTES = 256 << 20
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublicKey:
+class PublicKey(Struct, frozen=True, kw_only=True):
     """A key to verify signatures with. `hint` identifies it in bundles, as cosign does."""
 
     key: ec.EllipticCurvePublicKey
@@ -78,11 +77,13 @@ class PublicKey:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class PrivateKey:
+class PrivateKey(Struct, frozen=True, kw_only=True):
     """A key to sign with."""
 
     key: ec.EllipticCurvePrivateKey
+
+    def __repr__(self) -> str:
+        return "PrivateKey()"
 
     @classmethod
     def generate(cls) -> Self:

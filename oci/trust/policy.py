@@ -18,8 +18,9 @@ The first rule whose pattern matches applies. One section is not about trust, bu
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from oci.trust.keys import PublicKey
 from rekindle.errors import FormatError, UsageError
@@ -32,16 +33,14 @@ _DAYS_LIMIT = 100_000
 _FIELDS = {"name", "keys", "identities", "max_age_days", "transparency_log", "trusted_root"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(Struct, frozen=True, kw_only=True):
     """The subject of a certificate issued by Fulcio, and its OIDC issuer. Both are compared in full."""
 
     identity: str
     issuer: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrustRule:
+class TrustRule(Struct, frozen=True, kw_only=True):
     """The keys and identities of which one must have signed an image, and how old it may be."""
 
     name: str
@@ -52,8 +51,7 @@ class TrustRule:
     trusted_root: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class Policy(Struct, frozen=True, kw_only=True):
     """Rules in order, and the codes of differences between nodes that are made soft or hard."""
 
     rules: Sequence[TrustRule] = ()

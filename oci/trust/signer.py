@@ -2,7 +2,8 @@
 """Sign images: their digests, and for a snapshot an attestation of how it was made."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec import structs
 
 from oci.descriptor import Descriptor
 from oci.layout import Layout
@@ -40,7 +41,7 @@ def sign(
     if attested is not None:
         statement = Statement(subject=images[0].digest, predicate_type=SNAPSHOT, predicate=attested)
         made.append(attachments.store(layout, images[0], by(statement), SNAPSHOT))
-    return [replace(each, annotations={**each.annotations, **(annotations or {})}) for each in made]
+    return [structs.replace(each, annotations={**each.annotations, **(annotations or {})}) for each in made]
 
 
 def predicate(record: Record) -> dict[str, JSON]:

@@ -9,8 +9,9 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 from rekindle.digest import Digest
 from rekindle.errors import FormatError
@@ -23,8 +24,7 @@ _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _LIMIT_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statement:
+class Statement(Struct, frozen=True, kw_only=True):
     """A claim about an image: its digest, the kind of claim, and the claim."""
 
     subject: Digest
@@ -66,8 +66,7 @@ def _subject(value: object, where: str) -> Digest:
         raise FormatError(f"{where} has no valid digest", cause=str(error)) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+class Envelope(Struct, frozen=True, kw_only=True):
     """A signed payload, not yet verified. The signature covers `signed`."""
 
     payload: bytes

@@ -3,10 +3,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import FunctionType
 from typing import Generic, Protocol, Self, TypeVar
+
+from msgspec import Struct
 
 from oci.descriptor import Blobs, Descriptor
 from oci.trust import attachments
@@ -36,8 +37,7 @@ _SHOWN_LETTERS = 80
 _CLOCKS_APART = timedelta(minutes=10)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trust:
+class Trust(Struct, frozen=True, kw_only=True):
     """Who signed an image, and the creation time they attest. `by` is None if it was not verified."""
 
     by: str | None

@@ -15,11 +15,10 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple, Self
 
 from rekindle.cell import init
 from rekindle.errors import CapabilityError, RestoreError
@@ -39,8 +38,7 @@ class Network(StrEnum):
     HOST = "host"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clocks:
+class Clocks(NamedTuple):
     """Readings of CLOCK_MONOTONIC and CLOCK_BOOTTIME, in nanoseconds."""
 
     monotonic_ns: int
@@ -58,8 +56,7 @@ class MappingRefused(Exception):  # noqa: N818 - it is an answer: copy instead
     """Memory files cannot be mapped in this cell; the text says why. The cell is unchanged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryFiles:
+class MemoryFiles(NamedTuple):
     """Files that hold private anonymous memory, for processes that map them instead.
 
     `directory` is a path on the host; the cell shows it at MEMORY_PLACE. `ranges` are all address ranges,
@@ -70,8 +67,7 @@ class MemoryFiles:
     ranges: Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """A command to start in a cell.
 
     `files` are opened inside the cell (0 for reading, others for appending). `fds` maps descriptor
@@ -85,8 +81,8 @@ class Command:
     argv: Sequence[str]
     env: Mapping[str, str]
     cwd: Path
-    files: Mapping[int, Path] = field(default_factory=dict)
-    fds: Mapping[int, int] = field(default_factory=dict)
+    files: Mapping[int, Path] = MappingProxyType({})
+    fds: Mapping[int, int] = MappingProxyType({})
     workload: bool = False
     memory: MemoryFiles | None = None
 

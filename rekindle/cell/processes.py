@@ -7,14 +7,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.cell import Cell
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListeningSocket:
+class ListeningSocket(Struct, frozen=True, kw_only=True):
     """A listening TCP socket."""
 
     host: str

@@ -9,8 +9,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rekindle.cell import Cell, Command, MemoryFiles, Network
 from rekindle.criu import amx
@@ -39,16 +39,14 @@ _COMMON = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Criu:
+class Criu(NamedTuple):
     """A CRIU that was tried and works on this OS kernel."""
 
     path: Path
     version: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CriuCandidate:
+class CriuCandidate(NamedTuple):
     """A CRIU that was found and tried. `problem` says why it does not work; "" if it does."""
 
     path: Path

@@ -9,8 +9,9 @@ task's memory, `mm-PID.img` lists the mappings and `pagemap-PID.img` the stretch
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.criu.protobuf import encode_fields, integer, read_fields
 from rekindle.errors import FormatError
@@ -33,8 +34,7 @@ ADDRESS_END = 1 << 64
 _MESSAGE_LIMIT_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
+class Stretch(Struct, frozen=True, kw_only=True):
     """Consecutive pages of a task: their first address, their number, and pagemap_entry's flags."""
 
     address: int
@@ -42,8 +42,7 @@ class Stretch:
     flags: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mapping:
+class Mapping(Struct, frozen=True, kw_only=True):
     """A mapping of a task, from `start` up to but excluding `end`."""
 
     start: int

@@ -26,8 +26,9 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.cell import MEMORY_PLACE
 from rekindle.criu.image_files import (
@@ -67,8 +68,7 @@ _COPY_BYTES = 4 << 20
 _MODE = 0o100600
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MappedRange:
+class MappedRange(Struct, frozen=True, kw_only=True):
     """A mapping of a memory file from `offset` on, at the addresses [start, end)."""
 
     start: int
@@ -76,8 +76,7 @@ class MappedRange:
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryFile:
+class MemoryFile(Struct, frozen=True, kw_only=True):
     """A memory file: its name below `memory/`, the size of its data without holes, and its mappings."""
 
     name: str

@@ -4,8 +4,9 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.criu.image_files import (
     ADDRESS_END,
@@ -24,8 +25,7 @@ from rekindle.files import PAGE_BYTES, nonzero_runs, write_at
 _READ_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZeroPages:
+class ZeroPages(Struct, frozen=True, kw_only=True):
     """The number of pages kept in a dump and of zero pages dropped from it."""
 
     kept: int
@@ -48,8 +48,7 @@ def drop(dump: Path) -> ZeroPages:
     return ZeroPages(kept=kept, dropped=dropped)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
+class _Plan(Struct, frozen=True, kw_only=True):
     """One pagemap, its pages, and the mappings whose zero pages may be dropped."""
 
     pagemap: Path

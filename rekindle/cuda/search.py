@@ -4,9 +4,8 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.home import Home
@@ -23,8 +22,7 @@ _VARIABLES = ("REKINDLE_CUDA_BACKEND", "REKINDLE_CUDA_DOOR")
 _HINT = "update the NVIDIA driver to 580 or newer; see `rekindle doctor`"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendCandidate:
+class BackendCandidate(NamedTuple):
     """A backend that was tried.
 
     `problem` says why it does not work; "" if it does. `chosen` marks the one that `find` returns.
@@ -53,7 +51,7 @@ def candidates(home: Home) -> list[BackendCandidate]:
         found: list[BackendCandidate] = []
         for candidate, backend in search.tried():
             first = backend is not None and not any(each.chosen for each in found)
-            found.append(replace(candidate, chosen=first))
+            found.append(candidate._replace(chosen=first))
             if backend is not None:
                 backend.close()
         return found

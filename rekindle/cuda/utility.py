@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from msgspec import Struct
 
 from rekindle.cuda.backend import (
     ANSWER_SECONDS,
@@ -55,8 +56,7 @@ _RESULTS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Utility:
+class Utility(Struct, frozen=True, kw_only=True):
     """The backend that runs cuda-checkpoint. `maps` tells whether it has --device-map."""
 
     path: Path

@@ -10,9 +10,10 @@ An engine knows where the server listens, when it is ready, which requests warm 
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 from rekindle.engine.address import Endpoint, Request, parse_endpoint
 from rekindle.fields import JSON
@@ -30,8 +31,7 @@ def no_phase(name: str) -> contextlib.AbstractContextManager[None]:  # noqa: ARG
     return contextlib.nullcontext()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compiled:
+class Compiled(Struct, frozen=True, kw_only=True):
     """The graphs that a server loaded from its cache and those it compiled: numbers and total seconds."""
 
     loaded: int = 0

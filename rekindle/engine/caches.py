@@ -23,9 +23,10 @@ import os
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
+
+from msgspec import Struct
 
 
 class CacheKind(StrEnum):
@@ -68,8 +69,7 @@ _MODEL_FILE = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin")
 _TEMPORARY = re.compile(r"tmp\.pid_\d+_.*|\..+\.rekindle-[0-9a-f]+")  # of Triton, and of `rekindle extract`
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheRoot:
+class CacheRoot(Struct, frozen=True, kw_only=True):
     """A cache: the path at which we can read it, and the absolute path at which the server sees it."""
 
     kind: CacheKind

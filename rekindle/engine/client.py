@@ -8,7 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from rekindle.engine.address import Endpoint, Request
 from rekindle.errors import NotReadyError
@@ -19,8 +20,7 @@ Connect = Callable[[str, int, float], socket.socket]
 """Makes a TCP connection: host, port, timeout in seconds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
+class Response(Struct, frozen=True, kw_only=True):
     """A complete response.
 
     `first_byte` is the time.monotonic() at which its body began, which is a stream's first token.

@@ -10,10 +10,11 @@ only sections.
 
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from struct import Struct
+
+from msgspec import Struct
 
 _PT_NOTE = 4
 _SHT_NOTE = 7
@@ -30,29 +31,28 @@ _NOTES_LIMIT = 256
 _ID_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Form:
+class _Form(Struct, frozen=True, kw_only=True):
     """The layout for one class and byte order. A triple holds the fields for offset, size and alignment."""
 
     header_at: int
-    header: Struct
-    segment: Struct
+    header: struct.Struct
+    segment: struct.Struct
     segment_fields: tuple[int, int, int]
-    section: Struct
+    section: struct.Struct
     section_fields: tuple[int, int, int]
-    note: Struct
+    note: struct.Struct
 
 
 def _form(order: str, *, wide: bool) -> _Form:
     word = "Q" if wide else "I"
     return _Form(
         header_at=32 if wide else 28,  # from e_phoff to e_shnum
-        header=Struct(f"{order}{word}{word}I5H"),
-        segment=Struct(f"{order}II6Q" if wide else f"{order}8I"),
+        header=struct.Struct(f"{order}{word}{word}I5H"),
+        segment=struct.Struct(f"{order}II6Q" if wide else f"{order}8I"),
         segment_fields=(2, 5, 7) if wide else (1, 4, 7),
-        section=Struct(f"{order}II4{word}II2{word}"),
+        section=struct.Struct(f"{order}II4{word}II2{word}"),
         section_fields=(4, 5, 8),
-        note=Struct(f"{order}3I"),
+        note=struct.Struct(f"{order}3I"),
     )
 
 
@@ -110,7 +110,7 @@ def _build_id(fd: int, size: int) -> str:
     return found
 
 
-def _find(pieces: Sequence[Sequence[int]], read: Callable[[int, int], bytes], note: Struct) -> str:
+def _find(pieces: Sequence[Sequence[int]], read: Callable[[int, int], bytes], note: struct.Struct) -> str:
     """Return the first build id in note segments or sections, given as (offset, size, alignment); or ""."""
     for start, length, align in pieces[:_PIECES_LIMIT]:
         for name, kind, content in _notes(read(start, min(length, _PIECE_BYTES)), align, note):
@@ -119,7 +119,7 @@ def _find(pieces: Sequence[Sequence[int]], read: Callable[[int, int], bytes], no
     return ""
 
 
-def _notes(piece: bytes, align: int, note: Struct) -> Iterator[tuple[bytes, int, bytes]]:
+def _notes(piece: bytes, align: int, note: struct.Struct) -> Iterator[tuple[bytes, int, bytes]]:
     """Yield the name, type and content of each complete note."""
     pad = 8 if align == 8 else 4
     at = 0

@@ -24,8 +24,9 @@ import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 # Our names for distributions. Several distributions provide the same package.
 _DISTRIBUTIONS = {
@@ -87,8 +88,7 @@ def versions(argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, s
     return found | {name: distributions[name] for name in names if name in distributions} | (built_for or {})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Python:
+class _Python(Struct, frozen=True, kw_only=True):
     """An interpreter as it would be called, with symbolic links in its path not resolved."""
 
     path: Path

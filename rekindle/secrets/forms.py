@@ -9,8 +9,9 @@ expressions, documentation and identifiers of libraries, so there a token must a
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 HIDDEN = b"REDACTED"
 
@@ -41,8 +42,7 @@ _KEY_BODY = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
+class Form(Struct, frozen=True, kw_only=True):
     """The form of a kind of token. Each token contains one of the anchors, which a fast search looks for."""
 
     name: str

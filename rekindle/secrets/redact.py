@@ -7,7 +7,8 @@ snapshot/secret_search.py.
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from rekindle.secrets import forms
 
@@ -38,8 +39,7 @@ _OPTION_NAME = re.compile(r"--[\w.-]{1,80}")
 _SHELL_ENDS = re.compile(r"[;&|<>()]")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Secret:
+class Secret(Struct, frozen=True, kw_only=True):
     """A hidden value, with the name of its variable or option.
 
     `by_name` means that only the name suggests a secret, so it may not be one; a URL's password and a token

@@ -5,8 +5,9 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from rekindle import criu
 from rekindle.cell import Cell, Clocks, Network
@@ -18,8 +19,7 @@ from rekindle.node import memory
 from rekindle.proc import boot_id
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abilities:
+class Abilities(Struct, frozen=True, kw_only=True):
     """A working CRIU, or None, and what prevents a restore of a process here, by reason code.
 
     `memory_bytes` is the memory available here; None if it is unknown.

@@ -2,9 +2,9 @@
 """Decide what a restore will do: find and verify the image, probe the node, plan, choose the address."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct, structs
 
 from oci import resolve
 from oci.image import Image
@@ -31,8 +31,7 @@ from restore.signals import DeadlinePassed, Signals
 _DECIDE_SECONDS = 30.0  # limit where a cold start can replace the image: registries may retry for longer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(Struct, frozen=True, kw_only=True):
     """The plan, what it was made from, and how to reach its server.
 
     `source` and `home` are None if the image could not be read and a cold start replaces it. `engine` talks
@@ -87,7 +86,7 @@ def decide(
             reason = failure_reason(Rung.PROCESS, "image", error)
             report.image = report.image or ImageName(reference=options.image)
             report.say(f"WARNING: cold start: {reason.here}")
-            facts = dataclasses.replace(gathering.without_image(options.command), unreached=reason)
+            facts = structs.replace(gathering.without_image(options.command), unreached=reason)
             source = None
     plan = make_plan(facts, options)
     engine = _engine(facts, options)
@@ -106,10 +105,10 @@ def make_plan(facts: Facts, options: Options) -> Plan:
     made = planning.make(facts, options.rung, gathering.strictness(options.trust.policy))
     chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
     steps = [
-        dataclasses.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
+        structs.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
         for step in made.steps
     ]
-    return dataclasses.replace(made, steps=steps)
+    return structs.replace(made, steps=steps)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differences between a recorded node and this one."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A difference, without its consequence, which `restore.decide.rules` defines.
 
     `code` is that of a rule, `field` describes what was compared. `recorded` is empty if there is nothing

@@ -2,11 +2,12 @@
 """Gather the facts for a plan: the image's record, this node, and the dumps that are unpacked here."""
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from oci import image as images
 from oci.reference import LayoutReference, Reference
@@ -68,7 +69,7 @@ def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Ab
     if not found.record.process.cuda_pids:
         return able
     if problem := starting.problem() if starting else abilities.cuda_problem(home):
-        return dataclasses.replace(able, problems={**able.problems, "cuda": problem})
+        return structs.replace(able, problems={**able.problems, "cuda": problem})
     return able
 
 

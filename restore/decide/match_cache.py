@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the entries of a kernel cache with this node. Pure."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
 
 from rekindle.engine.caches import CacheKind, is_within
 from rekindle.node.fingerprint import Fingerprint
@@ -39,8 +39,7 @@ def roots_with_missing(
     return [root.name for root in inventory.roots if any(is_within(path, root.recorded) for path in missing)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheFit:
+class CacheFit(Struct, frozen=True, kw_only=True):
     """How a kernel cache fits this node.
 
     `roots` names the roots with usable entries; a root is fetched as a whole. `entries` counts all entries,
@@ -89,8 +88,8 @@ def compare(
     for difference, count in counts.items():
         was = f"{difference.recorded} ({count} of {entries} entries)"
         hard = (fitting if difference.code in soft else usable) == 0
-        reason = reason_for(dataclasses.replace(difference, recorded=was))
-        reasons.append(dataclasses.replace(reason, hard=hard))
+        reason = reason_for(structs.replace(difference, recorded=was))
+        reasons.append(structs.replace(reason, hard=hard))
     return CacheFit(reasons=reasons, roots=roots, entries=entries, usable=usable)
 
 

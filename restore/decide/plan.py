@@ -4,11 +4,11 @@
 Pure and total: the same facts give the same plan, and every set of facts gives one.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field, structs
 
 from rekindle.errors import CapabilityError, MismatchError
 from rekindle.node.fingerprint import Fingerprint
@@ -34,8 +34,7 @@ _DEADLINE_FACTOR = 5.0
 _DEADLINE_SECONDS = 15.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(Struct, frozen=True, kw_only=True):
     """Everything that a plan depends on.
 
     `image` is None if it could not be read, for the reason `unreached`. `cache` is None if the image has no
@@ -50,7 +49,7 @@ class Facts:
     unreached: Reason | None = None
     cache: "CacheImage | None" = None
     cache_unread: bool = False
-    different: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    different: Mapping[str, str] = field(default_factory=dict)
     local: bool = False
     unpacked: bool = False
     given: Sequence[str] | None = None
@@ -64,8 +63,7 @@ class Facts:
         return recorded if recorded and not any(HIDDEN in word for word in recorded) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(Struct, frozen=True, kw_only=True):
     """One rung of a plan.
 
     It is possible if no reason is hard. `seconds` is an estimate of the time until the server answers;
@@ -96,8 +94,7 @@ class Step:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True):
     """The rungs from the requested one down to the cold start, in the order to try them."""
 
     asked: Rung
@@ -135,7 +132,7 @@ def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None
     made = []
     for rung in rungs[rungs.index(asked) :]:
         step = steps[rung](facts)
-        made.append(dataclasses.replace(step, reasons=[strictness.apply(reason) for reason in step.reasons]))
+        made.append(structs.replace(step, reasons=[strictness.apply(reason) for reason in step.reasons]))
     places = match_process.device_map(facts.image.record, facts.node) if facts.image else {}
     return Plan(asked=asked, steps=made, device_map=places)
 
@@ -216,12 +213,12 @@ def _no_command(facts: Facts, rung: Rung) -> list[Reason]:
     if facts.command:
         return []
     here = "a secret was removed from the recorded command" if facts.image else "no command is given"
-    return [dataclasses.replace(reason_for(Difference("no-command", "command", "", here)), rung=rung)]
+    return [structs.replace(reason_for(Difference("no-command", "command", "", here)), rung=rung)]
 
 
 def _unreached(facts: Facts, rung: Rung) -> list[Reason]:
     assert facts.unreached is not None
-    return [dataclasses.replace(facts.unreached, rung=rung)]
+    return [structs.replace(facts.unreached, rung=rung)]
 
 
 def _deadline(seconds: float, cold: float) -> float:

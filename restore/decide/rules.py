@@ -5,10 +5,10 @@ Every rule has a code and is hard (it forbids its rung) or soft (it is only repo
 that, unless the rule is fixed. hack/docs/matching_page.py generates docs/matching.md from this module.
 """
 
-import dataclasses
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct, structs
 
 from rekindle.errors import RekindleError, UsageError
 from rekindle.report import Reason, Rung
@@ -16,8 +16,7 @@ from restore.decide.difference import Difference
 from restore.signals import DeadlinePassed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(Struct, frozen=True, kw_only=True):
     """What a difference in a field means: `why`, the `source` for that, and the `advice` to the user."""
 
     rung: Rung
@@ -335,8 +334,7 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strictness:
+class Strictness(Struct, frozen=True, kw_only=True):
     """The codes of the rules that a policy makes soft, and of those that it makes hard.
 
     Raises UsageError for an unknown code, and for a rule that is fixed.
@@ -360,7 +358,7 @@ class Strictness:
     def apply(self, reason: Reason) -> Reason:
         """Return the reason as the policy makes it."""
         hard = (reason.hard or reason.code in self.hard) and reason.code not in self.soft
-        return reason if hard == reason.hard else dataclasses.replace(reason, hard=hard, by_policy=True)
+        return reason if hard == reason.hard else structs.replace(reason, hard=hard, by_policy=True)
 
 
 def reason_for(found: Difference) -> Reason:

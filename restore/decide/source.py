@@ -2,8 +2,9 @@
 """A verified image, its kernel cache and its connections, which can be opened again."""
 
 import contextlib
-import dataclasses
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from oci import resolve
 from oci.image import Image
@@ -68,7 +69,7 @@ class Source:
         self._connections.close()
         access = resolve.access(self._registry, self._home)
         if self.tally is not None:
-            access = dataclasses.replace(access, tally=self.tally)
+            access = structs.replace(access, tally=self.tally)
         blobs = self._connections.enter_context(Repository(self._reference, access))
         self.image = self.image.fetched_from(blobs)
         if self.kernels is not None:

@@ -2,8 +2,9 @@
 """The cache rung: start the command on the saved kernel cache, and prove that the cache was hit."""
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
+
+from msgspec import structs
 
 from rekindle.cell import Cell
 from rekindle.engine.choose import with_recorded_sleep_mode
@@ -45,7 +46,7 @@ def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
     if source is None or not facts.cache_unread:
         return step
     with run.report.phase("decide"):
-        facts = dataclasses.replace(facts, cache=source.read_kernels().value, cache_unread=False)
+        facts = structs.replace(facts, cache=source.read_kernels().value, cache_unread=False)
         step = next(each for each in make_plan(facts, run.options).steps if each.rung is Rung.CACHE)
     run.report.reasons += step.reasons
     require_possible(step.reasons)

@@ -7,8 +7,9 @@ not match, and a malformed record end the restore on any rung.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+
+from msgspec import Struct
 
 from rekindle.errors import RekindleError, RestoreError
 from rekindle.report import Report, Rung
@@ -64,8 +65,7 @@ def descend(
     raise AssertionError("a plan has at least one step")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TakenRung:
+class TakenRung(Struct, frozen=True, kw_only=True):
     """A rung that was taken. `status` is set if its server exited before it was ready."""
 
     rung: Rung

@@ -21,10 +21,11 @@ import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Self
+
+from msgspec import Struct, field
 
 from oci.cache.inventory import entry_key
 from rekindle.engine.caches import CacheKind, is_left_out
@@ -46,16 +47,14 @@ _LAST_LISTING_SECONDS = 5.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class Made(Struct, frozen=True, kw_only=True):
     """New files of an entry."""
 
     files: int
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObservedRoot:
+class ObservedRoot(Struct, frozen=True, kw_only=True):
     """What was observed in one cache, by the keys of its entries in the inventory.
 
     `used`: entries with a file that was present at the start and was opened, but not for writing. `made`:
@@ -69,8 +68,7 @@ class ObservedRoot:
     made: Mapping[str, Made]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
+class Observed(Struct, frozen=True, kw_only=True):
     """What was observed in several caches, in the order in which they were given, by any process.
 
     `made_seconds` is the time from the first new file to the last, 0.0 if there are none. Unless
@@ -91,8 +89,7 @@ class _Listed(StrEnum):
     COMPARE = "compare"
 
 
-@dataclass(slots=True, eq=False)
-class _Tree:
+class _Tree(Struct, eq=False):
     """The state of one cache, by the relative paths of its files."""
 
     kind: CacheKind

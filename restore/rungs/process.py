@@ -2,7 +2,6 @@
 """The process rung: restore a dump into a cell, and check the server's answer before opening its port."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import json
@@ -12,9 +11,10 @@ import stat
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field, structs
 
 from rekindle import criu
 from rekindle.cell import Cell, Network, exit_status, processes
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CudaRestore:
+class CudaRestore(Struct, frozen=True, kw_only=True):
     """How to restore CUDA state.
 
     `search` finds the backend that talks to the driver, which is starting meanwhile. `device_map` maps
@@ -216,7 +215,7 @@ def restore(
     with report.phase("oracle"):
         _ask_oracle(cell, record, engine, report)
         own, files = processes.memory_bytes(cell)
-        report.memory = dataclasses.replace(used, own_bytes=own, file_bytes=files)
+        report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
 
 
 def _seen_in_cell(cell: Cell, fd: int, opened: contextlib.ExitStack) -> int:

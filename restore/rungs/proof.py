@@ -3,10 +3,11 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+from msgspec import Struct
 
 from rekindle.engine import Compiled
 from rekindle.engine.caches import CacheKind
@@ -19,8 +20,7 @@ _METADATA = {f"{CacheKind.VLLM}: .", f"{CacheKind.VLLM}: modelinfos"}  # read by
 _REPORTED_LIMIT = 20  # entries of each list in a report
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class Proof(Struct, frozen=True, kw_only=True):
     """What was observed in the file system, and what the engine's log says.
 
     `known` holds the keys of the image's entries, one set for each observed root, in the same order.

@@ -6,9 +6,10 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct
 
 from rekindle.engine import Engine
 from rekindle.errors import RekindleError
@@ -23,8 +24,7 @@ _ASK_SECONDS = 5.0
 _ORACLE_SECONDS = 120.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
+class Ready(Struct, frozen=True, kw_only=True):
     """When the server was ready, and the oracle's answer.
 
     `at` and `first_byte`, the start of the answer, are times of time.monotonic; `first_byte` is None

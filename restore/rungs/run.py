@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every rung of a restore gets besides the decision."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from rekindle.report import Report
 from restore.listener import Listener
@@ -10,8 +10,7 @@ from restore.serve.announce import Announcer
 from restore.signals import Signals
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(Struct, frozen=True, kw_only=True):
     """One restore: what was asked for, and where its progress is reported.
 
     Work runs within `signals.raising`, so that it can be interrupted at any moment; clean-up does not.

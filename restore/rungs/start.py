@@ -4,9 +4,10 @@
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from rekindle.cell import Cell
 from rekindle.engine import Engine
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from restore.rungs.proof import WatchedCache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartedServer:
+class StartedServer(Struct, frozen=True, kw_only=True):
     """A started server: ready, or with a `status`, exited before it was.
 
     `ready` is None if no engine can tell when the server is ready.

@@ -7,8 +7,9 @@ import os
 import selectors
 import socket
 import time
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from rekindle.engine import Endpoint
 
@@ -17,8 +18,7 @@ _PAUSE_SECONDS = 0.01
 _DRAIN_SECONDS = 2.0
 
 
-@dataclass(slots=True, eq=False)
-class _Side:
+class _Side(Struct, eq=False):
     """One end of a forwarded connection, with the bytes that are still to be written to it."""
 
     sock: socket.socket

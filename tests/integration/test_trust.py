@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing of an image is used before its signature was verified: attacks from outside, and cosign."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from oci import media_types
 from oci.layout import Layout
@@ -155,7 +155,7 @@ class Scene:
         """A bundle around any payload, as a dictionary to be spoiled. Our key has signed it."""
         envelope = Envelope(payload=payload, payload_type=payload_type, signatures=())
         signature = self.key("ours").sign(envelope.signed)
-        content = dataclasses.replace(envelope, signatures=(signature,)).to_json()
+        content = structs.replace(envelope, signatures=(signature,)).to_json()
         hint = self.key("ours").public.hint
         return {
             "mediaType": MEDIA_TYPE,

@@ -11,11 +11,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from msgspec import structs
 
 from oci import media_types, transfer
 from oci.descriptor import Descriptor
@@ -40,8 +41,8 @@ SETTINGS = TransferSettings(
     stall_seconds=0.5,
     retry=RetryPolicy(attempts=3, longest_wait_seconds=2),
 )
-CALM = replace(SETTINGS, stall_seconds=5)
-CLOSE_SETTINGS = replace(SETTINGS, jobs=16, stall_seconds=1)  # for looks at close range
+CALM = structs.replace(SETTINGS, stall_seconds=5)
+CLOSE_SETTINGS = structs.replace(SETTINGS, jobs=16, stall_seconds=1)  # for looks at close range
 CONTEXTS = Certificates({}, ()).context
 RIGHT = Credentials(name=USERNAME, password=PASSWORD)
 WRONG = Credentials(name=USERNAME, password="guessed")
@@ -146,7 +147,7 @@ def assert_nothing_to_see(layout: Layout) -> None:
 def assert_all_there(layout: Layout, root: Descriptor, sample: Sample) -> None:
     assert layout.tags()["pulled"].digest == root.digest
     for each in (*sample.blobs.values(), sample.manifest, sample.root):
-        assert layout.read(replace(each), limit_bytes=1 << 30) == sample.content(each)
+        assert layout.read(structs.replace(each), limit_bytes=1 << 30) == sample.content(each)
     assert not (layout.root / ".incoming").exists()
 
 

@@ -249,6 +249,11 @@ def test_a_registry_needs_urllib3_and_no_second_client(tmp_path: Path) -> None:
     assert not loaded & {"requests", "oras"}
 
 
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_no_class_is_compiled_from_source_at_a_start(path: Path) -> None:
+    assert "dataclasses" not in set(imports(path))
+
+
 def test_the_words_of_restore_need_nothing_of_what_it_does() -> None:
     loaded = imported_by("cli.restore")
     assert not [name for name in loaded if below(name, "oci", "restore", "snapshot")]

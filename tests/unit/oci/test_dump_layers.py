@@ -2,7 +2,6 @@
 """What is packed is what is unpacked; what was not packed by us is refused."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import os
@@ -20,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import Descriptor
@@ -390,7 +390,7 @@ def test_other_bytes_than_the_digest_says_are_damage(
     layout: Layout, target: Path, content: Callable[[], bytes]
 ) -> None:
     spoiled = content()
-    layer = dataclasses.replace(put(layout, b"whole"), size=len(spoiled))
+    layer = structs.replace(put(layout, b"whole"), size=len(spoiled))
     (layout.root / "blobs/sha256" / layer.digest.hex).write_bytes(spoiled)
     with pytest.raises(IntegrityError, match=layer.digest):
         unpack(layout, [layer], ONE_FILE, target, workers=1)

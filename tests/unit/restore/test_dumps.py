@@ -2,7 +2,6 @@
 """A dump that is kept ready is taken only as it was when its digests matched; else it is made again."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -289,8 +288,8 @@ def lying(image: images.Image, size: int, *, stored_bytes: int) -> images.Image:
         for file in image.record.dump.files
     ]
     record = holding(image.record, files, stored_bytes=stored_bytes)
-    process = dataclasses.replace(image.process, digest=Digest.of_bytes(b"another"))
-    return dataclasses.replace(image, record=record, process=process)
+    process = structs.replace(image.process, digest=Digest.of_bytes(b"another"))
+    return structs.replace(image, record=record, process=process)
 
 
 @pytest.mark.parametrize("stored_bytes", [0, 1 << 20, 1 << 61])

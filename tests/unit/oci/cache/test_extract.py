@@ -455,7 +455,7 @@ def test_a_bomb_is_stopped(layout: Layout, tmp_path: Path) -> None:
     raw = archive(file("x", bytes(40 << 20)))
     stored = image(layout, raw, files=1, size=40 << 20)
 
-    class Small(Limits):
+    class Small(Limits, frozen=True):
         def expanded_bytes(self, stored_bytes: int) -> int:
             return 1 << 20
 
@@ -530,14 +530,14 @@ def test_a_mirror_that_lies_is_asked_no_more(layout: Layout, tmp_path: Path) -> 
     for bad in (good + b"x", good[:-1] + b"x", b"x" * len(good)):
         blobs = Elsewhere(layout, bad, good)
         lied_to = CacheImage(
-            **{name: getattr(stored, name) for name in CacheImage.__slots__} | {"blobs": blobs}
+            **{name: getattr(stored, name) for name in CacheImage.__struct_fields__} | {"blobs": blobs}
         )
         extract(lied_to, tmp_path / "out", overwrite=True)
         assert blobs.answers == []
     for bad in (good + b"x", good[:-1], b""):
         blobs = Elsewhere(layout, bad)
         lied_to = CacheImage(
-            **{name: getattr(stored, name) for name in CacheImage.__slots__} | {"blobs": blobs}
+            **{name: getattr(stored, name) for name in CacheImage.__struct_fields__} | {"blobs": blobs}
         )
         with pytest.raises((IntegrityError, FormatError)):
             extract(lied_to, tmp_path / "other")

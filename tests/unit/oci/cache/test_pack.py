@@ -2,7 +2,6 @@
 """A kernel cache as an image: what MCV finds in it, what the inventory says, and what is refused."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import tarfile
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci import media_types
 from oci.cache import image as cache_image
@@ -365,7 +365,7 @@ def test_what_was_written_is_read(layout: Layout, tmp_path: Path) -> None:
 
 def test_the_cache_of_a_snapshot_is_found_in_its_index(layout: Layout, tmp_path: Path) -> None:
     own = pack.pack([triton(tmp_path / "t")], layout, created=CREATED)
-    other = dataclasses.replace(own, annotations={})
+    other = structs.replace(own, annotations={})
 
     def index(*manifests: Descriptor) -> Descriptor:
         document = {"schemaVersion": 2, "manifests": [each.to_json() for each in manifests]}

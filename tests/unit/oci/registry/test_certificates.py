@@ -3,10 +3,10 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci.layout import Layout
 from oci.registry.access import Access
@@ -37,8 +37,8 @@ def registry(sample: Sample) -> Iterator[Registry]:
 def tls(*certs_d: Path, **settings: RegistrySettings) -> Access:
     """An access that speaks TLS to loopback, too; settings are by host, with _ for dots and colons."""
     access = access_to()
-    access = replace(access, certs_d=certs_d, plain_http=False)
-    return replace(access, config=replace(access.config, registries=settings))
+    access = structs.replace(access, certs_d=certs_d, plain_http=False)
+    return structs.replace(access, config=structs.replace(access.config, registries=settings))
 
 
 def put(directory: Path, pair: Pair | None = None, *, ca: Path | None = None, name: str = "client") -> None:
@@ -89,7 +89,9 @@ def test_the_configuration_goes_before_certs_d(
             ca_file=authority.certificate, cert_file=ours.certificate, key_file=ours.key
         )
         access = tls(tmp_path)
-        access = replace(access, config=replace(access.config, registries={front.host: settings}))
+        access = structs.replace(
+            access, config=structs.replace(access.config, registries={front.host: settings})
+        )
         pull(f"{front.host}/a/b:1", target, access)
     assert_all_there(target, sample.root, sample)
     assert set(front.shown) == {"ours"}

@@ -2,10 +2,11 @@
 """Mirrors: who is asked, and what comes of it when a mirror misbehaves. Each row is one misbehaviour."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci.layout import Layout
 from oci.registry.repository import Repository
@@ -142,7 +143,9 @@ def test_a_mirror_of_the_configuration_is_the_second(sample: Sample, tmp_path: P
         sample.serve(second, tag=None)
         settings = RegistrySettings(mirrors=(f"http://{second.host}",))
         access = access_to(f"http://{first.host}")
-        access = replace(access, config=replace(access.config, registries={registry.host: settings}))
+        access = structs.replace(
+            access, config=structs.replace(access.config, registries={registry.host: settings})
+        )
         pull(f"{registry.host}/a/b:1", Layout.create(tmp_path), access)
         assert not registry.downloads()
         assert first.downloads()

@@ -6,10 +6,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci.layout import Layout
 from oci.registry.retry import TryAgainError, pause_seconds, with_retries
@@ -134,7 +134,7 @@ def again() -> OSError:
 
 
 def pull_by_name(port: int, target: Layout, settings: TransferSettings) -> None:
-    access = replace(access_to(settings=settings), plain_http=True)
+    access = structs.replace(access_to(settings=settings), plain_http=True)
     pull(f"{NAME}:{port}/a/b:1", target, access)
 
 
@@ -182,7 +182,7 @@ def test_a_name_service_that_takes_long_is_not_asked_for_ever(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     with within(2), pytest.raises(RegistryError):
-        pull_by_name(1, Layout.create(tmp_path), replace(SETTINGS, connect_seconds=0.25))
+        pull_by_name(1, Layout.create(tmp_path), structs.replace(SETTINGS, connect_seconds=0.25))
     assert len(asked) == 2
 
 

@@ -3,9 +3,9 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from oci.registry.credentials import Credentials
 from oci.registry.host import Host
@@ -60,7 +60,7 @@ def test_sixteen_threads_ask_for_one_token(connections: Connections) -> None:
 
 def test_a_wrong_password_is_tried_once_by_sixteen_threads(connections: Connections) -> None:
     with Registry(auth=Auth.TOKEN, misbehave=[wrong.late(wrong.TOKEN, 0.1)]) as registry:
-        end = host(registry, connections, replace(RIGHT, password="guessed"))
+        end = host(registry, connections, structs.replace(RIGHT, password="guessed"))
         assert side_by_side(16, lambda: read_blob(end, "x")) == [CredentialsError] * 16
         assert len(registry.asked(None, Kind.TOKEN)) == 1
 

@@ -6,9 +6,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from oci.registry.credentials import Credentials
 from oci.registry.host import Bytes
@@ -132,7 +132,7 @@ def test_a_kept_connection_that_broke_is_replaced(connections: Connections) -> N
         assert len(registry.requests) == 3
 
 
-class Once(Bytes):
+class Once(Bytes, frozen=True):
     """A body that must not be sent to the same place twice."""
 
     @property
@@ -153,7 +153,7 @@ def test_a_body_is_sent_over_a_kept_connection_only_if_it_may_be_sent_again(conn
 
 
 def test_no_more_connections_are_kept_than_are_used_at_once() -> None:
-    pool = Connections(replace(CLOSE_SETTINGS, jobs=2), CONTEXTS)
+    pool = Connections(structs.replace(CLOSE_SETTINGS, jobs=2), CONTEXTS)
     with Registry() as registry:
         url = Url.parse(f"http://{registry.host}/v2/")
         answers = [pool.request("GET", url, {}) for _ in range(5)]
@@ -172,6 +172,6 @@ def test_headers_are_not_injected(value: str, connections: Connections) -> None:
         with pytest.raises(ValueError):
             connections.request("GET", url, {"Accept": value})
         with pytest.raises(ConnectionError):
-            connections.request("GET", replace(url, target="/a b\r\nX: y"), {})
+            connections.request("GET", structs.replace(url, target="/a b\r\nX: y"), {})
         assert not registry.requests
         assert not connections._open

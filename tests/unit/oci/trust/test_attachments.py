@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import Descriptor
@@ -101,7 +102,7 @@ def found(source: Any, image: Descriptor) -> list[Bundle]:
 
 def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
     layout = Layout.create(tmp_path)
-    subject = dataclasses.replace(
+    subject = structs.replace(
         layout.put(b'{"manifests": []}', media_types.INDEX), annotations={"private": "x"}
     )
     made = attachments.store(layout, subject, signed(subject), COSIGN_SIGN)
@@ -126,7 +127,7 @@ def signed_again(layout: Layout, made: Descriptor) -> Bundle:
 
 def test_it_does_not_matter_what_the_list_calls_a_bundle(source: Blobs, image: Descriptor) -> None:
     source.attach(image, signed(image).content)
-    source.listed = [dataclasses.replace(each, artifact_type=EMPTY) for each in source.listed]
+    source.listed = [structs.replace(each, artifact_type=EMPTY) for each in source.listed]
     assert len(found(source, image)) == 1
 
 
@@ -268,9 +269,9 @@ def test_more_older_signatures_than_is_sane_are_none(source: Blobs) -> None:
 
 def test_an_image_under_the_older_tag_that_cannot_be_read(source: Blobs) -> None:
     there = simple(source)
-    assert older(source, dataclasses.replace(there, size=5)) == []
-    assert older(source, dataclasses.replace(there, digest=Digest.of_bytes(b"x"))) == []
-    assert older(source, dataclasses.replace(there, size=1 << 40)) == []
+    assert older(source, structs.replace(there, size=5)) == []
+    assert older(source, structs.replace(there, digest=Digest.of_bytes(b"x"))) == []
+    assert older(source, structs.replace(there, size=1 << 40)) == []
 
 
 # Anything at all.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which differences forbid the process rung, and which are only told."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def test_a_server_must_have_the_memory_that_it_had(
     own: int, stored: int, available: int | None, fits: bool
 ) -> None:
     dump = structs.replace(RECORD.dump, own_bytes=own, stored_bytes=stored)
-    able = dataclasses.replace(ABLE, memory_bytes=available)
+    able = structs.replace(ABLE, memory_bytes=available)
     reasons = process(structs.replace(RECORD, dump=dump), NODE, able, {})
     assert [(each.code, each.hard) for each in reasons] == ([] if fits else [("memory", True)])
 
@@ -221,7 +220,7 @@ LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {
     "nothing": (ABLE, [], None),
     "root": (Abilities(problems={"privileges": "no root"}), ["privileges"], CapabilityError),
     "CRIU": (Abilities(problems={"criu": "there is none"}), ["criu"], CapabilityError),
-    "CUDA, of which nothing is held": (dataclasses.replace(ABLE, problems={"cuda": "none"}), [], None),
+    "CUDA, of which nothing is held": (structs.replace(ABLE, problems={"cuda": "none"}), [], None),
     "a newer CRIU": (Abilities(criu=Criu(path=Path("/criu"), version="5.0")), [], None),
     "an older CRIU": (
         Abilities(criu=Criu(path=Path("/criu"), version="3.19")),

@@ -7,7 +7,6 @@ on it. Of that node everything is real, but for what its probes find. The regist
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -222,7 +221,7 @@ def vllm(place: Place, device: str) -> CacheRoot:
     directory = place.made / "vllm"
     found = cache_samples.vllm(directory, VLLM_TARGET_DEVICE=device)
     write(directory / "torch_compile_cache/0123456789/rank_0_0/backbone/more", os.urandom(4000))
-    return dataclasses.replace(found, recorded=str(place.cache(CacheKind.VLLM)))
+    return structs.replace(found, recorded=str(place.cache(CacheKind.VLLM)))
 
 
 def inductor(place: Place) -> CacheRoot:
@@ -496,13 +495,13 @@ CASES = [
         H100,
         H100,
         "cuda!",
-        able=dataclasses.replace(ABLE, problems={"cuda": "the driver is too old"}),
+        able=structs.replace(ABLE, problems={"cuda": "the driver is too old"}),
     ),
     process(
         "no CUDA checkpointing, of which nothing is held",
         CPU,
         CPU,
-        able=dataclasses.replace(ABLE, problems={"cuda": "there is no driver"}),
+        able=structs.replace(ABLE, problems={"cuda": "there is no driver"}),
     ),
     # Other versions: the process is known by its files, the cache by its packages.
     kernels(
@@ -737,12 +736,12 @@ class Node:
             facts = self.read_cache(facts)
             known = plan.make(facts, case.asked, case.strictness)
             steps = [step for step in decided.steps if step.rung is PROCESS]  # that has been given up by then
-            decided = dataclasses.replace(known, steps=[*steps, *known.steps[len(steps) :]])
+            decided = structs.replace(known, steps=[*steps, *known.steps[len(steps) :]])
         return facts, decided
 
     def read_cache(self, facts: Facts) -> Facts:
         self.kernels = read_kernels(self.found)
-        return dataclasses.replace(facts, cache=self.kernels.value, cache_unread=False)
+        return structs.replace(facts, cache=self.kernels.value, cache_unread=False)
 
     def act(self, facts: Facts, decided: Plan) -> None:
         """Fetches what the first step needs, to where it needs it."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan is a value of the facts: there is one for all of them, and it never asks for what it cannot have."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,7 +235,7 @@ def test_there_is_a_plan_for_all_facts(found: Facts, asked: Rung, strictness: St
     plan = make(found, asked, strictness)
     rungs = list(Rung)
     assert [each.rung for each in plan.steps] == rungs[rungs.index(asked) :]
-    assert plan == make(dataclasses.replace(found), asked, strictness)
+    assert plan == make(structs.replace(found), asked, strictness)
     for each in plan.steps:
         assert all(reason.rung is each.rung for reason in each.reasons)
         assert each.deadline_seconds is None or each.deadline_seconds > 0
@@ -276,14 +275,14 @@ def test_a_policy_changes_what_is_hard_and_nothing_else_of_the_process(
     found: Facts, strictness: Strictness
 ) -> None:
     before, after = make(found).steps[0], make(found, strictness=strictness).steps[0]
-    assert [dataclasses.replace(reason, hard=False, by_policy=False) for reason in before.reasons] == [
-        dataclasses.replace(reason, hard=False, by_policy=False) for reason in after.reasons
+    assert [structs.replace(reason, hard=False, by_policy=False) for reason in before.reasons] == [
+        structs.replace(reason, hard=False, by_policy=False) for reason in after.reasons
     ]
     for was, now in zip(before.reasons, after.reasons, strict=True):
         assert now.by_policy is (was.hard != now.hard)
         wanted = (was.hard or was.code in strictness.hard) and was.code not in strictness.soft
         assert now.hard is wanted
-    assert dataclasses.replace(before, reasons=[]) == dataclasses.replace(after, reasons=[])
+    assert structs.replace(before, reasons=[]) == structs.replace(after, reasons=[])
 
 
 # What a rung fetches, and how long it may take.
