@@ -26,8 +26,9 @@ from rekindle.criu import image_files
 from rekindle.criu.protobuf import content, read_fields
 from rekindle.errors import DumpError, FormatError, RekindleError, SecretError
 from rekindle.files import PAGE_BYTES, data_extents
+from rekindle.secrets import HIDDEN
 from rekindle.secrets.forms import FORMS, Form, find_token, is_secret_value
-from rekindle.secrets.redact import HIDDEN, Secret, command_secrets, environment_secrets
+from rekindle.secrets.redact import Secret, command_secrets, environment_secrets
 
 # Shorter values occur by chance: they are searched for only with their name, NAME=value.
 _ALONE_CHARACTERS = 6

@@ -3,47 +3,66 @@
 
 A cosign key file is PEM around JSON: the key in PKCS #8, encrypted by NaCl's secretbox with a key that scrypt
 derives from the password.
+
+Every restore verifies with a public key. `cryptography` takes some 25 ms to import, of which its curves take
+8, so what needs more than those imports it itself.
 """
 
 import base64
 import binascii
+import contextlib
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import Struct
 
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import Fields
 from rekindle.files import write_atomically
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
 _KEY_FILE_LIMIT_BYTES = 64 << 10
 _LABELS = (b"ENCRYPTED SIGSTORE PRIVATE KEY", b"ENCRYPTED COSIGN PRIVATE KEY")
 _SCRYPT = {"N": 65536, "r": 8, "p": 1}
 _SCRYPT_LIMIT_BYTES = 256 << 20
-_ALGORITHM = ec.ECDSA(hashes.SHA256())
+# What precedes the coordinates of a point on P-256 in a SubjectPublicKeyInfo: RFC 5480, uncompressed.
+_P256_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+_POINT_BYTES = 65
+_PEM_HEAD, _PEM_END = b"-----BEGIN PUBLIC KEY-----", b"-----END PUBLIC KEY-----"
 
 
 class PublicKey(Struct, frozen=True, kw_only=True):
     """A key to verify signatures with. `hint` identifies it in bundles, as cosign does."""
 
-    key: ec.EllipticCurvePublicKey
+    key: "ec.EllipticCurvePublicKey"
     hint: str
 
     @classmethod
-    def of(cls, key: ec.EllipticCurvePublicKey) -> Self:
+    def of(cls, key: "ec.EllipticCurvePublicKey") -> Self:
         """Wrap a key of `cryptography`."""
-        der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        return cls(key=key, hint=base64.b64encode(hashlib.sha256(der).digest()).decode())
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        return cls(key=key, hint=_hint(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)))
 
     @classmethod
     def parse(cls, pem: bytes) -> Self:
         """Parse a key. Raises FormatError unless it is a public key on P-256 in PEM."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        if der := _usual_der(pem):
+            # Otherwise, not a point on the curve: cryptography says so below.
+            with contextlib.suppress(ValueError):
+                point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), der[-_POINT_BYTES:])
+                return cls(key=point, hint=_hint(der))
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives import serialization
+
         try:
             key = serialization.load_pem_public_key(pem[:_KEY_FILE_LIMIT_BYTES])
         except (ValueError, UnsupportedAlgorithm) as error:
@@ -64,23 +83,25 @@ class PublicKey(Struct, frozen=True, kw_only=True):
 
     def verifies(self, signature: bytes, content: bytes) -> bool:
         """Whether a signature in DER is by this key, over the content."""
+        from cryptography.exceptions import InvalidSignature
+
         try:
-            self.key.verify(signature, content, _ALGORITHM)
+            self.key.verify(signature, content, _for_verification())
         except InvalidSignature:
             return False
         return True
 
     def to_pem(self) -> bytes:
         """Return the key in PEM."""
-        return self.key.public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
+        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+        return self.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 class PrivateKey(Struct, frozen=True, kw_only=True):
     """A key to sign with."""
 
-    key: ec.EllipticCurvePrivateKey
+    key: "ec.EllipticCurvePrivateKey"
 
     def __repr__(self) -> str:
         return "PrivateKey()"
@@ -88,11 +109,17 @@ class PrivateKey(Struct, frozen=True, kw_only=True):
     @classmethod
     def generate(cls) -> Self:
         """Generate a new key."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+
         return cls(key=ec.generate_private_key(ec.SECP256R1()))
 
     @classmethod
     def read(cls, path: Path, password: bytes) -> Self:
         """Read a key in PEM: plain, encrypted by PKCS #8, or encrypted by cosign. Raises UsageError."""
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
         pem = _read(path)
         try:
             if any(b"-----BEGIN " + label in pem for label in _LABELS):
@@ -117,24 +144,59 @@ class PrivateKey(Struct, frozen=True, kw_only=True):
 
     def sign(self, content: bytes) -> bytes:
         """Return the signature, in DER."""
-        return self.key.sign(content, _ALGORITHM)
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        return self.key.sign(content, ec.ECDSA(hashes.SHA256()))
 
     def to_pem(self) -> bytes:
         """Return the key in PKCS #8, unencrypted."""
-        return self.key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def write(self, path: Path, password: bytes) -> None:
         """Write the key as cosign does, encrypted, and readable by its owner only."""
-        der = self.key.private_bytes(
-            serialization.Encoding.DER,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        der = self.key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
         write_atomically(path, _seal(der, password), mode=0o600)
+
+
+@functools.cache
+def _for_verification() -> "ec.ECDSA":
+    """Return ECDSA with SHA-256, to verify with.
+
+    The initializer of ECDSA imports the rest of cryptography, only to know about deterministic signatures.
+    """
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    class Ecdsa(ec.ECDSA):
+        algorithm = hashes.SHA256()
+        deterministic_signing = False
+
+        def __init__(self) -> None:
+            pass
+
+    return Ecdsa()
+
+
+def _hint(der: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(der).digest()).decode()
+
+
+def _usual_der(pem: bytes) -> bytes | None:
+    """Return the DER of a public key as everyone writes those on P-256; None if it looks any different."""
+    lines = pem[:_KEY_FILE_LIMIT_BYTES].strip().splitlines()
+    if [*lines[:1], *lines[-1:]] != [_PEM_HEAD, _PEM_END]:
+        return None
+    try:
+        der = base64.b64decode(b"".join(lines[1:-1]), validate=True)
+    except binascii.Error:
+        return None
+    uncompressed = der.startswith(_P256_HEAD + b"\x04") and len(der) == len(_P256_HEAD) + _POINT_BYTES
+    return der if uncompressed else None
 
 
 def _read(path: Path) -> bytes:

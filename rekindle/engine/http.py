@@ -10,14 +10,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rekindle.digest import Digest
 from rekindle.engine import Compiled, Endpoint, Engine, Request
-from rekindle.engine.client import Client, Response
 from rekindle.errors import FormatError, OracleError, UsageError
 from rekindle.fields import JSON, Fields
-from rekindle.secrets.redact import is_secret_name
+
+if TYPE_CHECKING:
+    from rekindle.engine.client import Client, Response
 
 _TIMEOUT_SECONDS = 10.0
 _INDEX = re.compile(r"0|[1-9][0-9]*")
@@ -57,6 +59,8 @@ class HttpEngine(Engine):
                     cause=str(error),
                     hint='write {"method": "POST", "path": "/…", "body": …, "select": ["/…"]}',
                 ) from error
+            from rekindle.secrets.redact import is_secret_name
+
             for name, value in request.headers.items():
                 if is_secret_name(name) and not value.startswith("$"):
                     raise UsageError(
@@ -121,19 +125,19 @@ class HttpEngine(Engine):
         except FormatError:
             raise UsageError("the value of an environment variable cannot be sent as a header") from None
 
-    def ready(self, client: Client, timeout: float) -> bool:
+    def ready(self, client: "Client", timeout: float) -> bool:
         response = client.get(self._options["ready_path"], timeout=min(timeout, _TIMEOUT_SECONDS))
         return 200 <= response.status < 300
 
-    def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
+    def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:
         return [[self.oracle_request(client)]]
 
-    def oracle_request(self, client: Client) -> Request:  # noqa: ARG002
+    def oracle_request(self, client: "Client") -> Request:  # noqa: ARG002
         if self._options["oracle"]:
             return Request.from_json(self._options["oracle"])
         return Request(method="GET", path=self._options["ready_path"], headers={}, body=None)
 
-    def answer(self, response: Response) -> JSON:
+    def answer(self, response: "Response") -> JSON:
         if not 200 <= response.status < 300:
             raise OracleError(
                 f"the oracle's request was answered with status {response.status}",

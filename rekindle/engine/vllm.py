@@ -6,14 +6,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from rekindle.engine import Compiled, Endpoint, Engine, Request
-from rekindle.engine.client import Client, Response
 from rekindle.errors import OracleError, UsageError
 from rekindle.fields import JSON
 from rekindle.node import packages
+
+if TYPE_CHECKING:
+    from rekindle.engine.client import Client, Response
 
 _API_SERVER = "vllm.entrypoints.openai.api_server"
 _ORACLE_PROMPT = "The capital of France is"
@@ -117,10 +120,10 @@ class VllmEngine(Engine):
         headers = {**request.headers, "Authorization": f"Bearer {key}"}
         return structs.replace(request, headers=headers)
 
-    def ready(self, client: Client, timeout: float) -> bool:
+    def ready(self, client: "Client", timeout: float) -> bool:
         return client.get("/health", timeout=min(timeout, _TIMEOUT_SECONDS)).status == 200
 
-    def warm_requests(self, client: Client) -> Sequence[Sequence[Request]]:
+    def warm_requests(self, client: "Client") -> Sequence[Sequence[Request]]:
         model, length = self._model(client)
         batches = []
         for tokens in _WARM_LENGTHS:
@@ -136,11 +139,11 @@ class VllmEngine(Engine):
         batches.append([Request(method="POST", path="/v1/chat/completions", headers={}, body=chat)])
         return batches
 
-    def oracle_request(self, client: Client) -> Request:
+    def oracle_request(self, client: "Client") -> Request:
         model, _ = self._model(client)
         return completion(model, _ORACLE_PROMPT, _ORACLE_TOKENS)
 
-    def answer(self, response: Response) -> JSON:
+    def answer(self, response: "Response") -> JSON:
         if response.status != 200:
             raise OracleError(
                 f"the oracle's request was answered with status {response.status}",
@@ -183,7 +186,7 @@ class VllmEngine(Engine):
             for a, b in zip(expected["logprobs"], got["logprobs"], strict=True)
         )
 
-    def _model(self, client: Client) -> tuple[str, int]:
+    def _model(self, client: "Client") -> tuple[str, int]:
         """Ask the server for the name of its model and the length of its context in tokens."""
         request = self.authorize(Request(method="GET", path="/v1/models", headers={}, body=None), os.environ)
         response = client.ask(request, timeout=_TIMEOUT_SECONDS)

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognize secrets, and keep them out of output and records."""
+
+HIDDEN = "REDACTED"
+"""What stands in place of a secret."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-HIDDEN = b"REDACTED"
+from rekindle.secrets import HIDDEN
 
 _NOTHING = frozenset(
     [
@@ -231,9 +231,9 @@ def hide_tokens(text: str) -> str:
     content = text.encode(errors="surrogateescape")
     for form in _forms_in(content):
         if not form.is_key:
-            content = form.pattern_in_text.sub(HIDDEN, content)
+            content = form.pattern_in_text.sub(HIDDEN.encode(), content)
         elif found := form.pattern_in_text.search(content):
-            content = content[: found.start()] + HIDDEN
+            content = content[: found.start()] + HIDDEN.encode()
     return content.decode(errors="surrogateescape")
 
 

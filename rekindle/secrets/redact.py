@@ -10,9 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from rekindle.secrets import forms
-
-HIDDEN = forms.HIDDEN.decode()
+from rekindle.secrets import HIDDEN, forms
 
 # A PAT is a personal access token, as a word of a name (GITLAB_PAT, but not PATH).
 _WORD = (

@@ -13,7 +13,7 @@ from msgspec import Struct, field, structs
 from rekindle.errors import CapabilityError, MismatchError
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Reason, Rung
-from rekindle.secrets.redact import HIDDEN
+from rekindle.secrets import HIDDEN
 from restore.decide import match_process
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference

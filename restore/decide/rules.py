@@ -5,7 +5,6 @@ Every rule has a code and is hard (it forbids its rung) or soft (it is only repo
 that, unless the rule is fixed. hack/docs/matching_page.py generates docs/matching.md from this module.
 """
 
-import traceback
 from collections.abc import Mapping
 
 from msgspec import Struct, structs
@@ -392,6 +391,8 @@ def failure_reason(rung: Rung, phase: str, error: BaseException) -> Reason:
             text = f"{error.message} ({error.cause})" if error.cause else error.message
             advice = f"see {error.log}" if error.log else error.hint
         case _:
+            import traceback  # takes 4 ms
+
             traceback.print_exception(error)
             code, text, advice = "bug", repr(error), "report it, with the traceback on stderr"
     return Reason(rung=rung, code=code, field=phase, recorded="", here=text, hard=True, advice=advice)

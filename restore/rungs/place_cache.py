@@ -16,7 +16,8 @@ from rekindle.engine import caches
 from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, path_below
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.record import Record
-from rekindle.secrets.redact import HIDDEN, is_secret_name, redact_command
+from rekindle.secrets import HIDDEN
+from rekindle.secrets.redact import is_secret_name, redact_command
 from restore.decide import match_process
 from restore.decide.decision import Decision
 from restore.decide.difference import Difference

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from oci.trust.keys import PrivateKey
 from tests.conftest import ROOT
 from tests.samples.registry import make_sample
 from tests.servers.registry.simulator import Registry
@@ -247,6 +248,46 @@ def test_a_registry_needs_urllib3_and_no_second_client(tmp_path: Path) -> None:
         loaded = loaded_after(f"from cli.copy import main\nassert main({words!r}) == 0")
     assert "urllib3" in loaded
     assert not loaded & {"requests", "oras"}
+
+
+NOT_AT_A_RESTORE = [
+    *("dataclasses", "inspect", "ast", "traceback", "typing_extensions", "shutil", "tempfile", "random"),
+    *("ssl", "http.client", "email", "asyncio", "concurrent.futures", "logging", "importlib.metadata"),
+    *("cryptography", "nacl", "sigstore", "psutil", "rich", "zstandard", "urllib3"),
+    *("rekindle.engine.client", "rekindle.secrets.forms", "rekindle.secrets.redact", "oci.cache.image"),
+]
+"""Modules that a restore of an unpacked image does not need before CRIU runs."""
+
+
+def test_a_restore_imports_little_before_criu_runs() -> None:
+    program = """
+import rekindle.__main__
+rekindle.__main__._import_msgspec()
+import cli.restore, cli._restoring, restore.rungs.process, rekindle.engine.vllm, rekindle.engine.http
+"""
+    loaded = loaded_after(program)
+    assert "restore.rungs.process" in loaded
+    assert not loaded & set(NOT_AT_A_RESTORE)
+
+
+def test_to_verify_imports_the_curve_alone(tmp_path: Path) -> None:
+    key = PrivateKey.generate()
+    (tmp_path / "key.pub").write_bytes(key.public.to_pem())
+    loaded = loaded_after(f"""
+from pathlib import Path
+from oci.trust.keys import PublicKey
+key = PublicKey.read(Path({str(tmp_path / "key.pub")!r}))
+assert key.verifies({key.sign(b"content")!r}, b"content")
+assert not key.verifies({key.sign(b"content")!r}, b"other content")
+""")
+    assert "cryptography.hazmat.primitives.asymmetric.ec" in loaded
+    assert not [name for name in loaded if below(name, "cryptography.hazmat.backends")]
+    assert "cryptography.hazmat.primitives.serialization" not in loaded
+
+
+def test_hidden_modules_can_be_imported_later() -> None:
+    program = "import rekindle.__main__\nrekindle.__main__._import_msgspec()\nimport typing_extensions"
+    assert {"msgspec", "typing_extensions"} <= loaded_after(program)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

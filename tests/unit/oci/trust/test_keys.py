@@ -618,3 +618,24 @@ def test_we_verify_what_older_cosign_signs_with_our_key(tmp_path: Path) -> None:
     made = SimpleSignature.of(SIMPLE.payload, done.stdout.strip())
     assert made.statement(KEY.public) == SIMPLE.statement(KEY.public)
     assert made.statement(OTHER.public) is None
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_a_key_is_read_by_its_usual_form_as_by_cryptography(seed: bytes) -> None:
+    number = int.from_bytes(seed) % (1 << 255) + 1
+    content = public_pem(ec.derive_private_key(number, ec.SECP256R1()))
+    usual, general = PublicKey.parse(content), PublicKey.parse(b"a comment\n" + content)
+    assert usual == general
+    assert usual.to_pem() == content
+
+
+def test_a_usual_form_without_a_point_on_the_curve_is_refused() -> None:
+    der = base64.b64decode(b"".join(KEY.public.to_pem().splitlines()[1:-1]))
+    for spoiled in (
+        der[:-1] + bytes([der[-1] ^ 1]),
+        der[:26] + b"\4" + bytes(64),
+        der[:26] + b"\4" + b"\xff" * 64,
+    ):
+        body = base64.encodebytes(spoiled)
+        with pytest.raises(FormatError, match="not a public key in PEM"):
+            PublicKey.parse(b"-----BEGIN PUBLIC KEY-----\n" + body + b"-----END PUBLIC KEY-----\n")

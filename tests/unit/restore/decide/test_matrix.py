@@ -38,7 +38,7 @@ from rekindle.node.gpu import Gpu, Gpus
 from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import Dump, RecordedEngine
 from rekindle.report import Report, Rung
-from rekindle.secrets.redact import HIDDEN
+from rekindle.secrets import HIDDEN
 from restore import dumps
 from restore.decide import abilities, match_process, plan
 from restore.decide import facts as _facts

@@ -23,7 +23,7 @@ from rekindle.node.gpu import Gpus
 from rekindle.node.mapped import MappedFile
 from rekindle.record import Record, RecordedCriu
 from rekindle.report import Reason, Rung
-from rekindle.secrets.redact import HIDDEN
+from rekindle.secrets import HIDDEN
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan, Step, make
 from restore.decide.rules import RULES, Strictness

@@ -11,7 +11,7 @@ from oci.cache.inventory import StoredRoot
 from rekindle.engine.caches import CacheKind
 from rekindle.record import Record
 from rekindle.report import Rung
-from rekindle.secrets.redact import HIDDEN
+from rekindle.secrets import HIDDEN
 from restore.decide.rules import RULES
 from restore.rungs.place_cache import differences, environment, places
 from tests.samples.record import RECORD
