@@ -112,6 +112,8 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
         "needs": f"{len(record.mapped_files)} files of the node's file system",
         "fits here": first.rung if first and first.rung is not Rung.COLD else "no",
     }
+    if record.dump.base is not None:
+        rows["shares"] = f"the memory of {record.dump.base}"
     for name, value in rows.items():
         print(printable(f"{name:<12}{value}"))
     for line in _plan.lines(made):

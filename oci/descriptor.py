@@ -27,6 +27,11 @@ class Descriptor(Struct, frozen=True, kw_only=True):
     artifact_type: str = ""
     platform: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_memory(self) -> bool:
+        """Whether it names a layer of a dump that holds memory files, and nothing else."""
+        return self.annotations.get(media_types.ROLE) == media_types.MEMORY_ROLE
+
     def to_json(self) -> dict[str, JSON]:
         """Return the descriptor as manifests and indexes contain it."""
         out: dict[str, JSON] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}

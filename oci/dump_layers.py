@@ -6,7 +6,7 @@ belongs, and a frame that holds the piece, at most 4 MiB of it:
 
     u32  0x184D2A5E      magic of this skippable frame, little-endian like all that follows
     u32  24              bytes of its content
-    u32  file            index in the record's `dump.files`
+    u32  file            the number of a file of the record's `dump.files`: its position, if it has no other
     u32  compressed      bytes of the frame that follows
     u64  offset          where the piece begins in the file
     u64  length          bytes of the piece
@@ -20,7 +20,7 @@ import io
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Self, cast
@@ -36,7 +36,7 @@ from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, write_at
-from rekindle.record import FileKind, StoredFile
+from rekindle.record import FileKind, StoredFile, numbered
 from rekindle.verified_stream import VerifiedStream
 
 PIECE_BYTES = 4 << 20
@@ -53,7 +53,7 @@ _LEVEL = 1  # 0.5 to 1 GB/s per core; level 3 takes twice as long and saves a te
 
 
 class Piece(Struct, frozen=True, kw_only=True):
-    """A range of a file, at most PIECE_BYTES long."""
+    """A range of a file, which has a number, at most PIECE_BYTES long."""
 
     file: int
     offset: int
@@ -74,18 +74,21 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
     pages: list[Piece] = []
     memory: list[Piece] = []
     shm: list[Piece] = []
-    for index, file in enumerate(files):
+    by_number = numbered(files)
+    for number, file in by_number.items():
         if file.kind is FileKind.FILE:
             is_pages = file.path.parts[0] == "criu" and file.path.name.startswith("pages-")
             by_top = {"shm": shm, "memory": memory}
             group = by_top.get(file.path.parts[0], pages if is_pages else small)
-            group += list(_pieces(tree / file.path, index))
+            group += list(_pieces(tree / file.path, number))
     total = sum(piece.length for piece in (*small, *pages, *memory, *shm))
     layer_bytes = max(_LAYER_BYTES, -(-total // _LAYERS_LIMIT))
     groups = {"metadata": small, "pages": pages, "memory": memory, "shm": shm}
     plan = [(role, layer) for role, group in groups.items() for layer in _split(group, layer_bytes)]
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_write_layer, tree, files, layer, role, layout) for role, layer in plan if layer]
+        jobs = [
+            pool.submit(_write_layer, tree, by_number, layer, role, layout) for role, layer in plan if layer
+        ]
         try:
             return [job.result() for job in jobs]
         except BaseException:
@@ -93,12 +96,12 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
             raise
 
 
-def _pieces(path: Path, index: int) -> Iterator[Piece]:
+def _pieces(path: Path, number: int) -> Iterator[Piece]:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         for start, length in data_extents(file.fileno(), size):
             for offset in range(start, start + length, PIECE_BYTES):
-                yield Piece(file=index, offset=offset, length=min(PIECE_BYTES, start + length - offset))
+                yield Piece(file=number, offset=offset, length=min(PIECE_BYTES, start + length - offset))
 
 
 def _split(pieces: Sequence[Piece], layer_bytes: int) -> Iterator[list[Piece]]:
@@ -115,7 +118,7 @@ def _split(pieces: Sequence[Piece], layer_bytes: int) -> Iterator[list[Piece]]:
 
 
 def _write_layer(
-    tree: Path, files: Sequence[StoredFile], pieces: Sequence[Piece], role: str, layout: Layout
+    tree: Path, files: Mapping[int, StoredFile], pieces: Sequence[Piece], role: str, layout: Layout
 ) -> Descriptor:
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
     buffer = memoryview(bytearray(PIECE_BYTES))
@@ -146,11 +149,11 @@ def _write_layer(
 
 
 class _Opened:
-    """The files of a tree, by index. Only one is open at a time: pieces come file by file."""
+    """The files of a tree, by number. Only one is open at a time: pieces come file by file."""
 
-    def __init__(self, tree: Path, files: Sequence[StoredFile], mode: str) -> None:
+    def __init__(self, tree: Path, files: Mapping[int, StoredFile], mode: str) -> None:
         self._tree, self._files, self._mode = tree, files, mode
-        self._index: int | None = None
+        self._number: int | None = None
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -160,12 +163,12 @@ class _Opened:
         if self._file is not None:
             self._file.close()
 
-    def fileno(self, index: int) -> int:
-        if self._file is None or self._index != index:
+    def fileno(self, number: int) -> int:
+        if self._file is None or self._number != number:
             self.__exit__()
-            path = self._tree / self._files[index].path
+            path = self._tree / self._files[number].path
             self._file = cast(BinaryIO, open(path, self._mode, buffering=0))  # noqa: SIM115
-            self._index = index
+            self._number = number
         return self._file.fileno()
 
 
@@ -223,10 +226,11 @@ def read_pieces(
     source = _Source(checked, layer)
     decompressor = zstandard.ZstdDecompressor()
     content = memoryview(bytearray(PIECE_BYTES))
+    by_number = numbered(files)
     written, most = 0, limits.expanded_bytes(layer.size)
-    with _Opened(tree, files, "r+b") as opened:
+    with _Opened(tree, by_number, "r+b") as opened:
         while checked.left and not stop.is_set():
-            magic, content_bytes, index, compressed, offset, length = _HEADER.unpack(
+            magic, content_bytes, number, compressed, offset, length = _HEADER.unpack(
                 source.read(_HEADER.size)
             )
             if (
@@ -234,9 +238,9 @@ def read_pieces(
                 or content_bytes != _CONTENT_BYTES
                 or compressed > _COMPRESSED_LIMIT_BYTES
                 or not 0 < length <= PIECE_BYTES
-                or index >= len(files)
-                or files[index].kind is not FileKind.FILE
-                or offset + length > files[index].size
+                or number not in by_number
+                or by_number[number].kind is not FileKind.FILE
+                or offset + length > by_number[number].size
             ):
                 raise source.verdict()
             if written + length > most:
@@ -248,7 +252,7 @@ def read_pieces(
             piece = content[:length]
             if not _decompress(decompressor, source.read(compressed), piece):
                 raise source.verdict()
-            written += write_at(opened.fileno(index), piece, offset)
+            written += write_at(opened.fileno(number), piece, offset)
     if not stop.is_set():
         checked.finish()
     return written

@@ -226,6 +226,10 @@ class Layout:
                     with locked(lock, timeout=0.0):
                         _remove_incoming(lock)
 
+    def contains(self, descriptor: Descriptor) -> bool:
+        """Tell whether there is a blob of that name, whatever its content."""
+        return (self._blobs / descriptor.digest.hex).exists()
+
     def has(self, descriptor: Descriptor) -> bool:
         """Whether a blob is there and matches its digest. Its name alone does not prove that."""
         with contextlib.suppress(OSError, IntegrityError), open_verified(self, descriptor) as stream:

@@ -24,6 +24,7 @@ IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
+MEMORY_ROLE = "memory"  # of a layer with memory files alone
 
 # Marks a signature by this machine's own key in the index of the local store; it is never copied elsewhere.
 SIGNER = "vnd.rekindle.signer"

@@ -5,8 +5,12 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from rekindle.record import FileKind, StoredFile
+from rekindle.record import FileKind, StoredFile, StoredMemory
+
+if TYPE_CHECKING:
+    from rekindle.criu.memory_files import MemoryFile
 
 TOPS = ("criu", "memory", "shm")
 """CRIU's images; the memory of processes; the cell's /dev/shm."""
@@ -95,4 +99,13 @@ def _describe(path: Path, name: str, names: dict[tuple[int, int], str]) -> Store
         gid=status.st_gid,
         mtime_ns=status.st_mtime_ns,
         target=target,
+    )
+
+
+def stored_memory(file: "MemoryFile") -> StoredMemory:
+    """Describe a memory file for the record."""
+    return StoredMemory(
+        path=PurePosixPath("memory", file.name),
+        data_bytes=file.data_bytes,
+        ranges=[(each.start, each.end) for each in file.ranges],
     )

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from rekindle import documents
 from rekindle.cell import Clocks, Network
+from rekindle.digest import Digest
 from rekindle.documents import AbsolutePath, Count, Nanoseconds
 from rekindle.engine import Endpoint, Request
 from rekindle.errors import FormatError
@@ -23,6 +24,8 @@ from rekindle.node.mapped import MappedFile
 SCHEMA = "rekindle.record/2"
 SCHEMA_WITHOUT_MEMORY = "rekindle.record/1"
 """The format of images without memory files, whose memory CRIU restores."""
+SCHEMA_DELTA = "rekindle.record/3"
+"""The format of images that share layers with another image."""
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
@@ -47,7 +50,8 @@ class FileKind(StrEnum):
 class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A file of the dump, below `criu/` (CRIU's images), `memory/` (of processes) or `shm/` (of the cell).
 
-    `target` is the text of a symbolic link, or the path of the file that a hard link names, too.
+    `target` is the text of a symbolic link, or the path of the file that a hard link names, too. `number` is
+    what layers call the file; None means its position in the list.
     """
 
     path: PurePosixPath
@@ -58,6 +62,7 @@ class StoredFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     gid: _Owner
     mtime_ns: Nanoseconds
     target: str = ""
+    number: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] | None = None
 
     def __post_init__(self) -> None:
         _require_inside(self.path)
@@ -95,12 +100,14 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The files of the dump, with their total size as CRIU wrote them and as they are stored.
 
     `memory` describes those that processes map; images of the first format have none. `own_bytes` is the
-    memory that belonged to the server alone at its first answer after a restore, 0 if not measured.
+    memory that belonged to the server alone at its first answer after a restore, 0 if not measured. `base` is
+    the digest of the image whose memory layers a delta shares, None for any other image.
     """
 
     dump_bytes: Count
     stored_bytes: Count
     own_bytes: Count = 0
+    base: Digest | None = None
     files: Annotated[Sequence[StoredFile], Meta(max_length=_FILES_LIMIT)]
     memory: Annotated[Sequence[StoredMemory], Meta(max_length=_FILES_LIMIT)] = ()
 
@@ -117,6 +124,10 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
                     f"the record links {file.path} to {file.target}, which is not an earlier file"
                 )
             kinds[file.path] = file.kind
+        if len(numbered(self.files)) != len(self.files):
+            raise FormatError("the record gives two files one number")
+        if self.base is None and any(file.number is not None for file in self.files):
+            raise FormatError("the record numbers its files, but names no base")
         self._require_memory()
 
     def _require_memory(self) -> None:
@@ -126,10 +137,15 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
             size = sizes.pop(each.path, None)
             if size is None or each.path.parts[0] != "memory":
                 raise FormatError(f"the record maps {each.path}, which is not a memory file of the dump")
-            if sum(end - start for start, end in each.ranges) > size or each.data_bytes > size:
-                raise FormatError(f"the record maps more bytes of {each.path} than it has")
+            if each.data_bytes > size:
+                raise FormatError(f"the record gives {each.path} more bytes of data than it has")
             if any(offset + length > size for offset, length in each.working_set):
                 raise FormatError(f"the record's working set of {each.path} exceeds the file")
+
+
+def numbered(files: Sequence[StoredFile]) -> dict[int, StoredFile]:
+    """Return files of a dump by the numbers that layers call them by."""
+    return {position if file.number is None else file.number: file for position, file in enumerate(files)}
 
 
 class Process(Struct, frozen=True, kw_only=True):
@@ -207,7 +223,10 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     def to_bytes(self) -> bytes:
         """Return the document. Equal records give equal bytes."""
         document = {**documents.to_json(self), "node": self.node.to_json()}
-        document["schema"] = SCHEMA if self.dump.memory else SCHEMA_WITHOUT_MEMORY
+        if self.dump.base:
+            document["schema"] = SCHEMA_DELTA
+        else:
+            document["schema"] = SCHEMA if self.dump.memory else SCHEMA_WITHOUT_MEMORY
         return json.dumps(document, indent=1, sort_keys=True).encode()
 
     @classmethod
@@ -215,9 +234,9 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
         """Parse a document. Raises FormatError unless it is a well-formed record of a known version."""
         fields = Fields.parse(content, "record", limit_bytes=limit_bytes)
         schema = fields.text("schema")
-        if schema not in {SCHEMA, SCHEMA_WITHOUT_MEMORY}:
+        if schema not in {SCHEMA_DELTA, SCHEMA, SCHEMA_WITHOUT_MEMORY}:
             raise FormatError(
-                f"unknown format {schema!r:.60} of the record; this rekindle reads {SCHEMA!r}",
+                f"unknown format {schema!r:.60} of the record; this rekindle reads {SCHEMA_DELTA!r}",
                 hint="use a newer rekindle" if schema.startswith("rekindle.record/") else "",
             )
         node = Fingerprint.from_json(fields.json("node"), "record.node")

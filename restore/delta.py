@@ -8,88 +8,172 @@ small, and quick to make and to restore, as long as the files exist.
     shm/        the cell's /dev/shm
     memory      a link to the memory files of the dump that it builds on
 
-The output of a restored server is a file, pipe or terminal outside the cell. CRIU treats it as external, and
-gets another one at the next restore.
+A second dump of the same lineage holds all that was written since the first restore, not since the last. So
+deltas do not form chains, and one cannot become larger than the memory itself. Once it would reach half of
+the memory files, a complete dump is made instead, with memory files of its own: a restore copies a delta's
+pages for each replica, and every further delta would store them again.
+
+The output of a restored server is a file, pipe or terminal outside the cell. In the dump it has the names
+that it had in the first one, so that any other can replace it at a restore.
 """
 
+import contextlib
+import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
 
-from rekindle import criu
+from oci.image import Image
+from rekindle import dump_tree
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
-from rekindle.criu import Criu, zero_pages
-from rekindle.criu.memory_files import mapped_ranges
+from rekindle.criu import Criu, memory_files, zero_pages
+from rekindle.criu.frozen import FrozenDump
+from rekindle.criu.outputs import name_outputs
 from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
-from rekindle.files import copy_sparse_tree
+from rekindle.files import copy_sparse_tree, remove_tree
 from rekindle.os_errors import naming_full_disk
-from rekindle.record import Record
+from rekindle.record import Dump, Record, StoredFile, numbered
 from restore.options import Output
 from restore.rungs.memory import join_ranges
 
 _OWN_DIRECTORY = Path(MEMORY_PLACE).parts[3]
 """The cell's own directory in /dev/shm."""
 
+_FLATTENED_SHARE = 0.5
 
-class Delta(Struct, frozen=True, kw_only=True):
+
+class Delta:
     """A dump of a replica in `directory`, in the format that `restore.rungs.process.restore` reads.
 
-    `record` is that of the base, updated to the replica's state. `bytes` is the space that it takes on disk,
-    with /dev/shm. The base's memory files must exist as long as the delta does.
+    `record` is that of the base, updated to the replica's state. If its dump names a base, the memory files
+    of the base must exist as long as the delta does. `bytes` is the space that it takes on disk, with
+    /dev/shm.
     """
 
-    directory: Path
-    record: Record
-    bytes: int
+    def __init__(self, frozen: FrozenDump, directory: Path, record: Record) -> None:
+        self._frozen, self.directory, self.record = frozen, directory, record
+
+    def end(self) -> None:
+        """Let the replica end when the context is left."""
+        self._frozen.end()
+
+    @property
+    def bytes(self) -> int:
+        return sum(_sizes(self.directory))
 
 
-def dump_replica(
-    cell: Cell, record: Record, base: Path, directory: Path, *, tool: Criu, output: Output
-) -> Delta:
-    """Dump a replica that maps the memory files of the ready dump `base`, and end it.
+@contextlib.contextmanager
+def dumped(
+    cell: Cell,
+    base: Image,
+    mapped: Path | None,
+    directory: Path,
+    *,
+    tool: Criu,
+    output: Output,
+    complete: bool = False,
+) -> Iterator[Delta]:
+    """Dump a replica, and keep it frozen within the context.
 
-    Creates `directory`. `output` is the one that the replica was restored with. Raises NotDumpableError for
-    an output that CRIU cannot restore, DumpError; the replica keeps running then.
+    It then runs on, also after an exception, unless `Delta.end` was called. If CRIU is killed meanwhile, the
+    replica ends.
+
+    Creates `directory`. `mapped` is the ready dump of `base` whose memory files the replica maps, None if its
+    memory was copied. `output` is the one that it was restored with. With `complete`, the dump has memory
+    files of its own. Raises NotDumpableError for an output that CRIU cannot restore, DumpError.
     """
-    names = {fd: _name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
+    record = base.record
+    names = {_name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
     directory.mkdir(mode=0o700)
     for top in ("criu", "shm"):
         (directory / top).mkdir(mode=0o700)
-    with naming_full_disk(directory):
-        external = [name for name in dict.fromkeys(names.values()) if name.startswith(("file[", "tty["))]
-        criu.dump(tool, cell, record.process.root_pid, directory / "criu", external=external)
+    external = sorted(name for name in names if name.startswith(("file[", "tty[")))
+    criu = directory / "criu"
+    with (
+        naming_full_disk(directory),
+        FrozenDump(tool, cell, record.process.root_pid, criu, logs=directory, external=external) as frozen,
+    ):
         clocks = cell.clocks()
+        pids = processes.tree(cell, record.process.root_pid)
+        tasks = sum(processes.threads(cell, pid) for pid in pids)
         copy_sparse_tree(cell.root / "dev/shm", directory / "shm", without={_OWN_DIRECTORY})
-    for leftover in ("dump.log", "criu.out"):
-        (directory / "criu" / leftover).unlink(missing_ok=True)
-    drop_filter(directory / "criu", memory.FILTER)
-    zero_pages.drop(directory / "criu")
-    (directory / "memory").symlink_to(base / "memory")
-    mapped = mapped_ranges(directory / "criu")
-    memory_now = [
-        msgspec.structs.replace(each, ranges=join_ranges(mapped.get(each.path.name, [])))
-        for each in record.dump.memory
+        dump_bytes = _size_bytes(criu)
+        name_outputs(criu, names, Path(record.process.stdout), Path(record.process.stderr))
+        drop_filter(criu, memory.FILTER)
+        zero_pages.drop(criu)
+        dump = _with_memory(directory, base, mapped, dump_bytes, complete=complete)
+        process = msgspec.structs.replace(
+            record.process,
+            tasks=tasks,
+            monotonic_ns=clocks.monotonic_ns,
+            boottime_ns=clocks.boottime_ns,
+        )
+        yield Delta(frozen, directory, msgspec.structs.replace(record, process=process, dump=dump))
+
+
+def _with_memory(
+    directory: Path, base: Image, mapped: Path | None, dump_bytes: int, *, complete: bool
+) -> Dump:
+    """Provide the dump with memory files, the base's or new ones, and describe it."""
+    known = base.record.dump
+    criu = directory / "criu"
+    if mapped is not None:
+        written = sum(path.stat().st_size for path in criu.glob("pages-*.img"))
+        share = written / max(1, sum(each.data_bytes for each in known.memory))
+        if not complete and share < _FLATTENED_SHARE and not memory_files.is_ambiguous(criu):
+            (directory / "memory").symlink_to(mapped / "memory")
+            return _delta(directory, base, dump_bytes)
+        staged = directory / "staged"
+        staged.mkdir(mode=0o700)
+        memory_files.copy_back(criu, mapped / "memory", staged)
+        remove_tree(criu)
+        staged.replace(criu)
+        zero_pages.drop(criu)
+    memory_files.forget_memory_files(criu)
+    (directory / "memory").mkdir(mode=0o700)
+    moved = memory_files.move_memory(criu, directory / "memory")
+    return Dump(
+        dump_bytes=dump_bytes,
+        stored_bytes=_size_bytes(criu) + sum(each.data_bytes for each in moved),
+        files=dump_tree.scan(directory),
+        memory=tuple(dump_tree.stored_memory(each) for each in moved),
+    )
+
+
+def _delta(directory: Path, base: Image, dump_bytes: int) -> Dump:
+    known = base.record.dump
+    ranges = memory_files.mapped_ranges(directory / "criu")
+    found = [
+        msgspec.structs.replace(each, ranges=join_ranges(ranges.get(each.path.name, [])))
+        for each in known.memory
     ]
-    process = msgspec.structs.replace(
-        record.process,
-        monotonic_ns=clocks.monotonic_ns,
-        boottime_ns=clocks.boottime_ns,
-        stdout=names[output.stdout],
-        stderr=names[output.stderr],
+    return Dump(
+        dump_bytes=dump_bytes,
+        stored_bytes=_size_bytes(directory / "criu") + sum(each.data_bytes for each in found),
+        base=known.base or base.index.digest,
+        files=_numbered(known.files, dump_tree.scan(directory)),
+        memory=found,
     )
-    return Delta(
-        directory=directory,
-        record=msgspec.structs.replace(
-            record, process=process, dump=msgspec.structs.replace(record.dump, memory=memory_now)
-        ),
-        bytes=sum(_sizes(directory)),
-    )
+
+
+def _numbered(base: Sequence[StoredFile], ours: Sequence[StoredFile]) -> list[StoredFile]:
+    """Return the files of a delta with numbers: memory files have those that the base's layers use."""
+    shared = {file.path: (number, file) for number, file in numbered(base).items() if _is_memory(file)}
+    free = itertools.count(1 + max(number for number, _ in shared.values()))
+    found = []
+    for file in ours:
+        number, known = shared[file.path] if _is_memory(file) else (next(free), file)
+        found.append(msgspec.structs.replace(known, number=number))
+    return found
+
+
+def _is_memory(file: StoredFile) -> bool:
+    return file.path.parts[0] == "memory"
 
 
 def _name_of_output(cell: Cell, ours: int) -> str:
@@ -125,3 +209,7 @@ def _sizes(directory: Path) -> Iterator[int]:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             yield path.stat().st_blocks * 512
+
+
+def _size_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())

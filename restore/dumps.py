@@ -4,8 +4,12 @@
     dumps/HEX/
         criu/  memory/  shm/    the tree as CRIU reads it; running servers map what is in memory/
         copied/                 made where memory cannot be mapped: CRIU's images with all of the memory
-        ready.json              written last: boot id, size, seal; its mtime is the time of the last use
+        ready.json              written last: boot id, size, seal, whose memory files it has; its mtime is the
+                                time of the last use
     dumps/HEX.lock              held shared while it is restored from or mapped, exclusively to write it
+
+An image and its deltas have the same memory files. If a dump with these is here already, `memory` is a link
+to that dump's, which is locked as well while it is used.
 
 Dumps are not synced to disk, because they are quick to unpack again. One from before the last boot may
 therefore be incomplete, and is not used.
@@ -16,9 +20,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+import msgspec
+
+from oci.descriptor import Descriptor
 from oci.image import Image
 from oci.trust.verifier import Verified
 from rekindle.dump_tree import tops
@@ -27,6 +35,7 @@ from rekindle.files import locked, remove_tree, try_lock
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
 from rekindle.proc import boot_id
+from rekindle.record import StoredFile, numbered
 from rekindle.report import Report
 
 _DEFAULT_LIMIT_BYTES = 64 << 30
@@ -35,12 +44,18 @@ _WAIT_SECONDS = 3600.0
 
 @contextlib.contextmanager
 def ready(
-    home: Home, work: Path, verified: Verified[Image], report: Report, *, paranoid: bool = False
+    home: Home,
+    work: Path,
+    verified: Verified[Image],
+    report: Report,
+    *,
+    paranoid: bool = False,
+    expect: Callable[[int], None] | None = None,
 ) -> Iterator[Path]:
     """Yield the directory of an image's dump: unpacked if missing, and not removed within the context.
 
     Atomic: the dump is unpacked in `work` and renamed. A kept dump is reused only if none of its files has
-    changed; with `paranoid`, it is unpacked again.
+    changed; with `paranoid`, it is unpacked again. `expect` is told how many bytes will be read for that.
 
     Raises SpaceError, before removing other dumps, if the dump is larger than the whole disk.
     """
@@ -51,10 +66,11 @@ def ready(
     target = home.dumps / image.process.digest.hex
     lock = home.dumps / f"{image.process.digest.hex}.lock"
     while True:
-        with locked(lock, shared=True, timeout=_WAIT_SECONDS):
-            if (fresh or not paranoid) and _is_ready(target, image):
-                with contextlib.suppress(OSError):
-                    os.utime(target / "ready.json")
+        with locked(lock, shared=True, timeout=_WAIT_SECONDS), _used(target) as used:
+            if used and (fresh or not paranoid) and _is_ready(target, image):
+                for each in used:
+                    with contextlib.suppress(OSError):
+                        os.utime(each / "ready.json")
                 _evict(home.dumps, keep=target.name, limit=limit, room=0)
                 yield target
                 return
@@ -68,11 +84,15 @@ def ready(
                     )
                 tries_left -= 1
                 _clear(target)
-                room = _room_bytes(image)
-                _require_disk_size(home.dumps, room)
-                _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
-                with report.phase("unpack"):
-                    _unpack(image, work / "unpacked", target, report)
+                with contextlib.nullcontext() if paranoid else _lender(home.dumps, image) as lender:
+                    room = _room_bytes(image, lender)
+                    _require_disk_size(home.dumps, room)
+                    _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
+                    if expect:
+                        layers = image.layers if lender is None else own_layers(image)
+                        expect(sum(layer.size for layer in layers))
+                    with report.phase("unpack"):
+                        _unpack(image, work / "unpacked", target, report, lender)
                 fresh = True
 
 
@@ -126,12 +146,14 @@ def limit_bytes() -> int:
         raise UsageError(f"invalid REKINDLE_DUMPS_LIMIT '{text}': not a number of GiB") from None
 
 
-def _room_bytes(image: Image) -> int:
+def _room_bytes(image: Image, lender: Path | None) -> int:
     """Return the most that a dump can take on disk.
 
     Bounded by what its layers can expand to: a record with false sizes would evict all other dumps.
     """
     dump = image.record.dump
+    if lender is not None:
+        return sum(file.size for file in own_files(image) if file.path.parts[0] == "criu")
     recorded = sum(file.size for file in dump.files if file.path.parts[0] == "criu")
     recorded += sum(each.data_bytes for each in dump.memory)
     possible = sum(image.limits.expanded_bytes(layer.size) for layer in image.layers)
@@ -147,7 +169,7 @@ def _require_disk_size(dumps: Path, room: int) -> None:
         )
 
 
-def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
+def _unpack(image: Image, staged: Path, target: Path, report: Report, lender: Path | None) -> None:
     from oci.dump_layers import (  # most restores find the dump unpacked, and zstandard takes time to load
         unpack,
         workers,
@@ -158,8 +180,8 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
         try:
             written = unpack(
                 image.blobs,
-                image.layers,
-                image.record.dump.files,
+                image.layers if lender is None else own_layers(image),
+                image.record.dump.files if lender is None else own_files(image),
                 staged,
                 workers=workers(),
                 limits=image.limits,
@@ -171,23 +193,91 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report) -> None:
             if not image.blobs.fall_back_to_origin():
                 raise
     report.bytes.written = written
-    (staged / "ready.json").write_text(
-        json.dumps({"boot": boot_id(), "bytes": written, "seal": _seal(staged, image)})
-    )
+    if lender is not None:
+        (staged / "memory").symlink_to(lender / "memory")
+    marker = {"boot": boot_id(), "bytes": written, "memory": _memory_key(image)}
+    marker |= {"seal": _seal(staged, image), "memory_seal": _seal_memory(staged, image)}
+    (staged / "ready.json").write_text(json.dumps(marker))
     staged.replace(target)
+
+
+def own_layers(image: Image) -> list[Descriptor]:
+    """Return the layers that hold no memory files."""
+    return [layer for layer in image.layers if not layer.is_memory]
+
+
+def own_files(image: Image) -> list[StoredFile]:
+    """Return the files of a dump without its memory files, with their numbers."""
+    return [
+        msgspec.structs.replace(file, number=number)
+        for number, file in numbered(image.record.dump.files).items()
+        if file.path.parts[0] != "memory"
+    ]
+
+
+def _memory_key(image: Image) -> str:
+    """Return a digest of what the memory files of a dump are made from; "" if it has none.
+
+    Dumps with equal keys have equal memory files.
+    """
+    layers = [layer for layer in image.layers if layer.is_memory]
+    if not layers:
+        return ""
+    files = numbered(image.record.dump.files).items()
+    memory = [(number, str(file.path), file.size) for number, file in files if file.path.parts[0] == "memory"]
+    facts = json.dumps([sorted(str(layer.digest) for layer in layers), sorted(memory)])
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _lender(dumps: Path, image: Image) -> Iterator[Path | None]:
+    """Yield a kept dump with the memory files of an image, or None; it is not removed within the context."""
+    key = _memory_key(image)
+    for path in dumps.iterdir() if key else ():
+        marker = _marker(path)
+        if marker is None or marker.memory != key or (path / "memory").is_symlink():
+            continue
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            if not _try_shared(path, stack):
+                continue
+            if marker.boot == boot_id() and marker.memory_seal == _seal_memory(path, image):
+                yield path
+                return
+    yield None
+
+
+@contextlib.contextmanager
+def _used(target: Path) -> Iterator[list[Path]]:
+    """Yield the directories that a kept dump consists of: itself, and the one whose memory files it links to.
+
+    The latter is not removed within the context. Yields nothing if it is being removed already.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lender = (target / "memory").readlink().parent
+        except OSError:  # no link
+            yield [target]
+            return
+        yield [target, lender] if _try_shared(lender, stack) else []
+
+
+def _try_shared(dump: Path, stack: contextlib.ExitStack) -> bool:
+    fd = os.open(dump.with_name(f"{dump.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, fd)
+    return try_lock(fd, shared=True)
 
 
 def _is_ready(target: Path, image: Image) -> bool:
     """Return whether a kept dump is complete, private, and unchanged since its digests were checked."""
     marker = _marker(target)
-    if marker is None or marker[0] != boot_id():
+    if marker is None or marker.boot != boot_id():
         return False
     status = target.lstat()
     private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
     if not private or status.st_uid != os.geteuid():
         return False
     with contextlib.suppress(OSError):
-        return marker[2] == _seal(target, image)
+        return marker.seal == _seal(target, image)
     return False
 
 
@@ -201,6 +291,11 @@ def _seal(tree: Path, image: Image) -> str:
     directories = {PurePosixPath(top) for top in tops(image.record.dump.files)}
     directories |= {parent for path in files for parent in path.parents if parent.parts}
     return _digest_of_metadata(tree, (*files, *sorted(directories)))
+
+
+def _seal_memory(tree: Path, image: Image) -> str:
+    files = [file.path for file in image.record.dump.files if file.path.parts[0] == "memory"]
+    return _digest_of_metadata(tree, sorted(files))
 
 
 def _seal_directory(directory: Path) -> str:
@@ -218,10 +313,26 @@ def _digest_of_metadata(tree: Path, paths: Iterable[PurePosixPath]) -> str:
     return hasher.hexdigest()
 
 
-def _marker(target: Path) -> tuple[str, int, str] | None:
+class _Marker(NamedTuple):
+    """The content of ready.json. `memory` is "" in those of older versions."""
+
+    boot: str
+    bytes: int
+    seal: str
+    memory: str
+    memory_seal: str
+
+
+def _marker(target: Path) -> _Marker | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         content = json.loads((target / "ready.json").read_bytes())
-        return str(content["boot"]), int(content["bytes"]), str(content["seal"])
+        return _Marker(
+            boot=str(content["boot"]),
+            bytes=int(content["bytes"]),
+            seal=str(content["seal"]),
+            memory=str(content.get("memory", "")),
+            memory_seal=str(content.get("memory_seal", "")),
+        )
     return None
 
 
@@ -235,11 +346,11 @@ def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
         if path.suffix == ".lock" or path.name == keep:
             continue
         marker = _marker(path)
-        stale = marker is None or marker[0] != boot_id()
+        stale = marker is None or marker.boot != boot_id()
         used = 0.0
         with contextlib.suppress(OSError):
             used = (path / "ready.json").stat().st_mtime
-        found.append((not stale, used, path, marker[1] if marker else 0))
+        found.append((not stale, used, path, marker.bytes if marker else 0))
     total = sum(size for _, _, _, size in found)
     for useful, _, path, size in sorted(found):
         crowded = total > limit or _free_bytes(dumps) < room

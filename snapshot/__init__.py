@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snapshot.flow import snapshot
-    from snapshot.options import Progress, SnapshotOptions
+    from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
+    from snapshot.replica import RunningReplica, save_replica
 
-__all__ = ["Progress", "SnapshotOptions", "snapshot"]
+__all__ = ["Progress", "ReplicaOptions", "RunningReplica", "SnapshotOptions", "save_replica", "snapshot"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,7 +24,11 @@ def __getattr__(name: str) -> Any:
         from snapshot import flow
 
         return getattr(flow, name)
-    if name in {"Progress", "SnapshotOptions"}:
+    if name in {"RunningReplica", "save_replica"}:
+        from snapshot import replica
+
+        return getattr(replica, name)
+    if name in {"Progress", "ReplicaOptions", "SnapshotOptions"}:
         from snapshot import options
 
         return getattr(options, name)

@@ -2,16 +2,15 @@
 """Describe a server for its record: where it listens, and which files it uses."""
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from msgspec import Struct
 
 from rekindle.cell import Cell, processes
-from rekindle.criu.memory_files import MemoryFile
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node.mapped import MappedFile, describe
-from rekindle.record import Record, StoredMemory
+from rekindle.record import Record
 
 
 class Dumped(Struct, frozen=True, kw_only=True):
@@ -33,15 +32,6 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     server_pid: int
     threads: int
     opened: set[str]
-
-
-def stored_memory(file: MemoryFile) -> StoredMemory:
-    """Describe a memory file for the record."""
-    return StoredMemory(
-        path=PurePosixPath("memory", file.name),
-        data_bytes=file.data_bytes,
-        ranges=[(each.start, each.end) for each in file.ranges],
-    )
 
 
 def listened_endpoint(cell: Cell, engine: Engine) -> Endpoint:

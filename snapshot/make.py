@@ -15,7 +15,7 @@ from rekindle import __version__, criu
 from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
-from rekindle.dump_tree import TOPS
+from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify
@@ -36,7 +36,6 @@ from snapshot.describe import (
     mapped_files,
     opened_files,
     readable_path,
-    stored_memory,
 )
 from snapshot.obstacles import require_dumpable
 from snapshot.server import TEMPORARY, Server, make_temporary

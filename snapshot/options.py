@@ -51,6 +51,21 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
             raise UsageError("--oracle-request needs --ready-url")
 
 
+class ReplicaOptions(Struct, frozen=True, kw_only=True):
+    """How to save a replica as `image`, a reference as users write it.
+
+    With `runs_on`, the replica runs on as soon as its dump is complete; else it ends once the image is
+    published. `prove`, `secrets`, `sign` and `registry` are as in SnapshotOptions.
+    """
+
+    image: str
+    runs_on: bool = False
+    prove: bool = True
+    secrets: tuple[str, ...] = ()
+    sign: "Sign | None" = None
+    registry: RegistryOptions = field(default_factory=RegistryOptions)
+
+
 class Progress:
     """Shows the progress of a snapshot. This one shows nothing; override `sending`."""
 

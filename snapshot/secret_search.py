@@ -290,6 +290,8 @@ def _file_extents(tree: Path) -> Iterator[_Extent]:
     seen: set[int] = set()
     places = {"criu": "in CRIU's file {}", "memory": "", "shm": "in /dev/shm/{}"}
     for top, place in places.items():
+        if (tree / top).is_symlink():  # the memory of another image
+            continue
         for path in sorted((tree / top).rglob("*")):
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_ino in seen:

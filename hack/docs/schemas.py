@@ -12,7 +12,7 @@ from hack.docs import pages
 from oci.cache.inventory import Inventory
 from rekindle.digest import Digest
 from rekindle.fields import JSON
-from rekindle.record import SCHEMA, SCHEMA_WITHOUT_MEMORY, Record
+from rekindle.record import SCHEMA, SCHEMA_DELTA, SCHEMA_WITHOUT_MEMORY, Record
 
 DOCUMENTS = {"record": Record, "inventory": Inventory}
 _TEXTS: dict[type, dict[str, JSON]] = {
@@ -28,7 +28,7 @@ def schema(kind: type) -> dict[str, JSON]:
     for part in parts.values():
         part["description"] = inspect.cleandoc(part["description"])
     if kind is Record:
-        parts["Record"]["properties"]["schema"]["enum"] = [SCHEMA_WITHOUT_MEMORY, SCHEMA]
+        parts["Record"]["properties"]["schema"]["enum"] = [SCHEMA_WITHOUT_MEMORY, SCHEMA, SCHEMA_DELTA]
         node = parts["Fingerprint"]
         # A node's GPUs stand beside its other fields.
         del node["properties"]["devices"]

@@ -28,6 +28,7 @@ _LEFTOVER_SECONDS = 0.1
 _INSTALL_HINT = "run `hack/get-criu` to install one that works, or set REKINDLE_CRIU to yours"
 # Higher levels cost time: at -v4 a vLLM tree logs 30,000 lines.
 _RESTORE_VERBOSITY = "-v1"
+_OUTPUT = "criu.out"
 
 _COMMON = [
     "--tcp-established",  # the processes of a server talk to each other over loopback
@@ -195,20 +196,29 @@ def _expect(got: bytes, wanted: bytes) -> None:
         raise RestoreError(f"the trial process answered {got!r} instead of {wanted!r}")
 
 
-def dump(
-    criu: Criu,
-    cell: Cell,
-    pid: int,
-    directory: Path,
-    *,
-    external: Sequence[str] = (),
-    timeout: float = _TIMEOUT_SECONDS,
-) -> None:
+def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
     """Dump a process of the cell and its descendants into a directory, and kill them.
 
-    `external` names descriptors that lead out of the cell (criu(8), --external); the next restore replaces
-    them. Raises DumpError; the processes then keep running, unless CRIU had to be killed.
+    Raises DumpError; the processes then keep running, unless CRIU had to be killed. See also `frozen`.
     """
+    command = dump_command(criu, pid, directory, timeout)
+    status = cell.run(command, timeout)
+    if status != 0:
+        raise failed(
+            DumpError("CRIU could not dump the server"), command.argv, directory, "dump.log", status, timeout
+        )
+
+
+def dump_command(
+    criu: Criu,
+    pid: int,
+    directory: Path,
+    timeout: float = _TIMEOUT_SECONDS,
+    options: Sequence[str] = (),
+    *,
+    logs: Path | None = None,
+) -> Command:
+    """Return the command that dumps a process tree of a cell into a directory. `logs` is another for logs."""
     argv = [
         str(criu.path),
         "dump",
@@ -219,9 +229,9 @@ def dump(
         f"--timeout={int(timeout)}",
         f"--ghost-limit={GHOST_LIMIT_BYTES}",
         *_COMMON,
-        *(f"--external={name}" for name in external),
+        *options,
     ]
-    _call(cell, argv, directory, "dump.log", timeout, {}, DumpError("CRIU could not dump the server"))
+    return _command(argv, logs or directory, {})
 
 
 def restore(
@@ -256,23 +266,21 @@ def restore(
     for number, path in enumerate(inherit or {}):
         argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
     env = amx.environment(home.tools) if home else {}
-    failure = RestoreError("CRIU could not restore the server")
-    _call(cell, argv, log_directory, "restore.log", timeout, env, failure, fds, memory)
+    status = cell.run(_command(argv, log_directory, env, fds, memory), timeout)
+    if status != 0:
+        failure = RestoreError("CRIU could not restore the server")
+        raise failed(failure, argv, log_directory, "restore.log", status, timeout)
 
 
-def _call(
-    cell: Cell,
+def _command(
     argv: Sequence[str],
     log_directory: Path,
-    log_name: str,
-    timeout: float,
     env: Mapping[str, str],
-    failure: RekindleError,
     fds: Mapping[int, int] | None = None,
     memory: MemoryFiles | None = None,
-) -> None:
-    output = log_directory / "criu.out"
-    command = Command(
+) -> Command:
+    output = log_directory / _OUTPUT
+    return Command(
         argv=argv,
         env={"PATH": os.environ.get("PATH", os.defpath), **env},
         cwd=Path("/"),
@@ -280,17 +288,25 @@ def _call(
         fds=fds or {},
         memory=memory,
     )
-    status = cell.run(command, timeout)
-    if status == 0:
-        return
+
+
+def failed(
+    failure: RekindleError,
+    argv: Sequence[str],
+    log_directory: Path,
+    log_name: str,
+    status: int | None,
+    timeout: float,
+) -> RekindleError:
+    """Complete the error for a CRIU that failed; `status` is None after a timeout."""
     log = log_directory / log_name
-    cause = errors_in(log) or errors_in(output, every_line=True)
+    cause = errors_in(log) or errors_in(log_directory / _OUTPUT, every_line=True)
     if status is None:
         cause = f"timed out after {timeout:.0f} s. {cause}"
     if "No space left on device" in cause:
-        raise full_disk(log_directory, cause=cause)
+        return full_disk(log_directory, cause=cause)
     failure.cause, failure.log, failure.command = cause, log, tuple(argv)
-    raise failure
+    return failure
 
 
 def remove_leftovers() -> None:

@@ -22,10 +22,11 @@ compensates.
 """
 
 import bisect
+import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -116,14 +117,40 @@ def copy_back(criu: Path, memory: Path, target: Path) -> int:
     It is for nodes on which memory files cannot be mapped. Leaves the dump at `criu` unchanged.
     """
     ids = _memory_file_ids(criu)
-    pids = set(ids.values())
-    changed = {f"{kind}-{pid}.img" for pid in pids for kind in ("mm", "pagemap")}
-    changed |= {f"pages-{read_pagemap(criu / f'pagemap-{pid}.img')[0]}.img" for pid in pids}
+    tasks = [task for task in _tasks(criu) if task.uses(ids)]
+    changed = {f"{kind}-{task.pid}.img" for task in tasks for kind in ("mm", "pagemap")}
+    changed |= {f"pages-{task.pages_id}.img" for task in tasks}
     for path in criu.iterdir():
         if path.name not in changed and path.is_file():
             # Not a hard link: that would change the ctime, by which a ready dump is known to be untouched.
             (target / path.name).write_bytes(path.read_bytes())
-    return sum(_Task.read(criu, pid).copy_back(memory / pid, ids, target) for pid in sorted(pids))
+    return sum(task.copy_back(memory, ids, target) for task in tasks)
+
+
+def forget_memory_files(criu: Path) -> None:
+    """Remove the memory files from the list of a dump's files, in place; no process may map one."""
+    path = criu / "files.img"
+    ids = _memory_file_ids(criu)
+    messages = read_messages(path, FILES_MAGIC)
+    kept = [each for each in messages if integer(read_fields(each, path), 2, path) not in ids]
+    write_messages(path, FILES_MAGIC, kept)
+
+
+def is_ambiguous(criu: Path) -> bool:
+    """Tell whether CRIU would confuse mappings of memory files of two processes of a dump.
+
+    It takes mappings of one file at one address for inherited and does not compare their offsets. That takes
+    a process that has moved memory after a fork to where its parent has other memory.
+    """
+    ids = _memory_file_ids(criu)
+    offsets: dict[tuple[int, int, int], int] = {}
+    for task in _tasks(criu):
+        for _, fields, start, end, _, _ in task.entries():
+            if (shmid := integer(fields, _SHMID, criu)) in ids:
+                offset = integer(fields, _PGOFF, criu)
+                if offsets.setdefault((start, end, shmid), offset) != offset:
+                    return True
+    return False
 
 
 def mapped_ranges(criu: Path) -> dict[str, list[tuple[int, int]]]:
@@ -134,12 +161,16 @@ def mapped_ranges(criu: Path) -> dict[str, list[tuple[int, int]]]:
     """
     ids = _memory_file_ids(criu)
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in ids.values()}
-    for path in criu.glob("mm-[0-9]*.img"):
-        task = _Task.read(criu, path.stem.removeprefix("mm-"))
+    for task in _tasks(criu):
         for _, fields, start, end, _, _ in task.entries():
-            if name := ids.get(integer(fields, _SHMID, path)):
+            if name := ids.get(integer(fields, _SHMID, criu)):
                 found[name].append((start, end))
     return {name: sorted(ranges) for name, ranges in found.items()}
+
+
+def _tasks(criu: Path) -> Iterator["_Task"]:
+    for path in sorted(criu.glob("mm-[0-9]*.img")):
+        yield _Task.read(criu, path.stem.removeprefix("mm-"))
 
 
 class _Task:
@@ -228,13 +259,21 @@ class _Task:
             )
         write_messages(self.criu / f"mm-{self.pid}.img", MM_MAGIC, [encode_fields(self.mm)])
 
-    def copy_back(self, source: Path, ids: dict[int, str], target: Path) -> int:
-        """Write the images of this process to `target` with anonymous memory; return the bytes copied."""
-        ranges, path = [], self._path
+    def uses(self, ids: Mapping[int, str]) -> bool:
+        """Tell whether the process maps one of the files with these ids."""
+        return any(integer(fields, _SHMID, self._path) in ids for _, fields, *_ in self.entries())
+
+    def copy_back(self, memory: Path, ids: Mapping[int, str], target: Path) -> int:
+        """Write the images of this process to `target` with anonymous memory; return the bytes copied.
+
+        A process maps its own memory file, and after a fork also those of its ancestors.
+        """
+        path = self._path
+        ranges: dict[str, list[MappedRange]] = {}
         for position, fields, start, end, _, _ in list(self.entries()):
-            if ids.get(integer(fields, _SHMID, path)) == self.pid:
+            if name := ids.get(integer(fields, _SHMID, path)):
                 offset = integer(fields, _PGOFF, path)
-                ranges.append(MappedRange(start=start, end=end, offset=offset))
+                ranges.setdefault(name, []).append(MappedRange(start=start, end=end, offset=offset))
                 self._change(
                     position,
                     pgoff=0,
@@ -246,14 +285,17 @@ class _Task:
                 )
         write_messages(target / f"mm-{self.pid}.img", MM_MAGIC, [encode_fields(self.mm)])
         with (
-            open(source, "rb", buffering=0) as file,
+            contextlib.ExitStack() as opened,
             open(self.criu / f"pages-{self.pages_id}.img", "rb", buffering=0) as pages,
             open(target / f"pages-{self.pages_id}.img", "xb", buffering=0) as out,
         ):
-            found = _merged(self.stretches, pages.fileno(), ranges, file.fileno())
+            sources = [
+                (opened.enter_context(open(memory / name, "rb", buffering=0)).fileno(), mapped)
+                for name, mapped in ranges.items()
+            ]
             stretches: list[Stretch] = []
             copied = 0
-            for stretch, fd, at in found:
+            for stretch, fd, at in _merged(self.stretches, pages.fileno(), sources):
                 append_stretch(stretches, stretch)
                 if stretch.flags & PE_PRESENT:
                     _copy(fd, at, out.fileno(), copied, stretch.pages * PAGE_BYTES)
@@ -339,11 +381,12 @@ class _Task:
 
 
 def _merged(
-    stretches: Sequence[Stretch], pages_fd: int, ranges: Sequence[MappedRange], file_fd: int
+    stretches: Sequence[Stretch], pages_fd: int, sources: Sequence[tuple[int, Sequence[MappedRange]]]
 ) -> list[tuple[Stretch, int, int]]:
     """Return the stretches of a restored process by address, each with the file and offset of its pages.
 
-    Pages that CRIU has of a mapping of a memory file were written later and override the file's.
+    `sources` are memory files and their mappings. Pages that CRIU has of such a mapping were written later
+    and override the file's.
     """
     found: list[tuple[Stretch, int, int]] = []
     at = 0
@@ -351,28 +394,29 @@ def _merged(
         found.append((stretch, pages_fd, at))
         at += stretch.pages * PAGE_BYTES if stretch.flags & PE_PRESENT else 0
     written = sorted((s.address, s.address + s.pages * PAGE_BYTES) for s in stretches)
-    size = os.fstat(file_fd).st_size
-    for extent, length in data_extents(file_fd, size):
-        for each in ranges:
-            first = max(each.offset, extent)
-            last = min(each.offset + each.end - each.start, extent + length)
-            if first >= last:
-                continue
-            address = each.start + first - each.offset
-            for start, end in _without(address, address + last - first, written):
-                stretch = Stretch(address=start, pages=(end - start) // PAGE_BYTES, flags=PE_PRESENT)
-                found.append((stretch, file_fd, each.offset + start - each.start))
+    for fd, ranges in sources:
+        for extent, length in data_extents(fd, os.fstat(fd).st_size):
+            for each in ranges:
+                first = max(each.offset, extent)
+                last = min(each.offset + each.end - each.start, extent + length)
+                if first >= last:
+                    continue
+                address = each.start + first - each.offset
+                for start, end in _without(address, address + last - first, written):
+                    stretch = Stretch(address=start, pages=(end - start) // PAGE_BYTES, flags=PE_PRESENT)
+                    found.append((stretch, fd, each.offset + start - each.start))
     return sorted(found, key=lambda each: each[0].address)
 
 
 def _without(start: int, end: int, taken: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range that are not in `taken`, which is sorted."""
-    for first, last in taken:
-        if last <= start or first >= end:
-            continue
+    """Yield the parts of a range that are not in `taken`, which is sorted and without overlaps."""
+    begin = bisect.bisect_right(taken, start, key=lambda each: each[1])
+    for first, last in itertools.islice(taken, begin, None):
+        if first >= end:
+            break
         if first > start:
             yield start, first
-        start = max(start, last)
+        start = last
     if start < end:
         yield start, end
 

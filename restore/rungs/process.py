@@ -85,11 +85,16 @@ def take(
                 _extract_mapped_files(run, source, step, stack)
         stack.callback(cell.end)
         with contextlib.ExitStack() as using:
-            if source.tally is not None:
-                source.tally.expect(sum(layer.size for layer in image.layers))
             with run.listener.progress(source.tally):
                 dump = using.enter_context(
-                    dumps.ready(home, work, source.image, report, paranoid=run.options.paranoid)
+                    dumps.ready(
+                        home,
+                        work,
+                        source.image,
+                        report,
+                        paranoid=run.options.paranoid,
+                        expect=source.tally.expect if source.tally else None,
+                    )
                 )
             using.enter_context(Prefetch(dump, record.dump.memory))
             cuda = None

@@ -1,28 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A restored server maps its memory: replicas share it, and one can be dumped by what it has written."""
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from oci import image as images
-from oci.layout import Layout
-from rekindle import criu
-from rekindle.cell import Cell
-from rekindle.config import Limits
-from rekindle.engine.client import Client
-from rekindle.home import Home
-from rekindle.report import MemoryMode, Report
-from restore.delta import Delta, dump_replica
-from restore.options import Memory, Output
-from restore.rungs import process
-from tests.conftest import SERVERS, Rekindle, Replica, free_port, wait_for, workhorse, workhorse_flags
+from tests.conftest import Rekindle, Replica, free_port, wait_for, workhorse, workhorse_flags
 
 pytestmark = pytest.mark.criu
 
@@ -170,128 +157,3 @@ def test_the_record_knows_the_working_set(image: str, rekindle: Rekindle) -> Non
     touched = sum(length for each in memory for _, length in each["working_set"])
     data = sum(each["data_bytes"] for each in memory)
     assert 0 < touched < data
-
-
-# A replica is dumped again.
-
-
-class Base:
-    """An image's ready dump, and what is needed to restore it."""
-
-    def __init__(self, rekindle: Rekindle, name: str) -> None:
-        self.home = Home(rekindle.home)
-        layout = Layout(self.home.store)
-        image = images.load(layout, layout.resolve(f"{name}:latest"), Limits())
-        self.record, self.dump = image.record, self.home.dumps / image.process.digest.hex
-        self.tool = criu.find(self.home)
-
-
-@pytest.fixture
-def base(image: str, rekindle: Rekindle) -> Base:
-    return Base(rekindle, image)
-
-
-@contextlib.contextmanager
-def restored(
-    base: Base, work: Path, output: int, delta: Delta | None = None
-) -> Iterator[tuple[Cell, Client]]:
-    work.mkdir()
-    record = delta.record if delta else base.record
-    report = Report(verb="restore")
-    with Cell() as cell:
-        process.restore(
-            cell,
-            record,
-            delta.directory if delta else base.dump,
-            tool=base.tool,
-            home=base.home,
-            work=work,
-            output=Output(stdout=output, stderr=output),
-            report=report,
-            memory=Memory.MAP,
-        )
-        assert report.memory is not None
-        assert report.memory.mode is MemoryMode.MAPPED
-        yield cell, Client(record.endpoint, cell.connect)
-
-
-def count(client: Client) -> int:
-    from rekindle.engine import Request
-
-    response = client.ask(Request(method="POST", path="/count", headers={}, body={}), timeout=30)
-    return int(json.loads(response.body))
-
-
-def test_a_replica_is_dumped_by_what_it_has_written(base: Base, tmp_path: Path) -> None:
-    """Three generations: each goes on where the last one was, and each dump is small."""
-    log = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    delta: Delta | None = None
-    counted = 0
-    for generation in range(3):
-        with restored(base, tmp_path / f"work-{generation}", log, delta) as (cell, client):
-            for _ in range(10):
-                counted += 1
-                assert count(client) == counted
-            delta = dump_replica(
-                cell,
-                delta.record if delta else base.record,
-                base.dump,
-                tmp_path / f"delta-{generation}",
-                tool=base.tool,
-                output=Output(stdout=log, stderr=log),
-            )
-        pages = sum(path.stat().st_size for path in (delta.directory / "criu").glob("pages-*.img"))
-        assert pages < 10 * MIB, "of 36 MiB"
-        assert not list((delta.directory / "shm").glob(".rekindle*"))
-    with restored(base, tmp_path / "last", log, delta) as (_, client):
-        assert count(client) == counted + 1
-    os.close(log)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "/dev/null"])
-def test_its_output_may_be(base: Base, tmp_path: Path, kind: str) -> None:
-    reader, writer = os.pipe() if kind == "pipe" else (-1, os.open(kind, os.O_WRONLY))
-    with restored(base, tmp_path / "work", writer) as (cell, client):
-        assert count(client) == 1
-        delta = dump_replica(
-            cell,
-            base.record,
-            base.dump,
-            tmp_path / "delta",
-            tool=base.tool,
-            output=Output(stdout=writer, stderr=writer),
-        )
-    with restored(base, tmp_path / "again", writer, delta) as (_, client):
-        assert count(client) == 2
-    for fd in {reader, writer} - {-1}:
-        os.close(fd)
-
-
-def test_memory_that_a_replica_has_moved_is_known_after_its_next_restore(
-    rekindle: Rekindle, port: int, tmp_path: Path
-) -> None:
-    words = ["snapshot", "mover", *workhorse_flags(port), "--", sys.executable, str(SERVERS / "mover.py")]
-    done = rekindle(*words, str(port))
-    assert done.status == 0, done.stderr
-    base = Base(rekindle, "mover")
-    output = os.open(os.devnull, os.O_WRONLY)
-    with restored(base, tmp_path / "work", output) as (cell, client):
-        assert ask(client, "/move") == {"at": 0x3000_0000_0000}
-        assert ask(client, "/drop") == {"failed": 0, "shown": ["00", "78"]}
-        delta = dump_replica(
-            cell,
-            base.record,
-            base.dump,
-            tmp_path / "delta",
-            tool=base.tool,
-            output=Output(stdout=output, stderr=output),
-        )
-    with restored(base, tmp_path / "again", output, delta) as (_, client):
-        assert ask(client, "/drop") == {"failed": 0, "shown": ["00", "78"]}
-    os.close(output)
-
-
-def ask(client: Client, path: str) -> object:
-    from rekindle.engine import Request
-
-    return json.loads(client.ask(Request(method="GET", path=path, headers={}, body=None), timeout=30).body)

@@ -6,6 +6,10 @@
     GET  /facts             what it sees of its surroundings, as JSON
     GET  /stream?n=N        N chunks, 50 ms apart
     POST /answer            the oracle's question
+    POST /fork              forks a process, which changes some of the memory that it shares
+    GET  /herd              what these processes and the server itself have in memory, as digests
+    POST /keep              keeps the body in memory
+    POST /grow?mib=N        writes N MiB of new memory, in place of what an earlier call wrote
 
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
 file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
@@ -14,6 +18,7 @@ cuda-child (so does its child), cuda-others=N (so do so many more).
 """
 
 import ctypes
+import hashlib
 import http.server
 import json
 import multiprocessing.shared_memory
@@ -166,6 +171,28 @@ def fork(keep: Callable[[], object]) -> int:
 
 
 cuda_states: list[pathlib.Path] = []
+herd: list[socket.socket] = []
+grown = b""
+kept: list[bytes] = []
+
+
+def in_memory() -> list[object]:
+    digests = [hashlib.sha256(each).hexdigest()[:16] for each in (random, zeros, grown)]
+    return [os.getpid(), state["count"], *digests]
+
+
+def foal() -> None:
+    """A process that has the memory of its parent, some of which it changes."""
+    ours, theirs = socket.socketpair()
+    herd.append(ours)
+    if os.fork():
+        theirs.close()
+        return
+    ours.close()
+    random[: 1 << 16] = str(os.getpid()).encode().ljust(1 << 16)
+    while theirs.recv(1):
+        theirs.sendall(json.dumps(in_memory()).encode())
+    os._exit(0)
 
 
 def claim_cuda() -> None:
@@ -210,6 +237,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "cuda": [json.loads(path.read_bytes()) for path in cuda_states],
                 }
             self.reply(json.dumps(facts))
+        elif url.path == "/herd":
+            found = [in_memory()]
+            for each in herd:
+                each.sendall(b"?")
+                found.append(json.loads(each.recv(4096)))
+            self.reply(json.dumps(found))
         elif url.path == "/stream":
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
@@ -232,6 +265,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             state["count"] += 1
             print(f"count {state['count']}", flush=True)
             self.reply(str(state["count"]))
+        elif self.path == "/fork":
+            foal()
+            self.reply(str(len(herd)))
+        elif self.path == "/keep":
+            kept.append(body)
+            self.reply(str(len(kept)))
+        elif self.path.startswith("/grow"):
+            global grown
+            grown = os.urandom(int(parse_qs(urlsplit(self.path).query)["mib"][0]) << 20)
+            self.reply(str(len(grown)))
         elif self.path == "/answer":
             wait_for_cuda()
             answer: object = 42

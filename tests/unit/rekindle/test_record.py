@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from rekindle import dump_tree
 from rekindle.cell import Network
 from rekindle.errors import FormatError
 from rekindle.node.fingerprint import Fingerprint
-from rekindle.record import RECORD_LIMIT_BYTES, FileKind, Record
+from rekindle.record import RECORD_LIMIT_BYTES, FileKind, Record, numbered
 from tests.samples.gauges import memory_peak
 from tests.samples.record import FULL_RECORD, NODE, RECORD, document
 
@@ -244,9 +245,36 @@ def test_a_value_out_of_range_is_refused(name: str, value: object) -> None:
         parse(changed(steps(name), value))
 
 
+def numbered_document(*numbers: int) -> dict[str, Any]:
+    """A delta's record, whose files have these numbers and then higher ones."""
+    value = document()
+    for file, number in zip(
+        value["dump"]["files"], itertools.chain(numbers, itertools.count(50)), strict=False
+    ):
+        file["number"] = number
+    return {**value, "schema": "rekindle.record/3", "dump": {**value["dump"], "base": f"sha256:{'b' * 64}"}}
+
+
+def test_a_delta_has_a_format_of_its_own() -> None:
+    record = parse(numbered_document(7, 4))
+    assert json.loads(record.to_bytes())["schema"] == "rekindle.record/3"
+    assert [file.number for file in record.dump.files][:3] == [7, 4, 50]
+    assert Record.parse(record.to_bytes()) == record
+    assert set(numbered(record.dump.files)) == {7, 4, *range(50, 48 + len(record.dump.files))}
+
+
+def test_numbers_of_files_must_be_clear() -> None:
+    with pytest.raises(FormatError, match="one number"):
+        parse(numbered_document(7, 7))
+    without = numbered_document(7, 4)
+    del without["dump"]["base"]
+    with pytest.raises(FormatError, match="names no base"):
+        parse(without)
+
+
 @pytest.mark.parametrize(
     ("schema", "hint"),
-    [("rekindle.record/3", "newer"), ("rekindle.record/10", "newer"), ("rekindle.report/1", ""), ("", "")],
+    [("rekindle.record/4", "newer"), ("rekindle.record/10", "newer"), ("rekindle.report/1", ""), ("", "")],
 )
 def test_another_schema_is_refused(schema: str, hint: str) -> None:
     with pytest.raises(FormatError, match="unknown format") as caught:
@@ -256,8 +284,8 @@ def test_another_schema_is_refused(schema: str, hint: str) -> None:
 
 
 def test_a_newer_record_need_not_look_like_ours() -> None:
-    with pytest.raises(FormatError, match="record/3"):
-        parse({"schema": "rekindle.record/3"})
+    with pytest.raises(FormatError, match="record/4"):
+        parse({"schema": "rekindle.record/4"})
 
 
 HOSTILE = {

@@ -13,9 +13,24 @@ from hypothesis import strategies as st
 
 from rekindle.cell import MEMORY_PLACE
 from rekindle.criu import memory_files
-from rekindle.criu.image_files import FILES_MAGIC, MM_MAGIC, read_messages, write_messages
-from rekindle.criu.memory_files import LEAST_PAGES, copy_back, move_memory
-from rekindle.criu.protobuf import content, integer, read_fields
+from rekindle.criu.image_files import (
+    FILES_MAGIC,
+    MM_MAGIC,
+    PE_PRESENT,
+    Stretch,
+    read_messages,
+    write_messages,
+    write_pagemap,
+)
+from rekindle.criu.memory_files import (
+    LEAST_PAGES,
+    copy_back,
+    forget_memory_files,
+    is_ambiguous,
+    mapped_ranges,
+    move_memory,
+)
+from rekindle.criu.protobuf import content, encode_fields, integer, read_fields
 from rekindle.errors import FormatError
 from tests.samples.dump import (
     BASE,
@@ -148,6 +163,50 @@ def test_processes_have_a_file_each(tmp_path: Path) -> None:
     assert [each.name for each in move_memory(criu, files)] == ["7", "8"]
     assert (files / "7").read_bytes() == (files / "8").read_bytes()
     assert (files / "7").stat().st_ino != (files / "8").stat().st_ino
+
+
+def fork(criu: Path, pages: dict[int, bytes], offset: int = 0) -> None:
+    """Add a process 8, which maps the memory file of process 7 and has written these pages."""
+    path = criu / "mm-7.img"
+    fields = read_fields(next(read_messages(path, MM_MAGIC)), path)
+    (entry,) = [value for number, _, value in fields if number == 14]
+    assert isinstance(entry, bytes)
+    moved = [(n, w, v + offset if n == 3 else v) for n, w, v in read_fields(entry, path)]  # type: ignore[operator]
+    write_messages(criu / "mm-8.img", MM_MAGIC, [encode_fields([(14, 2, encode_fields(moved))])])
+    stretches = [Stretch(address=address, pages=1, flags=PE_PRESENT) for address in sorted(pages)]
+    write_pagemap(criu / "pagemap-8.img", 2, stretches)
+    (criu / "pages-2.img").write_bytes(b"".join(pages[address] for address in sorted(pages)))
+
+
+def test_a_process_may_map_the_file_of_its_parent(tmp_path: Path) -> None:
+    """After a restore, a fork shares the memory file of its parent, which may end before it."""
+    criu, files, target = tmp_path / "criu", tmp_path / "memory", tmp_path / "copied"
+    for directory in (files, target):
+        directory.mkdir()
+    pages = {BASE + i * PAGE: page(i + 1) for i in range(LARGE)}
+    make_dump(criu, [mapping(BASE, BASE + LARGE * PAGE, flags=ANONYMOUS)], pages)
+    assert [each.name for each in move_memory(criu, files)] == ["7"]
+    fork(criu, {BASE + 3 * PAGE: page(99)})
+    assert mapped_ranges(criu) == {"7": [(BASE, BASE + LARGE * PAGE)] * 2}
+    assert not is_ambiguous(criu)
+    for kind in ("mm", "pagemap"):
+        (criu / f"{kind}-7.img").unlink()
+    copy_back(criu, files, target)
+    pages[BASE + 3 * PAGE] = page(99)
+    assert memory(target, "pagemap-8.img") == pages
+    forget_memory_files(target)
+    assert not mapped_ranges(target)
+
+
+def test_processes_that_map_different_parts_of_a_file_at_one_address_are_noticed(tmp_path: Path) -> None:
+    """CRIU 4.2.1 would give the child the pages of its parent."""
+    criu, files = tmp_path / "criu", tmp_path / "memory"
+    files.mkdir()
+    pages = {BASE + i * PAGE: page(i + 1) for i in range(LARGE)}
+    make_dump(criu, [mapping(BASE, BASE + LARGE * PAGE, flags=ANONYMOUS)], pages)
+    move_memory(criu, files)
+    fork(criu, {}, offset=PAGE)
+    assert is_ambiguous(criu)
 
 
 def test_a_pages_file_that_is_too_short_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dump processes and decide afterwards whether they end.
+
+CRIU calls an action script once the dump is complete, while the processes are still frozen (criu(8),
+--action-script, `post-dump`). The script waits for our decision: with status 0, CRIU kills the processes;
+with any other it lets them run on as if nothing had happened. Sockets, mappings and files are then as before.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rekindle.cell import MEMORY_PLACE, Cell, processes
+from rekindle.criu import Criu, dump_command, failed
+from rekindle.errors import DumpError, RekindleError
+
+_ROLL_BACK_SECONDS = 60.0
+_PLACE = MEMORY_PLACE.parent  # in the cell's own /dev/shm, which allows execution
+_SCRIPT, _FROZEN, _DECISION = "script", "frozen", "decision"  # the last two are pipes
+_TEXT = f"""#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
+echo >{_PLACE}/{_FROZEN}
+read -r word <{_PLACE}/{_DECISION}
+[ "$word" = end ]
+"""
+
+
+class FrozenDump:
+    """A complete dump in `directory`; its processes are frozen within the context. CRIU's log is in `logs`.
+
+    When the context is left, they end if `end` was called, and else run on, also after an exception. If CRIU
+    is killed meanwhile, their state is unknown: they are killed, too.
+
+    Entering the context raises DumpError if CRIU fails; the processes then run on.
+    """
+
+    def __init__(
+        self,
+        tool: Criu,
+        cell: Cell,
+        root_pid: int,
+        directory: Path,
+        *,
+        logs: Path,
+        external: Sequence[str] = (),
+        timeout: float = 600.0,
+    ) -> None:
+        self._tool, self._cell, self._root_pid = tool, cell, root_pid
+        self._directory, self._logs, self._external, self._timeout = directory, logs, external, timeout
+        self._ends = False
+        self._criu = 0
+        self._fifos: dict[str, int] = {}
+        self._error: RekindleError | None = None
+        self._worker = threading.Thread(target=self._dump, daemon=True)
+        self._stack = contextlib.ExitStack()
+
+    def end(self) -> None:
+        """Let the processes end when the context is left."""
+        self._ends = True
+
+    def __enter__(self) -> Self:
+        with self._stack:
+            place = self._cell.root / _PLACE.relative_to("/")
+            place.mkdir(mode=0o700, exist_ok=True)
+            script = place / _SCRIPT
+            script.write_text(_TEXT)
+            self._stack.callback(_remove, script)
+            script.chmod(0o700)
+            for name in (_FROZEN, _DECISION):
+                self._fifos[name] = self._fifo(place / name)
+            self._stack.push(lambda _kind, error, _trace: self._finish(error))
+            # In a thread: an exception that a signal handler raises here must not lose sight of CRIU.
+            self._worker.start()
+            self._worker.join()
+            if self._error is not None:
+                raise self._error
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._ends = False
+        self._stack.__exit__(kind, error, trace)
+
+    def _fifo(self, path: Path) -> int:
+        os.mkfifo(path, 0o600)
+        self._stack.callback(_remove, path)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self._stack.callback(os.close, fd)
+        return fd
+
+    def _dump(self) -> None:
+        """Start CRIU, and wait until the dump is complete or CRIU has exited."""
+        options = [f"--action-script={_PLACE}/{_SCRIPT}", f"--work-dir={self._logs}"]
+        options += [f"--external={name}" for name in self._external]
+        command = dump_command(
+            self._tool, self._root_pid, self._directory, self._timeout, options, logs=self._logs
+        )
+        try:
+            self._criu = self._cell.spawn(command)
+            if not self._await_frozen():
+                status = self._cell.wait(self._criu, 0.0)
+                failure = DumpError("CRIU could not dump the server")
+                self._error = failed(failure, command.argv, self._logs, "dump.log", status, self._timeout)
+        except RekindleError as error:
+            self._error = error
+
+    def _await_frozen(self) -> bool:
+        """Wait until the dump is complete; return False if CRIU has exited or takes too long."""
+        deadline = time.monotonic() + self._timeout
+        while (left := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select([self._fifos[_FROZEN], self._cell.fileno()], [], [], left)
+            if self._fifos[_FROZEN] in ready:
+                return True
+            if self._cell.fileno() in ready and self._cell.wait(self._criu, 0.0) is not None:
+                return False
+        return False
+
+    def _finish(self, error: BaseException | None) -> None:
+        """Tell CRIU what to do, and wait until it has done it."""
+        os.write(self._fifos[_DECISION], b"end\n" if self._ends else b"run\n")
+        if self._worker.ident is not None:
+            self._worker.join()
+        if not self._criu:
+            return
+        status = self._cell.wait(self._criu, _ROLL_BACK_SECONDS)
+        if status is not None and os.WIFEXITED(status) and (self._ends is (status == 0)):
+            return
+        if status is None:
+            self._cell.signal(self._criu, signal.SIGKILL)
+        for pid in processes.host_pids(self._cell):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if error is None:
+            raise DumpError(
+                "CRIU ended unexpectedly during a dump, so the server was ended, too",
+                cause=f"its wait status is {status}",
+                log=self._logs / "dump.log",
+            )
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the cell has ended
+        path.unlink()

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove a packed image by restoring it once, and publish it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from oci import image as images
+from oci import store, transfer
+from oci.descriptor import Descriptor
+from oci.layout import Layout
+from oci.reference import Reference, RegistryReference
+from oci.registry.access import Access
+from oci.registry.repository import Repository
+from oci.trust import made_here, signer
+from rekindle import criu
+from rekindle.cell import Cell, working_set
+from rekindle.cuda import search
+from rekindle.engine import Engine
+from rekindle.errors import RekindleError, UsageError
+from rekindle.home import Home
+from rekindle.report import Report
+from restore import dumps
+from restore.decide import match_process, plan
+from restore.decide.abilities import Abilities
+from restore.decide.rules import reason_for
+from restore.options import Output
+from restore.rungs import process
+from snapshot.options import Progress
+
+Signatures = tuple[list[Descriptor], list[Descriptor]]
+"""The signatures by this machine's key, and those by the user's."""
+
+
+def require_writable(reference: Reference, access: Access) -> None:
+    """Raise now, before the work, if an image cannot be pushed to this reference."""
+    if isinstance(reference, RegistryReference):
+        if reference.digest is not None:
+            raise UsageError(f"cannot save to {reference}: it names a digest", hint="use a tag")
+        with Repository(reference, access) as repository:
+            repository.tagged(reference.tag)
+
+
+def publish(
+    staging: Layout,
+    image: images.Image,
+    signatures: Signatures,
+    reference: Reference,
+    access: Access,
+    home: Home,
+    report: Report,
+    progress: Progress,
+    *,
+    mount_from: Sequence[str] = (),
+) -> None:
+    """Publish an image whose manifests are in `staging`, and its signatures; the tag comes last.
+
+    Blobs that the target has already are not copied. `mount_from` are repositories of the target's registry
+    that may have some.
+    """
+    own, given = signatures
+    if isinstance(reference, RegistryReference):
+        try:
+            tree = transfer.explore(image.blobs, image.index, access.config.limits)
+            with progress.sending(access.tally):
+                transfer.into_registry(image.blobs, tree, reference, access, mount_from=mount_from)
+            report.bytes.sent = access.tally.sent_bytes
+        except RekindleError as error:
+            # The image took minutes to make: keep it in the store.
+            name = f"{reference.repository}:{reference.tag}"
+            kept = Layout.create(home.store)
+            _stage_missing(staging, image, kept)
+            kept.publish(staging, image.index, name, [*own, *given])
+            error.hint = f"the image is in the local store: rekindle push {name} {reference}"
+            raise
+        return
+    layout = store.layout_of(reference, home, create=True)
+    with store.collecting(layout, reference):
+        attached = [*given, *(own if reference.directory is None else [])]
+        with layout.reading():  # keeps what is there already
+            _stage_missing(staging, image, layout)
+            layout.publish(staging, image.index, reference.tag, attached)
+
+
+def _stage_missing(staging: Layout, image: images.Image, target: Layout) -> None:
+    """Fetch the blobs that an image shares with an older one, if the target does not have them."""
+    for blob in transfer.explore(image.blobs, image.index, image.limits).blobs:
+        if not staging.contains(blob) and not target.contains(blob):
+            staging.upload(blob, image.blobs)
+
+
+def prove(
+    home: Home,
+    work: Path,
+    staging: Layout,
+    image: images.Image,
+    tool: criu.Criu,
+    engine: Engine,
+    report: Report,
+) -> images.Image:
+    """Restore the image that will be published, ask the oracle, and record which memory that touched.
+
+    Returns the image with that record; its dump is kept, unpacked, for `restore`.
+    """
+    made_here.sign(staging, [image.index], signer.predicate(image.record), None, home)
+    proved = made_here.verify(image, staging, home)
+    record = image.record
+    different = match_process.differing_files(record)
+    found = match_process.compare(record, record.node, Abilities(criu=tool), different)
+    plan.require_possible([reason_for(each) for each in found])
+    log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        proof = Report(verb="restore")
+        with (
+            report.phase("prove"),
+            search.begin_search(record, home) as cuda,
+            dumps.ready(home, work, proved, proof) as dump,
+            Cell() as cell,
+        ):
+            process.restore(
+                cell,
+                image.record,
+                dump,
+                tool=tool,
+                home=home,
+                work=work,
+                output=Output(stdout=log, stderr=log),
+                report=proof,
+                engine=engine,
+                cuda=process.CudaRestore(search=cuda) if cuda else None,
+            )
+            working_sets = working_set.touched(cell)
+        report.oracle, report.memory = proof.oracle, proof.memory
+    finally:
+        os.close(log)
+    if not working_sets:
+        return image
+    memory = [
+        msgspec.structs.replace(each, working_set=tuple(working_sets.get(each.path.name, ())))
+        for each in record.dump.memory
+    ]
+    own_bytes = proof.memory.own_bytes if proof.memory else 0
+    dumped = msgspec.structs.replace(record.dump, memory=memory, own_bytes=own_bytes)
+    changed = msgspec.structs.replace(record, dump=dumped)
+    known = images.build(staging, changed, image.layers, image.cache).fetched_from(image.blobs)
+    dumps.relabel(home, image, known)
+    return known

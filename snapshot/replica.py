@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save a replica as an image of its own, with what it has written since it was restored.
+
+    from snapshot import RunningReplica, ReplicaOptions, save_replica
+
+    image = save_replica(replica, ReplicaOptions(image="tiny-monday"))
+
+The image shares the memory layers of the image that the replica was restored from, and has small layers of
+its own. It has a record of its own, and is signed, verified, copied and restored as any other.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from oci import dump_layers, resolve, store
+from oci import image as images
+from oci.descriptor import Blobs
+from oci.image import Image
+from oci.layout import Layout
+from oci.overlay import Overlay
+from oci.reference import Reference, RegistryReference, parse
+from oci.trust import made_here, signer
+from rekindle import __version__, criu
+from rekindle.cell import Cell, Network, processes
+from rekindle.criu import Criu
+from rekindle.engine.choose import from_record
+from rekindle.errors import CapabilityError, DumpError, IntegrityError, NotFoundError
+from rekindle.node.fingerprint import Fingerprint
+from rekindle.record import Record, RecordedCriu
+from rekindle.report import ImageName, Report
+from restore import delta
+from restore.options import Output
+from snapshot import secret_search
+from snapshot.describe import mapped_files, opened_files
+from snapshot.obstacles import obstacles
+from snapshot.options import Progress, ReplicaOptions
+from snapshot.publish import prove, publish, require_writable
+
+_MANIFEST_LIMIT_BYTES = 4 << 20
+
+
+class RunningReplica(Struct, frozen=True, kw_only=True):
+    """A restored server that runs in a cell of ours.
+
+    It was restored from `image`, found as `reference`, with `output`. `dump` is the ready dump whose memory
+    files it maps, locked as long as it runs; None if its memory was copied.
+    """
+
+    cell: Cell
+    image: Image
+    reference: Reference
+    dump: Path | None
+    output: Output
+
+
+def save_replica(
+    replica: RunningReplica,
+    options: ReplicaOptions,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Image:
+    """Save a replica as an image, and fill the report.
+
+    The replica is frozen meanwhile. With `options.runs_on` it runs on once the dump is complete. Otherwise it
+    ends when the image is published, and runs on if anything fails or is interrupted before: its state is
+    never lost. If CRIU is killed, the replica ends.
+
+    Atomic: the tag is written last, and a failure leaves nothing behind. Raises CapabilityError for a server
+    with CUDA state, SecretError, NotDumpableError, DumpError, OracleError, and the errors of registries and
+    keys.
+    """
+    report = report or Report(verb="snapshot")
+    base = replica.image.record
+    _require_supported(base)
+    reference, home = parse(options.image), store.open_home()
+    access = resolve.access(options.registry, home)
+    require_writable(reference, access)
+    credentials = secret_search.KnownSecrets.of(os.environ, base.command, options.secrets)
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(home.work("snapshot"))
+        stack.enter_context(credentials.kept_out_of_errors())
+        with report.phase("find criu"):
+            tool = criu.find(home)
+        shared = stack.enter_context(_shared_blobs(replica, options))
+        frozen = stack.enter_context(contextlib.ExitStack())
+        with report.phase("dump"):
+            dumped = frozen.enter_context(_dumped(replica, work, tool, complete=shared is None))
+        with report.phase("describe"):
+            record = _described(dumped.record, replica, tool)
+        if options.runs_on:
+            frozen.close()
+        with report.phase("search for secrets"):
+            secret_search.require_no_secrets(dumped.directory, credentials)
+        with report.phase("pack"):
+            image = _pack(record, dumped.directory, replica.image, shared, Layout.create(work / "layout"))
+        staging = Layout(work / "layout")
+        if options.prove and record.process.network is Network.PRIVATE:
+            engine = from_record(record.engine.name, record.endpoint, record.engine.options)
+            image = prove(home, work, staging, image, tool, engine, report)
+        with report.phase("sign"):
+            attested = signer.predicate(image.record)
+            subjects = [image.index, *([image.cache] if image.cache else [])]
+            signatures = made_here.sign(staging, subjects, attested, options.sign, home)
+        report.image = ImageName(reference=options.image, digest=image.index.digest)
+        report.bytes.dump, report.bytes.written = dumped.bytes, sum(_own_sizes(image, replica.image))
+        with report.phase("publish"):
+            mount_from = _repositories(replica.reference, reference)
+            shown = progress or Progress()
+            publish(staging, image, signatures, reference, access, home, report, shown, mount_from=mount_from)
+        if not options.runs_on:
+            dumped.end()
+    return image
+
+
+def _require_supported(record: Record) -> None:
+    if record.process.cuda_pids or record.engine.options.get("asleep"):
+        raise CapabilityError(
+            "cannot save a replica whose server slept or used CUDA when its snapshot was made",
+            hint="take a new snapshot: rekindle snapshot IMAGE -- COMMAND",
+        )
+
+
+@contextlib.contextmanager
+def _shared_blobs(replica: RunningReplica, options: ReplicaOptions) -> Iterator[Blobs | None]:
+    """Keep the blobs of the replica's image readable within the context; None if they are gone."""
+    with contextlib.ExitStack() as stack:
+        blobs: Blobs | None = None
+        with contextlib.suppress(NotFoundError, IntegrityError):
+            home = store.open_home()
+            found = stack.enter_context(resolve.source(replica.reference, home, options.registry))
+            cache = replica.image.cache
+            for each in filter(None, (replica.image.process, cache)):
+                found.blobs.read(each, limit_bytes=_MANIFEST_LIMIT_BYTES)
+            if isinstance(found.blobs, Layout):
+                for layer in replica.image.layers:
+                    found.blobs.open_blob(layer).close()
+            blobs = found.blobs
+        yield blobs
+
+
+@contextlib.contextmanager
+def _dumped(replica: RunningReplica, work: Path, tool: Criu, *, complete: bool) -> Iterator[delta.Delta]:
+    """Dump the replica; if CRIU cannot, name what stands in its way."""
+    root = replica.image.record.process.root_pid
+    with contextlib.ExitStack() as stack:
+        try:
+            dump = delta.dumped(
+                replica.cell,
+                replica.image,
+                replica.dump,
+                work / "dump",
+                tool=tool,
+                output=replica.output,
+                complete=complete,
+            )
+            dumped = stack.enter_context(dump)
+        except DumpError as error:
+            found = obstacles(replica.cell, root, replica.image.record.process.network, _outputs(replica))
+            error.cause = "\n".join([error.cause, *map(str, found)])
+            raise
+        yield dumped
+
+
+def _outputs(replica: RunningReplica) -> list[Path]:
+    return [Path(f"/proc/self/fd/{fd}").readlink() for fd in (replica.output.stdout, replica.output.stderr)]
+
+
+def _described(record: Record, replica: RunningReplica, tool: Criu) -> Record:
+    """Return the record of the dump with what has changed since the replica's image was made."""
+    pids = processes.tree(replica.cell, record.process.root_pid)
+    opened = opened_files(replica.cell, pids) - {str(path) for path in _outputs(replica)}
+    known = {file.path: file for file in record.mapped_files}
+    still = [file for path, file in known.items() if path in opened]
+    node = msgspec.structs.replace(Fingerprint.probe(), packages=record.node.packages)
+    return msgspec.structs.replace(
+        record,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        made_by=f"rekindle {__version__}",
+        node=node,
+        criu=RecordedCriu(version=tool.version),
+        mapped_files=sorted([*still, *mapped_files(opened - known.keys())], key=lambda file: file.path),
+    )
+
+
+def _pack(record: Record, tree: Path, base: Image, shared: Blobs | None, staging: Layout) -> Image:
+    """Write the image's own layers, and build it from these and the layers that it shares."""
+    pack = functools.partial(dump_layers.pack, tree, layout=staging, workers=dump_layers.workers())
+    cache = base.cache if shared is not None else None
+    if cache is not None:
+        assert shared is not None
+        staging.put(shared.read(cache, limit_bytes=_MANIFEST_LIMIT_BYTES), cache.media_type)
+    if record.dump.base is None:
+        image = images.build(staging, record, pack(record.dump.files), cache)
+    else:
+        own = pack([file for file in record.dump.files if file.path.parts[0] != "memory"])
+        known = [layer for layer in base.layers if layer.is_memory]
+        image = images.build(staging, record, [*own, *known], cache)
+    return image.fetched_from(Overlay(staging, shared)) if shared is not None else image
+
+
+def _own_sizes(image: Image, base: Image) -> Iterator[int]:
+    """Yield the sizes of the blobs that an image does not share with its base."""
+    known = {layer.digest for layer in base.layers}
+    for blob in (image.process, image.config, *image.layers):
+        if blob.digest not in known:
+            yield blob.size
+
+
+def _repositories(base: Reference, target: Reference) -> Sequence[str]:
+    """Return the repositories of the target's registry that have the base."""
+    if isinstance(base, RegistryReference) and isinstance(target, RegistryReference):
+        return [base.repository] if base.host == target.host else []
+    return []
