@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find what CRIU cannot dump in a server before the dump, and name it with its remedy.
 
-The rules follow CRIU 4.2.1: `criu/files.c` (descriptors), `criu/sockets.c` (socket families) and
-`criu/proc_parse.c` (mappings).
+The rules follow CRIU 4.2.1: `criu/files.c` (descriptors), `criu/namespaces.c` and
+`criu/proc_parse.c` (mappings). Sockets are in `socket_obstacles.py`, epolls and inotifies in
+`watch_obstacles.py`. What is not known is left to CRIU.
 """
 
 import contextlib
+import ctypes
 import os
 import re
+import resource
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -17,6 +21,8 @@ from msgspec import Struct
 from rekindle.cell import Cell, Command, Network, processes
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
+from snapshot.socket_obstacles import Finding, Sockets
+from snapshot.watch_obstacles import of_watcher
 
 
 class Obstacle(Struct, frozen=True, kw_only=True):
@@ -32,8 +38,8 @@ class Obstacle(Struct, frozen=True, kw_only=True):
         return f"process {self.pid} ({self.command}), {self.where}: {self.what}; {self.remedy}"
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _CAT_SECONDS = 10.0
-Finding = tuple[str, str]  # what is wrong, and the remedy
 
 _SECRET_MEMORY = ("is secret memory, which the OS kernel hides from CRIU", "turn it off")
 
@@ -51,17 +57,17 @@ _ANONYMOUS_REMEDIES = {
 # Character devices that CRIU knows, by major number: memory devices (null, zero, urandom), ttys,
 # ptmx, and pseudo-terminals.
 _KNOWN_MAJORS = {1, 4, 5, *range(136, 144)}
-# The tables of /proc/net, and the column of the socket's inode.
-_SOCKET_TABLES = {
-    **dict.fromkeys(("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6"), 9),
-    "unix": 6,
-    "netlink": 9,
-    "packet": 8,
-}
-# The names of protocols that CRIU knows, as the OS kernel gives them in an extended attribute of a socket.
-_KNOWN_PROTOCOLS = {
-    *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6"),
-    *("UNIX", "UNIX-STREAM", "NETLINK", "PACKET"),
+_MQUEUE_MAGIC = 0x19800202  # linux/magic.h: MQUEUE_MAGIC
+# The namespaces that CRIU cannot dump apart from those of the root: their links in /proc/PID/ns, and words.
+_NAMESPACES = {
+    "mnt": "a mount",
+    "uts": "a UTS",
+    "ipc": "an IPC",
+    "net": "a network",
+    "user": "a user",
+    "cgroup": "a cgroup",
+    "pid": "a PID",
+    "time": "a time",
 }
 _NVIDIA = "/dev/nvidia"
 _GPUS = (_NVIDIA, "/dev/kfd", "/dev/dri/")
@@ -71,7 +77,6 @@ _NAMED = {
     "/dev/nvidia-caps-imex-channels/": ("is memory shared over NVLink", "set NCCL_NVLS_ENABLE=0"),
     "/dmabuf:": ("is GPU memory shared with others", "turn CUDA IPC and RDMA off, or use one GPU"),
 }
-_CONNECTED_STATES = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 
 
 def require_dumpable(
@@ -82,7 +87,8 @@ def require_dumpable(
     `own` are the server's logs, which a restore replaces. With `gpus`, NVIDIA devices are no obstacles: the
     CUDA checkpoint that follows closes them.
     """
-    found = [*obstacles(cell, root, network, own, gpus=gpus), *_system_v(cell, work)]
+    sockets = Sockets(cell, root, network, work)
+    found = [*obstacles(cell, root, sockets, own, gpus=gpus), *_system_v(cell, work)]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -92,10 +98,11 @@ def require_dumpable(
 
 
 def obstacles(
-    cell: Cell, root: int, network: Network, own: Collection[Path], *, gpus: bool = False
+    cell: Cell, root: int, sockets: Sockets, own: Collection[Path], *, gpus: bool = False
 ) -> Iterator[Obstacle]:
     """Yield every obstacle in the cell, process by process."""
     strays = processes.strays(cell, root)
+    host_pids = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
         if pid in strays:
@@ -107,48 +114,100 @@ def obstacles(
                 remedy="start it in the foreground",
             )
             continue
-        for where, what, remedy in _of_process(cell, pid, network, own, gpus=gpus):
+        findings = [
+            *_of_process(cell, pid, root, host_pids.get(pid, 0)),
+            *_of_descriptors(cell, pid, sockets, own, gpus=gpus),
+            *_of_mappings(cell, pid),
+        ]
+        for where, (what, remedy) in findings:
             yield Obstacle(pid=pid, command=name, where=where, what=what, remedy=remedy)
 
 
-def _of_process(
-    cell: Cell, pid: int, network: Network, own: Collection[Path], *, gpus: bool
-) -> Iterator[tuple[str, str, str]]:
+def _of_process(cell: Cell, pid: int, root: int, host_pid: int) -> Iterator[tuple[str, Finding]]:
+    """Yield what is wrong with a process as a whole, as (where, finding)."""
+    where = "the process"
     fields = processes.status(cell, pid)
     if fields.get("TracerPid", "0") != "0":
-        yield "the process", "is traced by a debugger", "detach it"
+        yield where, ("is traced by a debugger", "detach it")
     if fields.get("Seccomp") == "1":
-        yield "the process", "is in seccomp strict mode", "start it without that mode"
-    sockets = _sockets(cell, pid, network)
+        yield where, ("is in seccomp strict mode", "start it without that mode")
+    if fields.get("State", "").startswith("Z") and len(processes.task_ids(cell, pid)) > 1:
+        yield where, ("has ended its main thread, and runs on in others", "let the main thread wait for them")
+    for name in _NAMESPACES:
+        if _namespace(cell, pid, name) not in {"", _namespace(cell, root, name)}:
+            kind = _NAMESPACES[name]
+            yield where, (f"is in {kind} namespace of its own", "start it without that sandbox")
+    if host_pid and not _may_read_limits(host_pid):
+        yield (
+            where,
+            (
+                f"runs as another user ({fields.get('Uid', '?').split()[0]}), whose limits may not be read",
+                "add the capability SYS_RESOURCE, or start the server as the same user as rekindle",
+            ),
+        )
+
+
+def _namespace(cell: Cell, pid: int, name: str) -> str:
+    with contextlib.suppress(OSError):
+        return str((processes.proc(cell) / str(pid) / "ns" / name).readlink())
+    return ""
+
+
+def _may_read_limits(host_pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            resource.prlimit(host_pid, resource.RLIMIT_CPU)
+        except PermissionError:
+            return False
+    return True
+
+
+def _of_descriptors(
+    cell: Cell, pid: int, sockets: Sockets, own: Collection[Path], *, gpus: bool
+) -> Iterator[tuple[str, Finding]]:
+    process = processes.proc(cell) / str(pid)
     for fd, target in processes.descriptors(cell, pid):
         named = next((found for prefix, found in _NAMED.items() if target.startswith(prefix)), None)
         if gpus and target.startswith(_NVIDIA) and not named:
             continue
-        finding = named or _of_descriptor(processes.proc(cell) / str(pid) / "fd" / str(fd), target, sockets)
+        finding = named or _of_descriptor(process / "fd" / str(fd), target, sockets)
+        finding = finding or of_watcher(cell, pid, fd, target)
         if not finding and Path(target) not in own:
             finding = _of_writing(cell, pid, fd, target)
         if finding:
-            yield (f"descriptor {fd} ({target})", *finding)
+            yield f"descriptor {fd} ({target})", finding
+
+
+def _of_mappings(cell: Cell, pid: int) -> Iterator[tuple[str, Finding]]:
     for path in processes.mapped_paths(cell, pid):
         if finding := _of_mapping(path):
-            yield (f"mapping {path}", *finding)
+            yield f"mapping {path}", finding
 
 
-def _of_descriptor(link: Path, target: str, sockets: Mapping[str, Finding | None]) -> Finding | None:
+def _of_descriptor(link: Path, target: str, sockets: Sockets) -> Finding | None:
     if target.startswith("anon_inode:"):
         if _KNOWN_ANONYMOUS.fullmatch(target):
             return None
         kind = target.removeprefix("anon_inode:")
         return "is an OS kernel object unknown to CRIU", _ANONYMOUS_REMEDIES.get(kind, "close it")
     if target.startswith("socket:["):
-        inode = target.removeprefix("socket:[").removesuffix("]")
-        return sockets[inode] if inode in sockets else _of_unlisted_socket(link)
+        return sockets.finding(link, int(target.removeprefix("socket:[").removesuffix("]")))
     if target.startswith("/secretmem"):
         return _SECRET_MEMORY
     if target.startswith("/"):
         with contextlib.suppress(OSError):
+            if _file_system(link) == _MQUEUE_MAGIC:
+                return "is a POSIX message queue", "use a pipe, a socket or multiprocessing.Queue"
             return _of_file(link.stat(), target)
     return None
+
+
+def _file_system(link: Path) -> int:
+    """Return the magic number of the file system of an open file (statfs(2)). Raises OSError."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(link), buffer) == -1:
+        raise OSError(ctypes.get_errno(), "statfs")
+    return int.from_bytes(buffer.raw[:8], sys.byteorder)
 
 
 def _of_file(status: os.stat_result, target: str) -> Finding | None:
@@ -208,7 +267,7 @@ def _system_v(cell: Cell, work: Path) -> Iterator[Obstacle]:
                 )
 
 
-def _of_mapping(path: str) -> tuple[str, str] | None:
+def _of_mapping(path: str) -> Finding | None:
     if path.startswith("/SYSV"):
         return "is System V shared memory", "use POSIX shared memory"
     if path.startswith("anon_inode:") and "i915" not in path:
@@ -216,48 +275,3 @@ def _of_mapping(path: str) -> tuple[str, str] | None:
     if path.startswith("/secretmem"):
         return _SECRET_MEMORY
     return None
-
-
-def _sockets(cell: Cell, pid: int, network: Network) -> dict[str, Finding | None]:
-    """Return the sockets of known families in a process's network, by inode.
-
-    The value is the finding for a socket that is an obstacle, else None.
-    """
-    found: dict[str, Finding | None] = {}
-    for name, column in _SOCKET_TABLES.items():
-        with contextlib.suppress(OSError):
-            lines = (processes.proc(cell) / str(pid) / "net" / name).read_text().splitlines()[1:]
-            for fields in (line.split(maxsplit=column + 1) for line in lines):
-                if len(fields) > column:
-                    found[fields[column]] = None
-                if name == "unix" and len(fields) > column + 1:
-                    found[fields[column]] = _of_unix_path(fields[column + 1])
-                if name.startswith("tcp") and network is Network.HOST:
-                    found[fields[column]] = _of_connection(fields)
-    return found
-
-
-def _of_unlisted_socket(link: Path) -> Finding | None:
-    """Return a finding for a socket that no table of /proc/net lists, unless CRIU knows its protocol.
-
-    The tables list no TCP or UDP socket that is not connected or bound, or whose connection was reset: a
-    client that goes away between a request and the dump leaves such sockets for a moment.
-    """
-    with contextlib.suppress(FileNotFoundError):  # the process has closed it
-        name = os.getxattr(link, "system.sockprotoname").rstrip(b"\0").decode()
-        if name not in _KNOWN_PROTOCOLS:
-            return f"is a socket of a family unknown to CRIU ({name})", "close it"
-    return None
-
-
-def _of_unix_path(path: str) -> Finding | None:
-    if path.startswith(("@", "/dev/shm/")):  # noqa: S108 - both are private to the cell
-        return None
-    return f"is bound to {path}, which replicas would take from each other", "put it below $TMPDIR"
-
-
-def _of_connection(fields: Sequence[str]) -> Finding | None:
-    (here, _), (there, port) = processes.address(fields[1]), processes.address(fields[2])
-    if fields[3] not in _CONNECTED_STATES or here == there:
-        return None
-    return f"is connected to {there} port {port}, which is lost after a restore", "close the connection"

@@ -89,6 +89,13 @@ def inner_pid(pid: int) -> int:
     return 0
 
 
+def task_ids(cell: Cell, pid: int) -> list[int]:
+    """List the threads of a process."""
+    with contextlib.suppress(OSError):
+        return [int(entry.name) for entry in os.scandir(proc(cell) / str(pid) / "task")]
+    return []
+
+
 def threads(cell: Cell, pid: int) -> int:
     return int(status(cell, pid).get("Threads", "0"))
 

@@ -228,6 +228,7 @@ def dump_command(
         "-v2",
         f"--timeout={int(timeout)}",
         f"--ghost-limit={GHOST_LIMIT_BYTES}",
+        "--skip-in-flight",  # a client whose connection was not accepted sees it broken, as after a restart
         *_COMMON,
         *options,
     ]

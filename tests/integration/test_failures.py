@@ -2,7 +2,6 @@
 """Every way to fail that a user can provoke: a clear error, the status of its class, nothing left."""
 
 import json
-import os
 import platform
 import signal
 import socket
@@ -265,52 +264,6 @@ def test_a_restored_server_that_answers_differently(
     assert done.status == 35, done.stderr
     assert done.json["oracle"]["match"] is False
     assert done.json["outcome"] == "failed"
-    nothing_left()
-
-
-@pytest.mark.parametrize(
-    ("held", "words"),
-    [
-        ("vsock", "family unknown to CRIU"),
-        ("loop", "device unknown to CRIU"),
-        ("perf", "kernel object unknown to CRIU; end the profiler"),
-        ("log", "is open for writing"),
-        ("sysv", "System V semaphores"),
-        ("unix", "which replicas would take from each other"),
-        ("link", "is a deleted file with other hard links"),
-        ("daemon", "has left the server's process tree"),
-    ],
-)
-def test_what_cannot_be_dumped_is_named(
-    rekindle: Rekindle, port: int, tmp_path: Path, held: str, words: str, nothing_left: NothingLeft
-) -> None:
-    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={tmp_path / 'held'}")
-    assert done.status == 32, done.stderr
-    assert words in done.stderr
-    nothing_left()
-
-
-@pytest.mark.parametrize(
-    "held",
-    [
-        "idle-sockets",  # no table of /proc/net lists them
-        "child-of-a-thread",  # not among the children of the main thread
-        "fork-storm",
-        "sparse-deleted",  # 4 GiB, of which one block is stored
-    ],
-)
-def test_what_only_looks_like_an_obstacle_can_be_dumped(
-    rekindle: Rekindle, port: int, tmp_path: Path, held: str
-) -> None:
-    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={tmp_path / 'held'}")
-    assert done.status == 0, done.stderr
-
-
-def test_a_traced_process_is_named(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
-    strace = ["strace", "--follow-forks", "--output", os.devnull]
-    done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", *strace, *workhorse(port))
-    assert done.status == 32, done.stderr
-    assert "is traced by a debugger" in done.stderr
     nothing_left()
 
 

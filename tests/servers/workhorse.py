@@ -14,9 +14,10 @@
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
 file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
-cuda-child (so does its child), cuda-others=N (so do so many more).
+uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import http.server
@@ -25,8 +26,10 @@ import multiprocessing.shared_memory
 import os
 import pathlib
 import platform
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -95,6 +98,57 @@ def hold(what: str) -> object:
     if what == "idle-sockets":  # which CRIU can dump
         kinds = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_DGRAM)]
         return [socket.socket(*kind) for kind in kinds]
+    if what == "mptcp":
+        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        return server
+    if what == "agent":
+        agent = socket.socket(socket.AF_UNIX)
+        agent.connect(BEHAVIOURS["path"])
+        return agent
+    if what in ("watch", "watch-elsewhere"):
+        watch = libc.inotify_init()
+        place = BEHAVIOURS["path"] if what == "watch" else os.environ["TMPDIR"]
+        if libc.inotify_add_watch(watch, place.encode(), 0x100) < 0:
+            raise OSError(place)
+        return watch
+    if what in ("epoll", "epoll-emptied"):
+        ours, theirs = socket.socketpair()
+        poll = select.epoll()
+        poll.register(ours, select.EPOLLIN)
+        keeper = fork(lambda: theirs)
+        if what == "epoll-emptied":
+            poll.unregister(ours)
+        ours.close()
+        return poll, keeper
+    if what.startswith("namespace-"):
+        return fork(lambda: libc.unshare(int(what.removeprefix("namespace-"), 16)))
+    if what == "queue":
+        return libc.mq_open(f"/{os.getpid()}".encode(), os.O_CREAT | os.O_RDONLY, 0o600, None)
+    if what == "netlink":
+        link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        link.send(struct.pack("=IHHIIBxxx", 20, 18, 0x301, 1, 0, 0))  # list the interfaces
+        return link
+    if what == "unread":
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.send(bytes(1 << 16))
+        return listener, client, peer
+    if what == "not-accepted":  # which CRIU can dump
+        listener = socket.create_server(("127.0.0.1", 0))
+        return listener, socket.create_connection(listener.getsockname())
+    if what == "headless":
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            threading.Thread(target=time.sleep, args=(1000,)).start()
+            libc.syscall(60, 0)  # ends this thread alone
+        time.sleep(0.2)
+        return None
     if what == "log":
         file = open(BEHAVIOURS["path"], "w")
         file.write("began\n")
@@ -315,6 +369,8 @@ def main() -> None:
     held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
     if "cuda" in BEHAVIOURS:
         claim_cuda()
+    if "uid" in BEHAVIOURS:
+        os.setresuid(*[int(BEHAVIOURS["uid"])] * 3)
     print("workhorse: serving", flush=True)
     server.serve_forever()
     del held

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snapshot.obstacles import _of_unlisted_socket
+from snapshot.socket_obstacles import _of_protocol
 
 
 def link(sock: socket.socket) -> Path:
@@ -19,7 +19,7 @@ def link(sock: socket.socket) -> Path:
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_a_socket_without_a_connection_is_no_obstacle(family: int, kind: int) -> None:
     with socket.socket(family, kind) as sock:
-        assert _of_unlisted_socket(link(sock)) is None
+        assert _of_protocol(link(sock)) is None
 
 
 def test_a_reset_connection_is_no_obstacle() -> None:
@@ -31,16 +31,17 @@ def test_a_reset_connection_is_no_obstacle() -> None:
             client.close()
             inode = str(os.fstat(accepted.fileno()).st_ino)
             assert inode not in Path("/proc/net/tcp").read_text(), "it is listed after all"
-            assert _of_unlisted_socket(link(accepted)) is None
+            assert _of_protocol(link(accepted)) is None
 
 
 def test_a_socket_that_was_closed_meanwhile_is_no_obstacle() -> None:
     with socket.socket() as sock:
         path = link(sock)
-    assert _of_unlisted_socket(path) is None
+    assert _of_protocol(path) is None
 
 
 def test_a_protocol_unknown_to_criu_is_named() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP) as sock:
-        finding = _of_unlisted_socket(link(sock))
-    assert finding == ("is a socket of a family unknown to CRIU (MPTCP)", "close it")
+        finding = _of_protocol(link(sock))
+    assert finding
+    assert "GODEBUG=multipathtcp=0" in finding[1]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the epolls and inotifies that CRIU cannot dump.
+
+The rules follow CRIU 4.2.1: `criu/eventpoll.c`, `criu/fsnotify.c`; /proc/PID/fdinfo is in proc_pid_fdinfo(5).
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rekindle.cell import Cell, processes
+from snapshot.socket_obstacles import Finding
+
+_WATCHED_BY_EPOLL = re.compile(r"^tfd:\s*(?P<number>\d+) .*\bino:(?P<inode>[0-9a-f]+) ")
+
+
+def of_watcher(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
+    """Return a finding for an open epoll or inotify; None for a descriptor of another kind."""
+    judge = _WATCHERS.get(target)
+    return judge(cell, pid, fd) if judge else None
+
+
+def _of_epoll(cell: Cell, pid: int, fd: int) -> Finding | None:
+    """Return a finding for an epoll that watches a file under a number which is not that file any more.
+
+    A child that has inherited the epoll is not asked: CRIU dumps it with its parent.
+    """
+    process = processes.proc(cell) / str(pid)
+    parent = processes.status(cell, pid).get("PPid", "")
+    with contextlib.suppress(OSError):
+        if (process.parent / parent / "fd" / str(fd)).readlink() == (process / "fd" / str(fd)).readlink():
+            return None
+    with contextlib.suppress(OSError, ValueError):
+        open_now = _inodes(cell, pid)
+        for line in (process / "fdinfo" / str(fd)).read_text().splitlines():
+            # "tfd: 5 events: 1 data: 0 pos:0 ino:61af sdev:7"
+            match = _WATCHED_BY_EPOLL.search(line)
+            if match and int(match["inode"], 16) not in open_now:
+                closed = f"watches a file that this process has closed (it was descriptor {match['number']})"
+                return closed, "remove a file from the epoll before you close it"
+    return None
+
+
+def _inodes(cell: Cell, pid: int) -> set[int]:
+    """Return the inodes of a process's open files."""
+    found = set()
+    for entry in os.scandir(processes.proc(cell) / str(pid) / "fd"):
+        with contextlib.suppress(OSError):
+            found.add(Path(entry.path).stat().st_ino)
+    return found
+
+
+def _of_inotify(cell: Cell, pid: int, fd: int) -> Finding | None:
+    """Return a finding for a watch on overlayfs, whose files CRIU cannot find again by their handles."""
+    process = processes.proc(cell) / str(pid)
+    with contextlib.suppress(OSError, ValueError):
+        overlays = {
+            fields[2]
+            for fields in map(str.split, (process / "mountinfo").read_text().splitlines())
+            if fields[fields.index("-") + 1] == "overlay"
+        }
+        for line in (process / "fdinfo" / str(fd)).read_text().splitlines():
+            # "inotify wd:1 ino:9e7e sdev:800013 mask:…"; sdev is the OS kernel's own encoding
+            if match := re.search(r"\bsdev:([0-9a-f]+)\b", line):
+                device = int(match[1], 16)
+                if f"{device >> 20}:{device & 0xFFFFF}" in overlays:
+                    return (
+                        "watches a file on overlayfs, the root of most containers",
+                        "turn the watch (often --reload) off, or mount a volume there",
+                    )
+    return None
+
+
+_WATCHERS: Mapping[str, Callable[[Cell, int, int], Finding | None]] = {
+    "anon_inode:[eventpoll]": _of_epoll,
+    "anon_inode:inotify": _of_inotify,
+}
