@@ -7,12 +7,13 @@ many times on one host. docs/adr/0001-cell.md explains each part.
 """
 
 import contextlib
-import ctypes
+import errno
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -28,7 +29,6 @@ MEMORY_PLACE = Path(init.MEMORY_PLACE)
 """The directory of the memory files as seen inside a cell."""
 
 _START_SECONDS = 20.0
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Network(StrEnum):
@@ -91,7 +91,7 @@ class Cell:
     """A running cell. Leaving the context kills every process in it and drops its mounts.
 
     The cell also ends when the thread that created it dies, even by SIGKILL: create it in a thread that
-    outlives it. `connect` is thread-safe; the other methods are not.
+    outlives it. `connect` and `socket` are thread-safe; the other methods are not.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,8 @@ class Cell:
         self._spawned: list[int] = []
         self._init = 0
         self._ready = False
-        self._network: int | None = None
+        self._dial: socket.socket | None = None
+        self._dialing = threading.Lock()
         self.clocks_offset = Clocks(monotonic_ns=0, boottime_ns=0)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = [sys.executable, "-I", "-S", "-B", init.__file__]
@@ -122,14 +123,18 @@ class Cell:
 
         Raises CapabilityError.
         """
-        self._send(
-            {
-                "op": "enter",
-                "network": network,
-                "monotonic": clocks and clocks.monotonic_ns,
-                "boottime": clocks and clocks.boottime_ns,
-            }
-        )
+        message = {
+            "op": "enter",
+            "monotonic": clocks and clocks.monotonic_ns,
+            "boottime": clocks and clocks.boottime_ns,
+        }
+        if network is Network.PRIVATE:
+            self._dial, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._dial.settimeout(_START_SECONDS)
+            with theirs:
+                self._send(message, [theirs.fileno()])
+        else:
+            self._send(message)
         if clocks is not None:
             now = Clocks.now()
             self.clocks_offset = Clocks(
@@ -143,8 +148,6 @@ class Cell:
                     f"the cell did not start within {_START_SECONDS:.0f} s",
                     hint="run `rekindle doctor` to see what is missing on this node",
                 )
-        if network is Network.PRIVATE:
-            self._network = os.open(f"/proc/{self._init}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         return self
 
     def __enter__(self) -> Self:
@@ -165,9 +168,8 @@ class Cell:
             self._launcher.kill()
         self._launcher.wait()  # which waits for init, which waits for every process of the namespace
         self._init = 0
-        if self._network is not None:
-            os.close(self._network)
-            self._network = None
+        if self._dial is not None:
+            self._dial.close()
 
     @property
     def root(self) -> Path:
@@ -265,22 +267,28 @@ class Cell:
         return sock
 
     def socket(self, family: socket.AddressFamily) -> socket.socket:
-        """Create a stream socket in the cell's network."""
-        if self._network is None:
+        """Create a stream socket in the cell's network. Raises OSError.
+
+        The cell's init creates it. No thread of ours enters that network, since it might not return: our own
+        can be out of reach, in a user namespace, and a deadline may raise at any time.
+        """
+        if self._dial is None:
             return socket.socket(family, socket.SOCK_STREAM)
-        # setns moves only the calling thread, and a socket stays in the namespace it was created in.
-        ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _setns(self._network)
-            try:
-                return socket.socket(family, socket.SOCK_STREAM)
-            finally:
-                _setns(ours)
-        finally:
-            os.close(ours)
+        with self._dialing:
+            self._dial.send(bytes([family]))
+            while True:
+                answer, fds, _, _ = socket.recv_fds(self._dial, 2, 1, socket.MSG_CMSG_CLOEXEC)
+                for fd in fds:
+                    if answer[0] == family:
+                        return socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)
+                    os.close(fd)  # of a call that a deadline has interrupted
+                if not fds:
+                    number = answer[0] if answer else errno.ENETDOWN
+                    raise OSError(number, f"the cell's network: {os.strerror(number)}")
 
     def _send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
         try:
+            self._control.settimeout(_START_SECONDS)
             socket.send_fds(self._control, [json.dumps(message).encode()], list(fds))
         except (BrokenPipeError, ConnectionResetError):
             self._receive(0.0)
@@ -300,10 +308,10 @@ class Cell:
 
     def _receive(self, timeout: float) -> bool:
         """Receive and apply one message; return False if none arrived in time."""
-        self._control.settimeout(max(timeout, 0.000001))
+        self._control.settimeout(max(timeout, 0.0))
         try:
             content = self._control.recv(init.MESSAGE_BYTES)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             return False
         except ConnectionResetError:
             content = b""
@@ -334,9 +342,3 @@ def exit_status(wait_status: int) -> int:
     """Convert a wait status to a shell's exit status: 128 + the signal's number if it was killed."""
     code = os.waitstatus_to_exitcode(wait_status)
     return code if code >= 0 else 128 - code
-
-
-def _setns(fd: int) -> None:
-    if _libc.setns(fd, init.CLONE_NEWNET) == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, f"setns: {os.strerror(number)}")

@@ -10,7 +10,8 @@ as long as the server does.
 rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message:
 
     to init                                                  from init
-    {"op": "enter", "network", "monotonic", "boottime"}      {"init": PID on the host}, {"ready": true}
+    {"op": "enter", "monotonic", "boottime"}, with "dial"    {"init": PID on the host}, {"ready": true}
+     as a descriptor for a private network
     {"op": "spawn"} + a file with {"argv", "env", "cwd",
      "files", "fds", "workload", "memory"}, descriptors      {"spawned": PID}, or
      for "fds"                                               {"refused": text} if "memory" cannot be
@@ -18,8 +19,11 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
 
-The cell ends when the socket closes: when rekindle dies, init exits, and the OS kernel then kills every
-process of its PID namespace and drops its mounts.
+"dial" is a second SOCK_SEQPACKET socket, which several threads of rekindle may use. A byte asks for a stream
+socket of that address family in the cell's network. The answer is the same byte and the socket, or an errno.
+
+The cell ends when the control socket closes: when rekindle dies, init exits, and the OS kernel then kills
+every process of its PID namespace and drops its mounts.
 
 After a command with "memory" ({"directory", "ranges"}), init answers some system calls of that command and of
 everything that it starts: `memory.py`, beside this file, selects them, and `supervisor.py` answers them.
@@ -91,11 +95,13 @@ def launch(control: socket.socket, parent: int) -> int:
     """Create the namespaces, start init in them, wait for it and return its exit status."""
     die_with_parent(parent)
     load_supervisor()  # takes some 4 ms, and rekindle is still busy with other things
-    request = json.loads(control.recv(MESSAGE_BYTES) or b"{}")
+    message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 1)
+    request = json.loads(message or b"{}")
     if request.get("op") != "enter":
         return 1
+    dial = socket.socket(fileno=fds[0]) if fds else None
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWTIME
-    if request["network"] == "private":
+    if dial:
         flags |= CLONE_NEWNET
     check(libc.unshare(flags), "unshare")
     for clock in ("monotonic", "boottime"):
@@ -103,9 +109,11 @@ def launch(control: socket.socket, parent: int) -> int:
             set_clock(clock, target_ns)
     pid = os.fork()
     if pid == 0:
-        run_init(control, private_network=bool(flags & CLONE_NEWNET))
+        run_init(control, dial)
     send(control, {"init": pid})
     control.close()
+    if dial:
+        dial.close()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -129,7 +137,7 @@ def read_clock(clock: int) -> int:
     return time.clock_gettime_ns(clock)
 
 
-def run_init(control: socket.socket, *, private_network: bool) -> None:
+def run_init(control: socket.socket, dial: socket.socket | None) -> None:
     try:
         # Not die_with_parent: getppid() is 0 here, since the launcher is outside the PID namespace.
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
@@ -141,9 +149,9 @@ def run_init(control: socket.socket, *, private_network: bool) -> None:
             mount(f"/proc/self/fd/{shown}", NVIDIA, None, MS_BIND | MS_REC)
             os.close(shown)
         mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
-        if private_network:
+        if dial:
             raise_loopback()
-        serve(control)
+        serve(control, dial)
     except OSError as error:
         send(control, {"error": str(error)})
     os._exit(1)
@@ -174,7 +182,7 @@ def raise_loopback() -> None:
         fcntl.ioctl(sock, siocsifflags, struct.pack("16sH14x", b"lo", flags | iff_up))
 
 
-def serve(control: socket.socket) -> None:
+def serve(control: socket.socket, dial: socket.socket | None) -> None:
     """Answer requests and reap children until rekindle closes the socket."""
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
@@ -184,6 +192,8 @@ def serve(control: socket.socket) -> None:
     poller = poll()
     poller.register(control, POLLIN)
     poller.register(wake_reader, POLLIN)
+    if dial:
+        poller.register(dial, POLLIN)
     supervisor = None
     send(control, {"ready": True})
     while True:
@@ -195,6 +205,8 @@ def serve(control: socket.socket) -> None:
             if new := answer(control, json.loads(message), fds):
                 supervisor = new
                 poller.register(supervisor.listener.fd, POLLIN)
+        if dial and dial.fileno() in ready:
+            hand_out(dial)
         if supervisor:
             if (event := ready.get(supervisor.listener.fd, 0)) & POLLIN:
                 supervisor.receive()
@@ -204,6 +216,19 @@ def serve(control: socket.socket) -> None:
         if wake_reader in ready:
             os.read(wake_reader, 4096)
             reap(control)
+
+
+def hand_out(dial: socket.socket) -> None:
+    """Answer a request for a socket."""
+    with contextlib.suppress(ConnectionError):  # rekindle has ended: `control` says so, too
+        family = dial.recv(1)
+        try:
+            with socket.socket(family[0] if family else 0, socket.SOCK_STREAM) as made:
+                socket.send_fds(dial, [family], [made.fileno()])
+        except ConnectionError:
+            raise
+        except OSError as error:
+            dial.send(bytes([error.errno or 0]))
 
 
 def reap(control: socket.socket) -> None:

@@ -4,10 +4,13 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -108,6 +111,83 @@ def test_a_private_network_has_loopback_and_nothing_else(tmp_path: Path) -> None
         assert "eth0" not in names
         program = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1] > 0)"
         assert run(cell, program, tmp_path) == "True"
+
+
+def test_an_exception_at_any_moment_leaves_us_in_our_own_network() -> None:
+    """As a deadline raises it, in the main thread, between any two instructions."""
+
+    class Late(Exception):  # noqa: N818
+        pass
+
+    def raise_late(*_: object) -> None:
+        raise Late
+
+    ours, moments = os.readlink("/proc/thread-self/ns/net"), random.Random(0)
+    before = signal.signal(signal.SIGUSR1, raise_late)
+    try:
+        with Cell() as cell:
+            cell.enter(Network.PRIVATE)
+            late = 0
+            for _ in range(300):
+                # A timer of its own: pytest-timeout has the usual one.
+                timer = threading.Timer(
+                    moments.uniform(0, 0.002),
+                    signal.pthread_kill,
+                    (threading.main_thread().ident, signal.SIGUSR1),
+                )
+                try:
+                    timer.start()
+                    while True:
+                        for family in (socket.AF_INET, socket.AF_INET6):
+                            with cell.socket(family) as sock:
+                                assert sock.family == family
+                                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == family
+                except Late:
+                    late += 1
+                timer.join()
+                assert os.readlink("/proc/thread-self/ns/net") == ours
+            assert late == 300
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_threads_get_sockets_of_the_cell_side_by_side(tmp_path: Path) -> None:
+    program = """
+import socket, time
+servers = [
+    socket.create_server(("127.0.0.1", 4), backlog=1000),
+    socket.create_server(("::1", 6), family=socket.AF_INET6, backlog=1000),
+]
+time.sleep(1000)
+"""
+    got: list[str] = []
+
+    def connect(host: str, port: int) -> None:
+        for _ in range(50):
+            with cell.connect(host, port, 10) as sock:
+                got.append(sock.getpeername()[0])
+
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        command = Command(argv=[sys.executable, "-I", "-S", "-c", program], env={}, cwd=Path("/"))
+        cell.spawn(command)
+        wait_for(lambda: len(list(processes.listeners(cell))) == 2, 10)
+        targets = [("127.0.0.1", 4), ("::1", 6)] * 4
+        threads = [threading.Thread(target=connect, args=target) for target in targets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(got) == ["127.0.0.1"] * 200 + ["::1"] * 200
+
+
+def test_there_are_no_sockets_of_a_cell_that_has_ended() -> None:
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        cell.socket(socket.AF_INET).close()
+        os.kill(cell.init_pid, signal.SIGKILL)
+        with pytest.raises(OSError):
+            cell.socket(socket.AF_INET)
 
 
 def test_the_hosts_network_is_kept_when_asked_for(tmp_path: Path) -> None:

@@ -182,9 +182,6 @@ def test_a_container_with_less_serves_on_the_cache(saved: Saved, tmp_path: Path,
 USER_NAMESPACE = ["unshare", "--user", "--map-root-user", *PID_1[1:]]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the trial of CRIU cannot leave the network of its cell again (Cell.socket)"
-)
 def test_a_user_namespace_serves_on_the_cache(saved: Saved, tmp_path: Path) -> None:
     with container(saved, tmp_path, USER_NAMESPACE) as scene:
         goes_to_the_cache(scene, "criu")
