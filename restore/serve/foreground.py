@@ -76,6 +76,7 @@ class Serving:
         `asked_to_end` is called with every signal that asks the server to end, after it was passed on.
         """
         self.signalled: int | None = None
+        self._status: int | None = None
         self._replica = replica
         self._endpoint = endpoint
         self._signals = signals
@@ -86,8 +87,8 @@ class Serving:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self._selector = stack.enter_context(selectors.DefaultSelector())
-            self.watch(self._signals.fileno(), lambda: None)
-            self.watch(self._replica.fileno(), lambda: None)
+            self.watch(self._signals.fileno(), self._take_signals)
+            self.watch(self._replica.fileno(), self._look)
             self._stack = stack.pop_all()
         return self
 
@@ -118,26 +119,29 @@ class Serving:
 
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
         """Serve until the server exits; return its exit status. Return None as soon as `until` holds."""
-        while True:
-            self._pass_signals_on()
-            _reap(self._replica.child())
-            status = self._replica.status()
-            if status is not None:
-                if self._forwarder is not None:
-                    self._forwarder.drain()
-                return status
+        self._take_signals()  # what came before we watched
+        self._look()
+        while self._status is None:
             if until():
                 return None
             for key, mask in self._selector.select():
                 key.data(mask)
+        if self._forwarder is not None:
+            self._forwarder.drain()
+        return self._status
 
-    def _pass_signals_on(self) -> None:
+    def _look(self) -> None:
+        self._status = self._replica.status()
+
+    def _take_signals(self) -> None:
+        """Pass signals on, and reap the children that have exited."""
         for signum in self._signals.take():
             with contextlib.suppress(RestoreError):  # the cell has ended: `status` will say how
                 self._replica.signal(signum)
             if signum in ENDING:
                 self.signalled = self.signalled or signum
                 self._asked_to_end(signum)
+        _reap(self._replica.child())
 
 
 def _reap(own: int) -> None:

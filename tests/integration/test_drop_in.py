@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -301,6 +302,31 @@ def test_the_last_answer_of_a_server_arrives_though_the_server_has_ended(scene: 
         answer = b"".join(iter(lambda: client.recv(1 << 20), b""))
     assert body in answer, f"{len(answer)} bytes"
     assert running.process.wait(30) == 0
+
+
+def test_a_request_takes_hardly_longer_than_to_a_server_without_us(scene: Scene) -> None:
+    """A loop that sleeps, by however little, at each of its turns takes ten times as long."""
+    direct = free_port()
+    running = scene.restore()
+    running.until_ready("restored")
+    with subprocess.Popen([*MULE, str(direct)], stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(lambda: listening(direct), 10)
+            ratios = [median_of_requests(running.port) / median_of_requests(direct) for _ in range(3)]
+        finally:
+            server.kill()
+    assert min(ratios) < 6
+
+
+def median_of_requests(port: int) -> float:
+    seconds = []
+    for _ in range(60):
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+            assert b"".join(iter(lambda: sock.recv(1000), b"")).endswith(b"ready")
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds)
 
 
 def test_an_address_is_closed_until_the_server_is_ready(scene: Scene) -> None:
