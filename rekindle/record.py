@@ -196,7 +196,8 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     """Everything that `restore` must know before it fetches the dump.
 
     `start_seconds` is the time that the server took to become ready before the snapshot, 0 if unknown.
-    `weights` describes the model's files, for people and policies. Older records have neither.
+    `weights` describes the model's files, for people and policies. `proved` tells whether the image was
+    restored, and answered, before it was published. Older records have none of them.
     """
 
     created: str
@@ -214,6 +215,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     dump: Dump
     weights: Mapping[str, JSON] = {}
     start_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    proved: bool = True
 
     @property
     def reloads(self) -> bool:

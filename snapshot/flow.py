@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from oci import dump_layers, resolve, store
 from oci import image as images
 from oci.cache import pack
@@ -76,14 +78,14 @@ def snapshot(
             scan=dump_tree.scan,
             keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
         )
+        record = msgspec.structs.replace(made.record, proved=options.prove)
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):
-            packed = dump_layers.pack(
-                work / "dump", made.record.dump.files, staging, workers=dump_layers.workers()
-            )
+            workers = dump_layers.workers()
+            packed = dump_layers.pack(work / "dump", record.dump.files, staging, workers=workers)
             remove_tree(work / "dump")
-            image = images.build(staging, made.record, packed, kernels)
+            image = images.build(staging, record, packed, kernels)
         if options.prove:
             for name in ("stdout.log", "stderr.log"):  # a later restore will not find them either
                 (work / name).rename(work / f"before-{name}")

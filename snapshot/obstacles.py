@@ -87,8 +87,7 @@ def require_dumpable(
     `own` are the server's logs, which a restore replaces. With `gpus`, NVIDIA devices are no obstacles: the
     CUDA checkpoint that follows closes them.
     """
-    sockets = Sockets(cell, root, network, work)
-    found = [*obstacles(cell, root, sockets, own, gpus=gpus), *_system_v(cell, work)]
+    found = [*obstacles(cell, root, network, own=own, work=work, gpus=gpus), *_system_v(cell, work)]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -98,9 +97,10 @@ def require_dumpable(
 
 
 def obstacles(
-    cell: Cell, root: int, sockets: Sockets, own: Collection[Path], *, gpus: bool = False
+    cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path, gpus: bool = False
 ) -> Iterator[Obstacle]:
-    """Yield every obstacle in the cell, process by process."""
+    """Yield every obstacle in the cell, process by process, but for those of the cell as a whole."""
+    sockets = Sockets(cell, root, network, work)
     strays = processes.strays(cell, root)
     host_pids = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     for pid in processes.pids(cell):

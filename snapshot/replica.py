@@ -93,7 +93,9 @@ def save_replica(
         with report.phase("dump"):
             dumped = frozen.enter_context(_dumped(replica, work, tool, complete=shared is None))
         with report.phase("describe"):
-            record = _described(dumped.record, replica, tool)
+            # On the host's network, the replica that was dumped has the address that a proof would need.
+            proved = options.prove and base.process.network is Network.PRIVATE
+            record = msgspec.structs.replace(_described(dumped.record, replica, tool), proved=proved)
         if options.runs_on:
             frozen.close()
         with report.phase("search for secrets"):
@@ -101,7 +103,7 @@ def save_replica(
         with report.phase("pack"):
             image = _pack(record, dumped.directory, replica.image, shared, Layout.create(work / "layout"))
         staging = Layout(work / "layout")
-        if options.prove and record.process.network is Network.PRIVATE:
+        if record.proved:
             engine = from_record(record.engine.name, record.endpoint, record.engine.options)
             image = prove(home, work, staging, image, tool, engine, report)
         with report.phase("sign"):
@@ -162,7 +164,8 @@ def _dumped(replica: RunningReplica, work: Path, tool: Criu, *, complete: bool) 
             )
             dumped = stack.enter_context(dump)
         except DumpError as error:
-            found = obstacles(replica.cell, root, replica.image.record.process.network, _outputs(replica))
+            network, own = replica.image.record.process.network, _outputs(replica)
+            found = obstacles(replica.cell, root, network, own=own, work=work)
             error.cause = "\n".join([error.cause, *map(str, found)])
             raise
         yield dumped

@@ -33,6 +33,7 @@ def compare(
     recorded = record.node
     return [
         *_command(record, command),
+        *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
         *_equal("architecture", "architecture", recorded.architecture, node.architecture),
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
         *missing_features("cpu-feature", recorded, node),

@@ -134,6 +134,14 @@ RULES: Mapping[str, Rule] = {
         source="docs/adr/0008-ladder.md",
         advice="make a snapshot with this command",
     ),
+    "not-proved": Rule(
+        rung=Rung.PROCESS,
+        hard=False,
+        why="Whether an image can be restored shows when it is: a snapshot is restored once before it is "
+        "published, but for --no-prove.",
+        source="docs/snapshots.md; observed: CRIU dumps more than it can restore",
+        advice="make the snapshot without --no-prove",
+    ),
     "privileges": Rule(
         rung=Rung.PROCESS,
         hard=True,

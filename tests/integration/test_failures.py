@@ -206,6 +206,17 @@ def test_a_port_in_use(rekindle: Rekindle, horse_port: int, nothing_left: Nothin
     nothing_left()
 
 
+def test_an_image_that_was_not_proved_says_so(rekindle: Rekindle, port: int) -> None:
+    proved = rekindle.snapshot_workhorse("proved", port)
+    not_proved = rekindle.snapshot_workhorse("not-proved", port, flags=["--no-prove"])
+    assert (proved.status, not_proved.status) == (0, 0), proved.stderr + not_proved.stderr
+    assert rekindle("inspect", "not-proved", "--json").json["record"]["proved"] is False
+    assert "not-proved" not in rekindle("match", "proved").stdout
+    shown = rekindle("match", "not-proved")
+    assert shown.status == 0
+    assert "not-proved" in shown.stdout
+
+
 def test_a_server_that_never_gets_ready(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
     done = rekindle.snapshot_workhorse("horse", port, "never-ready", flags=["--ready-timeout", "1"])
     assert done.status == 31, done.stderr
