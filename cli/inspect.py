@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 
 from cli import _arguments, _plan
@@ -22,7 +23,7 @@ from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
 from restore.decide import facts as gathering
-from restore.decide import match_process, plan
+from restore.decide import match_loaded, plan
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan
 
@@ -70,7 +71,8 @@ def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
         abilities=Abilities(),
         image=image,
         cache=kernels,
-        different=match_process.differing_files(image.record),
+        different=match_loaded.mapped(image.record),
+        loaded=match_loaded.compare(image.record, (), os.environ),
     )
 
 

@@ -6,6 +6,7 @@
         dumps/HEX/                  dumps ready to restore, by the digest of their manifest
         run/VERB-PID-XXXXXX/        the work directory of a running command, which locks it while it lives
         logs/                       logs of commands that failed, the newest twenty
+        compared/                   what comparisons of files with records have found
         tools/                      compiled helpers, and facts about this node
         machine.key machine.pub     created by the first snapshot; signs this machine's images in the store
         policy.toml                 the user's trust policy, if any
@@ -48,11 +49,12 @@ class Home:
         self.store = root / "store"
         self.dumps = root / "dumps"
         self.run = root / "run"
+        self.compared = root / "compared"
         self.tools = root / "tools"
         self.logs = root / "logs"
         with naming_full_disk(root):
             _make_private(root)
-            for directory in (root, self.store, self.dumps, self.run, self.tools, self.logs):
+            for directory in (root, self.store, self.dumps, self.run, self.compared, self.tools, self.logs):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property

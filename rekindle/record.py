@@ -19,6 +19,7 @@ from rekindle.engine import Endpoint, Request
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
 from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile
 
 SCHEMA = "rekindle.record/2"
@@ -196,8 +197,8 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     """Everything that `restore` must know before it fetches the dump.
 
     `start_seconds` is the time that the server took to become ready before the snapshot, 0 if unknown.
-    `weights` describes the model's files, for people and policies. `proved` tells whether the image was
-    restored, and answered, before it was published. Older records have none of them.
+    `weights` describes the model's files, and `loaded` what else the server has read. `proved` tells whether
+    the image was restored, and answered, before it was published. Older records have none of them.
     """
 
     created: str
@@ -214,6 +215,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     mapped_files: Annotated[Sequence[MappedFile], Meta(max_length=_FILES_LIMIT)]
     dump: Dump
     weights: Mapping[str, JSON] = {}
+    loaded: Loaded = Loaded()
     start_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     proved: bool = True
 

@@ -12,23 +12,26 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from rekindle import __version__, criu
-from rekindle.cell import Cell, Network, processes
+from rekindle.cell import Cell, Clocks, Network, processes
 from rekindle.criu import Criu, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
+from rekindle.engine.caches import CacheRoot
 from rekindle.engine.client import Client
-from rekindle.engine.weights import identify
+from rekindle.engine.weights import identify, locate, recorded
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.fields import JSON
 from rekindle.files import PAGE_BYTES, copy_sparse_tree
 from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.loaded import Loaded
+from rekindle.node.mapped import MappedFile
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, RecordedEngine, StoredFile
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command, redact_environment
 from snapshot import secret_search
-from snapshot.cuda_state import checkpointed, require_state
+from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
     Dumped,
     RunningServer,
@@ -37,7 +40,10 @@ from snapshot.describe import (
     opened_files,
     readable_path,
 )
+from snapshot.loaded import Sources
+from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
+from snapshot.opened import OpenedFiles
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
@@ -81,9 +87,13 @@ def make(
     for directory in (tree, *(tree / top for top in TOPS)):
         directory.mkdir(mode=0o700)
     with Cell() as cell:
-        server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
-        with report.phase("check"):
-            running = _inspect(cell, server, spec, engine, work)
+        with report.phase("cell"):
+            cell.enter(spec.network)
+        began_ns = time.time_ns()
+        with OpenedFiles(cell) as reads:
+            server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
+            with report.phase("check"):
+                running = _inspect(cell, server, spec, engine, work)
         with (
             checkpointed(cell, spec.find_backend, work, report) as cuda,
             report.phase("dump"),
@@ -105,18 +115,9 @@ def make(
     with report.phase("find caches"):
         readable = functools.partial(readable_path, tree=tree)
         roots = find_caches.find(server.environment, running.opened, readable, usual_places=engine.compiles)
-    process = Process(
-        root_pid=server.root_pid,
-        server_pid=running.server_pid,
-        tasks=running.threads,
-        network=spec.network,
-        monotonic_ns=clocks.monotonic_ns,
-        boottime_ns=clocks.boottime_ns,
-        stdout=str(server.stdout),
-        stderr=str(server.stderr),
-        gpus=tuple(cuda.gpus),
-        cuda_pids=tuple(cuda.pids),
-    )
+    weights = _weights(engine, spec, report)
+    with report.phase("describe files"):
+        read = _loaded(spec, server, reads, began_ns, weights, roots, mapped, work, report)
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
@@ -128,7 +129,7 @@ def make(
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
-        process=process,
+        process=_process(spec, server, running, clocks, cuda),
         mapped_files=mapped,
         dump=Dump(
             dump_bytes=dump_bytes,
@@ -136,7 +137,8 @@ def make(
             files=files,
             memory=tuple(stored_memory(each) for each in memory),
         ),
-        weights=_weights(engine, spec, report),
+        weights=weights,
+        loaded=read,
         start_seconds=round(start_seconds, 3),
     )
     return Dumped(record=record, caches=roots)
@@ -149,8 +151,6 @@ def _bring_up(
 
     Returns the server, the seconds that it took to become ready, and the oracle.
     """
-    with report.phase("cell"):
-        cell.enter(spec.network)
     make_temporary(cell)
     engine.enter(cell.root)
     argv, environment = engine.launch(spec.argv, spec.environment)
@@ -194,6 +194,56 @@ def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON
         return {}
     with report.phase("identify weights"):
         return identify(*model, spec.environment)
+
+
+def _process(
+    spec: ServerSpec, server: Server, running: RunningServer, clocks: Clocks, cuda: CudaState
+) -> Process:
+    return Process(
+        root_pid=server.root_pid,
+        server_pid=running.server_pid,
+        tasks=running.threads,
+        network=spec.network,
+        monotonic_ns=clocks.monotonic_ns,
+        boottime_ns=clocks.boottime_ns,
+        stdout=str(server.stdout),
+        stderr=str(server.stderr),
+        gpus=tuple(cuda.gpus),
+        cuda_pids=tuple(cuda.pids),
+    )
+
+
+def _loaded(
+    spec: ServerSpec,
+    server: Server,
+    reads: OpenedFiles,
+    began_ns: int,
+    weights: Mapping[str, JSON],
+    caches: Sequence[CacheRoot],
+    mapped: Sequence[MappedFile],
+    work: Path,
+    report: Report,
+) -> Loaded:
+    """Describe what the server has read since it was started."""
+    if reads.problem:
+        report.say(
+            "WARNING: it is unknown what the server has read, so a restore will not notice other modules "
+            f"or files: {reads.problem}"
+        )
+    model = recorded(weights)
+    place = locate(model.name, model.asked, spec.environment)[0] if model else Path()
+    sources = Sources(
+        argv=spec.argv,
+        environment=server.environment,
+        directory=str(Path.cwd()),
+        opened=reads.read,
+        written=reads.written,
+        since_ns=began_ns,
+        left_out=[f"{each.recorded}/" for each in caches] + [f"{work}/"],
+        mapped={file.path for file in mapped},
+        described={os.path.realpath(place / file.name) for file in model.files} if model else set(),
+    )
+    return describe_loaded(sources)
 
 
 def _compact(tree: Path) -> list[MemoryFile]:

@@ -21,7 +21,10 @@ these codes.
 - **Hard and soft.** A hard difference forbids its rung. A soft one is only reported.
 - **Missing facts.** A fact that was not recorded, or that this node does not reveal, is not compared.
 - **The process** is a whole: one hard difference forbids it. Only GPUs that it held count, and only files
-  that it had mapped or open.
+  that it had mapped or open, or has read.
+- **Contents decide.** Times and inodes of equal files differ between copies of one container image, and are
+  equal for different files where the builder sets all times to one value. See
+  [what is on the disk](#what-is-on-the-disk).
 - **The kernel cache** is compared entry by entry. One usable entry is enough for its rung; the differences of
   the others are soft, and reported with their number. They are hard if no entry is usable. Each kind of cache
   has a layer of its own, which is not fetched if none of its entries is usable.
@@ -113,6 +116,93 @@ If the image cannot be read, each rung above the cold start has a reason with th
 field `image`. After all other errors, `restore` fails: it never continues after a missing or bad signature, a
 digest that does not match, or a malformed document.
 """
+DISK = """\
+
+## What is on the disk
+
+A restored server continues with what it read at its start. What a start here would read is compared with
+that. `snapshot` watches which files the server opens (fanotify) and records those that it has not written
+itself, by content, as its command names them: if a link leads elsewhere today, the file behind it is
+compared.
+
+"""
+READ = (
+    (
+        "modules that a Python server has imported, in every process of it, and other files of their "
+        "packages",
+        "the sha256 of each source; of packages and the standard library, of each file that was read",
+        "`code-file`, hard",
+    ),
+    (
+        "scripts of other interpreters (JavaScript, Ruby, Perl, Lua, PHP, Java, shells)",
+        "the sha256",
+        "`code-file`, hard",
+    ),
+    (
+        "installed packages of the Python that the command runs",
+        "name and version, in each directory that it searches",
+        "`package`, hard if the server has loaded a file of it; else `package-other`, soft",
+    ),
+    (
+        "what a start would load beyond that: new `.pth` files, sitecustomize, a module found before "
+        "a loaded one, a new package with entry points other than commands",
+        "the names in these directories",
+        "`package`, hard",
+    ),
+    (
+        "files that the command names, also in lists, `NAME=PATH` and JSON, or a variable; files "
+        "below directories that the command names",
+        "the sha256 up to 1 MiB, parts of larger ones",
+        "`named-file`, hard",
+    ),
+    (
+        "the model that vLLM's command names",
+        "the commit, if it is the hub's; each file by the digest in the hub's cache, or as above; new"
+        " files in a directory",
+        "`model-changed`, hard; missing: `model-file`, soft",
+    ),
+    (
+        "other models: files of the hub's cache, and weights by their suffix",
+        "the commit of each branch and tag; as above",
+        "`model-changed`, hard",
+    ),
+    (
+        "programs and libraries, and whatever else was mapped or open",
+        "the build id, else the sha256; above 256 MiB parts",
+        "`rootfs-file`, hard",
+    ),
+    (
+        "other files that were read",
+        "the sha256 up to 1 MiB, parts of larger ones",
+        "`read-file`, soft",
+    ),
+)
+MISSED = """\
+
+Of a large file, the first and last 64 KiB and 256 pages are compared, and of safetensors the header and a
+page of every tensor. So training, quantizing and merging are noticed. **Missed** are a change within a
+tensor or a file that touches none of these pages, such as a few rows of an embedding; a library that was
+patched without linking it anew, since its build id stays; a blob of the hub's cache whose content is not
+what its name says.
+
+**Not compared**:
+
+- what was read before the command was started, or by other processes for it: a database, a service;
+- directories: a file that was not there and would be read today, except the modules and model files above;
+- files that the server has written itself, the kernel caches, `/proc`, `/sys`, `/dev`, `/run`, and what
+  container runtimes and machines make for themselves: `/etc/hosts`, `/etc/resolv.conf`, `/etc/hostname`;
+- cached bytecode, if its source exists: a start would use stale bytecode only if somebody made it for that;
+- `RECORD` and other metadata of packages that the server has not read;
+- bytes that the server would read from the network.
+
+If fanotify does not work (in a user namespace, without CAP_SYS_ADMIN), `snapshot` warns, and only mapped
+and open files, the model and the packages are compared.
+
+A file that changes between the server's start and the dump fails the snapshot. To compare contents takes
+0.2 s for the modules of vLLM; what was found is remembered in `$REKINDLE_HOME/compared` until a size, time,
+ctime or inode changes or the machine boots, which takes 20 ms to see. It is not remembered for file systems
+whose ctime is a whole second, as that of squashfs and erofs, where it says nothing.
+"""
 OWN = {"restore", "oracle"}  # restore/decide/rules.py gives them the first two of these names
 
 
@@ -132,7 +222,11 @@ def page() -> str:
         ", ".join(codes),
         "an error of that class ([errors.md](errors.md)), for example while fetching a layer",
     )
-    return "".join(parts) + TAIL + pages.table(("code", "meaning"), [*HAPPENED, others]) + LAST
+    return "".join(parts) + _disk() + TAIL + pages.table(("code", "meaning"), [*HAPPENED, others]) + LAST
+
+
+def _disk() -> str:
+    return DISK + pages.table(("what", "compared by", "if it differs"), READ) + MISSED
 
 
 def _strictness(rule: Rule) -> str:

@@ -2,11 +2,14 @@
 """Identify the weights that a server has loaded: the digests of the model's files, and their revision."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from msgspec import Struct
 
 from rekindle.digest import Digest
 from rekindle.fields import JSON
+from rekindle.node import sampled
 
 # The files that determine a model's answers: weights, configuration, tokenizer, chat template.
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf", ".json", ".model", ".jinja", ".txt"}
@@ -14,24 +17,94 @@ _FILES_LIMIT = 10_000
 
 
 def identify(model: str, revision: str, environment: Mapping[str, str]) -> dict[str, JSON]:
-    """Return a model's `{"model", "revision", "files": [{"name", "size", "sha256"}]}`.
+    """Return a model's `{"model", "revision", "asked", "files": [{"name", "size", "sha256", "sampled"}]}`.
 
     `model` is a directory or a name in the cache of Hugging Face's hub; "files" is empty if it is neither.
-    "revision" is a commit of the hub, or "". Reads every byte, with all cores: some 1.7 GB/s each.
+    "revision" is a commit of the hub, or "", and "asked" is what names it: a branch, a tag, or the commit.
+    "sampled" identifies a large file by parts of it. Reads every byte, with all cores: some 1.7 GB/s each.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    directory, commit = Path(model), ""
-    if not directory.is_dir():
-        directory, commit = _in_hub_cache(model, revision, environment)
-    paths = sorted(path for path in _list(directory) if path.suffix in _SUFFIXES and path.is_file())
+    directory, commit = locate(model, revision, environment)
+    paths = [directory / name for name in names(directory)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        digests = list(pool.map(Digest.of_file, paths[:_FILES_LIMIT]))
-    files = [
-        {"name": path.name, "size": path.stat().st_size, "sha256": digest.hex}
-        for path, digest in zip(paths, digests, strict=False)
-    ]
-    return {"model": model, "revision": commit, "files": files}
+        digests = list(pool.map(Digest.of_file, paths))
+    return {
+        "model": model,
+        "revision": commit,
+        "asked": revision,
+        "files": [_describe(path, digest) for path, digest in zip(paths, digests, strict=True)],
+    }
+
+
+def _describe(path: Path, digest: Digest) -> dict[str, JSON]:
+    size = path.stat().st_size
+    found = {"name": path.name, "size": size, "sha256": digest.hex}
+    return {**found, "sampled": sampled.identity(path)} if size > sampled.WHOLE_BYTES else found
+
+
+class RecordedFile(Struct, frozen=True, kw_only=True):
+    """A file of a recorded model. `identity` is that of `sampled.identity`, "" if only the size counts."""
+
+    name: str
+    size: int
+    sha256: str
+    identity: str
+
+
+class RecordedModel(Struct, frozen=True, kw_only=True):
+    """A model as `identify` described it."""
+
+    name: str
+    revision: str
+    asked: str
+    files: Sequence[RecordedFile]
+
+
+def recorded(weights: Mapping[str, JSON]) -> RecordedModel | None:
+    """Read what `identify` has described; None if that is nothing. Ignores what is malformed."""
+    files = []
+    listed = weights.get("files")
+    for file in listed if isinstance(listed, list) else ():
+        match file:
+            case {"name": str(name), "size": int(size)}:
+                sha256 = str(file.get("sha256", ""))
+                small = sha256 and size <= sampled.WHOLE_BYTES
+                identity = f"sha256:{sha256}" if small else str(file.get("sampled", ""))
+                files.append(RecordedFile(name=name, size=size, sha256=sha256, identity=identity))
+    name, revision, asked = (weights.get(each, "") for each in ("model", "revision", "asked"))
+    if not files or not isinstance(name, str) or not isinstance(revision, str):
+        return None
+    asked = asked if isinstance(asked, str) and asked else "main"
+    return RecordedModel(name=name, revision=revision, asked=asked, files=files)
+
+
+def locate(model: str, asked: str, environment: Mapping[str, str], base: str = "") -> tuple[Path, str]:
+    """Return the directory of a model, which need not exist, and its revision; "" for a directory.
+
+    A relative path starts at `base`, by default the working directory.
+    """
+    directory = Path(base, model)
+    return (directory, "") if directory.is_dir() else _in_hub_cache(model, asked, environment)
+
+
+def names(directory: Path) -> list[str]:
+    """Return the names of the files in a directory that belong to a model, in order."""
+    found = [path for path in _list(directory) if path.suffix in _SUFFIXES and path.is_file()]
+    return sorted(path.name for path in found)[:_FILES_LIMIT]
+
+
+def hub_digest(path: str) -> str:
+    """Return the sha256 by which the hub's cache names the content of a large file, or "".
+
+    There, `snapshots/COMMIT/NAME` is a link to `blobs/DIGEST`. Small files have the digest of a git blob.
+    """
+    try:
+        target = os.readlink(path)  # noqa: PTH115
+    except (OSError, ValueError):
+        return ""
+    above, _, name = target.rpartition("/")
+    return name if above.endswith("/blobs") and len(name) == 64 else ""
 
 
 def changed_files(recorded: Mapping[str, JSON], environment: Mapping[str, str]) -> list[str]:

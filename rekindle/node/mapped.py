@@ -2,8 +2,9 @@
 """Describe the files that a process has mapped or open, and compare them with those of this node.
 
 A restored process continues with the code that it has mapped. CRIU maps the node's files again, so they must
-be unchanged. A file is unchanged if its size is the same, and its time or its content: the build id of an
-ELF file, the sha256 of another.
+be unchanged. A file is unchanged if its size and its content are the same: the build id of an ELF file, the
+sha256 of another, parts of one that is too large for that. Its time tells nothing: builders of images set the
+times of all files to one value.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from msgspec import Struct
 
 from rekindle.digest import Digest
 from rekindle.documents import AbsolutePath, Count, Nanoseconds
-from rekindle.node import elf
+from rekindle.node import elf, sampled
 
 _HASHED_BYTES = 256 << 20
 
@@ -24,7 +25,8 @@ _HASHED_BYTES = 256 << 20
 class MappedFile(Struct, frozen=True, kw_only=True):
     """The path, size in bytes, modification time and identity of a file.
 
-    The identity is `build-id:HEX`, `sha256:HEX`, or "" for a file too large to read at every restore.
+    The identity is `build-id:HEX`, `sha256:HEX`, or `sampled:HEX` of a file that is too large to read at
+    every restore; older records have "" for that.
     """
 
     path: AbsolutePath
@@ -59,7 +61,7 @@ def difference(file: MappedFile) -> str:
         return "not a regular file"
     if status.st_size != file.size:
         return f"{status.st_size:,} bytes"
-    if not file.identity or status.st_mtime_ns == file.mtime_ns:
+    if not file.identity:
         return ""
     try:
         here = _identity(Path(os.path.realpath(file.path)), status.st_size)
@@ -76,4 +78,4 @@ def describe_recorded(file: MappedFile) -> str:
 def _identity(path: Path, size: int) -> str:
     if build_id := elf.build_id(path):
         return f"build-id:{build_id}"
-    return Digest.of_file(path) if size <= _HASHED_BYTES else ""
+    return Digest.of_file(path) if size <= _HASHED_BYTES else sampled.identity(path)

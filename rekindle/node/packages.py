@@ -111,6 +111,17 @@ def interpreter(argv: Sequence[str], environment: Mapping[str, str]) -> Path | N
     return python.path if python else None
 
 
+def program(argv: Sequence[str], environment: Mapping[str, str]) -> Path | None:
+    """Return the file that a command executes; None if there is none."""
+    return _find(argv[0], environment) if argv else None
+
+
+def search_path(argv: Sequence[str], environment: Mapping[str, str]) -> list[Path]:
+    """Return the directories in which a command finds installed packages; [] if it is not Python's."""
+    python = _python(argv, environment)
+    return _search_path(python)[1] if python else []
+
+
 def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | None:
     """Follow a command through scripts and env(1) to its Python interpreter."""
     words = list(argv)

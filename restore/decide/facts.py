@@ -18,9 +18,10 @@ from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
-from restore.decide import abilities, match_process
+from restore.decide import abilities, match_loaded
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
+from restore.decide.remembered import Findings
 from restore.decide.rules import Strictness
 from restore.decide.source import read_kernels
 
@@ -46,7 +47,8 @@ def gather(
     """
     found = verified.value
     record = found.record
-    different = match_process.differing_files(record)
+    findings = Findings(home.compared)
+    different = match_loaded.mapped(record, findings)
     missing = any(different.get(file.path) == "missing" for file in record.mapped_files)
     read = found.cache is not None and (with_cache or missing)
     kernels = read_kernels(verified) if read else None
@@ -57,6 +59,7 @@ def gather(
         cache=kernels.value if kernels else None,
         cache_unread=found.cache is not None and not read,
         different=different,
+        loaded=match_loaded.compare(record, given, os.environ, findings),
         local=isinstance(reference, LayoutReference),
         unpacked=dumps.is_ready(home, found),
         given=list(given) or None,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare what a snapshot's process needs with this node, field by field.
 
-Pure, except for `differing_files`. restore/decide/rules.py defines what each difference means.
+Pure. restore/decide/rules.py defines what each difference means.
 """
 
 import posixpath
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu
-from rekindle.node.mapped import MappedFile, describe_recorded, difference
+from rekindle.node.mapped import describe_recorded
 from rekindle.node.packages import major_minor
 from rekindle.record import Record
 from restore.decide.abilities import Abilities
@@ -25,10 +25,12 @@ def compare(
     abilities: Abilities,
     different: Mapping[str, str],
     command: Sequence[str] | None = None,
+    loaded: Sequence[Difference] = (),
 ) -> list[Difference]:
     """Return the differences that may keep the process from running here.
 
-    `different` is the result of `differing_files`. `command` is the one that the user gave, if any.
+    `different` is the result of `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `command`
+    is the one that the user gave, if any.
     """
     recorded = record.node
     return [
@@ -50,33 +52,8 @@ def compare(
             for file in record.mapped_files
             if file.path in different
         ),
-        *(
-            Difference(
-                "model-reloaded" if record.reloads else "model-file", path, f"{size:,} bytes", different[path]
-            )
-            for path, size in model_files(record)
-            if path in different
-        ),
+        *loaded,
     ]
-
-
-def model_files(record: Record) -> Iterator[tuple[str, int]]:
-    """Yield path and size in bytes of each file of a model that is in a directory."""
-    model, files = record.weights.get("model"), record.weights.get("files")
-    if isinstance(model, str) and model.startswith("/") and isinstance(files, list):
-        for file in files:
-            match file:
-                case {"name": str(name), "size": int(size)}:
-                    yield f"{model}/{name}", size
-
-
-def differing_files(record: Record) -> dict[str, str]:
-    """Return, by path, what is here instead of each file that the snapshot needs and that differs."""
-    found = {file.path: what for file in record.mapped_files if (what := difference(file))}
-    for path, size in model_files(record):
-        if what := difference(MappedFile(path=path, size=size)):
-            found[path] = what
-    return found
 
 
 def device_map(record: Record, node: Fingerprint) -> dict[str, str]:

@@ -39,8 +39,9 @@ class Facts(Struct, frozen=True, kw_only=True):
 
     `image` is None if it could not be read, for the reason `unreached`. `cache` is None if the image has no
     kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
-    `match_process.differing_files`. `local`: nothing has to be fetched; `unpacked`: the dump is ready on this
-    node. `given` is the command that the user gave; None for the recorded one.
+    `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
+    `unpacked`: the dump is ready on this node. `given` is the command that the user gave; None for the
+    recorded one.
     """
 
     node: Fingerprint
@@ -50,6 +51,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     cache: "CacheImage | None" = None
     cache_unread: bool = False
     different: Mapping[str, str] = field(default_factory=dict)
+    loaded: Sequence[Difference] = ()
     local: bool = False
     unpacked: bool = False
     given: Sequence[str] | None = None
@@ -165,7 +167,7 @@ def _process(facts: Facts) -> Step:
         + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
-    found = match_process.compare(record, facts.node, facts.abilities, different, facts.given)
+    found = match_process.compare(record, facts.node, facts.abilities, different, facts.given, facts.loaded)
     return Step(
         rung=Rung.PROCESS,
         reasons=[reason_for(each) for each in found],

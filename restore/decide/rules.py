@@ -106,10 +106,52 @@ RULES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=True,
         why="CRIU maps this node's files into the process, which continues in the middle of their code. A "
-        "file is the same if its size is, and its time, or else its build id or sha256. Above 256 MiB, "
-        "without a build id, only the size counts. Files that the kernel cache contains may be missing.",
+        "file is the same if its size is, and its build id or sha256. Of files above 256 MiB without a build "
+        "id, parts are compared. Files that the kernel cache contains may be missing.",
         source="criu(8), --file-validation; checkpoint-restore/criu#1049",
         advice="start from the container image that the snapshot was made in",
+    ),
+    "package": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The process continues with the packages that it has imported. Compared are the versions of "
+        "those of which it has loaded a file, the directories that Python searches, and what Python would "
+        "run or find first in them: `.pth` files, sitecustomize, a module of the same name, a new package "
+        "with entry points for others to load.",
+        source="Python documentation, site and importlib.metadata; PyPA, Recording installed projects",
+        advice="make a snapshot with the packages of today, or install the recorded ones",
+    ),
+    "package-other": Rule(
+        rung=Rung.PROCESS,
+        hard=False,
+        why="Packages beside those that the process uses were installed, removed or updated. It has loaded "
+        "nothing of them.",
+        source="PyPA, Recording installed projects",
+        advice="no action needed",
+    ),
+    "code-file": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The process continues with the code that it has read: modules, scripts, files within packages. "
+        "Their contents are compared; of cached bytecode, that of the source.",
+        source="PEP 3147, PEP 552",
+        advice="make a snapshot with the code of today",
+    ),
+    "named-file": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The server has read a file that its command or a variable names, or one in a directory that its "
+        "command names, and would read other content today: a configuration, a chat template, an adapter.",
+        source="docs/adr/0026-what-is-on-the-disk.md",
+        advice="make a snapshot with the files of today",
+    ),
+    "read-file": Rule(
+        rung=Rung.PROCESS,
+        hard=False,
+        why="The server has read a file that nothing names, and would read other content today. It may be a "
+        "configuration or data of no importance: say so by policy.",
+        source="docs/adr/0026-what-is-on-the-disk.md",
+        advice="make a snapshot with the files of today if the server depends on them",
     ),
     "model-file": Rule(
         rung=Rung.PROCESS,
@@ -117,6 +159,15 @@ RULES: Mapping[str, Rule] = {
         why="The restored process has the weights in memory.",
         source="docs/operations.md, what a server in a cell sees",
         advice="fetch the model: lower rungs need it",
+    ),
+    "model-changed": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The process has another model in memory than a start would load: another revision of the hub's, "
+        "or other files. Compared are the digest by which the hub's cache names a file, all of a small file, "
+        "and parts of a large one: the header, and a page of every tensor.",
+        source="huggingface_hub, Understand caching; safetensors, Format",
+        advice="make a snapshot with the model of today, or fetch the recorded one",
     ),
     "model-reloaded": Rule(
         rung=Rung.PROCESS,

@@ -28,8 +28,8 @@ from rekindle.os_errors import naming_full_disk
 from rekindle.record import Record
 from rekindle.report import MemoryMode, OracleAnswer, Report, Rung
 from restore import dumps
+from restore.decide import match_loaded
 from restore.decide.decision import Decision
-from restore.decide.match_process import differing_files
 from restore.decide.plan import Step
 from restore.decide.source import Source
 from restore.options import Memory, Output
@@ -168,7 +168,7 @@ def _extract_mapped_files(run: Run, source: Source, step: Step, stack: contextli
 
     record = source.image.value.record
     extract(run, source, {root.name: Path(root.recorded) for root in source.roots(step)}, stack)
-    left = differing_files(record)
+    left = match_loaded.mapped(record)
     missing = [file.path for file in record.mapped_files if file.path in left]
     if missing:
         raise MismatchError(

@@ -131,6 +131,7 @@ ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
 # Records that were made before have none of these.
 ADDED = (
     "weights",
+    "loaded",
     "start_seconds",
     "process.gpus",
     "process.cuda_pids",

@@ -31,7 +31,7 @@ def fill(directory: Path) -> list[dict[str, object]]:
 def test_a_directory_is_its_files(tmp_path: Path) -> None:
     files = fill(tmp_path / "model")
     found = identify(str(tmp_path / "model"), "main", {})
-    assert found == {"model": str(tmp_path / "model"), "revision": "", "files": files}
+    assert found == {"model": str(tmp_path / "model"), "revision": "", "asked": "main", "files": files}
 
 
 @pytest.mark.parametrize("revision", ["main", COMMIT])
@@ -41,7 +41,7 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, revision: str) -> None
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(COMMIT + "\n")
     found = identify("org/name", revision, {"HF_HOME": str(tmp_path)})
-    assert found == {"model": "org/name", "revision": COMMIT, "files": files}
+    assert found == {"model": "org/name", "revision": COMMIT, "asked": revision, "files": files}
 
 
 def test_what_is_nowhere_has_no_files(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from rekindle.digest import Digest
-from rekindle.node import elf, mapped
+from rekindle.node import elf, mapped, sampled
 from rekindle.node.mapped import MappedFile, describe, describe_recorded, difference
 from tests.samples.elf import elf_file, note
 
@@ -169,15 +169,22 @@ def test_a_file_that_may_not_be_read_is_told_of(tmp_path: Path, monkeypatch: pyt
     assert unread.identity == ""
 
 
-def test_what_is_too_large_is_known_by_its_size(tmp_path: Path) -> None:
+def test_what_is_too_large_is_known_by_parts_of_it(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with open(path, "wb") as file:
         file.truncate(mapped._HASHED_BYTES + 1)
     large = describe(str(path))
     assert large is not None
-    assert large.identity == ""
+    assert large.identity.startswith("sampled:")
     is_touched(path)
     assert difference(large) == ""
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(status.st_size - 1)
+        file.write(b"1")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert difference(large) == f"{status.st_size:,} bytes, {sampled.identity(path)[:25]}"
+    assert difference(structs.replace(large, identity="")) == "", "an older record tells no more"
     os.truncate(path, mapped._HASHED_BYTES)
     assert difference(large) == f"{mapped._HASHED_BYTES:,} bytes"
 
@@ -187,7 +194,7 @@ def test_a_record_that_lies_about_a_large_file_makes_nobody_read_it(tmp_path: Pa
     with open(path, "wb") as file:
         file.truncate(1 << 40)
     lie = MappedFile(path=str(path), size=1 << 40, identity=Digest.of_bytes(b""))
-    assert difference(lie) == f"{1 << 40:,} bytes, "
+    assert difference(lie).startswith(f"{1 << 40:,} bytes, sampled:")
 
 
 def test_a_file_in_words() -> None:

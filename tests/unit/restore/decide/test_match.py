@@ -12,9 +12,9 @@ from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, MismatchError, UsageError
 from rekindle.node.mapped import MappedFile
 from rekindle.report import Reason, Rung
-from restore.decide import match_process
+from restore.decide import match_loaded, match_process
 from restore.decide.abilities import Abilities
-from restore.decide.match_process import device_map, differing_files, same_command
+from restore.decide.match_process import device_map, same_command
 from restore.decide.plan import require_possible as require
 from restore.decide.rules import RULES, Strictness, reason_for
 from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
@@ -261,12 +261,12 @@ def test_a_model_is_looked_for(tmp_path: Path) -> None:
     files = [{"name": "config.json", "size": 5}, {"name": "model.safetensors", "size": 9}]
     weights = {"model": str(tmp_path), "revision": "", "files": files}
     record = structs.replace(RECORD, weights=weights, mapped_files=[])
-    different = differing_files(record)
-    assert different == {str(tmp_path / "model.safetensors"): "missing"}
-    (reason,) = process(record, NODE, ABLE, different)
+    (found,) = match_loaded.compare(record, (), {})
+    assert (found.field, found.here) == (str(tmp_path / "model.safetensors"), "missing")
+    reason = reason_for(found)
     assert (reason.code, reason.hard) == ("model-file", False)
     odd = structs.replace(record, weights={"model": "org/name", "files": [7, {"name": 3}]})
-    assert differing_files(odd) == {}
+    assert match_loaded.compare(odd, (), {}) == []
 
 
 COMMANDS: dict[str, tuple[list[str], bool]] = {

@@ -40,7 +40,7 @@ from rekindle.record import Dump, RecordedEngine
 from rekindle.report import Report, Rung
 from rekindle.secrets import HIDDEN
 from restore import dumps
-from restore.decide import abilities, match_process, plan
+from restore.decide import abilities, match_loaded, plan
 from restore.decide import facts as _facts
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts, Plan
@@ -840,7 +840,7 @@ def test_a_snapshot_on_another_node(
         assert not given_out(registry, Kind.MANIFEST)
         assert registry.sent_bytes == (first.fetch_bytes if first else 0)
         if case.rung is PROCESS and "rootfs-file" not in case.process:
-            assert match_process.differing_files(image.record) == {}, (
+            assert match_loaded.mapped(image.record) == {}, (
                 "every file that the process has mapped is there now"
             )
 

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare what a server has loaded with what a start would load here: code, packages, model, other files.
+
+Reads file contents where `Findings` does not know them already, and of large files only parts.
+"""
+
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import structs
+
+from rekindle.engine import weights
+from rekindle.node import loaded, packages, sampled
+from rekindle.node.loaded import CodeDirectory, LoadedFile, LoadedKind
+from rekindle.node.mapped import difference
+from rekindle.record import Record
+from restore.decide.difference import Difference
+from restore.decide.remembered import NOTHING_KNOWN, Findings
+
+_MISSING = "missing"
+_RULES = {
+    LoadedKind.NAMED: "named-file",
+    LoadedKind.MODEL: "model-changed",
+    LoadedKind.CODE: "code-file",
+    LoadedKind.OTHER: "read-file",
+}
+_NOT_PLUGINS = {"console_scripts", "gui_scripts"}
+_ENTRY_POINTS_BYTES = 256 << 10
+
+
+def mapped(record: Record, findings: Findings = NOTHING_KNOWN) -> dict[str, str]:
+    """Return, by path, what is here instead of each mapped file that differs."""
+    files = record.mapped_files
+    expected = (f"{file.path} {file.size} {file.identity or file.mtime_ns}" for file in files)
+    found = findings.find(
+        expected,
+        [file.path for file in files],
+        lambda: {file.path: what for file in files if (what := difference(file))},
+    )
+    assert isinstance(found, dict)
+    return {path: str(what) for path, what in found.items()}
+
+
+def compare(
+    record: Record,
+    given: Sequence[str],
+    environment: Mapping[str, str],
+    findings: Findings = NOTHING_KNOWN,
+) -> list[Difference]:
+    """Return the differences between what the server has loaded and what a start would load here.
+
+    `given` is the command of today, if the user gave one; it starts in our working directory.
+    """
+    base = _directory(record, given)
+    command = list(given or record.command)
+    modules = record.loaded.modules()
+    found: list[Difference] = []
+    for directory in record.loaded.code:
+        found += _code(directory, base, modules, findings)
+    found += _search_path(record, [str(path) for path in packages.search_path(command, environment)])
+    for kind in LoadedKind:
+        found += _files([file for file in record.loaded.files if file.kind is kind], base, findings)
+    return [*found, *_model(record, base, environment, findings)]
+
+
+def _directory(record: Record, given: Sequence[str]) -> str:
+    """Return the working directory of a start, as on the lower rungs."""
+    if not given and os.access(f"{record.directory}/.", os.X_OK):
+        return record.directory
+    try:
+        return os.getcwd()  # noqa: PTH109
+    except OSError:
+        return record.directory
+
+
+def _remember(
+    findings: Findings, expected: Iterator[str], paths: Sequence[str], differences: Iterator[Difference]
+) -> list[Difference]:
+    found = findings.find(expected, paths, lambda: [list(structs.astuple(each)) for each in differences])
+    assert isinstance(found, list)
+    return [Difference(*map(str, each)) for each in found if isinstance(each, list) and len(each) == 4]
+
+
+def _code(
+    recorded: CodeDirectory, base: str, modules: frozenset[str], findings: Findings
+) -> list[Difference]:
+    place = posixpath.normpath(posixpath.join(base, recorded.path))
+    paths = [place, *(f"{place}/{path}" for path in recorded.files)]
+    expected = [place, *recorded.files, *recorded.files.values(), *recorded.entries, *recorded.used]
+    expected += [*recorded.distributions, *recorded.distributions.values(), *sorted(modules)]
+    return _remember(findings, iter(expected), paths, _code_differences(recorded, place, modules))
+
+
+def _code_differences(recorded: CodeDirectory, place: str, modules: frozenset[str]) -> Iterator[Difference]:
+    try:
+        distributions, entries = loaded.listing(place, modules)
+    except OSError as error:
+        if recorded.files:
+            yield Difference("code-file", place, f"{len(recorded.files)} loaded files", _what(error))
+        return
+    yield from _packages(recorded, place, distributions)
+    for name in sorted({*entries} - {*recorded.entries}):
+        yield Difference("package", f"{place}/{name}", "missing", "a start would run or load it")
+    yield from _changed_code(recorded, place)
+
+
+def _packages(recorded: CodeDirectory, place: str, here: Mapping[str, str]) -> Iterator[Difference]:
+    for name in sorted({*here, *recorded.distributions}):
+        was, now = recorded.distributions.get(name, _MISSING), here.get(name, _MISSING)
+        if was != now:
+            matters = name in recorded.used or (was == _MISSING and _has_plugins(place, name))
+            yield Difference("package" if matters else "package-other", name, was, now)
+
+
+def _has_plugins(place: str, name: str) -> bool:
+    """Return whether a distribution has entry points other than commands: programs may load those."""
+    for directory in Path(place).glob("*-*.*-info"):
+        if loaded.normalized(directory.name.partition("-")[0]) == name:
+            try:
+                with open(directory / "entry_points.txt", "rb") as file:
+                    lines = file.read(_ENTRY_POINTS_BYTES).decode(errors="replace").splitlines()
+            except OSError:
+                continue
+            groups = {line.strip(" []") for line in lines if line.startswith("[")}
+            return bool(groups - _NOT_PLUGINS)
+    return False
+
+
+def _changed_code(recorded: CodeDirectory, place: str) -> Iterator[Difference]:
+    """Yield the first differing file of each package, with the number of others."""
+    by_module: dict[str, list[tuple[str, str, str]]] = {}
+    for path, was in recorded.files.items():
+        try:
+            here = sampled.short_digest(f"{place}/{path}")
+        except (OSError, ValueError) as error:
+            here = _what(error)
+        if here != was:
+            by_module.setdefault(loaded.module(path), []).append((path, was, here))
+    for changed in by_module.values():
+        path, was, here = changed[0]
+        more = f" and {len(changed) - 1} others of its package" if len(changed) > 1 else ""
+        yield Difference("code-file", f"{place}/{path}{more}", f"sha256:{was}", _shown(here))
+
+
+def _search_path(record: Record, here: Sequence[str]) -> Iterator[Difference]:
+    """Compare the directories in which a start looks for packages, if they are known."""
+    recorded = record.loaded.search_path
+    if not recorded or not here:
+        return
+    if missing := [path for path in recorded if path not in here]:
+        yield Difference("package", "Python's search path", ", ".join(missing), f"not searched: {here[0]} is")
+    modules = record.loaded.modules()
+    for place in here:
+        if place in recorded:
+            continue
+        try:
+            distributions, entries = loaded.listing(place, modules)
+        except OSError:
+            continue
+        yield from _packages(CodeDirectory(path=place), place, distributions)
+        for name in entries:
+            yield Difference("package", f"{place}/{name}", "missing", "a start would run or load it")
+
+
+def _files(files: Sequence[LoadedFile], base: str, findings: Findings) -> list[Difference]:
+    places = [posixpath.join(base, file.path) for file in files]
+    expected = (f"{file.kind} {file.path} {file.size} {file.identity}" for file in files)
+    differences = (
+        Difference(
+            "model-file" if here == _MISSING and file.kind is LoadedKind.MODEL else _RULES[file.kind],
+            file.path,
+            _shown(file.identity),
+            _shown(here),
+        )
+        for file, place in zip(files, places, strict=True)
+        if (here := _other(place, file.size, file.identity))
+    )
+    return _remember(findings, iter([base, *expected]), places, differences)
+
+
+def _other(place: str, size: int, identity: str) -> str:
+    """Return what a file is instead of a recorded one; "" if it is the same, as far as was recorded."""
+    try:
+        status = os.stat(place)  # noqa: PTH116
+        if status.st_size != size:
+            return f"{status.st_size:,} bytes"
+        here = sampled.identity(place) if identity else ""
+    except (OSError, ValueError) as error:
+        return _what(error)
+    return "" if here == identity else here
+
+
+def _model(
+    record: Record, base: str, environment: Mapping[str, str], findings: Findings
+) -> Iterator[Difference]:
+    """Compare the files of the model with those that a start would load."""
+    missing, changed = ("model-reloaded",) * 2 if record.reloads else ("model-file", "model-changed")
+    model = weights.recorded(record.weights)
+    if model is None:
+        return
+    place, revision = weights.locate(model.name, model.asked, environment, base)
+    if revision != model.revision and revision:
+        yield Difference(changed, f"revision of {model.name}", model.revision, revision)
+        return
+    names = sorted(file.name for file in model.files)
+    paths = [str(place), *(f"{place}/{name}" for name in names)]
+
+    def differences() -> Iterator[Difference]:
+        for file in model.files:
+            path = f"{place}/{file.name}"
+            if file.sha256 and weights.hub_digest(path) == file.sha256:
+                continue
+            if here := _other(path, file.size, file.identity):
+                code = missing if here == _MISSING else changed
+                yield Difference(code, path, f"{file.size:,} bytes, {_shown(file.identity)}", _shown(here))
+        for name in sorted({*weights.names(place)} - {*names}) if not revision else ():
+            yield Difference(changed, f"{place}/{name}", "missing", "a start would find it")
+
+    expected = [str(place), missing, *(f"{each.name} {each.size} {each.identity}" for each in model.files)]
+    yield from _remember(findings, iter(expected), paths, differences())
+
+
+def _what(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+        return _MISSING
+    return error.strerror or str(error)
+
+
+def _shown(identity: str) -> str:
+    """Shorten a digest for people."""
+    if len(identity) == 16 and identity.isalnum():
+        return f"sha256:{identity}"
+    kind, colon, digest = identity.partition(":")
+    return f"{kind}:{digest[:16]}" if colon and len(digest) == 64 else identity

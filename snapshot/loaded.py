@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe for the record what a server has loaded: code, a model, and the files that its command names.
+
+From the files that it has opened, without those that it has written itself, that are in its kernel caches, or
+that are gone. Python opens `__pycache__/NAME.TAG.pyc` in place of `NAME.py` (PEP 3147), which is what counts.
+"""
+
+import contextlib
+import os
+import posixpath
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from rekindle.errors import WorkloadError
+from rekindle.node import loaded, packages, sampled
+from rekindle.node.loaded import CodeDirectory, Loaded, LoadedFile, LoadedKind
+
+_SCRIPTS = (
+    ".py",
+    ".pyc",
+    ".js",
+    ".mjs",
+    ".cjs",
+    ".rb",
+    ".pl",
+    ".pm",
+    ".lua",
+    ".php",
+    ".jar",
+    ".class",
+    ".sh",
+)
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+# Made for each container, machine or boot, or by the package manager when libraries are installed.
+_OF_THE_PLACE = {
+    *("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/etc/machine-id"),
+    *("/etc/ld.so.cache",),
+}
+_BESIDE = ("/proc/", "/sys/", "/dev/", "/run/", "/var/run/")
+_TOO_WIDE = {
+    *("/", "/bin", "/boot", "/etc", "/home", "/lib", "/lib64", "/media", "/mnt", "/opt", "/root", "/sbin"),
+    *("/srv", "/tmp", "/usr", "/usr/lib", "/usr/local", "/var"),  # noqa: S108
+}
+
+_CACHED = re.compile(r"(.*/)__pycache__/([^/]+?)\.[^./]+-[^./]+(?:\.opt-[^./]+)?\.pyc")
+_PACKAGES = re.compile(r"(.*/(?:site-packages|dist-packages|lib/python3\.[0-9]+t?))/")
+_NODE_PACKAGES = re.compile(r"(.*?/node_modules)/")
+_HUB = re.compile(r"(.*/models--[^/]+)/(?:blobs|snapshots|refs)/")
+# Kubernetes shows DIR/FILE as a link to DIR/..TIME/FILE, with a new TIME for every pod: the kubelet's
+# AtomicWriter (pkg/volume/util/atomic_writer.go).
+_ATOMIC = re.compile(r"/\.\.[0-9]{4}_[^/]+(?=/)")
+_SEPARATORS = re.compile(r"""[=,:;"'{}\[\]\s]+""")
+_WORDS_LIMIT = 10_000
+_OF_THE_SHELL = {"_", "SHELL"}
+
+
+class Sources(Struct, frozen=True, kw_only=True):
+    """What a server was started from, and what its files are told apart by.
+
+    `opened` are the paths of the files that it has opened, `written` the devices and inodes of those that it
+    has written. `since_ns` is when it was started. `left_out` are directories whose files do not count.
+    `mapped` are the files that are compared because they are mapped, `described` those of the model.
+    """
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    directory: str
+    opened: Iterable[str]
+    written: Collection[tuple[int, int]]
+    since_ns: int
+    left_out: Sequence[str]
+    mapped: Collection[str]
+    described: Collection[str] = ()
+
+
+def describe(sources: Sources) -> Loaded:
+    """Describe what a server has loaded.
+
+    Raises WorkloadError if a file of it was changed since the server was started: then it is unknown what the
+    server has read.
+    """
+    names = _Names.of(sources)
+    code: dict[str, dict[str, str]] = defaultdict(dict)
+    for directory in names.search_path:
+        code[directory] = {}
+    files: dict[str, LoadedFile] = {}
+    for path in sorted(_sources(sources)):
+        status = _compared(path, sources)
+        if status is None:
+            continue
+        kind = _kind(path, names)
+        if kind is not LoadedKind.OTHER and status.st_ctime_ns > sources.since_ns:
+            raise WorkloadError(
+                f"{path} was changed while the server was running",
+                cause="it is unknown whether the server has loaded the old file or the new one",
+                hint="make the snapshot again",
+            )
+        named = names.name(path)
+        if kind is LoadedKind.CODE and status.st_size <= sampled.WHOLE_BYTES:
+            root = _root(path)
+            code[names.root(root)][posixpath.relpath(path, root)] = sampled.short_digest(path)
+        if kind is not LoadedKind.CODE or status.st_size > sampled.WHOLE_BYTES or path in names.files:
+            if path in sources.mapped and named == path:
+                continue
+            here = LoadedKind.NAMED if path in names.files else kind
+            files[named] = LoadedFile(
+                path=named, size=status.st_size, identity=sampled.identity(path), kind=here
+            )
+    modules = frozenset(loaded.module(path) for found in code.values() for path in found)
+    return Loaded(
+        search_path=tuple(names.search_path),
+        code=tuple(_directory(path, found, modules) for path, found in sorted(code.items())),
+        files=tuple(files[path] for path in sorted(files)),
+    )
+
+
+class _Names(Struct, frozen=True, kw_only=True):
+    """How the command names files: by real path, the files and directories that its words name."""
+
+    files: Mapping[str, str]
+    directories: Mapping[str, str]
+    search_path: Sequence[str]
+    roots: Mapping[str, str]
+
+    @classmethod
+    def of(cls, sources: Sources) -> "_Names":
+        files: dict[str, str] = {}
+        directories: dict[str, str] = {}
+        roots = {sources.directory: "."} if sources.directory not in _TOO_WIDE else {}
+        home = sources.environment.get("HOME")
+        for word in _words(sources):
+            real = os.path.realpath(posixpath.join(sources.directory, word))
+            if os.path.isfile(real) and real not in sources.mapped:  # noqa: PTH113
+                files.setdefault(real, word)
+                if posixpath.basename(real) == posixpath.basename(word):
+                    roots.setdefault(posixpath.dirname(real), posixpath.dirname(word) or ".")
+            elif os.path.isdir(real) and real not in {*_TOO_WIDE, home}:  # noqa: PTH112
+                directories.setdefault(real, word)
+        for name, value in sources.environment.items():
+            if value.startswith("/") and name not in _OF_THE_SHELL and os.path.isfile(value):  # noqa: PTH113
+                files.setdefault(os.path.realpath(value), value)
+        found = [str(path) for path in packages.search_path(sources.argv, sources.environment)]
+        roots |= {os.path.realpath(path): path for path in found}
+        return cls(files=files, directories=directories, search_path=found, roots=roots)
+
+    def root(self, path: str) -> str:
+        """Return the name of a directory of code."""
+        return self.roots.get(path, path)
+
+    def within(self, path: str) -> bool:
+        """Return whether a word names a file or a directory above it."""
+        return path in self.files or any(path.startswith(f"{each}/") for each in self.directories)
+
+    def name(self, path: str) -> str:
+        """Return a path with what the command calls its beginning."""
+        if path in self.files:
+            return self.files[path]
+        above = [each for each in self.directories if path.startswith(f"{each}/")]
+        if above:
+            longest = max(above, key=len)
+            path = self.directories[longest].rstrip("/") + path[len(longest) :]
+        return _ATOMIC.sub("", path)
+
+
+def _words(sources: Sources) -> list[str]:
+    """Return the words of the command that may name files, in whole and in parts, without its program's.
+
+    Parts are values after `=`, items of lists, and texts in JSON. A program that is a script counts.
+    """
+    program = packages.program(sources.argv, sources.environment)
+    words = [str(program)] if program else []
+    for word in sources.argv[1:]:
+        words += [word, *_SEPARATORS.split(word)]
+    return [word for word in dict.fromkeys(words[:_WORDS_LIMIT]) if word and "\0" not in word]
+
+
+def _sources(sources: Sources) -> set[str]:
+    """Return the opened paths, with the sources of Python's cached modules in their place."""
+    prefix = sources.environment.get("PYTHONPYCACHEPREFIX", "")
+    found = set()
+    for path in sources.opened:
+        source = path
+        if match := _CACHED.fullmatch(path):
+            source = f"{match[1]}{match[2]}.py"
+        elif prefix and path.startswith(f"{prefix.rstrip('/')}/") and path.endswith(".pyc"):
+            source = re.sub(r"\.[^./]+-[^./]+(?:\.opt-[^./]+)?\.pyc$", ".py", path[len(prefix.rstrip("/")) :])
+        found.add(source if source == path or os.path.exists(source) else path)  # noqa: PTH110
+    hubs = {match[1] for path in found if (match := _HUB.match(path))}
+    return found | {str(path) for hub in hubs for path in Path(hub, "refs").rglob("*")}
+
+
+def _compared(path: str, sources: Sources) -> os.stat_result | None:
+    """Return the status of a file that a start would read again; None for any other."""
+    if path in _OF_THE_PLACE or path in sources.described or path.startswith((*_BESIDE, *sources.left_out)):
+        return None
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    # What a download has left in the hub's cache is what a start would find, too.
+    written = (status.st_dev, status.st_ino) in sources.written and not _HUB.match(path)
+    return status if stat.S_ISREG(status.st_mode) and not written else None
+
+
+def _kind(path: str, names: _Names) -> LoadedKind:
+    installed = _PACKAGES.match(path)
+    if path.endswith(_SCRIPTS) or (installed and "/RECORD" not in path) or _NODE_PACKAGES.match(path):
+        return LoadedKind.CODE
+    if names.within(path):
+        return LoadedKind.NAMED
+    if path.endswith(_WEIGHTS) or _HUB.match(path):
+        return LoadedKind.MODEL
+    return LoadedKind.OTHER
+
+
+def _is_package(directory: str) -> bool:
+    return os.path.exists(f"{directory}/__init__.py")  # noqa: PTH110
+
+
+def _root(path: str) -> str:
+    """Return the directory of the search path that a file of code was found in."""
+    if match := _PACKAGES.match(path) or _NODE_PACKAGES.match(path):
+        return match[1]
+    directory = posixpath.dirname(path)
+    while path.endswith((".py", ".pyc")) and directory != "/" and _is_package(directory):
+        directory = posixpath.dirname(directory)
+    return directory
+
+
+def _directory(path: str, files: Mapping[str, str], modules: Collection[str]) -> CodeDirectory:
+    try:
+        distributions, entries = loaded.listing(path, modules)
+    except OSError:
+        distributions, entries = {}, []
+    here = {loaded.module(each) for each in files}
+    used = sorted({name for name, provided in _provided(path) if here & provided})
+    return CodeDirectory(
+        path=path, files=files, distributions=distributions, used=tuple(used), entries=tuple(entries)
+    )
+
+
+def _provided(directory: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield the name and the top-level modules of each distribution in a directory."""
+    for place in Path(directory).glob("*-*.*-info"):
+        name = loaded.normalized(place.name.partition("-")[0])
+        modules = {name.replace("-", "_")}  # all that is known if its metadata do not tell
+        for source in ("RECORD", "top_level.txt"):
+            with contextlib.suppress(OSError):
+                text = (place / source).read_text(errors="replace")
+                modules |= {loaded.module(line) for line in text.splitlines()}
+        yield name, modules
