@@ -321,10 +321,20 @@ def test_the_development_endpoints_are_closed_to_clients_and_open_to_rekindle(
         replica.kill()
 
 
+LARGE = "w" * (2 << 20)
+UNSAMPLED = (1 << 20) + 6000
+"""A place between the pages of a large file that rekindle/node/sampled.py compares."""
+
+
 @pytest.mark.parametrize("way", ["boundary", "reload"])
 @pytest.mark.parametrize(
-    ("weights", "code", "hard_code"),
-    [("WEIGHTS", "mismatch", "other content"), ("other weights", "model-reloaded", "another size")],
+    ("before", "after", "code"),
+    [
+        ("weights", "WEIGHTS", "model-reloaded"),
+        ("weights", "other weights", "model-reloaded"),
+        (LARGE, f"{LARGE[:UNSAMPLED]}x{LARGE[UNSAMPLED + 1 :]}", "mismatch"),
+    ],
+    ids=["other content", "another size", "other content where a decision does not look"],
 )
 def test_weights_that_are_read_again_must_be_those_that_were_there(
     rekindle: Rekindle,
@@ -333,17 +343,18 @@ def test_weights_that_are_read_again_must_be_those_that_were_there(
     port: int,
     tmp_path: Path,
     way: str,
-    weights: str,
+    before: str,
+    after: str,
     code: str,
-    hard_code: str,
     nothing_left: NothingLeft,
 ) -> None:
     version, flags, *_ = WAYS[way]
     vllm = installed(rekindle, version)
     cache_samples.triton(tmp_path / "triton")
     rekindle.env["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
+    vllm.train(before)
     assert snapshot(rekindle, vllm, port, *flags).status == 0
-    vllm.train(weights)
+    vllm.train(after)
     node.cuda.forget()
     done = rekindle("restore", "tiny", "--require", "process")
     assert done.status == 11, done.stderr
@@ -356,7 +367,7 @@ def test_weights_that_are_read_again_must_be_those_that_were_there(
     assert {event.step for event in node.cuda.log()} <= {"init"}, "it was restored before they were compared"
     assert answer(replica) == awake_answer(vllm)
     replica.kill()
-    vllm.train("weights")
+    vllm.train(before)
     assert restore("tiny", free_port()).report["outcome"] == "restored"
 
 
