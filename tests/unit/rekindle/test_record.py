@@ -132,6 +132,7 @@ ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
 ADDED = (
     "weights",
     "loaded",
+    "proved",
     "start_seconds",
     "process.gpus",
     "process.cuda_pids",
