@@ -7,12 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests that run side by side. Each lane has a machine of its own (tests/traces.py), but no cores of its own.
 LANES := 2
+# pip compiles what it installs, but nothing compiles a checkout where PYTHONDONTWRITEBYTECODE is set.
+PACKAGES := cli oci rekindle restore snapshot
 SCRIPTS = hack/lib.sh $(shell grep -ls "^\#!.*bash" .ci/* hack/*)
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(VENV)/.ready ## Install rekindle into .venv and a working CRIU; needs root
+	@$(BIN)/python -m compileall -q $(PACKAGES)
 	@hack/get-criu >/dev/null
 
 setup-dev: setup ## Also install vLLM for the CPU, a tiny model and registry tools
