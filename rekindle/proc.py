@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts from the OS kernel about this process and this boot."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,20 @@ from pathlib import Path
 def boot_id() -> str:
     """Return the OS kernel's random identifier of this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def privileges() -> dict[str, str]:
+    """Return what decides whether we may make namespaces and mounts, and the OS kernel and boot."""
+    found = {"kernel": os.uname().release, "boot": boot_id()}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in {"CapEff", "CapBnd", "Seccomp", "NoNewPrivs"}:
+            found[name] = value.strip()
+    for name in ("user", "pid", "cgroup"):
+        found[name] = str(Path(f"/proc/self/ns/{name}").readlink())
+    with contextlib.suppress(OSError):
+        found["label"] = Path("/proc/self/attr/current").read_text().strip("\0\n")
+    return found
 
 
 def peak_rss_bytes() -> int:

@@ -8,7 +8,9 @@ import threading
 
 from oci import store
 from rekindle.cell import Cell
+from rekindle.criu import Criu, kernel_facts
 from rekindle.errors import Interrupted
+from rekindle.home import Home
 from rekindle.report import Outcome, Report, Rung
 from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
@@ -124,10 +126,18 @@ def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
     run.listener.ready(run.report)
     # Killed commands may have left gigabytes: do not wait for their removal.
     if decision.home is not None:
-        threading.Thread(target=store.sweep, args=[decision.home], daemon=True).start()
+        criu = decision.facts.abilities.criu if taken.rung is Rung.PROCESS else None
+        threading.Thread(target=_tidy, args=[decision.home, criu], daemon=True).start()
     status = taken.status
     if status is None:
         run.announcer.ready()
         status = taken.serving.run()
         run.announcer.stopping()
     return status or (0 if taken.rung == run.options.rung else LOWER_STATUS)
+
+
+def _tidy(home: Home, criu: Criu | None) -> None:
+    """Do for the next restore what this one need not wait for."""
+    store.sweep(home)
+    if criu is not None:
+        kernel_facts.learn(home, criu.path)

@@ -74,6 +74,9 @@ class Command(NamedTuple):
     numbers of the command to descriptors of ours. Every other descriptor is closed. A `workload` is
     going to be snapshotted: it gets suitable PIDs, system call filter and memory layout.
 
+    `criu_facts` is for CRIU: the content of `init.CRIU_FACTS`, shown there until CRIU has opened it, or b""
+    for an empty directory.
+
     With `memory`, the command and everything that it starts, which includes what CRIU restores, may map
     memory files, and the cell makes them behave as anonymous memory. A cell runs one such command.
     """
@@ -85,6 +88,7 @@ class Command(NamedTuple):
     fds: Mapping[int, int] = MappingProxyType({})
     workload: bool = False
     memory: MemoryFiles | None = None
+    criu_facts: bytes | None = None
 
 
 class Cell:
@@ -208,6 +212,7 @@ class Cell:
             "files": {number: str(path) for number, path in command.files.items()},
             "fds": list(command.fds),
             "workload": command.workload,
+            "facts": None if command.criu_facts is None else command.criu_facts.hex(),
             "memory": command.memory
             and {"directory": str(command.memory.directory), "ranges": list(command.memory.ranges)},
         }

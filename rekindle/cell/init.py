@@ -13,7 +13,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
     {"op": "enter", "monotonic", "boottime"}, with "dial"    {"init": PID on the host}, {"ready": true}
      as a descriptor for a private network
     {"op": "spawn"} + a file with {"argv", "env", "cwd",
-     "files", "fds", "workload", "memory"}, descriptors      {"spawned": PID}, or
+     "files", "fds", "workload", "facts", "memory"} and
+     descriptors                                             {"spawned": PID}, or
      for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}                        -
     -                                                        {"exited": PID, "status": wait status}
@@ -61,6 +62,9 @@ FIRST_WORKLOAD_PID = 1001
 
 # The directory of memory files in every cell, so that a dump finds them again.
 MEMORY_PLACE = "/dev/shm/.rekindle/memory"  # noqa: S108 - the cell's own tmpfs
+
+# Where CRIU keeps what it knows about the OS kernel: KERNDAT_CACHE_FILE in its criu/kerndat.c.
+CRIU_FACTS = "/run/criu.kdat"
 
 MESSAGE_BYTES = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
@@ -251,11 +255,13 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
             with open(content, "rb") as file:
                 file.seek(0)
                 request = json.load(file)
+            waiting = show_facts(request["facts"])
             if request["memory"]:
                 try:
                     pid, supervisor = spawn_supervised(request, rest)
                     reply = {"spawned": pid}
                 except OSError as error:
+                    hide_facts(waiting)
                     reply = {"refused": str(error)}
             else:
                 reply = {"spawned": spawn(request, rest)}
@@ -266,6 +272,40 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
             with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
     return supervisor
+
+
+def show_facts(facts: "str | None") -> int:
+    """Cover the directory of CRIU_FACTS until CRIU opens it; return the PID of the child that waits for that.
+
+    CRIU waits at the FIFO that it opens: first the child uncovers the directory, then it writes. With empty
+    facts the directory stays covered, so that CRIU can keep them there. Returns 0 if there is no child.
+    """
+    directory = os.path.dirname(CRIU_FACTS)  # noqa: PTH120
+    try:
+        if facts is None:
+            return 0
+        mount("tmpfs", directory, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755")
+    except OSError:  # CRIU then finds out itself
+        return 0
+    if not facts:
+        return 0
+    os.mkfifo(CRIU_FACTS, 0o600)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fd = os.open(CRIU_FACTS, os.O_WRONLY)
+            check(libc.umount2(directory.encode(), MNT_DETACH), f"umount {directory}")
+            os.write(fd, bytes.fromhex(facts))
+        finally:
+            os._exit(0)
+    return pid
+
+
+def hide_facts(waiting: int) -> None:
+    """Undo `show_facts` before CRIU was started."""
+    if waiting:
+        os.kill(waiting, signal.SIGKILL)
+        libc.umount2(os.path.dirname(CRIU_FACTS).encode(), MNT_DETACH)  # noqa: PTH120
 
 
 def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rekindle.cell import Cell, Command, MemoryFiles, Network
-from rekindle.criu import amx
+from rekindle.criu import amx, kernel_facts
 from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
 from rekindle.files import write_atomically
 from rekindle.home import Home, expand_user
@@ -71,6 +71,7 @@ def find(home: Home) -> Criu:
         candidate = _try(home, path)
         if not candidate.problem:
             write_atomically(known, json.dumps({**remembered, identity: candidate.version}).encode())
+            kernel_facts.learn(home, path)
             return Criu(path=path, version=candidate.version)
         tried.append(candidate)
     if not tried:
@@ -267,7 +268,9 @@ def restore(
     for number, path in enumerate(inherit or {}):
         argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
     env = amx.environment(home.tools) if home else {}
-    status = cell.run(_command(argv, log_directory, env, fds, memory), timeout)
+    needed = [directory, log_directory, *([memory.directory] if memory else [])]
+    facts = kernel_facts.known(home, criu.path, *needed) if home else None
+    status = cell.run(_command(argv, log_directory, env, fds, memory, facts), timeout)
     if status != 0:
         failure = RestoreError("CRIU could not restore the server")
         raise failed(failure, argv, log_directory, "restore.log", status, timeout)
@@ -279,6 +282,7 @@ def _command(
     env: Mapping[str, str],
     fds: Mapping[int, int] | None = None,
     memory: MemoryFiles | None = None,
+    facts: bytes | None = None,
 ) -> Command:
     output = log_directory / _OUTPUT
     return Command(
@@ -288,6 +292,7 @@ def _command(
         files={0: Path(os.devnull), 1: output, 2: output},
         fds=fds or {},
         memory=memory,
+        criu_facts=facts,
     )
 
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from msgspec import Struct, field
 
@@ -16,7 +15,7 @@ from rekindle.errors import CapabilityError, RekindleError
 from rekindle.files import write_atomically
 from rekindle.home import Home
 from rekindle.node import memory
-from rekindle.proc import boot_id
+from rekindle.proc import privileges
 
 
 class Abilities(Struct, frozen=True, kw_only=True):
@@ -59,7 +58,7 @@ def cuda_problem(home: Home) -> str:
 def _cell_problem(home: Home) -> str:
     """Return why no cell can be made here, or ""."""
     known = home.tools / "cells-that-work.json"
-    identity = _privileges()
+    identity = privileges()
     with contextlib.suppress(OSError, ValueError):
         if json.loads(known.read_bytes()) == identity:
             return ""
@@ -71,17 +70,3 @@ def _cell_problem(home: Home) -> str:
     with contextlib.suppress(OSError):
         write_atomically(known, json.dumps(identity).encode())
     return ""
-
-
-def _privileges() -> dict[str, str]:
-    """Return what decides whether we may make namespaces and mounts."""
-    found = {"kernel": os.uname().release, "boot": boot_id()}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in {"CapEff", "CapBnd", "Seccomp", "NoNewPrivs"}:
-            found[name] = value.strip()
-    for name in ("user", "pid", "cgroup"):
-        found[name] = str(Path(f"/proc/self/ns/{name}").readlink())
-    with contextlib.suppress(OSError):
-        found["label"] = Path("/proc/self/attr/current").read_text().strip("\0\n")
-    return found

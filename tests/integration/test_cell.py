@@ -82,6 +82,45 @@ def test_clocks_go_on_from_where_they_are_told(tmp_path: Path) -> None:
             assert 0 <= cell.clocks().monotonic_ns - monotonic < 10**10
 
 
+def test_criu_finds_its_facts_and_then_what_is_there(tmp_path: Path) -> None:
+    """Whoever opens the file sees the directory as it is, from then on."""
+    facts = random.randbytes(4096)
+    program = f"""
+import os
+covered = os.stat('/run').st_dev
+with open({cell_init.CRIU_FACTS!r}, 'rb') as file:
+    facts = os.read(file.fileno(), 5000)
+print(facts.hex(), covered, os.stat('/run').st_dev, len(os.listdir('/run')))
+"""
+    output = tmp_path / "output"
+    command = Command(
+        argv=[sys.executable, "-I", "-S", "-c", program],
+        env={},
+        cwd=Path("/"),
+        files={0: Path(os.devnull), 1: output, 2: output},
+        criu_facts=facts,
+    )
+    before = os.listdir("/run")
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        assert cell.run(command, timeout=30) == 0, output.read_text()
+        shown, covered, then, entries = output.read_text().split()
+        assert bytes.fromhex(shown) == facts
+        assert covered != then == str(Path("/run").stat().st_dev)
+        assert int(entries) == len(before)
+        assert (cell.root / "run").stat() == Path("/run").stat()
+    assert os.listdir("/run") == before
+
+
+def test_facts_that_nobody_reads_hold_up_nothing(tmp_path: Path) -> None:
+    command = Command(argv=["true"], env={}, cwd=Path("/"), criu_facts=b"facts")
+    with Cell() as cell:
+        cell.enter(Network.PRIVATE)
+        assert cell.run(command, timeout=30) == 0
+        (waiting,) = processes.host_pids(cell)
+    assert not Path(f"/proc/{waiting}").exists()
+
+
 def test_a_workload_inherits_no_descriptor(tmp_path: Path) -> None:
     stray = os.open("/etc/hostname", os.O_RDONLY)
     os.set_inheritable(stray, True)
