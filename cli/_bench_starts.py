@@ -9,6 +9,8 @@ Every start is timed to the first token of the oracle's answer, and then ended:
     process                 `rekindle restore`, with the dump in the page cache
     process-cold-page-cache `rekindle restore`, with the dump dropped from the page cache
     process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME
+    process-copied          `rekindle restore --memory copy`, with the dump in the page cache
+    process-delta           `rekindle restore` of a replica that was saved after ten questions
     criu-plain              `criu restore` of CRIU's unmodified dump in the same cell, without rekindle
 """
 
@@ -17,15 +19,17 @@ import itertools
 import json
 import os
 import signal
+import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, field
 
+from cli._bench_replicas import measure_delta, measure_replicas, times
 from oci import image as images
 from oci.layout import Layout
 from oci.trust.keys import PrivateKey
@@ -50,6 +54,8 @@ _STARTS = (
     "process",
     "process-cold-page-cache",
     "process-registry",
+    "process-copied",
+    "process-delta",
     "criu-plain",
 )
 _IMAGE = "bench"
@@ -62,7 +68,8 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     """The server to compare, and how often to start it.
 
     `cold_runs` is for `cold`, `warm-cache` and `cache`, which take long. `registry` is the reference to push
-    to; None skips `process-registry`. `ready_url` and `oracle_file` are options of `rekindle snapshot`.
+    to; None skips `process-registry`. `replicas` are the numbers of replicas to run at once. `delta` saves
+    replicas, too. `ready_url` and `oracle_file` are options of `rekindle snapshot`.
     """
 
     command: tuple[str, ...]
@@ -70,6 +77,8 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
     runs: int
     cold_runs: int
     registry: str | None = None
+    replicas: tuple[int, ...] = ()
+    delta: bool = False
     ready_url: str | None = None
     oracle_file: Path | None = None
 
@@ -125,13 +134,28 @@ class Bench:
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
             write_back(directory)
-        # Alternate the two, so that noise affects both alike.
+        copying = ["--memory", "copy"]
+        self._restore_start(options=copying)  # the first one writes the images that CRIU copies from
+        # Alternate them, so that noise affects all alike.
         for _ in range(runs):
             self._add(starts, "process", self._restore_start())
+            self._add(starts, "process-copied", self._restore_start(options=copying))
             self._add(starts, "criu-plain", self._plain_start(record))
         for _ in range(runs):
             drop_from_page_cache(dump)
             self._add(starts, "process-cold-page-cache", self._restore_start())
+        replicas = []
+        if counts := self._options.replicas:
+            request, answer = record.oracle.request, record.oracle.answer
+            replicas = measure_replicas(counts, self._replica, self._engine, request, answer)
+            for each in replicas:
+                _say(f"{each['n']} replicas, {each['memory']}: {each['memory_bytes']:,} bytes")
+        deltas = []
+        for number in range(runs if self._options.delta else 0):
+            name = f"{_IMAGE}-delta-{number}"
+            deltas.append(measure_delta(self._home, _IMAGE, name, self._tool, self._work, self._engine))
+            _say(f"delta {deltas[-1]['dump_seconds']:.2f} s, {deltas[-1]['dump_bytes']:,} bytes")
+            self._add(starts, "process-delta", self._restore_start(name))
         if registry := self._options.registry:
             self._push(registry)
             for _ in range(runs):
@@ -144,6 +168,8 @@ class Bench:
             "image_bytes": image_bytes,
             "peak_rss_bytes": self._peaks,
             "cache": self._proof,
+            "replicas": replicas,
+            "delta": _medians(deltas),
             "answer": record.oracle.answer,
         }
 
@@ -246,6 +272,44 @@ class Bench:
         }
         return start
 
+    @contextlib.contextmanager
+    def _replica(self, number: int, options: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Run a replica on a port of its own. See `cli._bench_replicas.Restore`."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        options = ["--publish", f"127.0.0.1:{port}", *options]
+        with self._restored(_IMAGE, options, name=f"replica-{number}") as running:
+            yield running
+
+    @contextlib.contextmanager
+    def _restored(
+        self,
+        image: str,
+        options: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        name: str = "restore",
+        outcome: str = "restored",
+        seconds: float = _RESTORE_SECONDS,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Run `rekindle restore` as a user would; yield its PID and its report once the server is ready."""
+        report, log = self._work / f"{name}.json", self._work / f"{name}.log"
+        report.unlink(missing_ok=True)
+        argv = [*_rekindle(), "restore", image, "--report", str(report), *options]
+        with open(log, "wb") as output:
+            process = spawn(
+                argv,
+                env={**self._environment, **(environment or {})},
+                stdout=output.fileno(),
+                stderr=output.fileno(),
+            )
+            try:
+                yield process.pid, _await_report(report, process.poll, log, outcome, seconds)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
+                process.wait()
+
     def _restore_start(
         self,
         image: str = _IMAGE,
@@ -256,24 +320,12 @@ class Bench:
         outcome: str = "restored",
         seconds: float = _RESTORE_SECONDS,
     ) -> Start:
-        """Run `rekindle restore` as a user would, and take the phases from its report."""
-        report = self._work / "restore.json"
-        report.unlink(missing_ok=True)
-        log = self._work / "restore.log"
-        argv = [*_rekindle(), "restore", image, "--report", str(report), *options]
-        with open(log, "wb") as output:
-            process = spawn(
-                argv,
-                env={**self._environment, **(environment or {})},
-                stdout=output.fileno(),
-                stderr=output.fileno(),
-            )
-            try:
-                document = _await_report(report, process.poll, log, outcome, seconds)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
-                process.wait()
+        """Restore, and take the phases from the report."""
+        with self._restored(image, options, environment=environment, outcome=outcome, seconds=seconds) as (
+            _,
+            document,
+        ):
+            pass
         self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
         first = float(document["first_token_seconds"])
         phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
@@ -360,6 +412,17 @@ def _rekindle() -> list[str]:
     return [sys.executable, "-m", "rekindle"]
 
 
+def _say(text: str) -> None:
+    print(f"rekindle: {text}", file=sys.stderr, flush=True)
+
+
+def _medians(deltas: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+    """Return the median of each figure; None if there are none."""
+    if not deltas:
+        return None
+    return {name: round(statistics.median(each[name] for each in deltas), 4) for name in deltas[0]}
+
+
 def _summary(runs: Sequence[Start]) -> dict[str, Any]:
     """Summarise runs. The phases are those of the median run, so that they add up to its time."""
     ordered = sorted(runs, key=lambda run: run.seconds)
@@ -367,10 +430,6 @@ def _summary(runs: Sequence[Start]) -> dict[str, Any]:
     middle = ordered[(len(ordered) - 1) // 2]
     return {
         "n": len(runs),
-        "first_token_seconds": {
-            "median": round(statistics.median(seconds), 4),
-            "min": round(seconds[0], 4),
-            "max": round(seconds[-1], 4),
-        },
+        "first_token_seconds": times(seconds),
         "phases": {name: round(value, 4) for name, value in middle.phases.items()},
     }

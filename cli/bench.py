@@ -22,9 +22,13 @@ _LABELS = {
     "process": "restore: process",
     "process-cold-page-cache": "restore: process, from disk",
     "process-registry": "restore: process, from registry",
+    "process-copied": "restore: process, memory copied",
+    "process-delta": "restore: delta of a replica",
     "criu-plain": "criu restore alone",
 }
 """How the picture calls the starts."""
+
+_REPLICAS_LIMIT = 1000
 
 
 def main(words: Sequence[str]) -> int:
@@ -46,6 +50,13 @@ def main(words: Sequence[str]) -> int:
         metavar="HOST[:PORT]/REPOSITORY[:TAG]",
         help="push the snapshot there, and also restore it from there with an empty store",
     )
+    parser.add_argument(
+        "--replicas",
+        metavar="N[,N…]",
+        default="1,4,8",
+        help="run so many replicas at once; 0 for none (default: 1,4,8)",
+    )
+    parser.add_argument("--delta", action="store_true", help="also save replicas that have worked, as deltas")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the phases as SVG in FILE")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the JSON document to FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
@@ -66,6 +77,8 @@ def main(words: Sequence[str]) -> int:
         runs=args.runs,
         cold_runs=args.cold_runs or args.runs,
         registry=args.registry,
+        replicas=_counts(args.replicas),
+        delta=args.delta,
         ready_url=args.ready_url,
         oracle_file=args.oracle_request,
     )
@@ -83,6 +96,19 @@ def main(words: Sequence[str]) -> int:
         if args.picture:
             print(f"picture: {args.picture}")
     return 0
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Parse the numbers of replicas."""
+    if text == "0":
+        return ()
+    try:
+        counts = tuple(sorted({int(each) for each in text.split(",")}))
+    except ValueError:
+        counts = (0,)
+    if not 1 <= counts[0] <= counts[-1] <= _REPLICAS_LIMIT:
+        raise UsageError(f"--replicas {text}: not numbers from 1 to {_REPLICAS_LIMIT}")
+    return counts
 
 
 def _print_table(document: dict[str, Any]) -> None:
@@ -105,6 +131,19 @@ def _print_table(document: dict[str, Any]) -> None:
         f"image / dump              {document['image_bytes'] / document['dump_bytes']:.3f}"
         f"   ({document['image_bytes']:,} of {document['dump_bytes']:,} bytes)"
     )
+    for each in document["replicas"]:
+        seconds = each["first_token_seconds"]
+        print(
+            f"{each['n']:>2} {'replicas' if each['n'] > 1 else 'replica'}, {each['memory']:<11}"
+            f"{each['memory_bytes'] / 1e6:,.0f} MB in all, {seconds['median']:.2f} s each"
+            f" ({seconds['min']:.2f} to {seconds['max']:.2f})"
+        )
+    if delta := document["delta"]:
+        print(
+            f"delta                     dump {delta['dump_seconds']:.2f} s, {delta['dump_bytes']:,.0f} bytes"
+            f" ({delta['dump_bytes'] / document['dump_bytes']:.1%} of the dump); "
+            f"image {delta['image_bytes']:,.0f} bytes, published after {delta['save_seconds']:.2f} s"
+        )
     peaks = ", ".join(f"{verb} {peak / 1e6:.0f} MB" for verb, peak in document["peak_rss_bytes"].items())
     print(f"rekindle's own memory     {peaks}")
     if proof := document["cache"]:

@@ -32,6 +32,7 @@ from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu
 from rekindle.engine.choose import from_record
 from rekindle.errors import CapabilityError, DumpError, IntegrityError, NotFoundError
+from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.record import Record, RecordedCriu
 from rekindle.report import ImageName, Report
@@ -65,8 +66,10 @@ def save_replica(
     options: ReplicaOptions,
     report: Report | None = None,
     progress: Progress | None = None,
+    *,
+    home: Home | None = None,
 ) -> Image:
-    """Save a replica as an image, and fill the report.
+    """Save a replica as an image, and fill the report. `home` is $REKINDLE_HOME unless given.
 
     The replica is frozen meanwhile. With `options.runs_on` it runs on once the dump is complete. Otherwise it
     ends when the image is published, and runs on if anything fails or is interrupted before: its state is
@@ -79,7 +82,7 @@ def save_replica(
     report = report or Report(verb="snapshot")
     base = replica.image.record
     _require_supported(base)
-    reference, home = parse(options.image), store.open_home()
+    reference, home = parse(options.image), home or store.open_home()
     access = resolve.access(options.registry, home)
     require_writable(reference, access)
     credentials = secret_search.KnownSecrets.of(os.environ, base.command, options.secrets)
@@ -88,7 +91,7 @@ def save_replica(
         stack.enter_context(credentials.kept_out_of_errors())
         with report.phase("find criu"):
             tool = criu.find(home)
-        shared = stack.enter_context(_shared_blobs(replica, options))
+        shared = stack.enter_context(_shared_blobs(replica, home, options))
         frozen = stack.enter_context(contextlib.ExitStack())
         with report.phase("dump"):
             dumped = frozen.enter_context(_dumped(replica, work, tool, complete=shared is None))
@@ -130,12 +133,11 @@ def _require_supported(record: Record) -> None:
 
 
 @contextlib.contextmanager
-def _shared_blobs(replica: RunningReplica, options: ReplicaOptions) -> Iterator[Blobs | None]:
+def _shared_blobs(replica: RunningReplica, home: Home, options: ReplicaOptions) -> Iterator[Blobs | None]:
     """Keep the blobs of the replica's image readable within the context; None if they are gone."""
     with contextlib.ExitStack() as stack:
         blobs: Blobs | None = None
         with contextlib.suppress(NotFoundError, IntegrityError):
-            home = store.open_home()
             found = stack.enter_context(resolve.source(replica.reference, home, options.registry))
             cache = replica.image.cache
             for each in filter(None, (replica.image.process, cache)):

@@ -347,6 +347,8 @@ def test_criu_fails_at_restore(rekindle: Rekindle, port: int, nothing_left: Noth
         (["snapshot", "x", "--", "vllm", "serve", "m", "--port", "0"], "invalid --port"),
         (["snapshot", "x", "--", "vllm", "serve", "m", "--uds", "/s"], "--uds"),
         (["bench", "--runs", "0", "--", "vllm", "serve", "m"], "--runs"),
+        (["bench", "--replicas", "1,x", "--", "vllm", "serve", "m"], "--replicas"),
+        (["bench", "--replicas", "0,2", "--", "vllm", "serve", "m"], "--replicas"),
         (["frobnicate"], "unknown command 'frobnicate'"),
     ],
 )

@@ -280,20 +280,31 @@ def _answers(replica: Replica) -> bool:
 def test_bench_measures_every_start_and_draws_it(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     picture = tmp_path / "bench.svg"
     done = rekindle(
-        *("bench", "--runs", "2", "--json", "--picture", str(picture)),
+        *("bench", "--runs", "2", "--replicas", "3,1", "--delta", "--json", "--picture", str(picture)),
         *(*workhorse_flags(port), "--", *workhorse(port)),
     )
     assert done.status == 0, done.stderr
     document = done.json
     assert document["schema"] == "rekindle.bench/1"
     assert set(document["starts"]) == {
-        *("cold", "warm-cache", "process", "process-cold-page-cache", "criu-plain")
+        *("cold", "warm-cache", "process", "process-cold-page-cache", "criu-plain"),
+        *("process-copied", "process-delta"),
     }
     for start in document["starts"].values():
         times = start["first_token_seconds"]
         assert times["min"] <= times["median"] <= times["max"]
         assert times["min"] - 1e-3 <= sum(start["phases"].values()) <= times["max"] + 1e-3
     assert document["image_bytes"] < document["dump_bytes"]
+    assert [(each["n"], each["memory"]) for each in document["replicas"]] == [
+        (1, "copied"),
+        (1, "mapped"),
+        (3, "mapped"),
+    ]
+    copied, one, three = (each["memory_bytes"] for each in document["replicas"])
+    assert one < three < 3 * copied
+    delta = document["delta"]
+    assert 0 < delta["dump_seconds"] < delta["save_seconds"]
+    assert 0 < delta["image_bytes"] < delta["dump_bytes"] < document["dump_bytes"]
     assert picture.read_text().count("<rect") > 10
     assert not list((rekindle.home / "run").iterdir())
 
