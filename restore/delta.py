@@ -22,7 +22,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,12 +32,13 @@ from rekindle import dump_tree
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
 from rekindle.criu import Criu, memory_files, zero_pages
 from rekindle.criu.frozen import FrozenDump
+from rekindle.criu.memory_files import MappedRange
 from rekindle.criu.outputs import name_outputs
 from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
 from rekindle.files import copy_sparse_tree, remove_tree
 from rekindle.os_errors import naming_full_disk
-from rekindle.record import Dump, Record, StoredFile, numbered
+from rekindle.record import Dump, Process, Record, StoredFile, numbered
 from restore.options import Output
 from restore.rungs.memory import join_ranges
 
@@ -48,35 +49,49 @@ _FLATTENED_SHARE = 0.5
 
 
 class Delta:
-    """A dump of a replica in `directory`, in the format that `restore.rungs.process.restore` reads.
+    """A dump of a replica in `directory`, as CRIU wrote it; `finish` makes it what a restore reads."""
 
-    `record` is that of the base, updated to the replica's state. If its dump names a base, the memory files
-    of the base must exist as long as the delta does. `bytes` is the space that it takes on disk, with
-    /dev/shm.
-    """
-
-    def __init__(self, frozen: FrozenDump, directory: Path, record: Record) -> None:
-        self._frozen, self.directory, self.record = frozen, directory, record
+    def __init__(
+        self,
+        frozen: FrozenDump,
+        base: Image,
+        mapped: Path | None,
+        directory: Path,
+        *,
+        process: Process,
+        outputs: Collection[str],
+    ) -> None:
+        self._frozen, self._base, self._mapped, self.directory = frozen, base, mapped, directory
+        self._process, self._outputs = process, outputs
 
     def end(self) -> None:
         """Let the replica end when the context is left."""
         self._frozen.end()
 
+    def finish(self, *, complete: bool = False) -> Record:
+        """Compact the dump in place, and return its record: the base's, updated to the replica's state.
+
+        With `complete`, the dump gets memory files of its own. If the record names a base, the memory files
+        of the base must exist as long as the delta does. The replica may have run on already.
+        """
+        criu = self.directory / "criu"
+        dump_bytes = _size_bytes(criu)
+        with naming_full_disk(self.directory):
+            name_outputs(criu, self._outputs, Path(self._process.stdout), Path(self._process.stderr))
+            drop_filter(criu, memory.FILTER)
+            zero_pages.drop(criu)
+            dump = _with_memory(self.directory, self._base, self._mapped, dump_bytes, complete=complete)
+        return msgspec.structs.replace(self._base.record, process=self._process, dump=dump)
+
     @property
     def bytes(self) -> int:
+        """The space that the dump takes on disk, with /dev/shm."""
         return sum(_sizes(self.directory))
 
 
 @contextlib.contextmanager
 def dumped(
-    cell: Cell,
-    base: Image,
-    mapped: Path | None,
-    directory: Path,
-    *,
-    tool: Criu,
-    output: Output,
-    complete: bool = False,
+    cell: Cell, base: Image, mapped: Path | None, directory: Path, *, tool: Criu, output: Output
 ) -> Iterator[Delta]:
     """Dump a replica, and keep it frozen within the context.
 
@@ -84,36 +99,31 @@ def dumped(
     replica ends.
 
     Creates `directory`. `mapped` is the ready dump of `base` whose memory files the replica maps, None if its
-    memory was copied. `output` is the one that it was restored with. With `complete`, the dump has memory
-    files of its own. Raises NotDumpableError for an output that CRIU cannot restore, DumpError.
+    memory was copied. `output` is the one that it was restored with. Raises NotDumpableError for an output
+    that CRIU cannot restore, DumpError.
     """
-    record = base.record
+    known = base.record.process
     names = {_name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
     directory.mkdir(mode=0o700)
     for top in ("criu", "shm"):
         (directory / top).mkdir(mode=0o700)
     external = sorted(name for name in names if name.startswith(("file[", "tty[")))
-    criu = directory / "criu"
     with (
         naming_full_disk(directory),
-        FrozenDump(tool, cell, record.process.root_pid, criu, logs=directory, external=external) as frozen,
+        FrozenDump(
+            tool, cell, known.root_pid, directory / "criu", logs=directory, external=external
+        ) as frozen,
     ):
         clocks = cell.clocks()
-        pids = processes.tree(cell, record.process.root_pid)
-        tasks = sum(processes.threads(cell, pid) for pid in pids)
+        pids = processes.tree(cell, known.root_pid)
         copy_sparse_tree(cell.root / "dev/shm", directory / "shm", without={_OWN_DIRECTORY})
-        dump_bytes = _size_bytes(criu)
-        name_outputs(criu, names, Path(record.process.stdout), Path(record.process.stderr))
-        drop_filter(criu, memory.FILTER)
-        zero_pages.drop(criu)
-        dump = _with_memory(directory, base, mapped, dump_bytes, complete=complete)
         process = msgspec.structs.replace(
-            record.process,
-            tasks=tasks,
+            known,
+            tasks=sum(processes.threads(cell, pid) for pid in pids),
             monotonic_ns=clocks.monotonic_ns,
             boottime_ns=clocks.boottime_ns,
         )
-        yield Delta(frozen, directory, msgspec.structs.replace(record, process=process, dump=dump))
+        yield Delta(frozen, base, mapped, directory, process=process, outputs=names)
 
 
 def _with_memory(
@@ -125,9 +135,11 @@ def _with_memory(
     if mapped is not None:
         written = sum(path.stat().st_size for path in criu.glob("pages-*.img"))
         share = written / max(1, sum(each.data_bytes for each in known.memory))
-        if not complete and share < _FLATTENED_SHARE and not memory_files.is_ambiguous(criu):
+        ranges = memory_files.mapped_ranges(criu)
+        ambiguous = any(memory_files.are_ambiguous(each) for each in ranges.values())
+        if not complete and share < _FLATTENED_SHARE and not ambiguous:
             (directory / "memory").symlink_to(mapped / "memory")
-            return _delta(directory, base, dump_bytes)
+            return _delta(directory, base, ranges, dump_bytes)
         staged = directory / "staged"
         staged.mkdir(mode=0o700)
         memory_files.copy_back(criu, mapped / "memory", staged)
@@ -145,11 +157,15 @@ def _with_memory(
     )
 
 
-def _delta(directory: Path, base: Image, dump_bytes: int) -> Dump:
+def _delta(
+    directory: Path, base: Image, ranges: Mapping[str, Sequence[MappedRange]], dump_bytes: int
+) -> Dump:
     known = base.record.dump
-    ranges = memory_files.mapped_ranges(directory / "criu")
     found = [
-        msgspec.structs.replace(each, ranges=join_ranges(ranges.get(each.path.name, [])))
+        msgspec.structs.replace(
+            each,
+            ranges=join_ranges((mapped.start, mapped.end) for mapped in ranges.get(each.path.name, ())),
+        )
         for each in known.memory
     ]
     return Dump(

@@ -253,11 +253,11 @@ def _used(target: Path) -> Iterator[list[Path]]:
     The latter is not removed within the context. Yields nothing if it is being removed already.
     """
     with contextlib.ExitStack() as stack:
-        try:
-            lender = (target / "memory").readlink().parent
-        except OSError:  # no link
+        link = target / "memory"
+        if not link.is_symlink():
             yield [target]
             return
+        lender = link.readlink().parent
         yield [target, lender] if _try_shared(lender, stack) else []
 
 

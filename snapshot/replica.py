@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -94,13 +95,16 @@ def save_replica(
         shared = stack.enter_context(_shared_blobs(replica, home, options))
         frozen = stack.enter_context(contextlib.ExitStack())
         with report.phase("dump"):
-            dumped = frozen.enter_context(_dumped(replica, work, tool, complete=shared is None))
+            dumped = frozen.enter_context(_dumped(replica, work, tool))
         with report.phase("describe"):
-            # On the host's network, the replica that was dumped has the address that a proof would need.
-            proved = options.prove and base.process.network is Network.PRIVATE
-            record = msgspec.structs.replace(_described(dumped.record, replica, tool), proved=proved)
+            changes = _describe(replica, tool)
         if options.runs_on:
             frozen.close()
+        with report.phase("compact"):
+            # On the host's network, the replica that was dumped has the address that a proof would need.
+            proved = options.prove and base.process.network is Network.PRIVATE
+            record = dumped.finish(complete=shared is None)
+            record = msgspec.structs.replace(record, **changes, proved=proved)
         with report.phase("search for secrets"):
             secret_search.require_no_secrets(dumped.directory, credentials)
         with report.phase("pack"):
@@ -150,7 +154,7 @@ def _shared_blobs(replica: RunningReplica, home: Home, options: ReplicaOptions) 
 
 
 @contextlib.contextmanager
-def _dumped(replica: RunningReplica, work: Path, tool: Criu, *, complete: bool) -> Iterator[delta.Delta]:
+def _dumped(replica: RunningReplica, work: Path, tool: Criu) -> Iterator[delta.Delta]:
     """Dump the replica; if CRIU cannot, name what stands in its way."""
     root = replica.image.record.process.root_pid
     with contextlib.ExitStack() as stack:
@@ -162,7 +166,6 @@ def _dumped(replica: RunningReplica, work: Path, tool: Criu, *, complete: bool) 
                 work / "dump",
                 tool=tool,
                 output=replica.output,
-                complete=complete,
             )
             dumped = stack.enter_context(dump)
         except DumpError as error:
@@ -177,21 +180,20 @@ def _outputs(replica: RunningReplica) -> list[Path]:
     return [Path(f"/proc/self/fd/{fd}").readlink() for fd in (replica.output.stdout, replica.output.stderr)]
 
 
-def _described(record: Record, replica: RunningReplica, tool: Criu) -> Record:
-    """Return the record of the dump with what has changed since the replica's image was made."""
-    pids = processes.tree(replica.cell, record.process.root_pid)
+def _describe(replica: RunningReplica, tool: Criu) -> dict[str, Any]:
+    """Return the fields of the record that have changed since the replica's image was made."""
+    base = replica.image.record
+    pids = processes.tree(replica.cell, base.process.root_pid)
     opened = opened_files(replica.cell, pids) - {str(path) for path in _outputs(replica)}
-    known = {file.path: file for file in record.mapped_files}
+    known = {file.path: file for file in base.mapped_files}
     still = [file for path, file in known.items() if path in opened]
-    node = msgspec.structs.replace(Fingerprint.probe(), packages=record.node.packages)
-    return msgspec.structs.replace(
-        record,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        made_by=f"rekindle {__version__}",
-        node=node,
-        criu=RecordedCriu(version=tool.version),
-        mapped_files=sorted([*still, *mapped_files(opened - known.keys())], key=lambda file: file.path),
-    )
+    return {
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "made_by": f"rekindle {__version__}",
+        "node": msgspec.structs.replace(Fingerprint.probe(), packages=base.node.packages),
+        "criu": RecordedCriu(version=tool.version),
+        "mapped_files": sorted([*still, *mapped_files(opened - known.keys())], key=lambda file: file.path),
+    }
 
 
 def _pack(record: Record, tree: Path, base: Image, shared: Blobs | None, staging: Layout) -> Image:

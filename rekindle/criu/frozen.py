@@ -19,7 +19,7 @@ from typing import Self
 
 from rekindle.cell import MEMORY_PLACE, Cell, processes
 from rekindle.criu import Criu, dump_command, failed
-from rekindle.errors import DumpError, RekindleError
+from rekindle.errors import DumpError
 
 _ROLL_BACK_SECONDS = 60.0
 _PLACE = MEMORY_PLACE.parent  # in the cell's own /dev/shm, which allows execution
@@ -57,7 +57,7 @@ class FrozenDump:
         self._ends = False
         self._criu = 0
         self._fifos: dict[str, int] = {}
-        self._error: RekindleError | None = None
+        self._error: BaseException | None = None
         self._worker = threading.Thread(target=self._dump, daemon=True)
         self._stack = contextlib.ExitStack()
 
@@ -111,7 +111,7 @@ class FrozenDump:
                 status = self._cell.wait(self._criu, 0.0)
                 failure = DumpError("CRIU could not dump the server")
                 self._error = failed(failure, command.argv, self._logs, "dump.log", status, self._timeout)
-        except RekindleError as error:
+        except BaseException as error:  # raised again where the context is entered
             self._error = error
 
     def _await_frozen(self) -> bool:

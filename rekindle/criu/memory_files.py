@@ -23,10 +23,11 @@ compensates.
 
 import bisect
 import contextlib
+import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -136,36 +137,30 @@ def forget_memory_files(criu: Path) -> None:
     write_messages(path, FILES_MAGIC, kept)
 
 
-def is_ambiguous(criu: Path) -> bool:
-    """Tell whether CRIU would confuse mappings of memory files of two processes of a dump.
-
-    It takes mappings of one file at one address for inherited and does not compare their offsets. That takes
-    a process that has moved memory after a fork to where its parent has other memory.
-    """
-    ids = _memory_file_ids(criu)
-    offsets: dict[tuple[int, int, int], int] = {}
-    for task in _tasks(criu):
-        for _, fields, start, end, _, _ in task.entries():
-            if (shmid := integer(fields, _SHMID, criu)) in ids:
-                offset = integer(fields, _PGOFF, criu)
-                if offsets.setdefault((start, end, shmid), offset) != offset:
-                    return True
-    return False
-
-
-def mapped_ranges(criu: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return the addresses at which the processes of a dump map each memory file, in order.
+def mapped_ranges(criu: Path) -> dict[str, list[MappedRange]]:
+    """Return where the processes of a dump map each memory file, by address.
 
     A server may have moved, unmapped or inherited such memory since it was restored. What several processes
     map is there several times.
     """
     ids = _memory_file_ids(criu)
-    found: dict[str, list[tuple[int, int]]] = {name: [] for name in ids.values()}
+    found: dict[str, list[MappedRange]] = {name: [] for name in ids.values()}
     for task in _tasks(criu):
         for _, fields, start, end, _, _ in task.entries():
             if name := ids.get(integer(fields, _SHMID, criu)):
-                found[name].append((start, end))
-    return {name: sorted(ranges) for name, ranges in found.items()}
+                offset = integer(fields, _PGOFF, criu)
+                found[name].append(MappedRange(start=start, end=end, offset=offset))
+    return {name: sorted(ranges, key=lambda each: each.start) for name, ranges in found.items()}
+
+
+def are_ambiguous(ranges: Iterable[MappedRange]) -> bool:
+    """Tell whether CRIU would confuse mappings of one memory file by several processes.
+
+    It takes mappings of one file at one address for inherited and does not compare their offsets. That takes
+    a process that has moved memory after a fork to where its parent has other memory.
+    """
+    offsets: dict[tuple[int, int], int] = {}
+    return any(offsets.setdefault((each.start, each.end), each.offset) != each.offset for each in ranges)
 
 
 def _tasks(criu: Path) -> Iterator["_Task"]:
@@ -176,11 +171,8 @@ def _tasks(criu: Path) -> Iterator["_Task"]:
 class _Task:
     """The memory images of one process."""
 
-    def __init__(
-        self, criu: Path, pid: str, mm: list[Field], pages_id: int, stretches: list[Stretch]
-    ) -> None:
+    def __init__(self, criu: Path, pid: str, mm: list[Field]) -> None:
         self.criu, self.pid, self.mm = criu, pid, mm
-        self.pages_id, self.stretches = pages_id, stretches
         self.chosen: dict[int, MappedRange] = {}  # by the position of its entry in `mm`
         self.file_bytes = 0
 
@@ -190,8 +182,19 @@ class _Task:
         message = next(read_messages(path, MM_MAGIC), None)
         if message is None:
             raise FormatError(f"{path.name} is empty")
-        pages_id, stretches = read_pagemap(criu / f"pagemap-{pid}.img")
-        return cls(criu, pid, read_fields(message, path), pages_id, stretches)
+        return cls(criu, pid, read_fields(message, path))
+
+    @functools.cached_property
+    def _pagemap(self) -> tuple[int, list[Stretch]]:
+        return read_pagemap(self.criu / f"pagemap-{self.pid}.img")
+
+    @property
+    def pages_id(self) -> int:
+        return self._pagemap[0]
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        return self._pagemap[1]
 
     def choose(self) -> None:
         """Choose the mappings to move, and their offsets in the file."""

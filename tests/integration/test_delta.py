@@ -328,10 +328,10 @@ def test_a_client_that_is_connected_stays_so(image: str, tmp_path: Path) -> None
 MOMENTS = {
     "criu": "rekindle.criu.frozen:FrozenDump._await_frozen",
     "shared memory": "restore.delta:copy_sparse_tree",
-    "pages": "rekindle.criu.images:drop_zero_pages",
-    "describe": "snapshot.replica:_described",
+    "pages": "rekindle.criu.zero_pages:drop",
+    "describe": "snapshot.replica:_describe",
     "search": "snapshot.secret_search:require_no_secrets",
-    "pack": "oci.layers:pack",
+    "pack": "oci.dump_layers:pack",
     "prove": "restore.rungs.process:restore",
     "sign": "oci.trust.made_here:sign",
     "publish": "oci.layout:Layout.publish",
