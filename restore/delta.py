@@ -138,7 +138,7 @@ def _with_memory(
         ranges = memory_files.mapped_ranges(criu)
         ambiguous = any(memory_files.are_ambiguous(each) for each in ranges.values())
         if not complete and share < _FLATTENED_SHARE and not ambiguous:
-            (directory / "memory").symlink_to(mapped / "memory")
+            (directory / "memory").symlink_to((mapped / "memory").resolve())
             return _delta(directory, base, ranges, dump_bytes)
         staged = directory / "staged"
         staged.mkdir(mode=0o700)

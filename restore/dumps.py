@@ -101,6 +101,22 @@ def is_ready(home: Home, image: Image) -> bool:
     return _is_ready(home.dumps / image.process.digest.hex, image)
 
 
+def has_memory(home: Home, image: Image) -> bool:
+    """Return whether another dump has the memory files of an image. It may be removed at any time."""
+    with _lender(home.dumps, image) as lender:
+        return lender is not None
+
+
+def adopt(home: Home, image: Image, tree: Path) -> None:
+    """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
+    target = home.dumps / image.process.digest.hex
+    with locked(target.with_name(f"{target.name}.lock"), timeout=_WAIT_SECONDS):
+        if not target.exists():
+            size = sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
+            _mark_ready(image, tree, size)
+            tree.replace(target)
+
+
 @contextlib.contextmanager
 def copied(dump: Path, work: Path) -> Iterator[Path]:
     """Yield a directory with CRIU images of a ready dump that hold all of its memory.
@@ -195,10 +211,14 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report, lender: Pa
     report.bytes.written = written
     if lender is not None:
         (staged / "memory").symlink_to(lender / "memory")
-    marker = {"boot": boot_id(), "bytes": written, "memory": _memory_key(image)}
-    marker |= {"seal": _seal(staged, image), "memory_seal": _seal_memory(staged, image)}
-    (staged / "ready.json").write_text(json.dumps(marker))
+    _mark_ready(image, staged, written)
     staged.replace(target)
+
+
+def _mark_ready(image: Image, tree: Path, size: int) -> None:
+    marker = {"boot": boot_id(), "bytes": size, "memory": _memory_key(image)}
+    marker |= {"seal": _seal(tree, image), "memory_seal": _seal_memory(tree, image)}
+    (tree / "ready.json").write_text(json.dumps(marker))
 
 
 def own_layers(image: Image) -> list[Descriptor]:

@@ -37,7 +37,7 @@ from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.record import Record, RecordedCriu
 from rekindle.report import ImageName, Report
-from restore import delta
+from restore import delta, dumps
 from restore.options import Output
 from snapshot import secret_search
 from snapshot.describe import mapped_files, opened_files
@@ -123,6 +123,8 @@ def save_replica(
             mount_from = _repositories(replica.reference, reference)
             shown = progress or Progress()
             publish(staging, image, signatures, reference, access, home, report, shown, mount_from=mount_from)
+        if not record.proved:
+            dumps.adopt(home, image, dumped.directory)
         if not options.runs_on:
             dumped.end()
     return image

@@ -52,6 +52,7 @@ def gather(
     missing = any(different.get(file.path) == "missing" for file in record.mapped_files)
     read = found.cache is not None and (with_cache or missing)
     kernels = read_kernels(verified) if read else None
+    unpacked = dumps.is_ready(home, found)
     facts = Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
         abilities=_abilities(found, home, starting) if with_abilities else Abilities(),
@@ -61,7 +62,8 @@ def gather(
         different=different,
         loaded=match_loaded.compare(record, given, os.environ, findings),
         local=isinstance(reference, LayoutReference),
-        unpacked=dumps.is_ready(home, found),
+        unpacked=unpacked,
+        has_memory=not unpacked and dumps.has_memory(home, found),
         given=list(given) or None,
     )
     return facts, kernels

@@ -40,8 +40,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     `image` is None if it could not be read, for the reason `unreached`. `cache` is None if the image has no
     kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
     `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
-    `unpacked`: the dump is ready on this node. `given` is the command that the user gave; None for the
-    recorded one.
+    `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump. `given`
+    is the command that the user gave; None for the recorded one.
     """
 
     node: Fingerprint
@@ -54,6 +54,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     loaded: Sequence[Difference] = ()
     local: bool = False
     unpacked: bool = False
+    has_memory: bool = False
     given: Sequence[str] | None = None
 
     @property
@@ -158,9 +159,12 @@ def _process(facts: Facts) -> Step:
                 for file in record.mapped_files:
                     if different.get(file.path) == "missing" and is_within(file.path, root.recorded):
                         del different[file.path]
+    written = 0
     if not facts.unpacked:
-        fetched += sum(layer.size for layer in facts.image.layers)
-    written = 0 if facts.unpacked else record.dump.stored_bytes
+        layers = [layer for layer in facts.image.layers if not (facts.has_memory and layer.is_memory)]
+        fetched += sum(layer.size for layer in layers)
+        written = record.dump.stored_bytes
+        written -= sum(each.data_bytes for each in record.dump.memory) if facts.has_memory else 0
     fetched = 0 if facts.local else fetched
     seconds = (
         _RESTORE_SECONDS

@@ -169,6 +169,7 @@ def test_a_kept_dump_of_the_base_is_used(
         base = runs.replica.image
     replica = restore("monday", free_port())
     assert json.loads(replica.ask("/count", {})) == 2
+    assert "unpack" not in [phase["name"] for phase in replica.report["phases"]], "the dump was kept"
     dump = rekindle.home / "dumps" / saved.process.digest.hex
     assert (dump / "memory").readlink() == rekindle.home / "dumps" / base.process.digest.hex / "memory"
     small = {"REKINDLE_DUMPS_LIMIT": "0"}
