@@ -10,7 +10,6 @@ import os
 import posixpath
 import re
 import stat
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,6 +55,11 @@ _HUB = re.compile(r"(.*/models--[^/]+)/(?:blobs|snapshots|refs)/")
 _ATOMIC = re.compile(r"/\.\.[0-9]{4}_[^/]+(?=/)")
 _SEPARATORS = re.compile(r"""[=,:;"'{}\[\]\s]+""")
 _WORDS_LIMIT = 10_000
+_FILES_LIMIT = 20_000  # of each kind: more would make the record too large, and each restore slow
+_OTHERS_LIMIT = 2_000
+# What compilers read: it is in the kernels that they made, and those are in their caches.
+_HEADERS = (".h", ".hpp", ".hh", ".cuh", ".inl", ".inc", ".pch", ".gch")
+_OF_COMPILERS = ("/usr/include/", "/usr/lib/gcc/", "/usr/local/include/", "/usr/local/cuda/include/")
 _OF_THE_SHELL = {"_", "SHELL"}
 
 
@@ -78,17 +82,17 @@ class Sources(Struct, frozen=True, kw_only=True):
     described: Collection[str] = ()
 
 
-def describe(sources: Sources) -> Loaded:
-    """Describe what a server has loaded.
+def describe(sources: Sources) -> tuple[Loaded, int]:
+    """Describe what a server has loaded; also return the number of files that were left out as too many.
 
     Raises WorkloadError if a file of it was changed since the server was started: then it is unknown what the
     server has read.
     """
     names = _Names.of(sources)
-    code: dict[str, dict[str, str]] = defaultdict(dict)
-    for directory in names.search_path:
-        code[directory] = {}
+    code: dict[str, dict[str, str]] = {directory: {} for directory in names.search_path}
     files: dict[str, LoadedFile] = {}
+    room = {kind: _OTHERS_LIMIT if kind is LoadedKind.OTHER else _FILES_LIMIT for kind in LoadedKind}
+    left_out = 0
     for path in sorted(_sources(sources)):
         status = _compared(path, sources)
         if status is None:
@@ -100,23 +104,30 @@ def describe(sources: Sources) -> Loaded:
                 cause="it is unknown whether the server has loaded the old file or the new one",
                 hint="make the snapshot again",
             )
-        named = names.name(path)
-        if kind is LoadedKind.CODE and status.st_size <= sampled.WHOLE_BYTES:
-            root = _root(path)
-            code[names.root(root)][posixpath.relpath(path, root)] = sampled.short_digest(path)
-        if kind is not LoadedKind.CODE or status.st_size > sampled.WHOLE_BYTES or path in names.files:
-            if path in sources.mapped and named == path:
-                continue
-            here = LoadedKind.NAMED if path in names.files else kind
-            files[named] = LoadedFile(
-                path=named, size=status.st_size, identity=sampled.identity(path), kind=here
-            )
+        if path in sources.mapped and names.is_plain(path):
+            continue
+        if not room[kind]:
+            left_out += 1
+            continue
+        room[kind] -= 1
+        with contextlib.suppress(FileNotFoundError):
+            small = status.st_size <= sampled.WHOLE_BYTES
+            if kind is LoadedKind.CODE and small:
+                root = _root(path)
+                place = code.setdefault(names.roots.get(root, root), {})
+                place[posixpath.relpath(path, root)] = sampled.short_digest(path)
+            if kind is not LoadedKind.CODE or not small or path in names.files:
+                named = names.name(path)
+                here = LoadedKind.NAMED if path in names.files else kind
+                identity = sampled.identity(path)
+                files[named] = LoadedFile(path=named, size=status.st_size, identity=identity, kind=here)
     modules = frozenset(loaded.module(path) for found in code.values() for path in found)
-    return Loaded(
+    described = Loaded(
         search_path=tuple(names.search_path),
         code=tuple(_directory(path, found, modules) for path, found in sorted(code.items())),
         files=tuple(files[path] for path in sorted(files)),
     )
+    return described, left_out
 
 
 class _Names(Struct, frozen=True, kw_only=True):
@@ -148,9 +159,10 @@ class _Names(Struct, frozen=True, kw_only=True):
         roots |= {os.path.realpath(path): path for path in found}
         return cls(files=files, directories=directories, search_path=found, roots=roots)
 
-    def root(self, path: str) -> str:
-        """Return the name of a directory of code."""
-        return self.roots.get(path, path)
+    def is_plain(self, path: str) -> bool:
+        """Return whether the command does not call a file or its directory otherwise, by way of a link."""
+        root = _root(path)
+        return self.name(path) == path and self.roots.get(root, root) == root
 
     def within(self, path: str) -> bool:
         """Return whether a word names a file or a directory above it."""
@@ -196,6 +208,8 @@ def _sources(sources: Sources) -> set[str]:
 
 def _compared(path: str, sources: Sources) -> os.stat_result | None:
     """Return the status of a file that a start would read again; None for any other."""
+    if path.endswith(_HEADERS) or path.startswith(_OF_COMPILERS):
+        return None
     if path in _OF_THE_PLACE or path in sources.described or path.startswith((*_BESIDE, *sources.left_out)):
         return None
     try:

@@ -243,7 +243,10 @@ def _loaded(
         mapped={file.path for file in mapped},
         described={os.path.realpath(place / file.name) for file in model.files} if model else set(),
     )
-    return describe_loaded(sources)
+    described, left_out = describe_loaded(sources)
+    if left_out:
+        report.say(f"WARNING: a restore will not compare {left_out:,} of the files that the server has read")
+    return described
 
 
 def _compact(tree: Path) -> list[MemoryFile]:

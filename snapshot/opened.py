@@ -2,8 +2,9 @@
 """Watch which files the processes of a cell open, from the server's start on.
 
 Uses fanotify(7) with a mark on each of the cell's mounts: other processes use mounts of their own, and do not
-appear. Each event brings a descriptor of the file, whose link in /proc names it as the cell sees it. The file
-systems that the OS kernel makes up, and devices, are left out: to report a device, fanotify would open it.
+appear. Each event brings a descriptor of the file, whose link in /proc names it as the cell sees it. The
+cell's own init does not count. The file systems that the OS kernel makes up, and devices, are left out: to
+report a device, fanotify would open it.
 """
 
 import contextlib
@@ -100,11 +101,12 @@ class OpenedFiles:
             return error.errno != errno.EAGAIN
         at = 0
         while at < len(events):
-            length, _, _, _, mask, opened, _ = _EVENT.unpack_from(events, at)
+            length, _, _, _, mask, opened, pid = _EVENT.unpack_from(events, at)
             at += length
             if opened >= 0:
                 try:
-                    self._add(opened, mask)
+                    if pid != self._cell.init_pid:
+                        self._add(opened, mask)
                 finally:
                     os.close(opened)
         return bool(events)

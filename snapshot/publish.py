@@ -25,6 +25,7 @@ from rekindle.report import Report
 from restore import dumps
 from restore.decide import match_loaded, match_process, plan
 from restore.decide.abilities import Abilities
+from restore.decide.remembered import Findings
 from restore.decide.rules import reason_for
 from restore.options import Output
 from restore.rungs import process
@@ -107,8 +108,9 @@ def prove(
     made_here.sign(staging, [image.index], signer.predicate(image.record), None, home)
     proved = made_here.verify(image, staging, home)
     record = image.record
-    different = match_loaded.mapped(record)
-    loaded = match_loaded.compare(record, (), os.environ)
+    findings = Findings(home.compared)
+    different = match_loaded.mapped(record, findings)
+    loaded = match_loaded.compare(record, (), os.environ, findings)
     found = match_process.compare(record, record.node, Abilities(criu=tool), different, loaded=loaded)
     plan.require_possible([reason_for(each) for each in found])
     log = os.open(work / "proof.log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -60,7 +60,7 @@ def gather(
         cache=kernels.value if kernels else None,
         cache_unread=found.cache is not None and not read,
         different=different,
-        loaded=match_loaded.compare(record, given, os.environ, findings),
+        loaded=match_loaded.compare(record, given, os.environ, findings) if with_abilities else (),
         local=isinstance(reference, LayoutReference),
         unpacked=unpacked,
         has_memory=not unpacked and dumps.has_memory(home, found),

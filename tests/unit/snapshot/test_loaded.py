@@ -12,6 +12,7 @@ import pytest
 
 from rekindle.errors import WorkloadError
 from rekindle.node.loaded import Loaded, LoadedKind
+from snapshot import loaded
 from snapshot.loaded import Sources, describe
 
 OTHER, NAMED, MODEL, CODE = LoadedKind.OTHER, LoadedKind.NAMED, LoadedKind.MODEL, LoadedKind.CODE
@@ -34,7 +35,9 @@ def described(tmp_path: Path, opened: list[str], *argv: str, **changes: Any) -> 
         "left_out": [],
         "mapped": set(),
     }
-    return describe(Sources(**{**values, **changes}))
+    found, left_out = describe(Sources(**{**values, **changes}))
+    assert left_out == 0
+    return found
 
 
 def files(found: Loaded) -> dict[str, LoadedKind]:
@@ -213,3 +216,29 @@ def test_what_was_changed_meanwhile_is_unknown(tmp_path: Path) -> None:
         described(tmp_path, [path], since_ns=since)
     other = write(tmp_path / "status.json")
     assert files(described(tmp_path, [other], since_ns=since)) == {other: OTHER}
+
+
+def test_there_is_a_limit_for_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "_OTHERS_LIMIT", 3)
+    monkeypatch.setattr(loaded, "_FILES_LIMIT", 2)
+    opened = [write(tmp_path / f"{number}{suffix}") for number in range(5) for suffix in (".txt", ".py")]
+    sources = Sources(
+        argv=["server"],
+        environment={},
+        directory="/",
+        opened=opened,
+        written=set(),
+        since_ns=time.time_ns() + 10**9,
+        left_out=[],
+        mapped=set(),
+    )
+    found, left_out = describe(sources)
+    assert (len(found.files), len(code(found)), left_out) == (3, 2, 5)
+
+
+HEADERS = "lib/python3.11/site-packages/torch/include/a.h", "data/kernel.cuh"
+
+
+@pytest.mark.parametrize("path", HEADERS)
+def test_what_compilers_read_is_left_out(path: str, tmp_path: Path) -> None:
+    assert described(tmp_path, [write(tmp_path / path)]) == Loaded()
