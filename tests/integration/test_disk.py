@@ -27,7 +27,7 @@ pytestmark = pytest.mark.criu
 LOWER = 3
 
 SERVER = """
-import http.server, importlib.metadata, json, os, pathlib, sys
+import http.server, importlib.metadata, json, mmap, os, pathlib, sys
 import company.words          # of a distribution
 import local_module           # beside the script
 from company import data
@@ -47,7 +47,13 @@ with open(model / "model.safetensors", "rb") as file:
 hub = pathlib.Path(os.environ["HF_HOME"], "hub/models--org--tiny")
 revision = (hub / "refs/main").read_text()
 config = (hub / "snapshots" / revision / "config.json").read_text()
+disk = pathlib.Path(os.environ["HF_HOME"]).parent
+mapped = []
+for name in ("small.bin", "large.bin"):
+    with open(disk / name, "rb") as file:
+        mapped.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 loads = {
+    "small": mapped[0][:5].decode(), "large": mapped[1][:5].decode(),
     "words": company.words.GREETING, "version": importlib.metadata.version("company"),
     "local": local_module.VALUE, "data": data(), "weights": weights, "config": config,
     "template": read("--chat-template"), "adapters": read("--adapters"),
@@ -158,6 +164,9 @@ def lay_out(disk: Path) -> None:
     (disk / "models/live").symlink_to("one")
     write(disk / "chat.jinja", "{{ messages }}")
     write(disk / "adapters/a.json", '{"a": 1}')
+    write(disk / "small.bin", b"small" + bytes(10_000))
+    write(disk / "large.bin", b"large")
+    os.truncate(disk / "large.bin", (256 << 20) + 1)
     write(disk / "settings.json", '{"s": 1}')
     hub = disk / "hf/hub/models--org--tiny"
     write(hub / "refs/main", "c" * 40)
@@ -217,11 +226,11 @@ def test_times_and_inodes_tell_nothing(deployed: Deployed) -> None:
 def in_place(path: Path, old: str, new: str) -> None:
     """Change a file but not its size, its time or its inode."""
     status = path.stat()
-    content = path.read_text()
-    assert old in content
     assert len(old) == len(new)
     with open(path, "r+b") as file:
-        file.write(content.replace(old, new).encode())
+        at = file.read(1 << 20).index(old.encode())
+        file.seek(at)
+        file.write(new.encode())
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -301,6 +310,14 @@ HARD: dict[str, tuple[Callable[[Deployed], object], str, str, object]] = {
     "a file that a variable names": (
         lambda d: in_place(d.disk / "settings.json", "1", "2"),
         *("named-file", "settings", '{"s": 2}'),
+    ),
+    "a mapped file of the same size and time": (
+        lambda d: in_place(d.disk / "small.bin", "small", "other"),
+        *("rootfs-file", "small", "other"),
+    ),
+    "a mapped file above 256 MiB": (
+        lambda d: in_place(d.disk / "large.bin", "large", "other"),
+        *("rootfs-file", "large", "other"),
     ),
     "a module of the same name that is found first": (shadow, "package", "words", "shadow"),
     "a module that Python runs at its start": (
