@@ -53,7 +53,7 @@ def fields(recorded: Fingerprint, here: Fingerprint) -> list[str]:
     rows = {
         name: (_value(name, recorded.to_json()[name]), _value(name, value))
         for name, value in here.to_json().items()
-        if name != "cpu_features"
+        if name not in {"cpu_features", "limits"}
     }
     found = [f"{'':<15}{'recorded':<42} here"]
     for name, (was, now) in rows.items():

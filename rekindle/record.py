@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from rekindle import documents
 from rekindle.cell import Clocks, Network
+from rekindle.cell.settings import ProcessSettings
 from rekindle.digest import Digest
 from rekindle.documents import AbsolutePath, Count, Nanoseconds
 from rekindle.engine import Endpoint, Request
@@ -153,7 +154,8 @@ class Process(Struct, frozen=True, kw_only=True):
     """The processes in their cell.
 
     PIDs are those inside the cell. `gpus` are the UUIDs of the GPUs that they held, and `cuda_pids` the
-    processes with CUDA state.
+    processes with CUDA state. `settings` are those of every process but the root; None if it is not known
+    what they set, and everything stays as it was at the dump.
     """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -166,6 +168,7 @@ class Process(Struct, frozen=True, kw_only=True):
     stderr: AbsolutePath
     gpus: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT)] = ()
     cuda_pids: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
+    settings: Annotated[tuple[ProcessSettings, ...], Meta(max_length=_FILES_LIMIT)] | None = None
 
     @property
     def clocks(self) -> Clocks:

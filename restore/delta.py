@@ -30,7 +30,8 @@ import msgspec
 from oci.image import Image
 from rekindle import dump_tree
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
-from rekindle.criu import Criu, memory_files, zero_pages
+from rekindle.cell.read_settings import read_settings
+from rekindle.criu import Criu, inherited, memory_files, zero_pages
 from rekindle.criu.frozen import FrozenDump
 from rekindle.criu.memory_files import MappedRange
 from rekindle.criu.outputs import name_outputs
@@ -80,6 +81,7 @@ class Delta:
             name_outputs(criu, self._outputs, Path(self._process.stdout), Path(self._process.stderr))
             drop_filter(criu, memory.FILTER)
             zero_pages.drop(criu)
+            inherited.drop(criu, self._process.root_pid)
             dump = _with_memory(self.directory, self._base, self._mapped, dump_bytes, complete=complete)
         return msgspec.structs.replace(self._base.record, process=self._process, dump=dump)
 
@@ -122,6 +124,7 @@ def dumped(
             tasks=sum(processes.threads(cell, pid) for pid in pids),
             monotonic_ns=clocks.monotonic_ns,
             boottime_ns=clocks.boottime_ns,
+            settings=read_settings(cell, known.root_pid),
         )
         yield Delta(frozen, base, mapped, directory, process=process, outputs=names)
 

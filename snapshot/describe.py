@@ -7,6 +7,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from rekindle.cell import Cell, processes
+from rekindle.cell.settings import ProcessSettings
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node.mapped import MappedFile, describe
@@ -25,13 +26,14 @@ class RunningServer(Struct, frozen=True, kw_only=True):
 
     `endpoint` is where it listens. `server_pid` is the PID in the cell that gets its signals. `threads` is
     the number of its threads. `opened` are the paths that its processes have mapped or open, without its
-    own logs.
+    own logs. `settings` are those that its processes have set for themselves.
     """
 
     endpoint: Endpoint
     server_pid: int
     threads: int
     opened: set[str]
+    settings: tuple[ProcessSettings, ...]
 
 
 def listened_endpoint(cell: Cell, engine: Engine) -> Endpoint:

@@ -26,6 +26,8 @@ from rekindle.files import remove_tree
 from rekindle.node.gpu import probe
 from rekindle.node.packages import versions
 from rekindle.report import ImageName, Report
+from restore.decide import match_limits
+from restore.decide.rules import reason_for
 from snapshot import make, secret_search
 from snapshot.describe import Dumped
 from snapshot.options import Progress, SnapshotOptions
@@ -79,6 +81,7 @@ def snapshot(
             keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
         )
         record = msgspec.structs.replace(made.record, proved=options.prove)
+        report.reasons += [reason_for(each) for each in match_limits.lost_settings(made.record)]
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):

@@ -13,7 +13,8 @@ from msgspec import Struct
 
 from rekindle import __version__, criu
 from rekindle.cell import Cell, Clocks, Network, processes
-from rekindle.criu import Criu, zero_pages
+from rekindle.cell.read_settings import read_settings
+from rekindle.criu import Criu, inherited, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
@@ -107,7 +108,7 @@ def make(
         require_state(cuda, dump_bytes)
         if keep_untouched:
             keep_untouched(tree)
-        memory = _compact(tree)
+        memory = _compact(tree, server.root_pid)
         files = scan(tree)
         mapped = mapped_files(running.opened)
     with report.phase("search for secrets"):
@@ -182,6 +183,7 @@ def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work:
         server_pid=server.server_pid,
         threads=sum(processes.threads(cell, pid) for pid in pids),
         opened=opened_files(cell, pids) - {str(path) for path in own},
+        settings=read_settings(cell, server.root_pid),
     )
     _drop_disposable(cell, pids, engine.disposable())
     return running
@@ -210,6 +212,7 @@ def _process(
         stderr=str(server.stderr),
         gpus=tuple(cuda.gpus),
         cuda_pids=tuple(cuda.pids),
+        settings=running.settings,
     )
 
 
@@ -249,11 +252,12 @@ def _loaded(
     return described
 
 
-def _compact(tree: Path) -> list[MemoryFile]:
-    """Take the zero pages out of a dump, and move what is large of the rest into memory files."""
+def _compact(tree: Path, root: int) -> list[MemoryFile]:
+    """Take zero pages and what was inherited out of a dump, and move large memory into memory files."""
     for leftover in ("dump.log", "criu.out"):
         (tree / "criu" / leftover).unlink(missing_ok=True)
     zero_pages.drop(tree / "criu")
+    inherited.drop(tree / "criu", root)
     return move_memory(tree / "criu", tree / "memory")
 
 

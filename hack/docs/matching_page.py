@@ -6,7 +6,8 @@ import sys
 from hack.docs import pages
 from rekindle.errors import RekindleError
 from rekindle.report import Rung
-from restore.decide.rules import RULES, Rule
+from restore.decide.rule import Rule
+from restore.decide.rules import RULES
 
 HEAD = """\
 # What is compared
@@ -109,6 +110,34 @@ HAPPENED = (
         "the rung was not done in time: `--process-deadline`, `--cache-deadline`, or the time in the plan",
     ),
     ("`bug`", "a bug in rekindle; its traceback is on standard error"),
+)
+TODAY = """\
+
+## A restored process and a start of today
+
+Everything in which a restored process can differ from a server that the same command starts here, apart from
+the differences above.
+
+"""
+TODAY_ROWS = (
+    (
+        "resource limits, oom_score_adj, nice value, I/O priority, scheduling policy, umask, core dump "
+        "filter",
+        "of today; what the server had set itself is set again; `limit` if that cannot be",
+        "`test_limits.py`",
+    ),
+    (
+        "CPUs of threads",
+        "of today; bound threads are bound again where their CPUs are here; else `cpu-affinity`",
+        "`test_limits.py`",
+    ),
+    (
+        "number of threads, chosen by the CPUs or the quota",
+        "told: `cpu-count`, `cpu-quota`",
+        "`test_limits.py`",
+    ),
+    ("timer slack", "set again if the server had set it", "`test_limits.py`"),
+    ("NUMA policy", "told at the snapshot and here: `memory-policy`", "`test_limits.py`"),
 )
 LAST = """\
 
@@ -222,7 +251,9 @@ def page() -> str:
         ", ".join(codes),
         "an error of that class ([errors.md](errors.md)), for example while fetching a layer",
     )
-    return "".join(parts) + _disk() + TAIL + pages.table(("code", "meaning"), [*HAPPENED, others]) + LAST
+    happened = pages.table(("code", "meaning"), [*HAPPENED, others])
+    today = pages.table(("what", "what is done", "test"), TODAY_ROWS)
+    return "".join(parts) + _disk() + TODAY + today + TAIL + happened + LAST
 
 
 def _disk() -> str:

@@ -102,6 +102,7 @@ class Cell:
         """Start the launcher, which takes some 20 ms to boot; `enter` creates the namespaces."""
         self._exits: dict[int, int] = {}
         self._spawned: list[int] = []
+        self._adjusted: list[str] | None = None
         self._init = 0
         self._ready = False
         self._dial: socket.socket | None = None
@@ -216,10 +217,7 @@ class Cell:
             "memory": command.memory
             and {"directory": str(command.memory.directory), "ranges": list(command.memory.ranges)},
         }
-        # In a file: a message holds at most some 200 kB, and environments can be larger.
-        with open(os.memfd_create("request"), "w+b", buffering=0) as file:
-            file.write(json.dumps(request).encode())
-            self._send({"op": "spawn"}, [file.fileno(), *command.fds.values()])
+        self._send_file("spawn", request, list(command.fds.values()))
         deadline = time.monotonic() + _START_SECONDS
         while not self._spawned:
             if not self._receive(deadline - time.monotonic()):
@@ -254,6 +252,19 @@ class Cell:
     def signal(self, pid: int, signum: int) -> None:
         """Send a signal to a process, given its PID in the cell; do nothing if it is gone."""
         self._send({"op": "signal", "pid": pid, "signal": signum})
+
+    def adjust(self, settings: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Give restored processes what they would have by a start here, and what they had set themselves.
+
+        `settings` are those of `rekindle.cell.settings.to_apply`. Returns what could not be set.
+        """
+        self._adjusted = None
+        self._send_file("adjust", settings)
+        deadline = time.monotonic() + _START_SECONDS
+        while self._adjusted is None:
+            if not self._receive(deadline - time.monotonic()):
+                raise RestoreError(f"the cell did not adjust the server within {_START_SECONDS:.0f} s")
+        return self._adjusted
 
     def fileno(self) -> int:
         """Return a descriptor that is readable after an event; then call `wait` with a timeout of 0."""
@@ -290,6 +301,12 @@ class Cell:
                 if not fds:
                     number = answer[0] if answer else errno.ENETDOWN
                     raise OSError(number, f"the cell's network: {os.strerror(number)}")
+
+    def _send_file(self, op: str, request: object, fds: Sequence[int] = ()) -> None:
+        """Send a request in a file: a message holds at most some 200 kB, and environments can be larger."""
+        with open(os.memfd_create("request"), "w+b", buffering=0) as file:
+            file.write(json.dumps(request).encode())
+            self._send({"op": op}, [file.fileno(), *fds])
 
     def _send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
         try:
@@ -328,6 +345,8 @@ class Cell:
             case {"spawned": int(pid)}:
                 self._exits.pop(pid, None)
                 self._spawned.append(pid)
+            case {"adjusted": list(problems)}:
+                self._adjusted = problems
             case {"init": int(pid)}:
                 self._init = pid
             case {"ready": True}:

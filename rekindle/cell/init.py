@@ -17,6 +17,7 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
      descriptors                                             {"spawned": PID}, or
      for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}                        -
+    {"op": "adjust"} + a file with what `settings.py` lists  {"adjusted": [what could not be set]}
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
 
@@ -268,6 +269,12 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
             for fd in rest:
                 os.close(fd)
             send(control, reply)
+        case "adjust":
+            from rekindle.cell.adjust import adjust
+
+            with open(fds[0], "rb") as file:
+                file.seek(0)
+                send(control, {"adjusted": adjust(json.load(file))})
         case "signal":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
@@ -335,6 +342,7 @@ def load_supervisor() -> None:
     for name, path in (("rekindle", os.path.dirname(room)), ("rekindle.cell", room)):  # noqa: PTH120
         sys.modules[name] = package = type(sys)(name)
         package.__path__ = [path]
+    import rekindle.cell.adjust
     import rekindle.cell.supervisor  # noqa: F401
 
 

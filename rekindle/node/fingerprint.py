@@ -16,11 +16,13 @@ from msgspec import Meta, Struct
 from rekindle import documents
 from rekindle.documents import Count
 from rekindle.fields import JSON
+from rekindle.node import cpus, limits
 from rekindle.node.gpu import Gpus
 from rekindle.node.gpu import probe as probe_gpus
 from rekindle.node.packages import versions
 
 _FEATURES_LIMIT = 100_000
+_Limit = Annotated[int, Meta(ge=-1, le=(1 << 63) - 1)]
 _ARCH_GET_XCOMP_SUPP = 0x1021  # asm/prctl.h, since Linux 5.16
 _SYS_ARCH_PRCTL = 158
 
@@ -38,7 +40,9 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     `cpu_features` are named as in /proc/cpuinfo. `xsave` has a bit for each extended state that the OS
     kernel lets processes use, as in the register XCR0; 0 if unknown. `capabilities` has a bit for each
     capability of ours, as in capabilities(7), which are also those of a server that we start. `packages`
-    are the versions that a command runs with.
+    are the versions that a command runs with. `cpus` are those that we may use, such as `0-3,8`; `cpu_quota`
+    is how many CPUs' time our control groups allow, 0 if they do not limit it. `limits` are our resource
+    limits, soft and hard, with -1 for none.
     """
 
     architecture: str
@@ -52,6 +56,9 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     libc: str = ""
     container: str = ""
     packages: Mapping[str, str] = {}
+    cpus: str = ""
+    cpu_quota: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    limits: Annotated[Mapping[str, tuple[_Limit, _Limit]], Meta(max_length=64)] = {}
     devices: Gpus = Gpus()
 
     @classmethod
@@ -75,6 +82,9 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
             libc=_libc(),
             container=_container(),
             packages=versions(command, os.environ if environment is None else environment) if command else {},
+            cpus=cpus.of_thread(),
+            cpu_quota=cpus.quota(),
+            limits=limits.of_process(),
             devices=probe_gpus(),
         )
 

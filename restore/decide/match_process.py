@@ -13,6 +13,7 @@ from rekindle.node.gpu import Gpu
 from rekindle.node.mapped import describe_recorded
 from rekindle.node.packages import major_minor
 from rekindle.record import Record
+from restore.decide import match_limits
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
 
@@ -46,6 +47,7 @@ def compare(
         *_equal("libc", "C library", recorded.libc, node.libc),
         *_ability_problems(abilities, record),
         *_memory(abilities, record),
+        *match_limits.compare(record, node),
         *_gpus(record, node),
         *(
             Difference("rootfs-file", file.path, describe_recorded(file), different[file.path])

@@ -12,19 +12,9 @@ from msgspec import Struct, structs
 from rekindle.errors import RekindleError, UsageError
 from rekindle.report import Reason, Rung
 from restore.decide.difference import Difference
+from restore.decide.limit_rules import LIMIT_RULES
+from restore.decide.rule import Rule
 from restore.signals import DeadlinePassed
-
-
-class Rule(Struct, frozen=True, kw_only=True):
-    """What a difference in a field means: `why`, the `source` for that, and the `advice` to the user."""
-
-    rung: Rung
-    hard: bool
-    why: str
-    source: str
-    advice: str
-    fixed: bool = False
-
 
 _RESTORE_API = "CUDA driver API, cuCheckpointProcessRestore"
 _CUDA_PLUGIN = "CRIU, plugins/cuda/README.md"
@@ -229,6 +219,7 @@ RULES: Mapping[str, Rule] = {
         source="Linux, Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.oom.group)",
         advice="give the container more memory, or end other processes",
     ),
+    **LIMIT_RULES,
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
         hard=True,

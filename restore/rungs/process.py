@@ -18,6 +18,7 @@ from msgspec import Struct, field, structs
 
 from rekindle import criu
 from rekindle.cell import Cell, Network, exit_status, processes
+from rekindle.cell.settings import to_apply
 from rekindle.criu import Criu
 from rekindle.engine import Engine
 from rekindle.engine.choose import from_record
@@ -30,7 +31,9 @@ from rekindle.report import MemoryMode, OracleAnswer, Report, Rung
 from restore import dumps
 from restore.decide import match_loaded
 from restore.decide.decision import Decision
+from restore.decide.difference import Difference
 from restore.decide.plan import Step
+from restore.decide.rules import reason_for
 from restore.decide.source import Source
 from restore.options import Memory, Output
 from restore.rungs.ladder import TakenRung
@@ -211,6 +214,7 @@ def restore(
         }
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory)
+        _adjust(cell, record, report)
     engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):
@@ -221,6 +225,14 @@ def restore(
         _ask_oracle(cell, record, engine, report)
         own, files = processes.memory_bytes(cell)
         report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
+
+
+def _adjust(cell: Cell, record: Record, report: Report) -> None:
+    """Give the server the limits and places of today, and what it had set itself."""
+    if record.process.settings is None:
+        return
+    problems = cell.adjust(to_apply(record.process.settings))
+    report.reasons += [reason_for(Difference("setting", "setting", "", each)) for each in problems]
 
 
 def _seen_in_cell(cell: Cell, fd: int, opened: contextlib.ExitStack) -> int:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what the processes of a server have set for themselves: see rekindle/cell/settings.py."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+from rekindle.cell import Cell, processes
+from rekindle.cell.settings import ProcessSettings, ThreadSettings
+from rekindle.node import cpus, limits
+
+_POLICY_MASK = ~getattr(os, "SCHED_RESET_ON_FORK", 0x40000000)
+_TIME_SHARED = {os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE}
+
+
+def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
+    """Return the settings of every process of the cell but the root, which has what all of them inherited."""
+    outside = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    inherited = _Inherited.of(outside[root])
+    found = []
+    for inner, pid in sorted(outside.items()):
+        if inner != root:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
+                found.append(_read(inner, pid, inherited))
+    return tuple(found)
+
+
+class _Inherited(Struct, frozen=True, kw_only=True):
+    """What the root of the process tree has."""
+
+    limits: dict[str, tuple[int, int]]
+    oom_score_adj: int | None
+    coredump_filter: int | None
+    thread: ThreadSettings
+    memory_policy: str
+
+    @classmethod
+    def of(cls, pid: int) -> "_Inherited":
+        return cls(
+            limits=limits.of_process(pid),
+            oom_score_adj=_number(pid, "oom_score_adj"),
+            coredump_filter=_number(pid, "coredump_filter", 16),
+            thread=_thread(pid, pid),
+            memory_policy=_policies(pid)[0],
+        )
+
+
+def _read(inner: int, pid: int, inherited: _Inherited) -> ProcessSettings:
+    changed = {}
+    for name, (soft, hard) in limits.of_process(pid).items():
+        was_soft, was_hard = inherited.limits[name]
+        if (soft, hard) != (was_soft, was_hard):
+            changed[name] = (None if soft == was_soft else soft, None if hard == was_hard else hard)
+    threads = []
+    policies = []
+    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):  # noqa: PTH208
+        with contextlib.suppress(OSError):  # the thread has ended
+            policies.append(_policies(tid, first=True)[0])
+            found = _changed(_thread(processes.inner_pid(tid), tid), inherited.thread)
+            if found != ThreadSettings(tid=found.tid):
+                threads.append(found)
+    policies += _policies(pid)
+    others = sorted({each for each in policies if each not in {inherited.memory_policy, ""}})
+    status = _status(pid)
+    return ProcessSettings(
+        pid=inner,
+        limits=changed,
+        oom_score_adj=_unless(_number(pid, "oom_score_adj"), inherited.oom_score_adj),
+        coredump_filter=_unless(_number(pid, "coredump_filter", 16), inherited.coredump_filter),
+        memory_policy=" ".join(others)[:1000],
+        open_files=1 + max((int(fd) for fd in os.listdir(f"/proc/{pid}/fd")), default=-1),  # noqa: PTH208
+        locked_bytes=status.get("VmLck", 0),
+        address_bytes=status.get("VmSize", 0),
+        threads=tuple(threads),
+    )
+
+
+def _unless(value: int | None, inherited: int | None) -> int | None:
+    return None if value == inherited else value
+
+
+def _thread(inner: int, tid: int) -> ThreadSettings:
+    """Return all settings of a thread, which has the ID `inner` in the cell."""
+    import psutil
+
+    policy = os.sched_getscheduler(tid)
+    ionice = psutil.Process(tid).ionice()
+    return ThreadSettings(
+        tid=inner,
+        cpus=cpus.of_thread(tid),
+        nice=os.getpriority(os.PRIO_PROCESS, tid),
+        policy=policy,
+        priority=os.sched_getparam(tid).sched_priority,
+        io_priority=int(ionice.ioclass) << 13 | ionice.value,
+        # A real-time thread has none, and gets its default back when it is none any longer.
+        timer_slack_ns=_number(tid, "timerslack_ns") if policy & _POLICY_MASK in _TIME_SHARED else None,
+    )
+
+
+def _changed(thread: ThreadSettings, inherited: ThreadSettings) -> ThreadSettings:
+    """Return a thread's settings without those that it inherited."""
+    has_policy = (thread.policy, thread.priority) != (inherited.policy, inherited.priority)
+    return ThreadSettings(
+        tid=thread.tid,
+        cpus="" if thread.cpus == inherited.cpus else thread.cpus,
+        nice=_unless(thread.nice, inherited.nice),
+        policy=thread.policy if has_policy else None,
+        priority=thread.priority if has_policy else 0,
+        io_priority=_unless(thread.io_priority, inherited.io_priority),
+        timer_slack_ns=_unless(thread.timer_slack_ns, inherited.timer_slack_ns),
+    )
+
+
+def _number(pid: int, name: str, base: int = 10) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path(f"/proc/{pid}/{name}").read_text(), base)
+    return None
+
+
+def _status(pid: int) -> dict[str, int]:
+    """Return the sizes in /proc/PID/status, in bytes."""
+    found = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            found[name] = int(value.removesuffix(" kB")) * 1024
+    return found
+
+
+def _policies(pid: int, *, first: bool = False) -> list[str]:
+    """Return the NUMA policies of a process's mappings; the first is that of the thread, [""] if unknown."""
+    found: dict[str, None] = {}
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/numa_maps") as file:
+        for fields in map(str.split, file):
+            found.setdefault(fields[1])
+            if first:
+                break
+    return list(found) or [""]

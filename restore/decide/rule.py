@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form of a rule for comparing nodes."""
+
+from msgspec import Struct
+
+from rekindle.report import Rung
+
+
+class Rule(Struct, frozen=True, kw_only=True):
+    """What a difference in a field means: `why`, the `source` for that, and the `advice` to the user."""
+
+    rung: Rung
+    hard: bool
+    why: str
+    source: str
+    advice: str
+    fixed: bool = False

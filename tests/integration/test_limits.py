@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restored server has the limits and places of a start here, and what it set itself."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SERVERS, Rekindle, Replica, workhorse_flags
+from tests.conftest import need as need_capability
+
+pytestmark = pytest.mark.criu
+Restore = Callable[..., Replica]
+CPUS = sorted(os.sched_getaffinity(0))
+OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def snapshot(rekindle: Rekindle, port: int, *what: str, prefix: list[str] | None = None) -> dict[str, Any]:
+    """Snapshot a setter as `setter`, with a rekindle started by a prefix; return the report."""
+    rekindle.prefix = prefix or []
+    server = [sys.executable, str(SERVERS / "setter.py"), str(port), *what]
+    flags = ["--ready-url", f"http://127.0.0.1:{port}/", *workhorse_flags(port)[2:]]
+    done = rekindle("snapshot", "setter", "--json", "--no-prove", "--no-cache", *flags, "--", *server)
+    rekindle.prefix = []
+    assert done.status == 0, done.stderr
+    report: dict[str, Any] = done.json
+    return report
+
+
+def restored(rekindle: Rekindle, restore: Restore, port: int, *prefix: str) -> tuple[Replica, dict[str, Any]]:
+    """Restore it with a rekindle started by a prefix; return the replica and its settings."""
+    rekindle.prefix = list(prefix)
+    replica = restore("setter", port)
+    rekindle.prefix = []
+    settings: dict[str, Any] = json.loads(replica.ask("/settings"))
+    return replica, settings
+
+
+def hard_reasons(rekindle: Rekindle, *prefix: str) -> dict[str, str]:
+    """What `match` says against the process rung, by code, where rekindle is started by a prefix."""
+    rekindle.prefix = list(prefix)
+    done = rekindle("match", "setter", "--json")
+    rekindle.prefix = []
+    step = done.json["steps"][0]
+    return {each["code"]: each["field"] + " " + each["here"] for each in step["reasons"] if each["hard"]}
+
+
+def told(report: dict[str, Any]) -> dict[str, bool]:
+    """The codes of a report's reasons, and whether they are hard."""
+    return {each["code"]: each["hard"] for each in report["reasons"] if each["code"] != "not-proved"}
+
+
+def test_what_a_server_inherited_is_that_of_today(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    """A snapshot job is the first victim when memory runs out, nice, and has other limits."""
+    job = ["choom", "-n", "1000", "--", "nice", "-n", "7", "prlimit", "--nofile=3000:4000", "--core=1:2"]
+    snapshot(rekindle, port, prefix=[*job, "ionice", "-c", "3"])
+    _, found = restored(rekindle, restore, port)
+    assert found["oom"] == int(Path("/proc/self/oom_score_adj").read_text())
+    assert found["limits"]["RLIMIT_NOFILE"] == list(OPEN_FILES)
+    assert found["limits"]["RLIMIT_CORE"] == list(resource.getrlimit(resource.RLIMIT_CORE))
+    for thread in found["threads"].values():
+        assert (thread["nice"], thread["ionice"]) == (os.getpriority(os.PRIO_PROCESS, 0), 0)
+
+
+def test_what_a_server_inherits_today_is_not_that_of_the_snapshot(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    snapshot(rekindle, port)
+    today = ["choom", "-n500", "--", "nice", "-n5", "prlimit", "--nofile=900:999", "--fsize=123456789"]
+    umask = ["sh", "-c", 'umask 77; exec "$@"', "sh"]
+    _, found = restored(rekindle, restore, port, *today, "ionice", "-c", "3", *umask)
+    assert found["oom"] == 500
+    assert found["limits"]["RLIMIT_NOFILE"] == [900, 999]
+    assert found["limits"]["RLIMIT_FSIZE"] == [123456789, 123456789]
+    assert found["umask"] == "077"
+    for thread in found["threads"].values():
+        assert (thread["nice"], thread["ionice"]) == (5, 3)
+
+
+def test_what_a_server_set_itself_stays(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    what = ["limit=nofile:700:", "limit=core:5:6", "oom=321", "umask=027", "nice=3", "dump=0x7f"]
+    snapshot(rekindle, port, *what, "slack=123456", "ionice=2", "batch")
+    _, found = restored(rekindle, restore, port, "prlimit", "--nofile=800:1000")
+    assert found["limits"]["RLIMIT_NOFILE"] == [700, 1000], "the hard limit was inherited"
+    assert found["limits"]["RLIMIT_CORE"] == [5, 6]
+    assert (found["oom"], found["umask"], found["dump"]) == (321, "027", "0000007f")
+    main, free, batch = (found["threads"][name] for name in ("main", "free", "batch"))
+    assert (main["nice"], main["slack"], main["ionice"]) == (3, 123456, 2)
+    assert (free["nice"], free["slack"], free["ionice"]) == (0, 50000, 0), "it began before that"
+    assert batch["policy"] == os.SCHED_BATCH
+
+
+def test_an_oom_score_of_zero_that_a_server_set_stays(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    snapshot(rekindle, port, "oom=0", prefix=["choom", "-n", "300", "--"])
+    _, found = restored(rekindle, restore, port, "choom", "-n", "400", "--")
+    assert found["oom"] == 0
+
+
+def test_bound_threads_are_bound_again_and_others_get_the_cpus_of_today(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    need_capability(len(CPUS) > 1, "two CPUs")
+    first, second = CPUS[:2]
+    snapshot(rekindle, port, f"bind={second}")
+    _, found = restored(rekindle, restore, port)
+    assert found["threads"]["bound"]["cpus"] == [second]
+    assert found["threads"]["free"]["cpus"] == CPUS
+    replica, found = restored(rekindle, restore, port + 1, "taskset", "-c", str(first))
+    assert found["threads"]["bound"]["cpus"] == [first]
+    assert found["threads"]["free"]["cpus"] == [first]
+    assert told(replica.report) == {"cpu-count": False, "cpu-affinity": False}
+
+
+def test_a_snapshot_on_fewer_cpus_uses_all_of_today(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    need_capability(len(CPUS) > 1, "two CPUs")
+    snapshot(rekindle, port, f"bind={CPUS[0]}", prefix=["taskset", "-c", str(CPUS[0])])
+    _, found = restored(rekindle, restore, port)
+    assert [each["cpus"] for each in found["threads"].values()] == [CPUS] * 3
+
+
+@pytest.mark.parametrize(
+    ("what", "today", "field"),
+    [
+        (["open=200"], ["prlimit", "--nofile=100:100"], "open files of process"),
+        (["limit=nofile:5000:"], ["prlimit", "--nofile=1000:2000"], "limit of open files of process"),
+        (["lock=4194304"], ["prlimit", "--memlock=1000000:1000000"], ""),  # with CAP_IPC_LOCK
+        (
+            ["lock=4194304"],
+            ["prlimit", "--memlock=1000000:1000000", "setpriv", "--bounding-set=-ipc_lock"],
+            "locked memory of process",
+        ),
+        (
+            ["limit=nofile:50:9000"],
+            ["prlimit", "--nofile=1000:2000", "setpriv", "--bounding-set=-sys_resource"],
+            "limit of open files of process",
+        ),
+        (["memory=9000000000"], ["prlimit", "--as=9000000000"], "address space of process"),
+        ([], ["prlimit", "--as=9000000000"], ""),
+    ],
+)
+def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_fetched(
+    rekindle: Rekindle, port: int, what: list[str], today: list[str], field: str
+) -> None:
+    snapshot(rekindle, port, *what)
+    found = hard_reasons(rekindle, *today)
+    assert field in found.get("limit", ""), found
+    assert bool(field) is ("limit" in found)
+
+
+def test_a_numa_policy_is_told(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    report = snapshot(rekindle, port, "policy")
+    assert told(report) == {"memory-policy": False}
+    replica, _ = restored(rekindle, restore, port)
+    assert told(replica.report) == {"memory-policy": False}
+    assert "bind:0" in {each["recorded"] for each in replica.report["reasons"]}
