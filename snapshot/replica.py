@@ -145,11 +145,10 @@ def _shared_blobs(replica: RunningReplica, home: Home, options: ReplicaOptions) 
         blobs: Blobs | None = None
         with contextlib.suppress(NotFoundError, IntegrityError):
             found = stack.enter_context(resolve.source(replica.reference, home, options.registry))
-            cache = replica.image.cache
-            for each in filter(None, (replica.image.process, cache)):
-                found.blobs.read(each, limit_bytes=_MANIFEST_LIMIT_BYTES)
+            if cache := replica.image.cache:
+                found.blobs.read(cache, limit_bytes=_MANIFEST_LIMIT_BYTES)
             if isinstance(found.blobs, Layout):
-                for layer in replica.image.layers:
+                for layer in filter(lambda layer: layer.is_memory, replica.image.layers):
                     found.blobs.open_blob(layer).close()
             blobs = found.blobs
         yield blobs

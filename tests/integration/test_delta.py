@@ -244,6 +244,17 @@ def test_generations_stay_small_until_one_is_complete(
     assert json.loads(replica.ask("/count", {})) == counted + 1
 
 
+def test_a_replica_may_be_saved_under_the_name_of_its_image(
+    image: str, restore: Callable[..., Replica], tmp_path: Path
+) -> None:
+    with running(image, tmp_path) as runs:
+        base = runs.replica.image.index.digest
+        for number in range(2):
+            assert runs.ask("/count") == number + 1
+            assert runs.save(image, runs_on=True, prove=False).record.dump.base == base
+    assert json.loads(restore(image, free_port()).ask("/count", {})) == 3
+
+
 def test_a_replica_may_run_on(image: str, restore: Callable[..., Replica], tmp_path: Path) -> None:
     with running(image, tmp_path) as runs:
         facts = runs.ask("/facts", "GET")

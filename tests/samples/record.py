@@ -79,7 +79,7 @@ def stored(path: str, kind: FileKind = FileKind.FILE, **changes: Any) -> StoredF
     return StoredFile(path=PurePosixPath(path), kind=kind, **{**fields, **changes})
 
 
-def holding(record: Record, files: Sequence[StoredFile], **changes: int) -> Record:
+def holding(record: Record, files: Sequence[StoredFile], **changes: Any) -> Record:
     """A record of other files of a dump."""
     return structs.replace(record, dump=structs.replace(record.dump, files=files, **changes))
 

@@ -2,12 +2,13 @@
 """A dump that is kept ready is taken only as it was when its digests matched; else it is made again."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from rekindle import dump_tree
 from rekindle.digest import Digest
 from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
 from rekindle.home import Home
+from rekindle.record import StoredMemory
 from rekindle.report import Report
 from restore import dumps
 from tests.samples.record import RECORD, holding
@@ -328,3 +330,114 @@ def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
         use(home, image)
     assert len(unpacked) == 2
     assert not list(home.run.iterdir())
+
+
+# Memory files of another dump
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[images.Image, images.Image]:
+    """An image with a memory file, and its delta, whose files have other positions."""
+    found: list[images.Image] = []
+    layout = Layout.create(tmp_path / "layout")
+    for name, others in (("base", ["core-1.img"]), ("delta", ["aaa.img", "core-1.img", "core-2.img"])):
+        dump = tmp_path / name
+        dump.mkdir(mode=0o700)
+        for directory in ("criu", "memory", "shm"):
+            (dump / directory).mkdir()
+        for other in others:
+            (dump / "criu" / other).write_bytes(name.encode())
+        (dump / "memory/7").write_bytes(PAGES)
+        files = dump_tree.scan(dump)
+        base = found[0] if found else None
+        if base is not None:
+            number = next(
+                n for n, file in enumerate(base.record.dump.files) if file.path.parts[0] == "memory"
+            )
+            free = itertools.count(number + 1)
+            files = [
+                structs.replace(file, number=number if file.path.parts[0] == "memory" else next(free))
+                for file in files
+            ]
+        own = [file for file in files if base is None or file.path.parts[0] != "memory"]
+        memory = [
+            StoredMemory(path=PurePosixPath("memory/7"), data_bytes=len(PAGES), ranges=[(0, len(PAGES))])
+        ]
+        record = holding(RECORD, files, memory=memory, base=base.index.digest if base else None)
+        layers = dump_layers.pack(dump, own, layout, workers=1)
+        layers += [layer for layer in base.layers if layer.is_memory] if base else []
+        found.append(images.build(layout, record, layers))
+    return found[0], found[1]
+
+
+@contextlib.contextmanager
+def used(home: Home, image: images.Image, *, paranoid: bool = False) -> Iterator[Path]:
+    verified: Verified[images.Image] = verifier.dangerously_skip(image)
+    report = Report(verb="restore")
+    with home.work("restore") as work, dumps.ready(home, work, verified, report, paranoid=paranoid) as dump:
+        assert (dump / "memory/7").read_bytes() == PAGES
+        yield dump
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_memory_files_are_there_once(home: Home, pair: tuple[images.Image, images.Image], first: int) -> None:
+    """Whichever of the two comes first."""
+    lender, borrower = pair[first], pair[1 - first]
+    with used(home, lender):
+        pass
+    assert dumps.has_memory(home, borrower)
+    with used(home, borrower) as dump:
+        assert (dump / "memory").readlink() == place_of(home, lender) / "memory"
+        name = b"base" if first else b"delta"
+        assert (dump / "criu/core-1.img").read_bytes() == name
+    with used(home, borrower) as again:
+        assert again == dump
+
+
+def test_a_dump_that_lends_its_memory_files_is_not_evicted(
+    home: Home, pair: tuple[images.Image, images.Image], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, delta = pair
+    other = make(tmp_path / "other")
+    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", "0")
+    with used(home, base), used(home, delta):
+        pass
+    with used(home, delta):
+        assert use(home, other)
+        assert (place_of(home, base) / "memory/7").exists()
+    assert not use(home, other)
+    assert not place_of(home, base).exists()
+    assert not place_of(home, delta).exists()
+
+
+@pytest.mark.parametrize("change", [rewrites, replaces, hides_a_write])
+def test_memory_files_that_have_changed_are_not_lent(
+    home: Home, pair: tuple[images.Image, images.Image], change: Callable[[Path], object]
+) -> None:
+    base, delta = pair
+    with used(home, base):
+        pass
+    with used(home, delta) as dump:
+        assert (dump / "memory").is_symlink()
+    change(place_of(home, base) / "memory/7")
+    assert not dumps.is_ready(home, delta)
+    with used(home, delta) as dump:
+        assert not (dump / "memory").is_symlink()
+
+
+def test_who_is_paranoid_borrows_nothing(home: Home, pair: tuple[images.Image, images.Image]) -> None:
+    base, delta = pair
+    with used(home, base):
+        pass
+    with used(home, delta, paranoid=True) as dump:
+        assert not (dump / "memory").is_symlink()
+
+
+def test_a_dump_that_was_just_packed_can_be_kept(
+    home: Home, pair: tuple[images.Image, images.Image], tmp_path: Path
+) -> None:
+    dumps.adopt(home, pair[0], tmp_path / "base")
+    assert dumps.is_ready(home, pair[0])
+    assert not (tmp_path / "base").exists()
+    with used(home, pair[1]) as dump:
+        assert (dump / "memory").is_symlink()
