@@ -31,6 +31,7 @@ VERBS = {
     "bench": "compare cold starts with restores, by phase",
 }
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AGAIN_SECONDS = 0.01
 _BUG_STATUS = 1
 _USAGE_STATUS = 2
 _PIPE_STATUS = 128 + signal.SIGPIPE
@@ -50,10 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         print(f"rekindle: unknown command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return _USAGE_STATUS
-    for signum in _ENDING:
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored under nohup and after a shell's &
-            signal.signal(signum, _interrupt)
-    _import_msgspec()
+    _import_msgspec()  # before the handlers: interrupted by an exception, it crashes at its first use
+    _handle_signals()
     try:
         verb = importlib.import_module(f"cli.{words[0].replace('-', '_')}")
         status = verb.main(words[1:])
@@ -109,6 +108,27 @@ def _open_standard_files() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(fd)
+
+
+def _handle_signals() -> None:
+    """Raise Interrupted for signals that ask us to end, unless they are ignored, as under nohup."""
+    handled = [signum for signum in _ENDING if signal.getsignal(signum) is not signal.SIG_IGN]
+
+    def raise_again(lost: "sys.UnraisableHookArgs") -> None:
+        error = lost.exc_value
+        if not isinstance(error, Interrupted) or signal.getsignal(error.signum) is not signal.SIG_IGN:
+            sys.__unraisablehook__(lost)
+            return
+        import threading
+
+        for each in handled:
+            signal.signal(each, _interrupt)
+        threading.Timer(_AGAIN_SECONDS, os.kill, [os.getpid(), error.signum]).start()
+
+    # Python drops an exception that is raised in a callback of the garbage collector or of an import.
+    sys.unraisablehook = raise_again
+    for signum in handled:
+        signal.signal(signum, _interrupt)
 
 
 def _interrupt(signum: int, _: object) -> NoReturn:
