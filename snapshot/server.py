@@ -12,7 +12,9 @@ from rekindle.errors import UsageError, WorkloadError
 
 # A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
 # of all others: with a root that has next to none, the server's memory is restored in parallel with theirs.
-_ROOT = ["/bin/sh", "-c", '"$@"; exit $?', "sh"]
+# It outlives signals to a whole control group, since the server may drain first. The server does not inherit
+# traps, as it would ignored signals.
+_ROOT = ["/bin/sh", "-c", 'trap : HUP INT QUIT TERM USR1 USR2; "$@"; exit $?', "sh"]
 TEMPORARY = Path("/dev/shm/tmp")  # noqa: S108 - in the cell's private file system, and kept in the snapshot
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOG_TAIL_BYTES = 4000

@@ -266,6 +266,10 @@ class Cell:
                 raise RestoreError(f"the cell did not adjust the server within {_START_SECONDS:.0f} s")
         return self._adjusted
 
+    def relay(self, pid: int, signum: int) -> None:
+        """Pass on a signal that we got, unless its sender has signalled everything in our control group."""
+        self._send({"op": "relay", "pid": pid, "signal": signum})
+
     def fileno(self) -> int:
         """Return a descriptor that is readable after an event; then call `wait` with a timeout of 0."""
         return self._control.fileno()

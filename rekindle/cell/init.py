@@ -18,6 +18,7 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
      for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}                        -
     {"op": "adjust"} + a file with what `settings.py` lists  {"adjusted": [what could not be set]}
+    {"op": "relay", "pid", "signal"}                         -
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"error": text}
 
@@ -26,6 +27,9 @@ socket of that address family in the cell's network. The answer is the same byte
 
 The cell ends when the control socket closes: when rekindle dies, init exits, and the OS kernel then kills
 every process of its PID namespace and drops its mounts.
+
+Signals that may have been sent to a whole control group end neither launcher nor init, and "relay" passes on
+what the server did not get itself: see `relay.py`.
 
 After a command with "memory" ({"directory", "ranges"}), init answers some system calls of that command and of
 everything that it starts: `memory.py`, beside this file, selects them, and `supervisor.py` answers them.
@@ -69,6 +73,8 @@ CRIU_FACTS = "/run/criu.kdat"
 
 MESSAGE_BYTES = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
+blocked_before: set[int] = set()
+"""The signals that a command is started with as blocked."""
 
 
 def check(result: int, what: str) -> None:
@@ -99,7 +105,11 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str | No
 def launch(control: socket.socket, parent: int) -> int:
     """Create the namespaces, start init in them, wait for it and return its exit status."""
     die_with_parent(parent)
-    load_supervisor()  # takes some 4 ms, and rekindle is still busy with other things
+    load_neighbours()  # takes some 4 ms, and rekindle is still busy with other things
+    from rekindle.cell import relay
+
+    global blocked_before
+    blocked_before = relay.block_signals()
     message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 1)
     request = json.loads(message or b"{}")
     if request.get("op") != "enter":
@@ -146,7 +156,6 @@ def run_init(control: socket.socket, dial: socket.socket | None) -> None:
     try:
         # Not die_with_parent: getppid() is 0 here, since the launcher is outside the PID namespace.
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         mount("none", "/", None, MS_REC | MS_PRIVATE)
         shown = open_own_mount(NVIDIA)
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
@@ -189,6 +198,9 @@ def raise_loopback() -> None:
 
 def serve(control: socket.socket, dial: socket.socket | None) -> None:
     """Answer requests and reap children until rekindle closes the socket."""
+    from rekindle.cell.relay import Relay
+
+    relay = Relay(from_outside=True)
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     os.set_blocking(wake_reader, False)
@@ -197,19 +209,23 @@ def serve(control: socket.socket, dial: socket.socket | None) -> None:
     poller = poll()
     poller.register(control, POLLIN)
     poller.register(wake_reader, POLLIN)
+    poller.register(relay.fd, POLLIN)
     if dial:
         poller.register(dial, POLLIN)
     supervisor = None
     send(control, {"ready": True})
     while True:
-        ready = dict(poller.poll(0 if supervisor and supervisor.busy else None))
+        pause = relay.step()
+        ready = dict(poller.poll(0 if supervisor and supervisor.busy else pause))
         if control.fileno() in ready:
             message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 16)
             if not message:
                 return
-            if new := answer(control, json.loads(message), fds):
+            if new := answer(control, relay, json.loads(message), fds):
                 supervisor = new
                 poller.register(supervisor.listener.fd, POLLIN)
+        if relay.fd in ready:
+            relay.receive()
         if dial and dial.fileno() in ready:
             hand_out(dial)
         if supervisor:
@@ -247,7 +263,7 @@ def reap(control: socket.socket) -> None:
         send(control, {"exited": pid, "status": status})
 
 
-def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
+def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
     """Carry out a request; return a supervisor if it starts a command that needs one."""
     supervisor = None
     match request["op"]:
@@ -278,6 +294,9 @@ def answer(control: socket.socket, request: dict, fds: list):  # type: ignore[no
         case "signal":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
+        case "relay":
+            pid, signum = request["pid"], request["signal"]
+            relay.hold(signum, lambda: os.kill(pid, signum))
     return supervisor
 
 
@@ -336,13 +355,14 @@ def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,t
     return pid, Supervisor(memory.CallSource(listener), MEMORY_PLACE, ranges)
 
 
-def load_supervisor() -> None:
+def load_neighbours() -> None:
     """Import the modules beside this file, by their names but without importing rekindle itself."""
     room = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
     for name, path in (("rekindle", os.path.dirname(room)), ("rekindle.cell", room)):  # noqa: PTH120
         sys.modules[name] = package = type(sys)(name)
         package.__path__ = [path]
     import rekindle.cell.adjust
+    import rekindle.cell.relay
     import rekindle.cell.supervisor  # noqa: F401
 
 
@@ -380,6 +400,7 @@ def spawn(request: dict, fds: list, prepare: Callable[[], None] | None = None) -
         os.setsid()
         open_files(request["files"], dict(zip(request["fds"], fds, strict=True)))
         signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(signum, signal.SIG_DFL)
         if request["workload"]:

@@ -39,6 +39,11 @@ def status(cell: Cell, pid: int) -> dict[str, str]:
     return {}
 
 
+def runs(cell: Cell, pid: int) -> bool:
+    """Tell whether there is a process with this PID that has not been reaped."""
+    return (proc(cell) / str(pid)).exists()
+
+
 def children(cell: Cell, pid: int) -> list[int]:
     """List the children of a process, of all its threads."""
     found: list[int] = []

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rekindle.cell import relay
 from rekindle.errors import UsageError
-from rekindle.run import start_server
+from rekindle.run import spawn, start_server
 
 _PIECE_BYTES = 1 << 16
 _KEPT_BYTES = 4 << 20
@@ -46,8 +48,9 @@ class ChildServer:
         """
         self._copier: _Copier | None = None
         self._status: int | None = None
-        self._others = set(_children())  # a program that became us by exec may have started some
         with contextlib.ExitStack() as stack:
+            self._relay = stack.enter_context(_start_relay())
+            self._others = set(_children())  # a program that became us by exec may have started some
             # Become the parent of orphans that the server leaves behind, to be able to end them.
             libc = ctypes.CDLL(None)
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -93,8 +96,11 @@ class ChildServer:
         return self._status
 
     def signal(self, signum: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signum)
+        try:
+            socket.send_fds(self._relay, [bytes([signum])], [self._pidfd])
+        except OSError:  # it was killed
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signum)
 
     def child(self) -> int:
         return self._process.pid
@@ -144,6 +150,24 @@ class ChildServer:
                 with contextlib.suppress(ChildProcessError):
                     left += [pid] if os.waitpid(pid, os.WNOHANG) == (0, 0) else []
         return left
+
+
+@contextlib.contextmanager
+def _start_relay() -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            argv = [sys.executable, "-I", "-S", "-B", relay.__file__, str(theirs.fileno())]
+            before = relay.block_signals()  # it inherits that, so that none ends it while Python starts
+            try:
+                process = spawn(argv, env={"PATH": os.defpath}, pass_fds=[theirs.fileno()], stderr=2)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            yield ours
+        finally:
+            ours.close()
+            process.wait()
 
 
 def _children() -> Iterator[int]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from rekindle.cell import Cell, exit_status
+from rekindle.cell import Cell, exit_status, processes
 from rekindle.engine import Endpoint
 from rekindle.errors import RestoreError
 from rekindle.record import Process
@@ -25,7 +25,7 @@ class Replica(Protocol):
         """Return its exit status, 128 + N for signal N; None while it runs."""
 
     def signal(self, signum: int) -> None:
-        """Send it a signal; do nothing if it has exited."""
+        """Pass on a signal that we got, unless its sender has signalled the server, too."""
 
     def child(self) -> int:
         """Return the PID of our child, which only the replica may reap."""
@@ -45,11 +45,17 @@ class RestoredServer:
         self._process = process
 
     def status(self) -> int | None:
-        status = self._cell.wait(self._process.root_pid, 0.0)
+        root, server = self._process.root_pid, self._process.server_pid
+        status = self._cell.wait(root, 0.0)
+        if status is not None and os.WIFSIGNALED(status) and server != root:
+            # A signal has ended only the shell above the server, which is a child of the cell's init now.
+            runs = processes.runs(self._cell, server)
+            ended = self._cell.wait(server, 0.0)
+            status = None if runs and ended is None else status if ended is None else ended
         return None if status is None else exit_status(status)
 
     def signal(self, signum: int) -> None:
-        self._cell.signal(self._process.server_pid, signum)
+        self._cell.relay(self._process.server_pid, signum)
 
     def child(self) -> int:
         return self._cell.launcher_pid

@@ -57,10 +57,12 @@ class Saved:
         }
 
 
-def save(place: Path, *, prefix: Sequence[str] = ()) -> Saved:
-    """Makes one, by a command with this prefix."""
+def save(place: Path, *, prefix: Sequence[str] = (), server: Sequence[str] = ()) -> Saved:
+    """Makes one, by a command with this prefix; of another server than a workhorse, if one is given."""
     port, key = free_port(), KeyPair(place / "key")
     (place / "stable").mkdir()
+    if server:
+        (place / "stable" / "instead").write_text(json.dumps(server))
     kernels = place / "caches" / "kernels"
     write(kernels / "KEY" / "add.json", "{}")  # without a target, since no node of a test has a GPU
     write(kernels / "KEY" / "add.bin", bytes(range(256)) * 100)

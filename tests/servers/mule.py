@@ -9,7 +9,8 @@
 
 It reads the kernel cache first, if there is one. SIGTERM, SIGINT and SIGHUP end it with status 5.
 
-Behaviours: never-ready, dies=STATUS, dies-on-a-cache, slow-end=SECONDS (once it was asked to end), daemon
+Behaviours: never-ready, dies=STATUS, dies-on-a-cache, slow-end=SECONDS (once it was asked to end),
+drains=SECONDS (then it ends with status 0; with 9, and at once, if it is asked to end a second time), daemon
 (leaves a process in a session of its own), orphans (processes that end at once, and are nobody's children),
 loud (a megabyte of all bytes, to stdout and stderr in turns).
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 BEHAVIOURS = dict(word.partition("=")[::2] for word in sys.argv[1:-1])
 PORT = int(sys.argv[-1])
 CACHE = Path(os.environ.get("TRITON_CACHE_DIR") or "/nowhere")
+draining: list[threading.Timer] = []
 found = [path for path in CACHE.rglob("*") if path.is_file()]
 for path in found:
     path.read_bytes()
@@ -73,6 +75,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def end(signum: int, _: object) -> None:
     os.write(2, f"mule: signal {signum}\n".encode())
+    if "drains" in BEHAVIOURS:
+        if draining:
+            os._exit(9)
+        draining.append(threading.Timer(float(BEHAVIOURS["drains"]), os._exit, [0]))
+        draining[0].start()
+        return
     time.sleep(float(BEHAVIOURS.get("slow-end", 0)))
     os._exit(5)
 
