@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the epolls and inotifies that CRIU cannot dump.
+"""Find the epolls, inotifies and pressure triggers that CRIU cannot dump.
 
 The rules follow CRIU 4.2.1: `criu/eventpoll.c`, `criu/fsnotify.c`; /proc/PID/fdinfo is in proc_pid_fdinfo(5).
 """
@@ -13,12 +13,15 @@ from pathlib import Path
 from rekindle.cell import Cell, processes
 from snapshot.socket_obstacles import Finding
 
+_PRESSURE = ("/cpu.pressure", "/io.pressure", "/memory.pressure", "/irq.pressure")
 _WATCHED_BY_EPOLL = re.compile(r"^tfd:\s*(?P<number>\d+) .*\bino:(?P<inode>[0-9a-f]+) ")
 
 
 def of_watcher(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
-    """Return a finding for an open epoll or inotify; None for a descriptor of another kind."""
+    """Return a finding for an open epoll, inotify or trigger; None for a descriptor of another kind."""
     judge = _WATCHERS.get(target)
+    if target.startswith("/proc/pressure/") or target.endswith(_PRESSURE):
+        judge = _of_pressure
     return judge(cell, pid, fd) if judge else None
 
 
@@ -40,6 +43,15 @@ def _of_epoll(cell: Cell, pid: int, fd: int) -> Finding | None:
             if match and int(match["inode"], 16) not in open_now:
                 closed = f"watches a file that this process has closed (it was descriptor {match['number']})"
                 return closed, "remove a file from the epoll before you close it"
+    return None
+
+
+def _of_pressure(cell: Cell, pid: int, fd: int) -> Finding | None:
+    """Return a finding for a file of psi(7) that is open for writing, which is how a trigger is made."""
+    with contextlib.suppress(OSError, ValueError):
+        fields = (processes.proc(cell) / str(pid) / "fdinfo" / str(fd)).read_text().split()
+        if int(fields[fields.index("flags:") + 1], 8) & os.O_ACCMODE != os.O_RDONLY:
+            return "waits for pressure (psi), which a restored process would not be told", "turn that off"
     return None
 
 

@@ -137,6 +137,7 @@ TODAY_ROWS = (
         "`test_limits.py`",
     ),
     ("timer slack", "set again if the server had set it", "`test_limits.py`"),
+    ("options of sockets that CRIU loses", "set again", "`test_limits.py`"),
     ("NUMA policy", "told at the snapshot and here: `memory-policy`", "`test_limits.py`"),
 )
 LAST = """\

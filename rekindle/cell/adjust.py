@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import os
 import resource
+import socket
 
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _IOPRIO_WHO_PROCESS = 1
+_PIDFD_GETFD = 438  # the same number on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -34,6 +36,9 @@ def adjust(processes: list) -> list[str]:  # type: ignore[type-arg]
         for thread in process["threads"]:
             with _noting(problems, f"settings of thread {thread['tid']}"):
                 _set_thread(thread, here)
+        for fd, options, congestion in process["sockets"]:
+            with _noting(problems, f"options of socket {fd} of process {pid}"):
+                _set_options(pid, fd, options, congestion)
     return problems
 
 
@@ -85,12 +90,36 @@ def _set_thread(thread: dict, here: set[int]) -> None:  # type: ignore[type-arg]
         os.sched_setscheduler(tid, thread["policy"], os.sched_param(thread.get("priority", 0)))
     call = _IOPRIO_SET.get(os.uname().machine)
     if call and "io_priority" in thread:
-        result = _libc.syscall(call, _IOPRIO_WHO_PROCESS, tid, thread["io_priority"])
-        if result == -1:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        _checked(_libc.syscall(call, _IOPRIO_WHO_PROCESS, tid, thread["io_priority"]))
     if "timer_slack_ns" in thread:
         _write(f"/proc/{tid}/timerslack_ns", thread["timer_slack_ns"])
+
+
+def _set_options(pid: int, fd: int, options: list, congestion: str) -> None:  # type: ignore[type-arg]
+    """Set options of a socket, by a duplicate of its descriptor. Raises OSError for the last that failed."""
+    process = os.pidfd_open(pid)
+    try:
+        duplicate = _checked(_libc.syscall(_PIDFD_GETFD, process, fd, 0))
+    finally:
+        os.close(process)
+    failed = None
+    with socket.socket(fileno=duplicate) as sock:
+        if congestion:
+            options = [*options, (socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())]
+        for level, name, value in options:
+            try:
+                sock.setsockopt(level, name, value)
+            except OSError as error:
+                failed = OSError(error.errno, f"option {level}/{name}: {error.strerror}")
+    if failed:
+        raise failed
+
+
+def _checked(result: int) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def _write(path: str, value: int) -> None:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from rekindle.cell import Cell, processes
 from rekindle.cell.settings import ProcessSettings, ThreadSettings
+from rekindle.cell.socket_options import read_options
 from rekindle.node import cpus, limits
 
 _POLICY_MASK = ~getattr(os, "SCHED_RESET_ON_FORK", 0x40000000)
@@ -20,10 +21,11 @@ def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
     outside = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     inherited = _Inherited.of(outside[root])
     found = []
+    sockets: set[int] = set()
     for inner, pid in sorted(outside.items()):
         if inner != root:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended
-                found.append(_read(inner, pid, inherited))
+                found.append(_read(inner, pid, inherited, sockets))
     return tuple(found)
 
 
@@ -47,7 +49,7 @@ class _Inherited(Struct, frozen=True, kw_only=True):
         )
 
 
-def _read(inner: int, pid: int, inherited: _Inherited) -> ProcessSettings:
+def _read(inner: int, pid: int, inherited: _Inherited, sockets: set[int]) -> ProcessSettings:
     changed = {}
     for name, (soft, hard) in limits.of_process(pid).items():
         was_soft, was_hard = inherited.limits[name]
@@ -74,6 +76,7 @@ def _read(inner: int, pid: int, inherited: _Inherited) -> ProcessSettings:
         locked_bytes=status.get("VmLck", 0),
         address_bytes=status.get("VmSize", 0),
         threads=tuple(threads),
+        sockets=tuple(read_options(pid, sockets)),
     )
 
 

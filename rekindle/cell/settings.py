@@ -25,6 +25,12 @@ CpuList = Annotated[
 """CPUs as the OS kernel prints them: `0-3,8`; "" for none."""
 _Limit = Annotated[int, Meta(ge=limits.UNLIMITED, le=(1 << 63) - 1)]
 
+SocketOption = tuple[
+    Annotated[int, Meta(ge=0, le=1 << 16)],
+    Annotated[int, Meta(ge=0, le=1 << 16)],
+    Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)],
+]
+
 
 class ThreadSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a thread has set for itself; None and "" mean that it inherited it.
@@ -40,6 +46,14 @@ class ThreadSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: Annotated[int, Meta(ge=0, le=99)] = 0
     io_priority: Annotated[int, Meta(ge=0, le=0xFFFF)] | None = None
     timer_slack_ns: Count | None = None
+
+
+class SocketSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was set on a socket and CRIU loses: (level, name, value) of setsockopt(2), congestion control."""
+
+    fd: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+    options: Annotated[tuple[SocketOption, ...], Meta(max_length=1000)] = ()
+    congestion: Annotated[str, Meta(pattern=documents.whole(r"[a-z0-9_-]{0,15}"))] = ""
 
 
 class ProcessSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,6 +72,7 @@ class ProcessSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     locked_bytes: Count = 0
     address_bytes: Count = 0
     threads: Annotated[tuple[ThreadSettings, ...], Meta(max_length=_THREADS_LIMIT)] = ()
+    sockets: Annotated[tuple[SocketSettings, ...], Meta(max_length=_THREADS_LIMIT)] = ()
 
 
 def to_apply(processes: Sequence[ProcessSettings]) -> list[dict[str, Any]]:
@@ -80,6 +95,7 @@ def to_apply(processes: Sequence[ProcessSettings]) -> list[dict[str, Any]]:
                 "oom_score_adj": process.oom_score_adj,
                 "coredump_filter": process.coredump_filter,
                 "threads": threads,
+                "sockets": [(each.fd, each.options, each.congestion) for each in process.sockets],
             }
         )
     return found

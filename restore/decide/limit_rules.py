@@ -52,8 +52,8 @@ LIMIT_RULES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=False,
         fixed=True,
-        why="A priority, a binding or a limit that the server had set itself could not be set again. "
-        "Reported after the restore.",
+        why="A priority, a binding, a limit or a socket's option that the server had set could not be set "
+        "again. Reported after the restore.",
         source="setpriority(2), sched_setscheduler(2), prlimit(2), proc(5)",
         advice="run with the capabilities that the server had",
     ),

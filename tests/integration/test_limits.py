@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SERVERS, Rekindle, Replica, workhorse_flags
+from tests.conftest import SERVERS, Done, Rekindle, Replica, workhorse_flags
 from tests.conftest import need as need_capability
 
 pytestmark = pytest.mark.criu
@@ -20,12 +20,17 @@ CPUS = sorted(os.sched_getaffinity(0))
 OPEN_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def snapshot(rekindle: Rekindle, port: int, *what: str, prefix: list[str] | None = None) -> dict[str, Any]:
-    """Snapshot a setter as `setter`, with a rekindle started by a prefix; return the report."""
-    rekindle.prefix = prefix or []
+def try_snapshot(rekindle: Rekindle, port: int, *what: str) -> Done:
+    """Snapshot a setter as `setter`."""
     server = [sys.executable, str(SERVERS / "setter.py"), str(port), *what]
     flags = ["--ready-url", f"http://127.0.0.1:{port}/", *workhorse_flags(port)[2:]]
-    done = rekindle("snapshot", "setter", "--json", "--no-prove", "--no-cache", *flags, "--", *server)
+    return rekindle("snapshot", "setter", "--json", "--no-prove", "--no-cache", *flags, "--", *server)
+
+
+def snapshot(rekindle: Rekindle, port: int, *what: str, prefix: list[str] | None = None) -> dict[str, Any]:
+    """Snapshot a setter, with a rekindle started by a prefix; return the report."""
+    rekindle.prefix = prefix or []
+    done = try_snapshot(rekindle, port, *what)
     rekindle.prefix = []
     assert done.status == 0, done.stderr
     report: dict[str, Any] = done.json
@@ -160,3 +165,35 @@ def test_a_numa_policy_is_told(rekindle: Rekindle, restore: Restore, port: int) 
     replica, _ = restored(rekindle, restore, port)
     assert told(replica.report) == {"memory-policy": False}
     assert "bind:0" in {each["recorded"] for each in replica.report["reasons"]}
+
+
+def test_options_of_sockets_that_criu_loses_are_set_again(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    snapshot(rekindle, port, "sockets")
+    replica, found = restored(rekindle, restore, port)
+    assert found["sockets"] == {
+        "listening": {
+            "TCP_DEFER_ACCEPT": 31,
+            "TCP_FASTOPEN": 16,
+            "TCP_USER_TIMEOUT": 12345,
+            "TCP_MAXSEG": 1000,
+            "congestion": "reno",
+        },
+        "connection": {
+            "TCP_USER_TIMEOUT": 54321,
+            "TCP_NOTSENT_LOWAT": 16384,
+            "TCP_KEEPIDLE": 33,
+            "IP_RECVTOS": 1,
+        },
+        "udp": {"IP_TOS": 16, "IP_RECVTOS": 1},
+    }
+    assert told(replica.report) == {}
+
+
+def test_a_pressure_trigger_is_named_before_the_dump(rekindle: Rekindle, port: int) -> None:
+    trigger = Path("/proc/pressure/memory")
+    need_capability(trigger.exists(), "pressure stall information")
+    done = try_snapshot(rekindle, port, f"pressure={trigger}")
+    assert done.status == 32, done.stderr
+    assert "waits for pressure (psi), which a restored process would not be told" in done.stderr

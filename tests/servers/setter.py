@@ -14,6 +14,8 @@ What it does at its start, in this order:
     oom=N, umask=OCTAL, nice=N, dump=HEX, slack=NS, ionice=CLASS
     bind=CPUS              has a thread that is bound to these CPUs (0+1); one that is not is always there
     batch, policy          has a thread with SCHED_BATCH; sets a NUMA policy for new memory
+    sockets                has a listening socket, a connection and a UDP socket with options that CRIU loses
+    pressure=PATH          waits for pressure: a trigger of psi(7)
 """
 
 import contextlib
@@ -23,6 +25,7 @@ import json
 import mmap
 import os
 import resource
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -95,8 +98,53 @@ def do(what: str, value: str) -> None:
             run("batch", (os.sched_setscheduler, 0, os.SCHED_BATCH, os.sched_param(0)))
         case "policy":
             assert libc.syscall(SET_MEMPOLICY, MPOL_BIND, (ctypes.c_ulong * 1)(1), 64) == 0
+        case "sockets":
+            open_sockets()
+        case "pressure":
+            file = open(value, "r+b", buffering=0)
+            file.write(b"some 500000 2000000\0")
+            kept.append(file)
         case _:
             raise ValueError(what)
+
+
+OPTIONS = {
+    "listening": {"TCP_DEFER_ACCEPT": 31, "TCP_FASTOPEN": 16, "TCP_USER_TIMEOUT": 12345, "TCP_MAXSEG": 1000},
+    "connection": {
+        "TCP_USER_TIMEOUT": 54321,
+        "TCP_NOTSENT_LOWAT": 16384,
+        "TCP_KEEPIDLE": 33,
+        "IP_RECVTOS": 1,
+    },
+    "udp": {"IP_TOS": 16, "IP_RECVTOS": 1},
+}
+sockets: dict[str, socket.socket] = {}
+
+
+def open_sockets() -> None:
+    sockets["listening"] = socket.create_server(("127.0.0.1", 0))
+    sockets["connection"] = socket.create_connection(sockets["listening"].getsockname())
+    sockets["udp"] = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    kept.append(sockets["listening"].accept())
+    for name, options in OPTIONS.items():
+        for option, value in options.items():
+            sockets[name].setsockopt(level(option), getattr(socket, option), value)
+    sockets["listening"].setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
+def level(option: str) -> int:
+    return socket.IPPROTO_TCP if option.startswith("TCP_") else socket.IPPROTO_IP
+
+
+def options() -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = {
+        name: {option: sock.getsockopt(level(option), getattr(socket, option)) for option in OPTIONS[name]}
+        for name, sock in sockets.items()
+    }
+    if sockets:
+        congestion = sockets["listening"].getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        found["listening"]["congestion"] = congestion.rstrip(b"\0").decode()
+    return found
 
 
 def settings() -> dict[str, Any]:
@@ -108,6 +156,7 @@ def settings() -> dict[str, Any]:
         "oom": int(Path("/proc/self/oom_score_adj").read_text()),
         "umask": f"{old:03o}",
         "dump": Path("/proc/self/coredump_filter").read_text().strip(),
+        "sockets": options(),
         "threads": {name: thread(tid) for name, tid in {"main": os.getpid(), **threads}.items()},
     }
 
