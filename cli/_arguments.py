@@ -64,6 +64,17 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_accept_environment(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that compare the environment with a snapshot's."""
+    parser.add_argument(
+        "--accept-environment",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="restore the process even if this variable differs; may be a pattern, and repeated",
+    )
+
+
 def add_signing(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that sign an image."""
     group = parser.add_argument_group("signing")

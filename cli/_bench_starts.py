@@ -130,7 +130,7 @@ class Bench:
             self._add(starts, "warm-cache", self._command_start(caches))
         record, image_bytes, has_cache = self._snapshot(caches)
         for _ in range(cold_runs if has_cache else 0):
-            self._add(starts, "cache", self._cache_start(record, caches))
+            self._add(starts, "cache", self._cache_start(caches))
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
             write_back(directory)
@@ -259,10 +259,10 @@ class Bench:
         finally:
             remove_tree(home)
 
-    def _cache_start(self, record: Record, caches: Path) -> Start:
+    def _cache_start(self, caches: Path) -> Start:
         """Restore as on a node that cannot restore the process and has no kernel cache of its own."""
-        for name in self._engine.cache_environment(caches):
-            remove_tree(Path(record.environment[name]))
+        for path in self._engine.cache_environment(caches).values():
+            remove_tree(Path(path))
         start = self._restore_start(
             options=["--rung", "cache"], outcome="cache", peak="restore-cache", seconds=_START_SECONDS
         )

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         cache_dir=args.cache_dir,
         paranoid=args.paranoid,
         memory=Memory(args.memory),
+        accept_environment=tuple(args.accept_environment),
         trust=_trust.options(args),
         registry=_arguments.registry(args),
         # With --json, only the report goes to stdout.

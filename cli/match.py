@@ -25,6 +25,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    _arguments.add_accept_environment(parser)
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     args = parser.parse_args(words)
@@ -34,7 +35,7 @@ def main(words: Sequence[str]) -> int:
         verified = resolve.verified(source, reference, home, trust)
         image = gathering.load(verified)
         facts, _ = gathering.gather(image, reference, home, command, with_cache=True)
-    made = plan.make(facts, strictness=gathering.strictness(args.policy))
+    made = plan.make(facts, strictness=gathering.strictness(args.policy, args.accept_environment))
     if not args.json:
         for line in _plan.fields(image.value.record.node, facts.node):
             print(printable(line))

@@ -73,6 +73,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--paranoid", action="store_true", help="unpack the dump again, which checks every byte of it"
     )
+    _arguments.add_accept_environment(parser)
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)

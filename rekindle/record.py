@@ -17,6 +17,7 @@ from rekindle.cell.settings import ProcessSettings
 from rekindle.digest import Digest
 from rekindle.documents import AbsolutePath, Count, Nanoseconds
 from rekindle.engine import Endpoint, Request
+from rekindle.environment import RecordedVariables
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
 from rekindle.node.fingerprint import Fingerprint
@@ -201,7 +202,9 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
 
     `start_seconds` is the time that the server took to become ready before the snapshot, 0 if unknown.
     `weights` describes the model's files, and `loaded` what else the server has read. `proved` tells whether
-    the image was restored, and answered, before it was published. Older records have none of them.
+    the image was restored, and answered, before it was published. `environment` holds the variables that
+    choose kernels, `variables` all others without their values. Older records have none of these but
+    `environment`, which holds more in them.
     """
 
     created: str
@@ -221,6 +224,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     loaded: Loaded = Loaded()
     start_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     proved: bool = True
+    variables: RecordedVariables | None = None
 
     @property
     def reloads(self) -> bool:

@@ -36,6 +36,7 @@ class Options(Struct, frozen=True, kw_only=True):
     take. Deadlines are in seconds, for the process from the start of rekindle, for the cache from the start
     of its rung; None derives them from an estimate. `publish` is `[HOST:]PORT`; None for the address that
     the server listens on. `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
+    `accept_environment` are names or patterns of variables that may differ from the snapshot's.
     """
 
     image: str
@@ -50,6 +51,7 @@ class Options(Struct, frozen=True, kw_only=True):
     cache_dir: Path | None = None
     paranoid: bool = False
     memory: Memory = Memory.MAP
+    accept_environment: tuple[str, ...] = ()
     trust: TrustOptions = field(default_factory=TrustOptions)
     registry: RegistryOptions = field(default_factory=RegistryOptions)
     output: Output = field(default_factory=Output)

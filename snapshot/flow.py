@@ -64,6 +64,7 @@ def snapshot(
         warm_requests=read_requests(options.warm_file) if options.warm_file else None,
         credentials=credentials,
         find_backend=functools.partial(search.find, home) if nvidia else None,
+        withheld=options.private_variables,
     )
     access = resolve.access(options.registry, home)
     require_writable(reference, access)

@@ -21,6 +21,7 @@ from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.caches import CacheRoot
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify, locate, recorded
+from rekindle.environment import describe_environment
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.fields import JSON
 from rekindle.files import PAGE_BYTES, copy_sparse_tree
@@ -30,7 +31,7 @@ from rekindle.node.mapped import MappedFile
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, RecordedEngine, StoredFile
 from rekindle.report import Report
-from rekindle.secrets.redact import redact_command, redact_environment
+from rekindle.secrets.redact import redact_command
 from snapshot import secret_search
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
@@ -56,7 +57,8 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     """The server to snapshot, and how to start it.
 
     `ready_timeout` is in seconds. `warm_requests` None means the engine's own. `find_backend` returns the
-    backend for CUDA checkpoints; None if this node has no NVIDIA GPU.
+    backend for CUDA checkpoints; None if this node has no NVIDIA GPU. `withheld` are the names of variables
+    that were taken out of `environment`.
     """
 
     argv: Sequence[str]
@@ -66,6 +68,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
     find_backend: "Callable[[], Backend] | None" = None
+    withheld: frozenset[str] = frozenset()
 
 
 def make(
@@ -84,9 +87,7 @@ def make(
     that was not allowed.
     """
     _check_preconditions(spec)
-    tree = work / "dump"
-    for directory in (tree, *(tree / top for top in TOPS)):
-        directory.mkdir(mode=0o700)
+    tree = _make_tree(work)
     with Cell() as cell:
         with report.phase("cell"):
             cell.enter(spec.network)
@@ -119,13 +120,15 @@ def make(
     weights = _weights(engine, spec, report)
     with report.phase("describe files"):
         read = _loaded(spec, server, reads, began_ns, weights, roots, mapped, work, report)
+    values, variables = describe_environment(spec.environment, engine, spec.credentials.values, spec.withheld)
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",
         engine=RecordedEngine(name=engine.name, options=engine.options()),
         command=redact_command(spec.argv, spec.credentials.values),
         directory=str(Path.cwd()),
-        environment=redact_environment({**spec.environment, **server.added}, spec.credentials.values),
+        environment=values,
+        variables=variables,
         endpoint=running.endpoint,
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
@@ -143,6 +146,13 @@ def make(
         start_seconds=round(start_seconds, 3),
     )
     return Dumped(record=record, caches=roots)
+
+
+def _make_tree(work: Path) -> Path:
+    tree = work / "dump"
+    for directory in (tree, *(tree / top for top in TOPS)):
+        directory.mkdir(mode=0o700)
+    return tree
 
 
 def _bring_up(

@@ -43,11 +43,11 @@ class Server:
         self.cell = cell
         self.stdout = logs / "stdout.log"
         self.stderr = logs / "stderr.log"
-        self.added = {
+        self.environment = {
             "PYTHONHASHSEED": "0",  # equal memory layouts: dumps of equal servers share most pages
+            **environment,
             "TMPDIR": str(TEMPORARY),  # private to the cell, and part of the snapshot
         }
-        self.environment = {**environment, **self.added}
         make_temporary(cell)
         self.root_pid = cell.spawn(
             Command(

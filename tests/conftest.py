@@ -111,7 +111,9 @@ class Rekindle:
     prefix: list[str] = field(default_factory=list)
 
     def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
-        return {**os.environ, "REKINDLE_HOME": str(self.home), **self.env, **(extra or {})}
+        # pytest sets another value in each test: a difference between a snapshot and its restore.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        return {**inherited, "REKINDLE_HOME": str(self.home), **self.env, **(extra or {})}
 
     def __call__(self, *words: str, env: dict[str, str] | None = None, timeout: float = 120) -> Done:
         done = subprocess.run(

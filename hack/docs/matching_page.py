@@ -32,6 +32,10 @@ these codes.
 - **Files from the cache.** A process may have files of the kernel cache mapped. If such a file is missing
   here, it is extracted from the image to its recorded path before the process is restored, and counts as
   present. A file with other content is a difference.
+- **The environment.** A variable is hard, told or left out by its name and form: see `environment`,
+  `environment-secret` and `environment-other`. A secret that was set and is set is compared after the process
+  is restored and before its port opens, since no record holds it. `--accept-environment NAME` makes the
+  difference of one variable soft, and so does `environment` in a policy; both take patterns (`HF_*`).
 - **The device map.** GPUs that are on both nodes, by their UUIDs, keep their places; the remaining GPUs take
   the other places in order. If all recorded GPUs are here, there is no map.
 
@@ -43,12 +47,13 @@ A policy can change rules, in `policy.toml` ([trust.md](trust.md)) or the file t
 [match]
 soft = ["driver"]       # is only reported
 hard = ["kernel"]       # forbids its rung
+environment = ["HF_*"]  # variables whose difference is only reported
 ```
 
-Reasons that follow from a policy say `by_policy`. Rules that are called fixed below cannot be changed: either
-`restore` cannot work without them, or nothing depends on them. A difference that a policy makes soft does not
-make the restore work: CRIU still compares build ids, and the driver still checks its GPUs. If they refuse,
-`restore` falls back to the next rung; if not, the oracle decides.
+Reasons that follow from a policy or from `--accept-environment` say `by_policy`. Rules that are called fixed
+below cannot be changed: either `restore` cannot work without them, or nothing depends on them. A difference
+that a policy makes soft does not make the restore work: CRIU still compares build ids, and the driver still
+checks its GPUs. If they refuse, `restore` falls back to the next rung; if not, the oracle decides.
 
 ## An example
 

@@ -14,6 +14,7 @@ The first rule whose pattern matches applies. One section is not about trust, bu
     [match]
     soft = ["driver"]                           rules of docs/matching.md that no longer forbid a rung
     hard = ["kernel"]                           rules that do
+    environment = ["HF_HOME", "OMP_*"]          variables that may differ from the snapshot's
 """
 
 import fnmatch
@@ -52,11 +53,15 @@ class TrustRule(Struct, frozen=True, kw_only=True):
 
 
 class Policy(Struct, frozen=True, kw_only=True):
-    """Rules in order, and the codes of differences between nodes that are made soft or hard."""
+    """Rules in order, and the codes of differences between nodes that are made soft or hard.
+
+    `variables` are patterns of variables that may differ.
+    """
 
     rules: Sequence[TrustRule] = ()
     soft: frozenset[str] = frozenset()
     hard: frozenset[str] = frozenset()
+    variables: frozenset[str] = frozenset()
 
     def rule_for(self, name: str) -> TrustRule | None:
         """Return the first rule that matches an image, given its name without tag and digest."""
@@ -85,15 +90,19 @@ class Policy(Struct, frozen=True, kw_only=True):
         document.only({"image", "match"})
         fields = Fields({"image": [], "match": {}, **document.as_json()}, "policy")
         matching = fields.inner("match")
-        matching.only({"soft", "hard"})
+        matching.only({"soft", "hard", "environment"})
 
         def rule(value: object, where: str) -> TrustRule:
             return _rule(value, where, directory)
 
+        def texts(name: str) -> frozenset[str]:
+            return frozenset(matching.texts(name, at_most=_RULES_LIMIT) if matching.has(name) else ())
+
         return cls(
             rules=tuple(fields.list_of("image", rule, at_most=_RULES_LIMIT)),
-            soft=frozenset(matching.texts("soft", at_most=_RULES_LIMIT) if matching.has("soft") else ()),
-            hard=frozenset(matching.texts("hard", at_most=_RULES_LIMIT) if matching.has("hard") else ()),
+            soft=texts("soft"),
+            hard=texts("hard"),
+            variables=texts("environment"),
         )
 
 

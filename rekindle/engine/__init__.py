@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
+from rekindle.engine import variables
 from rekindle.engine.address import Endpoint, Request, parse_endpoint
 from rekindle.fields import JSON
 
@@ -60,6 +61,28 @@ class Engine(Protocol):
         They are not recorded: a server that starts without us does not need them.
         """
         return list(argv), dict(environment)
+
+    def reads(self, name: str) -> bool:
+        """Tell whether its servers read a variable, so that another value forbids to restore the process."""
+        return variables.is_of_libraries(name)
+
+    def in_cache_keys(self, name: str) -> bool:
+        """Tell whether a variable may be part of the key of a kernel cache."""
+        return variables.is_of_compilers(name)
+
+    def replays(self, name: str) -> bool:
+        """Tell whether a start on the kernel cache gets the recorded value of a variable that is not set.
+
+        Only the values of these are recorded. They must do nothing but choose kernels.
+        """
+        return variables.chooses_kernels(name)
+
+    def enforced(self) -> frozenset[str]:
+        """Return the variables and options whose value of today holds whatever the restored server has.
+
+        What passes requests on to the server applies them, so they are not compared.
+        """
+        return frozenset()
 
     def enter(self, root: Path) -> None:  # noqa: ARG002
         """Take note of the root of the cell's file system, before a server starts and after a restore."""

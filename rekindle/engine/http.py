@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rekindle.digest import Digest
-from rekindle.engine import Compiled, Endpoint, Engine, Request
+from rekindle.engine import Compiled, Endpoint, Engine, Request, variables
 from rekindle.errors import FormatError, OracleError, UsageError
 from rekindle.fields import JSON, Fields
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
 _TIMEOUT_SECONDS = 10.0
+# Of servers that are often behind such a URL: SGLang, llama.cpp, Ollama.
+_READ = ("SGLANG_", "SGL_", "LLAMA_ARG_", "OLLAMA_")
 _INDEX = re.compile(r"0|[1-9][0-9]*")
 
 
@@ -90,6 +92,9 @@ class HttpEngine(Engine):
 
     def cache_environment(self, directory: Path) -> Mapping[str, str]:  # noqa: ARG002
         return {}
+
+    def reads(self, name: str) -> bool:
+        return name.startswith(_READ) or variables.is_of_libraries(name)
 
     def model(self, argv: Sequence[str]) -> tuple[str, str] | None:  # noqa: ARG002
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from rekindle.engine import Compiled, Endpoint, Engine, Request
+from rekindle.engine import Compiled, Endpoint, Engine, Request, variables
 from rekindle.errors import OracleError, UsageError
 from rekindle.fields import JSON
 from rekindle.node import packages
@@ -29,6 +29,22 @@ _LOADED = re.compile(
 )
 _COMPILED = re.compile(r"Compiling a graph for [^\n]{0,80}takes ([0-9.]{1,12}) s")
 _LOGPROB_TOLERANCE = 1e-3
+# vllm/envs.py of 0.32 reads these, and whatever its libraries read.
+_READ = ("VLLM_", "S3_", "MOONCAKE_", "LMCACHE_")
+# Of one node: addresses. A restored server keeps to the network of its cell.
+_ADDRESSES = frozenset({"VLLM_HOST_IP", "VLLM_PORT", "VLLM_LOOPBACK_IP"})
+_NOT_IN_KEYS = frozenset({"VLLM_LOGGING_LEVEL", *_ADDRESSES})
+# Of those in the key (envs.compile_factors), what chooses kernels and how models are compiled, and opens,
+# limits or loads nothing.
+_CHOOSE_KERNELS = (
+    *("VLLM_ATTENTION_", "VLLM_BATCH_INVARIANT", "VLLM_BLOCKSCALE_", "VLLM_COMPILE_", "VLLM_CPU_"),
+    *("VLLM_DBO_", "VLLM_DCP_", "VLLM_DEEP", "VLLM_DISABLE_", "VLLM_DISABLED_KERNELS", "VLLM_FLASH"),
+    *("VLLM_ENABLE_CUDAGRAPH", "VLLM_ENABLE_FLA_", "VLLM_ENABLE_GEMM", "VLLM_ENABLE_INDUCTOR_"),
+    *("VLLM_ENABLE_PREGRAD_", "VLLM_FLOAT32_", "VLLM_FUSED_", "VLLM_GDN_", "VLLM_HUMMING_"),
+    *("VLLM_KV_CACHE_LAYOUT", "VLLM_MARLIN_", "VLLM_MLA_", "VLLM_MOE_", "VLLM_MULTI_STREAM_", "VLLM_MXFP"),
+    *("VLLM_ROCM_", "VLLM_SSM_", "VLLM_TRITON_", "VLLM_USE_", "VLLM_V1_", "VLLM_XPU_"),
+)
+_OTHER_SOURCES = ("VLLM_USE_MODELSCOPE", "VLLM_USE_RUST_")
 _TIMEOUT_SECONDS = 60.0
 
 
@@ -79,6 +95,20 @@ class VllmEngine(Engine):
             "TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"),
             "TRITON_CACHE_DIR": str(directory / "triton"),
         }
+
+    def reads(self, name: str) -> bool:
+        if name.startswith(_READ):
+            return name not in _ADDRESSES and not variables.names_a_cache(name)
+        return variables.is_of_libraries(name)
+
+    def in_cache_keys(self, name: str) -> bool:
+        if name.startswith("VLLM_"):
+            return name not in _NOT_IN_KEYS and not variables.names_a_cache(name)
+        return name == "HF_HUB_OFFLINE" or variables.is_of_compilers(name)
+
+    def replays(self, name: str) -> bool:
+        chosen = name.startswith(_CHOOSE_KERNELS) and not name.startswith(_OTHER_SOURCES)
+        return chosen or variables.chooses_kernels(name)
 
     def model(self, argv: Sequence[str]) -> tuple[str, str] | None:
         named = option(argv, "--model")

@@ -5,6 +5,7 @@
 snapshot/secret_search.py.
 """
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -13,22 +14,22 @@ from msgspec import Struct
 from rekindle.secrets import HIDDEN, forms
 
 # A PAT is a personal access token, as a word of a name (GITLAB_PAT, but not PATH).
-_WORD = (
-    rf"[\w.-]*(?:KEY|TOKEN(?!IZER)|CREDENTIAL|AUTH(?!OR(?!I))|COOKIE|{forms.WORDS_OF_PASSWORDS}"
-    r"|(?<=[A-Z\d][_.-])PAT(?![A-Z])|(?<![\w.])PAT(?![\w.-]))[\w.-]*"
+_SECRET = (
+    rf"KEY|TOKEN(?!IZER)|CREDENTIAL|AUTH(?!OR(?!I))|COOKIE|{forms.WORDS_OF_PASSWORDS}"
+    r"|(?<=[A-Z\d][_.-])PAT(?![A-Z])|(?<![\w.])PAT(?![\w.-])"
 )
-_NAME = re.compile(_WORD, re.IGNORECASE)
+_NAME = re.compile(_SECRET, re.IGNORECASE)
+_WORD = rf"[\w.-]*(?:{_SECRET})[\w.-]*"
 # --max-num-batched-tokens and the like are not secrets; MINIO_SECRET_KEY is one.
 _COUNTS = r"(?:max|min|num|long)[-_]"
 _COUNT = re.compile(_COUNTS, re.IGNORECASE)
 _OPTION_WORD = rf"--(?!{_COUNTS}){_WORD}"
-_OPTION = re.compile(_OPTION_WORD, re.IGNORECASE)
 # These take no value: the model may follow --return-tokens-as-token-ids.
 _FLAG = re.compile(r"--(?:enable|disable|return|allow|skip|include|no)[-_]", re.IGNORECASE)
 # In an argument of its own, the value extends to the end; in a shell's command, to the next option or word.
-_ARGUMENT = re.compile(rf"({_OPTION_WORD}|{_WORD})=(.*)", re.IGNORECASE | re.DOTALL)
-_ASSIGNMENT = re.compile(rf"(?<![\w-])({_OPTION_WORD}|(?!-){_WORD})=(\S*)", re.IGNORECASE)
-_OPTION_IN_TEXT = re.compile(rf"(({_OPTION_WORD})\s+)((?!--)(?:(?!\s--).)+)", re.IGNORECASE)
+_ARGUMENT = rf"(?s:({_OPTION_WORD}|{_WORD})=(.*))"
+_ASSIGNMENT = rf"(?<![\w-])({_OPTION_WORD}|(?!-){_WORD})=(\S*)"
+_OPTION_IN_TEXT = rf"(({_OPTION_WORD})\s+)((?!--)(?:(?!\s--).)+)"
 # user:password, whose password may contain characters that it should not; or only a name or token.
 _USER_INFO = re.compile(r"(?<=://)(?:[^\s/@]*:\S*|[^\s/@]+)@")
 _PASSWORD = re.compile(r"(?<=://)[^\s/@:]*:([^\s/@]+)@")
@@ -47,6 +48,12 @@ class Secret(Struct, frozen=True, kw_only=True):
     name: str
     value: str
     by_name: bool
+
+
+@functools.cache
+def _pattern(source: str) -> re.Pattern[str]:
+    """Compile a pattern that reads commands: they take milliseconds, and variables do not need them."""
+    return re.compile(source, re.IGNORECASE)
 
 
 def is_secret_name(name: str) -> bool:
@@ -70,6 +77,14 @@ def redact_command(argv: Sequence[str], hide: Collection[str] = ()) -> list[str]
     hidden.
     """
     return _read_command(argv, hide, [])
+
+
+def holds_secret(name: str, value: str) -> bool:
+    """Tell whether a variable holds a secret: by its name, the form of a token or the syntax of a URL."""
+    return any(
+        forms.is_secret_value(name if secret.by_name else "PASSWORD", secret.value)
+        for secret in environment_secrets({name: value})
+    )
 
 
 def environment_secrets(environment: Mapping[str, str]) -> list[Secret]:
@@ -96,26 +111,26 @@ def _read_command(argv: Sequence[str], hide: Collection[str], found: list[Secret
     last = ""
     for word in argv:
         if word.startswith("--"):
-            hiding = word if _OPTION.fullmatch(word) and not _FLAG.match(word) else ""
+            hiding = word if _pattern(_OPTION_WORD).fullmatch(word) and not _FLAG.match(word) else ""
             last = word.partition("=")[0]
         elif hiding:
             found.append(Secret(name=hiding, value=word, by_name=True))
             found += _by_form(hiding, word)
             out.append(HIDDEN)
             continue
-        if whole := _ARGUMENT.fullmatch(word):
+        if whole := _pattern(_ARGUMENT).fullmatch(word):
             found += _values(whole[1], whole[2])
             found += _by_form(whole[1], whole[2])
             out.append(f"{whole[1]}={HIDDEN}")
             continue
         name = last if _OPTION_NAME.fullmatch(last) else "argument"
         found += _by_form(name, word)
-        for each in _ASSIGNMENT.finditer(word):
+        for each in _pattern(_ASSIGNMENT).finditer(word):
             found += _values(each[1], each[2])
-        shown = _ASSIGNMENT.sub(rf"\1={HIDDEN}", word)
-        for each in _OPTION_IN_TEXT.finditer(shown):
+        shown = _pattern(_ASSIGNMENT).sub(rf"\1={HIDDEN}", word)
+        for each in _pattern(_OPTION_IN_TEXT).finditer(shown):
             found += [Secret(name=each[2], value=value, by_name=True) for value in _shell_words(each[3])]
-        shown = _OPTION_IN_TEXT.sub(rf"\1{HIDDEN}", shown)
+        shown = _pattern(_OPTION_IN_TEXT).sub(rf"\1{HIDDEN}", shown)
         out.append(_redact_text(shown, hide))
     return out
 

@@ -23,7 +23,7 @@ from restore.decide import facts as gathering
 from restore.decide import plan as planning
 from restore.decide.match_process import same_command
 from restore.decide.plan import Facts, Plan
-from restore.decide.rules import failure_reason
+from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
 from restore.options import Options
 from restore.signals import DeadlinePassed, Signals
@@ -102,13 +102,18 @@ def decide(
 
 def make_plan(facts: Facts, options: Options) -> Plan:
     """Return the plan with the deadlines and the policy of the options."""
-    made = planning.make(facts, options.rung, gathering.strictness(options.trust.policy))
+    made = planning.make(facts, options.rung, strictness(options))
     chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
     steps = [
         structs.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
         for step in made.steps
     ]
     return structs.replace(made, steps=steps)
+
+
+def strictness(options: Options) -> Strictness:
+    """Return how strict the policy and the options are about differences between nodes."""
+    return gathering.strictness(options.trust.policy, options.accept_environment)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ from oci.reference import LayoutReference, Reference
 from oci.resolve import FoundImage
 from oci.trust.policy import Policy
 from oci.trust.verifier import Verified
+from rekindle.engine.choose import from_record
 from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
-from restore.decide import abilities, match_loaded
+from restore.decide import abilities, match_environment, match_loaded
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
 from restore.decide.remembered import Findings
@@ -53,6 +54,7 @@ def gather(
     read = found.cache is not None and (with_cache or missing)
     kernels = read_kernels(verified) if read else None
     unpacked = dumps.is_ready(home, found)
+    engine = from_record(record.engine.name, record.endpoint, record.engine.options)
     facts = Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
         abilities=_abilities(found, home, starting) if with_abilities else Abilities(),
@@ -65,6 +67,8 @@ def gather(
         unpacked=unpacked,
         has_memory=not unpacked and dumps.has_memory(home, found),
         given=list(given) or None,
+        variables=match_environment.compare(record, engine, os.environ, given),
+        enforced=engine.enforced(),
     )
     return facts, kernels
 
@@ -88,14 +92,15 @@ def load(source: Verified[FoundImage]) -> Verified[images.Image]:
     return source.map(lambda each: images.load(each.blobs, each.root, each.limits))
 
 
-def strictness(path: Path | None = None) -> Strictness:
+def strictness(path: Path | None = None, accepted: Sequence[str] = ()) -> Strictness:
     """Return how strict a policy, by default that of $REKINDLE_HOME, is about differences between nodes.
 
-    Raises UsageError if it names an unknown rule.
+    `accepted` are patterns of variables that may differ, besides those of the policy. Raises UsageError if
+    it names an unknown rule.
     """
     if path is None:
         with contextlib.suppress(UsageError):  # without a writable home, there is no policy either
             home = Home.from_environment()
             path = home.policy if home.policy.exists() else None
     policy = Policy.read(path) if path else Policy()
-    return Strictness(soft=policy.soft, hard=policy.hard)
+    return Strictness(soft=policy.soft, hard=policy.hard, variables=frozenset((*policy.variables, *accepted)))

@@ -27,15 +27,16 @@ def compare(
     different: Mapping[str, str],
     command: Sequence[str] | None = None,
     loaded: Sequence[Difference] = (),
+    enforced: frozenset[str] = frozenset(),
 ) -> list[Difference]:
     """Return the differences that may keep the process from running here.
 
     `different` is the result of `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `command`
-    is the one that the user gave, if any.
+    is the one that the user gave, if any; the options in `enforced` need not be the recorded ones.
     """
     recorded = record.node
     return [
-        *_command(record, command),
+        *_command(record, command, enforced),
         *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
         *_equal("architecture", "architecture", recorded.architecture, node.architecture),
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
@@ -82,33 +83,47 @@ def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Dif
         yield Difference(code, name, str(recorded), str(here))
 
 
-def _command(record: Record, command: Sequence[str] | None) -> Iterator[Difference]:
-    if command is not None and not same_command(record.command, command):
+def _command(record: Record, command: Sequence[str] | None, enforced: frozenset[str]) -> Iterator[Difference]:
+    if command is not None and not same_command(record.command, command, enforced):
         from rekindle.secrets.redact import redact_command
 
         yield Difference("command", "command", " ".join(record.command), " ".join(redact_command(command)))
 
 
-def same_command(recorded: Sequence[str], given: Sequence[str]) -> bool:
-    """Return whether two commands start the same server. Its address and the program's path may differ."""
-    if plain_command(recorded) == plain_command(given):
+def same_command(
+    recorded: Sequence[str], given: Sequence[str], enforced: frozenset[str] = frozenset()
+) -> bool:
+    """Return whether two commands start the same server.
+
+    Its address, the program's path, and the options in `enforced` may differ.
+    """
+    if plain_command(recorded, enforced) == plain_command(given, enforced):
         return True
     from rekindle.secrets.redact import redact_command  # its patterns take 8 ms to compile
 
-    return plain_command(recorded) == plain_command(redact_command(given))
+    return plain_command(recorded, enforced) == plain_command(redact_command(given), enforced)
 
 
-def plain_command(command: Sequence[str]) -> list[str]:
-    """Return a command without the server's address and without the directory of its program."""
+def plain_command(command: Sequence[str], without: frozenset[str] = frozenset()) -> list[str]:
+    """Return a command without the server's address and without the directory of its program.
+
+    The options in `without` and all their values are left out, too.
+    """
     found = []
-    skip = False
+    skip = skip_values = False
     for number, word in enumerate(command):
         if skip:
             skip = False
         elif word in _ADDRESS:
-            skip = True
-        elif not word.startswith(tuple(f"{option}=" for option in _ADDRESS)):
-            found.append(posixpath.basename(word) if number == 0 else word)
+            skip, skip_values = True, False
+        elif word.startswith("--") and word.partition("=")[0] in without:
+            skip_values = True
+        elif skip_values and not word.startswith("--"):
+            continue
+        else:
+            skip_values = False
+            if not word.startswith(tuple(f"{option}=" for option in _ADDRESS)):
+                found.append(posixpath.basename(word) if number == 0 else word)
     return found
 
 

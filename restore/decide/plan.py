@@ -41,7 +41,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
     `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
     `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump. `given`
-    is the command that the user gave; None for the recorded one.
+    is the command that the user gave; None for the recorded one. `variables` are the differences of the
+    environment; `enforced` are options of which the given command may have other values.
     """
 
     node: Fingerprint
@@ -56,6 +57,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     unpacked: bool = False
     has_memory: bool = False
     given: Sequence[str] | None = None
+    variables: Sequence[Difference] = ()
+    enforced: frozenset[str] = frozenset()
 
     @property
     def command(self) -> Sequence[str] | None:
@@ -171,10 +174,12 @@ def _process(facts: Facts) -> Step:
         + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
-    found = match_process.compare(record, facts.node, facts.abilities, different, facts.given, facts.loaded)
+    found = match_process.compare(
+        record, facts.node, facts.abilities, different, facts.given, facts.loaded, facts.enforced
+    )
     return Step(
         rung=Rung.PROCESS,
-        reasons=[reason_for(each) for each in found],
+        reasons=[reason_for(each) for each in (*found, *facts.variables)],
         fetch_bytes=fetched,
         seconds=seconds,
         deadline_seconds=_deadline(seconds, record.start_seconds),

@@ -6,12 +6,14 @@ that, unless the rule is fixed. hack/docs/matching_page.py generates docs/matchi
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from msgspec import Struct, structs
 
 from rekindle.errors import RekindleError, UsageError
 from rekindle.report import Reason, Rung
 from restore.decide.difference import Difference
+from restore.decide.environment_rules import OF_CACHES, OF_PROCESSES
 from restore.decide.limit_rules import LIMIT_RULES
 from restore.decide.rule import Rule
 from restore.signals import DeadlinePassed
@@ -183,6 +185,7 @@ RULES: Mapping[str, Rule] = {
         source="docs/snapshots.md; observed: CRIU dumps more than it can restore",
         advice="make the snapshot without --no-prove",
     ),
+    **OF_PROCESSES,
     "privileges": Rule(
         rung=Rung.PROCESS,
         hard=True,
@@ -371,6 +374,7 @@ RULES: Mapping[str, Rule] = {
         source="vLLM, envs.compile_factors; Triton, get_cache_key",
         advice="start with the recorded value if the cache is not hit",
     ),
+    **OF_CACHES,
     "no-command": Rule(
         rung=Rung.COLD,
         hard=True,
@@ -383,14 +387,19 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+_OF_VARIABLES = {code for code, rule in OF_PROCESSES.items() if not rule.fixed}
+
+
 class Strictness(Struct, frozen=True, kw_only=True):
     """The codes of the rules that a policy makes soft, and of those that it makes hard.
 
-    Raises UsageError for an unknown code, and for a rule that is fixed.
+    `variables` are patterns of variables that may differ, whatever the policy says of their rules. Raises
+    UsageError for an unknown code, and for a rule that is fixed.
     """
 
     soft: frozenset[str] = frozenset()
     hard: frozenset[str] = frozenset()
+    variables: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for code in sorted(self.soft | self.hard):
@@ -407,6 +416,8 @@ class Strictness(Struct, frozen=True, kw_only=True):
     def apply(self, reason: Reason) -> Reason:
         """Return the reason as the policy makes it."""
         hard = (reason.hard or reason.code in self.hard) and reason.code not in self.soft
+        if reason.code in _OF_VARIABLES and any(fnmatchcase(reason.field, each) for each in self.variables):
+            hard = False
         return reason if hard == reason.hard else structs.replace(reason, hard=hard, by_policy=True)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepare a start on a recorded kernel cache: the server's environment, and the cache in its place.
 
-A variable that is set here wins over the recorded one, since this node's operator set it. The recorded ones
-fill the gaps, except those that belong to one node, user or session.
+The server gets the environment of today. Only variables that choose kernels, and so are part of the cache's
+keys, are taken from the record, where they are not set here.
 """
 
 import contextlib
@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rekindle.engine import caches
+from rekindle.engine import Engine, caches
 from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, path_below
+from rekindle.engine.choose import from_record
 from rekindle.errors import CapabilityError, UsageError
 from rekindle.record import Record
 from rekindle.secrets import HIDDEN
-from rekindle.secrets.redact import is_secret_name, redact_command
-from restore.decide import match_process
+from rekindle.secrets.redact import redact_command
+from restore.decide import match_environment, match_process
 from restore.decide.decision import Decision
 from restore.decide.difference import Difference
 from restore.decide.plan import Step
@@ -29,45 +30,33 @@ from restore.rungs.run import Run
 if TYPE_CHECKING:
     from oci.cache.inventory import StoredRoot
 
-_OF_ONE_NODE = frozenset(
-    {
-        *("_", "HOME", "LOGNAME", "MAIL", "OLDPWD", "PATH", "PWD", "SHELL", "SHLVL", "USER"),
-        *("DISPLAY", "HOSTNAME", "LS_COLORS", "TEMP", "TERM", "TMP", "TMPDIR"),
-        *("INVOCATION_ID", "JOURNAL_STREAM", "NOTIFY_SOCKET"),
-        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
-    }
-)
-_OF_ONE_NODE_PREFIXES = ("KUBERNETES_", "LISTEN_", "REKINDLE_", "SSH_", "SUDO_", "XDG_RUNTIME", "XDG_SESSION")
-
-# Variables that are hashed into cache keys: all of vLLM's own, and those that compilers read.
-_IN_KEYS = ("VLLM_", "TORCH", "TRITON_", "FLASHINFER_", "DG_", "HF_HUB_OFFLINE", "CUDA_HOME")
-_NOT_IN_KEYS = frozenset({*VARIABLES.values(), "VLLM_LOGGING_LEVEL", "VLLM_PORT", "VLLM_HOST_IP"})
 _REASONS_LIMIT = 50
 
 
-def environment(record: Record | None, own: Mapping[str, str]) -> dict[str, str]:
-    """Return the server's environment: our own, with recorded variables that are not set in it."""
-    found = {name: value for name, value in own.items() if name != "NOTIFY_SOCKET"}
-    if record is not None:
-        for name, value in record.environment.items():
-            if (
-                name not in _OF_ONE_NODE
-                and not name.startswith(_OF_ONE_NODE_PREFIXES)
-                and HIDDEN not in value
-            ):
-                found.setdefault(name, value)
-    return found
+def environment(
+    record: Record, engine: Engine, own: Mapping[str, str]
+) -> tuple[dict[str, str], list[Difference]]:
+    """Return the server's environment: our own, and the recorded variables that choose kernels.
+
+    Only those are taken that are not set here; they are returned as differences, too. `engine` is the
+    recorded one.
+    """
+    found, replayed = dict(own), []
+    for name, value in sorted(record.environment.items()):
+        if name not in own and HIDDEN not in value and engine.replays(name):
+            found[name] = value
+            replayed.append(Difference("cache-replayed", name, _shown(value), "not set"))
+    return found, replayed[:_REASONS_LIMIT]
 
 
-def differences(record: Record, environment: Mapping[str, str], command: Sequence[str]) -> list[Difference]:
+def differences(
+    record: Record, engine: Engine, environment: Mapping[str, str], command: Sequence[str]
+) -> list[Difference]:
     """Return what differs from the recorded start and may change the cache keys that a server looks up."""
-    found = []
-    for name in sorted({*record.environment, *environment}):
-        if not name.startswith(_IN_KEYS) or name in _NOT_IN_KEYS or is_secret_name(name):
-            continue
-        was, here = record.environment.get(name), environment.get(name)
-        if was != here and HIDDEN not in (was or ""):
-            found.append(Difference("cache-environment", name, _shown(was), _shown(here)))
+    found = [
+        Difference("cache-environment", name, was, here)
+        for name, was, here in match_environment.cache_key_changes(record, engine, environment)
+    ]
     was_options, options = (
         match_process.plain_command(record.command),
         match_process.plain_command(redact_command(command)),
@@ -88,9 +77,10 @@ def place(
     assert source is not None
     assert home is not None
     record, roots = source.image.value.record, source.roots(step)
-    found = environment(record, os.environ)
-    command = decision.facts.command or ()
-    run.report.reasons += [reason_for(each) for each in differences(record, found, command)]
+    engine = from_record(record.engine.name, record.endpoint, record.engine.options)
+    found, replayed = environment(record, engine, os.environ)
+    changed = differences(record, engine, found, decision.facts.command or ())
+    run.report.reasons += [reason_for(each) for each in (*replayed, *changed)]
     where, variables = places(roots, os.environ, options.cache_dir)
     with run.report.phase("extract"):
         try:
@@ -169,5 +159,5 @@ def _nested(path: Path, other: Path) -> bool:
     return is_within(str(path), str(other)) or is_within(str(other), str(path))
 
 
-def _shown(value: str | None) -> str:
-    return "not set" if value is None else value[:200] or "empty"
+def _shown(value: str) -> str:
+    return value[:200] or "empty"

@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ from restore.rungs.ladder import TakenRung
 from restore.rungs.memory import restore_with_memory
 from restore.rungs.prefetch import Prefetch
 from restore.rungs.run import Run
+from restore.rungs.same_secrets import require_same_secrets
 from restore.serve.address import Address
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def take(
                 report=report,
                 cuda=cuda,
                 memory=run.options.memory,
+                check=functools.partial(require_same_secrets, run, decision, cell),
             )
             # Memory files must not change while the server maps them. A copied dump is not needed any longer:
             # other restores may remove it to make room.
@@ -193,10 +195,12 @@ def restore(
     engine: Engine | None = None,
     cuda: CudaRestore | None = None,
     memory: Memory = Memory.MAP,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Restore the server into a cell that was just booted, and ask the oracle.
 
     `engine` defaults to the one that the record names. `cuda` is required for a server with CUDA state.
+    `check` is called as soon as the processes are there.
 
     Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
@@ -215,6 +219,8 @@ def restore(
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory)
         _adjust(cell, record, report)
+    if check is not None:
+        check()
     engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):

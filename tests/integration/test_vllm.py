@@ -68,10 +68,10 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, 
 def start(vllm: tuple[Rekindle, dict[str, object]], tmp_path: Path) -> Iterator[Callable[..., Replica]]:
     replicas: list[Replica] = []
 
-    def begin(port: int = PORT, *words: str) -> Replica:
+    def begin(port: int = PORT, *words: str, env: dict[str, str] | None = None) -> Replica:
         report, log = tmp_path / f"{len(replicas)}.json", tmp_path / f"{len(replicas)}.log"
         options = ["--publish", str(port), "--report", str(report), *words]
-        process = vllm[0].spawn("restore", "tiny", *options, log=log)
+        process = vllm[0].spawn("restore", "tiny", *options, log=log, env=env)
         replica = Replica(process, port, log, {})
         replicas.append(replica)
         wait_for(lambda: report.exists() or process.poll() is not None, 120)
@@ -218,6 +218,40 @@ def test_the_question_of_vllms_own_snapshot_server_is_answered_by_the_tokens_num
     answer = engine.answer(client.ask(request, timeout=60))
     assert answer["tokens"] == [f"token_id:{choice['token_ids'][0]}"]
     assert engine.agree(expected, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1", "environment"),  # would open an endpoint
+        ("VLLM_MAX_N_SEQUENCES", "1", "environment"),  # would refuse requests
+        ("HF_HUB_OFFLINE", "0", "environment"),
+        ("HF_TOKEN", "not-the-form-of-1", "environment-secret"),
+    ],
+)
+def test_a_variable_of_today_that_vllm_reads_forbids_the_process(
+    vllm: tuple[Rekindle, dict[str, object]], tmp_path: Path, name: str, value: str, code: str
+) -> None:
+    report = tmp_path / "report.json"
+    words = ["restore", "tiny", "--require", "process", "--report", str(report)]
+    done = vllm[0](*words, env={name: value})
+    assert done.status == 11, done.stderr
+    for document in (
+        json.loads(report.read_text()),
+        vllm[0]("match", "tiny", "--json", env={name: value}).json,
+    ):
+        reasons = document.get("reasons") or document["steps"][0]["reasons"]
+        hard = [(reason["code"], reason["field"]) for reason in reasons if reason["hard"]]
+        assert hard == [(code, name)]
+
+
+def test_what_vllm_does_not_read_is_only_told(start: Callable[..., Replica]) -> None:
+    replica = start(
+        PORT, env={"TZ": "Europe/Kyiv", "VLLM_HOST_IP": "10.9.9.9", "VLLM_PORT_80_TCP": "tcp://x"}
+    )
+    assert replica.report["outcome"] == "restored"
+    told = {reason["field"] for reason in replica.report["reasons"] if reason["code"] == "environment-other"}
+    assert told == {"TZ", "VLLM_HOST_IP"}
 
 
 def test_a_signal_ends_the_server_gracefully(start: Callable[..., Replica]) -> None:

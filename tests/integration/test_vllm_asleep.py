@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from rekindle import documents
+from rekindle.environment import RecordedVariables
 from tests.conftest import PREFIX, Done, Rekindle, Replica, free_port, listening, wait_for
 from tests.fakes import nodes
 from tests.fakes.gpu_node import FakeGpuNode
@@ -246,8 +248,9 @@ def test_the_record_holds_what_the_user_said_and_nothing_that_was_added(
     assert done.status == 0, done.stderr
     record = record_of(rekindle)
     assert record["command"] == vllm.command(port, "--max-model-len", "256")
-    assert record["environment"]["PYTHONPATH"] == "/of/the/user"
-    assert record["environment"]["THEIRS"] == "too"
+    variables = documents.read(record["variables"], RecordedVariables, "variables")
+    assert variables.is_same("PYTHONPATH", "/of/the/user")
+    assert variables.is_same("THEIRS", "too")
     text = json.dumps({name: value for name, value in record.items() if name != "dump"})
     for added in ("VLLM_SERVER_DEV_MODE", "rekindle_gate", "--middleware", "sleep-mode", "vllm.snapshot"):
         assert added not in text

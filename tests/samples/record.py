@@ -11,6 +11,7 @@ from msgspec import structs
 
 from rekindle.cell import Network
 from rekindle.engine import Endpoint, Request
+from rekindle.environment import RecordedVariables
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import MappedFile
 from rekindle.record import (
@@ -93,7 +94,12 @@ FILES = [
     stored("shm/link", FileKind.SYMLINK, target="../anywhere"),
     stored("shm/again", FileKind.HARDLINK, target="shm/deep/segment"),
 ]
-FULL_RECORD = holding(RECORD, FILES)
+VARIABLES = RecordedVariables(
+    salt="0123456789abcdef" * 2,
+    marks={"LANG": "0123", "HF_HOME": "ab" * 16, "HF_TOKEN": ""},
+    withheld=("KEY",),
+)
+FULL_RECORD = structs.replace(holding(RECORD, FILES), variables=VARIABLES)
 
 
 def document(record: Record = FULL_RECORD) -> dict[str, Any]:

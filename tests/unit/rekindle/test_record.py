@@ -134,6 +134,7 @@ ADDED = (
     "loaded",
     "proved",
     "start_seconds",
+    "variables",
     "process.gpus",
     "process.cuda_pids",
     "mapped_files.0.mtime_ns",
@@ -196,6 +197,24 @@ def test_a_field_of_another_type_is_named(name: str, wrong: object) -> None:
     # Of an object it may be the first field in it that is missing; of a list, its first item.
     words = caught.value.message.split()[0].removeprefix("record.").replace("[", ".").replace("]", "")
     assert words.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        (("salt",), "0123"),
+        (("salt",), "g" * 32),
+        (("marks", "HF_HOME"), "not a digest"),
+        (("marks", "HF_HOME"), "a" * 33),
+        (("marks", "HF_HOME"), "ab\n"),
+        (("marks", "HF_HOME"), None),
+        (("marks",), []),
+        (("withheld",), "KEY"),
+    ],
+)
+def test_variables_that_could_not_be_compared_are_refused(place: Steps, wrong: object) -> None:
+    with pytest.raises(FormatError):
+        parse(changed(("variables", *place), wrong))
 
 
 @pytest.mark.parametrize("wrong", [5, "text", [], None])

@@ -8,62 +8,98 @@ import pytest
 from msgspec import structs
 
 from oci.cache.inventory import StoredRoot
+from rekindle.engine import Endpoint
 from rekindle.engine.caches import CacheKind
+from rekindle.engine.vllm import VllmEngine
 from rekindle.record import Record
 from rekindle.report import Rung
 from rekindle.secrets import HIDDEN
 from restore.decide.rules import RULES
-from restore.rungs.place_cache import differences, environment, places
+from restore.rungs import place_cache
+from restore.rungs.place_cache import differences, places
 from tests.samples.record import RECORD
 
 COMMAND = ["vllm", "serve", "m"]
+VLLM_ENGINE = VllmEngine(endpoint=Endpoint(host="127.0.0.1", port=8000))
 
 
 def recorded(command: Sequence[str] = COMMAND, /, **variables: str) -> Record:
-    return structs.replace(RECORD, environment=variables, command=command)
+    environment = {**VLLM_ENGINE.environment(), **variables}
+    return structs.replace(RECORD, environment=environment, command=command)
 
 
 # The environment.
 
 
-def test_what_is_set_here_wins_and_what_is_recorded_fills_the_gaps() -> None:
-    found = environment(recorded(A="recorded", B="recorded"), {"B": "here", "C": "here"})
-    assert found == {"A": "recorded", "B": "here", "C": "here"}
+def environment(record: Record, own: Mapping[str, str]) -> dict[str, str]:
+    return place_cache.environment(record, VLLM_ENGINE, own)[0]
+
+
+def test_what_is_set_here_wins_and_what_chooses_kernels_fills_the_gaps() -> None:
+    record = recorded(VLLM_USE_V1="recorded", TRITON_DEBUG="recorded")
+    own = {"TRITON_DEBUG": "here", "C": "here"}
+    found, replayed = place_cache.environment(record, VLLM_ENGINE, own)
+    assert found == {"VLLM_USE_V1": "recorded", "TRITON_DEBUG": "here", "C": "here"}
+    (told,) = replayed
+    assert (told.code, told.field, told.recorded, told.here) == (
+        "cache-replayed",
+        "VLLM_USE_V1",
+        "recorded",
+        "not set",
+    )
 
 
 def test_a_variable_that_is_empty_here_is_set() -> None:
-    assert environment(recorded(A="recorded"), {"A": ""}) == {"A": ""}
-    assert environment(recorded(A=""), {}) == {"A": ""}
+    assert environment(recorded(VLLM_USE_V1="1"), {"VLLM_USE_V1": ""}) == {"VLLM_USE_V1": ""}
+    assert environment(recorded(VLLM_USE_V1=""), {}) == {"VLLM_USE_V1": ""}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("HOME", "PATH", "PWD", "USER", "TMPDIR", "HOSTNAME", "TERM", "_", "SHLVL"),
-        *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
-        *("KUBERNETES_SERVICE_HOST", "REKINDLE_HOME", "SSH_AUTH_SOCK", "XDG_RUNTIME_DIR", "SUDO_USER"),
-        *("NOTIFY_SOCKET", "INVOCATION_ID", "LISTEN_FDS"),
+        *(
+            "HOME",
+            "PATH",
+            "PWD",
+            "USER",
+            "TMPDIR",
+            "HOSTNAME",
+            "LANG",
+            "TZ",
+            "HTTP_PROXY",
+            "LD_PRELOAD",
+            "POD_IP",
+        ),
+        *(
+            "CUDA_VISIBLE_DEVICES",
+            "OMP_NUM_THREADS",
+            "HF_HOME",
+            "HF_HUB_OFFLINE",
+            "PYTHONPATH",
+            "LD_LIBRARY_PATH",
+        ),
+        *("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TRITON_HOME", "XDG_CACHE_HOME", "REKINDLE_HOME"),
+        # They open, limit or load something.
+        *("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_PLUGINS"),
+        *("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_USE_MODELSCOPE", "VLLM_HOST_IP", "VLLM_LOGGING_LEVEL"),
+        *("VLLM_MAX_N_SEQUENCES", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_SOMETHING_OF_TOMORROW"),
     ],
 )
-def test_what_is_of_one_node_user_or_session_stays_there(name: str) -> None:
+def test_what_does_more_than_to_choose_kernels_is_that_of_today(name: str) -> None:
+    """Also from an image of an earlier version, which recorded them."""
     assert environment(recorded(COMMAND, **{name: "recorded"}), {}) == {}
 
 
-@pytest.mark.parametrize("name", ["VLLM_USE_V1", "XDG_CACHE_HOME", "CUDA_HOME", "HOMEPAGE", "LANG"])
-def test_other_variables_come_along(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["VLLM_USE_DEEP_GEMM", "VLLM_ROCM_USE_AITER", "TORCHINDUCTOR_FREEZING", "CUDA_HOME", "DG_JIT_DEBUG"],
+)
+def test_what_chooses_kernels_comes_along(name: str) -> None:
     assert environment(recorded(COMMAND, **{name: "recorded"}), {}) == {name: "recorded"}
 
 
 def test_what_was_hidden_is_not_set() -> None:
-    assert environment(recorded(URL=f"https://{HIDDEN}@host"), {}) == {}
-    assert environment(recorded(URL=f"https://{HIDDEN}@host"), {"URL": "https://host"}) == {
-        "URL": "https://host"
-    }
-
-
-def test_the_server_does_not_speak_to_who_started_us() -> None:
-    """It is not ready when it says so, but when it has answered."""
-    assert environment(None, {"NOTIFY_SOCKET": "/run/notify", "A": "b"}) == {"A": "b"}
+    assert environment(recorded(TRITON_X=f"https://{HIDDEN}@host"), {}) == {}
 
 
 # What may change the keys of a cache.
@@ -91,7 +127,7 @@ DIFFERENCES: dict[str, tuple[dict[str, str], dict[str, str], list[tuple[str, str
 def test_variables_that_differ(
     was: Mapping[str, str], here: Mapping[str, str], wanted: list[tuple[str, str, str]]
 ) -> None:
-    reasons = differences(recorded(COMMAND, **was), here, COMMAND)
+    reasons = differences(recorded(COMMAND, **was), VLLM_ENGINE, here, COMMAND)
     assert [(reason.field, reason.recorded, reason.here) for reason in reasons] == wanted
     assert {reason.code for reason in reasons} <= {"cache-environment"}
     assert (RULES["cache-environment"].rung, RULES["cache-environment"].hard) == (Rung.CACHE, False)
@@ -99,15 +135,18 @@ def test_variables_that_differ(
 
 def test_a_command_that_differs_in_more_than_its_address() -> None:
     record = recorded(["vllm", "serve", "m", "--port", "8000"])
-    assert differences(record, {}, ["/opt/bin/vllm", "serve", "m", "--host=::", "--port=9000"]) == []
-    (reason,) = differences(record, {}, ["vllm", "serve", "m", "--api-key", "hunter2hunter2"])
+    assert (
+        differences(record, VLLM_ENGINE, {}, ["/opt/bin/vllm", "serve", "m", "--host=::", "--port=9000"])
+        == []
+    )
+    (reason,) = differences(record, VLLM_ENGINE, {}, ["vllm", "serve", "m", "--api-key", "hunter2hunter2"])
     assert (reason.field, reason.recorded) == ("command", "vllm serve m")
     assert "hunter2" not in reason.here
 
 
 def test_a_great_environment_does_not_flood_the_report() -> None:
     many = {f"VLLM_{number}": "x" * 5000 for number in range(1000)}
-    reasons = differences(recorded(), many, COMMAND)
+    reasons = differences(recorded(), VLLM_ENGINE, many, COMMAND)
     assert len(reasons) == 50
     assert all(len(reason.here) <= 200 for reason in reasons)
 
