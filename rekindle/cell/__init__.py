@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -29,6 +30,8 @@ MEMORY_PLACE = Path(init.MEMORY_PLACE)
 """The directory of the memory files as seen inside a cell."""
 
 _START_SECONDS = 20.0
+_LOOK_SECONDS = 1.0
+_STUCK_SECONDS = 10.0
 
 
 class Network(StrEnum):
@@ -164,17 +167,53 @@ class Cell:
         self.end()
 
     def end(self) -> None:
-        """Kill every process of the cell and wait until the namespaces are gone. Idempotent."""
+        """Kill every process of the cell and wait until the namespaces are gone. Idempotent.
+
+        Raises RestoreError, which names them, if processes are stuck in the OS kernel, as on a dead network
+        file system. Until it lets them go they keep their memory and the cell's mounts, which only they see.
+        """
         self._control.close()  # init and launcher exit when it closes
+        if self._dial is not None:
+            self._dial.close()
         if self._init:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._init, signal.SIGKILL)
         else:
             self._launcher.kill()
-        self._launcher.wait()  # which waits for init, which waits for every process of the namespace
-        self._init = 0
-        if self._dial is not None:
-            self._dial.close()
+        try:
+            self._wait_for_launcher()
+        finally:
+            self._init = 0
+            self._launcher.kill()
+            with contextlib.suppress(TimeoutExpired):
+                self._launcher.wait(_LOOK_SECONDS)
+
+    def _wait_for_launcher(self) -> None:
+        """Wait for the launcher, which waits for init, which waits for every process of the namespace.
+
+        Be patient while something happens: freeing hundreds of gigabytes takes its time.
+        """
+        from rekindle.cell import processes
+
+        if self._launcher.returncode is not None:
+            return
+        pidfd = os.pidfd_open(self._launcher.pid)
+        try:
+            before, since = None, time.monotonic()
+            while not select.select([pidfd], [], [], _LOOK_SECONDS)[0]:
+                now = processes.cpu_ticks(self)
+                if now != before:
+                    before, since = now, time.monotonic()
+                elif time.monotonic() - since >= _STUCK_SECONDS:
+                    raise RestoreError(
+                        "the cell does not end: a process is stuck in the OS kernel",
+                        cause="; ".join(processes.stuck(self)) or "which one is unknown",
+                        hint="it waits for a file system or a driver, and until that answers it keeps its "
+                        "memory and the cell's mounts",
+                    )
+            self._launcher.wait()
+        finally:
+            os.close(pidfd)
 
     @property
     def root(self) -> Path:

@@ -85,6 +85,30 @@ def host_pids(cell: Cell) -> list[int]:
     return found[1:]
 
 
+def cpu_ticks(cell: Cell) -> dict[int, int]:
+    """Return the processor time that each process of a cell has used, by its PID on the host."""
+    found = {}
+    for pid in host_pids(cell):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            found[pid] = int(fields[11]) + int(fields[12])  # utime, stime
+    return found
+
+
+def stuck(cell: Cell) -> list[str]:
+    """Describe the processes of a cell that wait in the OS kernel where no signal reaches them (state D)."""
+    found = []
+    for pid in host_pids(cell):
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+                if rest.split()[0] == "D":
+                    where = (task / "wchan").read_text().strip("0") or "an unknown place"
+                    found.append(f"{name} (PID {pid}, {inner_pid(pid)} in the cell) waits in {where}")
+                    break
+    return found
+
+
 def inner_pid(pid: int) -> int:
     """Return the PID in its own namespace of a process given by its PID on the host; 0 if it is gone."""
     with contextlib.suppress(OSError):
