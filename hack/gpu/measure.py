@@ -91,7 +91,7 @@ def cache_starts(lab: Lab, subject: Subject, name: str, runs: int, found: Found)
     for _ in range(runs):
         with (
             _without(subject.caches),
-            restored(lab, subject, other, oracle, "cache", subject.environment, options=options) as server,
+            restored(lab, subject, other, oracle, "cache", options=options) as server,
         ):
             agrees = subject.engine.agree(oracle.answer, server.answer)
             proof, reasons = server.report["cache"], server.report["reasons"]

@@ -160,14 +160,14 @@ def restored(
     *more: Mapping[str, str],
     options: Sequence[str] = (),
 ) -> Iterator[Started]:
-    """Run `rekindle restore` and wait for a client's answer to the recorded question. Afterwards, kill it
-    if it restored the process, and terminate it if the server is its child. Raises StepError, also for any
-    other outcome than `outcome`."""
+    """Run `rekindle restore` in the environment of the snapshot and `more`, and wait for a client's answer to
+    the recorded question. Afterwards, kill it if it restored the process, and terminate it if the server is
+    its child. Raises StepError, also for any other outcome than `outcome`."""
     report, log = lab.work / "report.json", lab.log("restore")
     report.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "rekindle", "restore", image, "--report", str(report), *options]
     began = time.monotonic()
-    with _running(argv, lab.built(*more), log, kill=outcome == "restored") as process:
+    with _running(argv, lab.built(subject.environment, *more), log, kill=outcome == "restored") as process:
         _wait(report.exists, process.poll, log, "rekindle restore")
         document = json.loads(report.read_bytes())
         if document["outcome"] != outcome:
