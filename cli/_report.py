@@ -63,37 +63,38 @@ def write(report: Report, path: Path | None, *, to_stdout: bool) -> None:
     """Write the report to a file, atomically where possible, to stdout, or to both. Raises OSError."""
     text = json.dumps(report.to_json(), indent=2) + "\n"
     if path is not None:
-        _write_file(path, text.encode())
+        write_file(path, text.encode())
     if to_stdout:
         print(text, end="", flush=True)
 
 
-def refuse_unwritable(path: Path | None) -> None:
-    """Raise UsageError if the report cannot be written to `path`, or would replace a device."""
+def refuse_unwritable(path: Path | None, option: str = "--report") -> None:
+    """Raise UsageError if the file of an option cannot be written, or is a device."""
     if path is None:
         return
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"--report {path} is not a regular file")
+            raise UsageError(f"{option} {path} is not a regular file")
         path.absolute().parent.stat()  # absolute() raises if the working directory is gone
     except OSError as error:
-        raise UsageError(f"cannot write --report {path}", cause=str(error)) from None
+        raise UsageError(f"cannot write {option} {path}", cause=str(error)) from None
     in_place = path.exists() and os.access(path, os.W_OK)
     if not in_place and (not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
-        raise UsageError(f"cannot write --report {path}", cause=f"{path.parent} is not a writable directory")
+        raise UsageError(f"cannot write {option} {path}", cause=f"{path.parent} is not a writable directory")
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically, or write it in place if it cannot be replaced.
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file atomically, or write it in place if it cannot be replaced. Raises OSError.
 
     A file that is a mount, such as Kubernetes' /dev/termination-log, refuses the rename, and a read-only
-    directory refuses the staged file.
+    directory refuses the staged file. A link such as /dev/stdout stays, and its target is written.
     """
-    try:
-        write_atomically(path, content)
-    except OSError:
-        if not path.is_file():
-            raise
-        with open(path, "r+b") as file:
-            file.truncate(0)
-            file.write(content)
+    if not path.is_symlink():
+        try:
+            return write_atomically(path, content)
+        except OSError:
+            if not path.is_file():
+                raise
+    with open(path, "wb") as file:
+        file.write(content)
+    return None

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import _arguments, _bench_picture
+from cli import _arguments, _bench_picture, _report
 from cli._bench_starts import Bench, BenchOptions
 from oci import store
 from oci.reference import RegistryReference, parse
 from rekindle.engine.choose import for_command
 from rekindle.errors import UsageError
-from rekindle.files import write_atomically
 
 _LABELS = {
     "cold": "command, empty caches",
@@ -69,6 +68,8 @@ def main(words: Sequence[str]) -> int:
         raise UsageError(f"--registry {args.registry} is not a repository in a registry")
     if args.runs < 1 or (args.cold_runs is not None and args.cold_runs < 1):
         raise UsageError("--runs must be 1 or more")
+    _report.refuse_unwritable(args.report)
+    _report.refuse_unwritable(args.picture, "--picture")
     engine = for_command(command, ready_url=args.ready_url, oracle_file=args.oracle_request)
     _arguments.require_root()
     options = BenchOptions(
@@ -86,9 +87,9 @@ def main(words: Sequence[str]) -> int:
     with home.work("bench") as work:
         document = Bench(options, home, work).run()
     if args.report:
-        write_atomically(args.report, (json.dumps(document, indent=2) + "\n").encode())
+        _report.write_file(args.report, (json.dumps(document, indent=2) + "\n").encode())
     if args.picture:
-        write_atomically(args.picture, _picture(document).encode())
+        _report.write_file(args.picture, _picture(document).encode())
     if args.json:
         print(json.dumps(document, indent=2))
     else:

@@ -150,7 +150,7 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
 
 
 def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
-    """Whether an image that is not a snapshot is a kernel cache."""
+    """Tell whether an image that is not a snapshot is a kernel cache."""
     if descriptor.media_type != media_types.MANIFEST:
         return False
     from oci.cache import image as cache_image

@@ -231,7 +231,7 @@ class Layout:
         return (self._blobs / descriptor.digest.hex).exists()
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether a blob is there and matches its digest. Its name alone does not prove that."""
+        """Tell whether a blob is there and matches its digest. Its name alone does not prove that."""
         with contextlib.suppress(OSError, IntegrityError), open_verified(self, descriptor) as stream:
             stream.finish()
             return True
@@ -291,7 +291,7 @@ class Layout:
         (self.root / ".garbage").touch()
 
     def has_garbage(self) -> bool:
-        """Whether garbage was left by a killed process, or its collection was postponed."""
+        """Tell whether garbage was left by a killed process, or its collection was postponed."""
         return (self.root / ".garbage").exists()
 
     def collect_garbage(self) -> None:
@@ -378,7 +378,7 @@ class Arrival:
         self._lock = lock
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether a blob is in the layout already, or was received before an interruption."""
+        """Tell whether a blob is in the layout already, or was received before an interruption."""
         if descriptor.media_type in media_types.DOCUMENTS:  # publish reads them from there again
             return self._incoming.has(descriptor)
         return self._layout.has(descriptor) or self._incoming.has(descriptor)

@@ -32,7 +32,7 @@ class Destination(Protocol):
     """A place to copy images to: a layout, or a repository of a registry."""
 
     def has(self, descriptor: Descriptor) -> bool:
-        """Whether a blob or manifest is there already."""
+        """Tell whether a blob or manifest is there already."""
 
     def mount(self, descriptor: Descriptor) -> bool:
         """Take a blob from another repository of the destination. False if it must be uploaded."""

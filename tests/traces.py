@@ -25,7 +25,7 @@ _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 
 def take_own_machine(place: Path, keep: Sequence[Path]) -> tuple[int, int]:
     """Moves this thread, and what it starts from now on, to a network with nothing but a loopback interface,
-    and to mounts of its own, with a /tmp and a /dev/shm that nobody else sees. Needs root.
+    and to mounts of its own, with a /tmp, a /var/tmp and a /dev/shm of its own. Needs root.
 
     /tmp lies in the directory `place`; what is in `keep` stays where it is. Mounts spread as they do on most
     machines, so what escapes from a cell is seen. Returns descriptors of the mount and the network namespace
@@ -45,6 +45,9 @@ def take_own_machine(place: Path, keep: Sequence[Path]) -> tuple[int, int]:
         (own / name).mkdir()
         _run("mount", "--rbind", str(TMP / name), str(own / name))
     _run("mount", "--move", str(own), str(TMP))
+    (place / "var-tmp").mkdir()
+    (place / "var-tmp").chmod(0o1777)
+    _run("mount", "--bind", str(place / "var-tmp"), "/var/tmp")
     _run("mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", str(SHM))
     _run("mount", "--make-rshared", "/")
     return outside

@@ -20,8 +20,8 @@ from pathlib import Path
 from hack.gpu.errors import LateError, SkippedError, in_words
 from hack.gpu.journal import Found, Journal, kept
 from hack.gpu.starts import MARK, Lab, marked
-from hack.gpu.steps import STEPS, Step
-from hack.gpu.trial import Options, Trial
+from hack.gpu.steps import STEPS, AcceptanceStep
+from hack.gpu.trial import Trial, TrialOptions
 
 
 def main() -> int:
@@ -88,8 +88,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _options(args: argparse.Namespace) -> Options:
-    return Options(
+def _options(args: argparse.Namespace) -> TrialOptions:
+    return TrialOptions(
         python=args.python,
         gib=args.gib or (1.0 if args.quick else 4.0),
         runs=args.runs or (3 if args.quick else 10),
@@ -101,7 +101,7 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _chosen(only: list[str], journal: Journal) -> list[Step]:
+def _chosen(only: list[str], journal: Journal) -> list[AcceptanceStep]:
     """Return the steps to run: all that are not done yet, or the requested ones and the steps they need."""
     done = {step.name for step in STEPS if journal.status(step.name) == "done"}
     if not only:
@@ -111,7 +111,7 @@ def _chosen(only: list[str], journal: Journal) -> list[Step]:
     return [s for s in STEPS if s.name in wanted or (s.name in needed and s.name not in done)]
 
 
-def _run(trial: Trial, step: Step, deadline: float) -> Found:
+def _run(trial: Trial, step: AcceptanceStep, deadline: float) -> Found:
     """Run one step. Return its findings, with `status` (`done`, `failed` or `skipped`), `reason` and
     `seconds`."""
     missing = [name for name in step.needs if trial.journal.status(name) != "done"]

@@ -44,11 +44,11 @@ def render(document: Mapping[str, Any]) -> str:
         parts.append(f"## {title}\n")
         if step["status"] != "done":
             parts.append(f"**{step['status']}**: {_line(step['reason'])}\n")
-        parts.append(_as_far_as_possible(written, step))
+        parts.append(_written_or_error(written, step))
     return "\n".join(part for part in parts if part)
 
 
-def _as_far_as_possible(written: Callable[[Mapping[str, Any]], str], step: Mapping[str, Any]) -> str:
+def _written_or_error(written: Callable[[Mapping[str, Any]], str], step: Mapping[str, Any]) -> str:
     """Return the section of a step; as much as there is, if the step failed."""
     if step["status"] == "done":
         return written(step)

@@ -102,7 +102,7 @@ def _dump_fails(backend: Watched, pids: list[int], journal: Path) -> None:
         raise _DumpError("provoked failure of the dump, with everything checkpointed")
 
 
-def _lock_in_vain(backend: Watched, pids: list[int], journal: Path) -> None:
+def _time_out_locking(backend: Watched, pids: list[int], journal: Path) -> None:
     with Session(backend, pids, journal, rollback_step_seconds=_ROLLBACK_STEP_SECONDS) as session:
         session.checkpoint_all(_LOCK_SECONDS)
 
@@ -120,7 +120,9 @@ class Case:
 
 
 CASES = (
-    Case(name="lock times out, since the GPU is busy", act=_lock_in_vain, busy_seconds=6.0, expected="lock"),
+    Case(
+        name="lock times out, since the GPU is busy", act=_time_out_locking, busy_seconds=6.0, expected="lock"
+    ),
     Case(name="lock fails", fails_at="lock"),
     Case(name="lock fails after it was done", fails_at="lock", when=When.AFTERWARDS),
     Case(name="checkpoint fails", fails_at="checkpoint"),

@@ -29,7 +29,7 @@ _READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class AcceptanceStep:
     """A step and its deadline. `act` fills the dictionary that goes into the report, so that a failed step
     also reports what it found before. `needs` names the steps that must be done first."""
 
@@ -188,16 +188,16 @@ def _read_all(directory: Path) -> tuple[int, float]:
 
 
 STEPS = (
-    Step(name="machine", seconds=30, act=describe_machine),
-    Step(name="doctor", seconds=120, act=run_doctor),
-    Step(name="cold", seconds=300, act=start),
-    Step(name="snapshot", seconds=400, act=take_snapshot),
-    Step(name="restore", seconds=400, act=restore, needs=("snapshot",)),
-    Step(name="rollback", seconds=240, act=checkpoints.roll_back),
-    Step(name="cache", seconds=240, act=start_on_cache, needs=("snapshot",)),
-    Step(name="floor", seconds=90, act=measure_floor, needs=("snapshot",)),
-    Step(name="backends", seconds=400, act=checkpoints.try_backends, needs=("snapshot",)),
-    Step(name="load", seconds=150, act=restore_beside_load, needs=("snapshot",)),
-    Step(name="uncached", seconds=150, act=restore_uncached, needs=("snapshot",)),
-    Step(name="vllm", seconds=1500, act=try_vllm),
+    AcceptanceStep(name="machine", seconds=30, act=describe_machine),
+    AcceptanceStep(name="doctor", seconds=120, act=run_doctor),
+    AcceptanceStep(name="cold", seconds=300, act=start),
+    AcceptanceStep(name="snapshot", seconds=400, act=take_snapshot),
+    AcceptanceStep(name="restore", seconds=400, act=restore, needs=("snapshot",)),
+    AcceptanceStep(name="rollback", seconds=240, act=checkpoints.roll_back),
+    AcceptanceStep(name="cache", seconds=240, act=start_on_cache, needs=("snapshot",)),
+    AcceptanceStep(name="floor", seconds=90, act=measure_floor, needs=("snapshot",)),
+    AcceptanceStep(name="backends", seconds=400, act=checkpoints.try_backends, needs=("snapshot",)),
+    AcceptanceStep(name="load", seconds=150, act=restore_beside_load, needs=("snapshot",)),
+    AcceptanceStep(name="uncached", seconds=150, act=restore_uncached, needs=("snapshot",)),
+    AcceptanceStep(name="vllm", seconds=1500, act=try_vllm),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from hack.gpu.errors import SkippedError, StepError
 from hack.gpu.journal import kept
 from hack.gpu.starts import LONG_SECONDS, Subject, free_port
-from hack.gpu.trial import Options, Trial
+from hack.gpu.trial import Trial, TrialOptions
 from rekindle.engine.choose import for_command
 from rekindle.run import run
 
@@ -21,7 +21,7 @@ ORACLE = {
 _HACK = Path(__file__).parents[1]
 
 
-def server(options: Options, *words: str) -> Sequence[str]:
+def server(options: TrialOptions, *words: str) -> Sequence[str]:
     """Return the command that runs hack/gpu/server.py with these words."""
     flags = ["--stand-in"] if options.stand_in else []
     return [options.python, str(_HACK / "gpu/server.py"), *flags, *words]

@@ -9,7 +9,7 @@ from hack.gpu.starts import Lab
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class TrialOptions:
     """The options of the command line. `python` is the interpreter of the server. `runs` is the number of
     restores that the main figure is taken from, `few` the number for other figures."""
 
@@ -27,6 +27,6 @@ class Options:
 class Trial:
     """The argument of every step."""
 
-    options: Options
+    options: TrialOptions
     lab: Lab
     journal: Journal

@@ -196,7 +196,7 @@ def entry_key(kind: CacheKind, path: PurePosixPath) -> str:
 
 
 class Metadata(Struct):
-    """What the names and JSON files of an entry say about it, gathered file by file."""
+    """Facts about an entry from its names and JSON files, gathered file by file."""
 
     targets: set[Target] = set()
     versions: dict[str, str] = {}
@@ -230,7 +230,7 @@ class Metadata(Struct):
             }
 
     def look_at_json(self, path: PurePosixPath, content: bytes) -> None:
-        """Triton's `NAME.json` and vLLM's `cache_key_factors.json`; others are none of our business."""
+        """Triton's `NAME.json` and vLLM's `cache_key_factors.json`; other files are ignored."""
         document = json_object(content)
         if document is None:
             return

@@ -29,7 +29,7 @@ _FORMATS = ("aot_compile", "binary", "triton")
 
 
 class Survey(Struct, kw_only=True):
-    """What MCV needs to know about the root that it reads, gathered file by file while that is packed."""
+    """Facts for MCV about the root that it reads, gathered file by file while that is packed."""
 
     kind: CacheKind
     counted_bytes: int = 0

@@ -51,7 +51,7 @@ class _Read(Protocol):
 
 
 class _OverError(Exception):
-    """What an attempt is for is no longer needed."""
+    """The bytes that an attempt was to bring are not needed any more."""
 
 
 class Downloads:
@@ -322,7 +322,7 @@ class Downloads:
 
 
 def _has_trailing_bytes(answer: Answer) -> bool:
-    """Whether there is more after all that was requested. What breaks after it does no harm."""
+    """Tell whether there is more after all that was requested. What breaks after it does no harm."""
     try:
         return answer.readinto(memoryview(bytearray(1))) > 0
     except OSError:
@@ -442,7 +442,7 @@ class BlobStream(io.RawIOBase):
         self.ask_for_more()
 
     def wants(self, stretch: _Stretch) -> bool:
-        """Whether to begin with a stretch; without ranges, the first thread begins with all of them."""
+        """Tell whether to begin with a stretch; without ranges, the first thread begins with all of them."""
         if not self.whole:
             return stretch.is_wanted()
         begun, self._whole_begun = self._whole_begun, True

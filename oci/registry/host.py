@@ -123,14 +123,20 @@ class Host:
         began = time.monotonic()
         policy = structs.replace(self._policy, attempts=attempts) if attempts else self._policy
 
+        def is_first_contact() -> bool:
+            return url().origin not in self._connections.met
+
+        def is_waited_for(error: OSError) -> bool:
+            return is_passing(error) and time.monotonic() - began < self._first_contact_seconds
+
         def is_final(error: OSError) -> bool:
-            return self._closing.is_set() or (
-                url().origin not in self._connections.met
-                and not (is_passing(error) and time.monotonic() - began < self._first_contact_seconds)
-            )
+            return self._closing.is_set() or (is_first_contact() and not is_waited_for(error))
+
+        def is_free(error: OSError) -> bool:
+            return is_first_contact() and not isinstance(error, TryAgainError) and is_waited_for(error)
 
         try:
-            return with_retries(attempt, policy, pause=self._pause, is_final=is_final)
+            return with_retries(attempt, policy, pause=self._pause, is_final=is_final, is_free=is_free)
         except TryAgainError as error:
             raise error.error from None
         except OSError as error:
@@ -175,7 +181,7 @@ class Host:
         with answer:
             if answer.status in REDIRECTS:
                 raise RegistryError(f"{origin} redirects more than {_REDIRECTS_LIMIT} times")
-            said = f"{answer.url} answers {answer.status}{_words_of(answer)}"
+            said = f"{answer.url} answers {answer.status}{_error_text(answer)}"
             if answer.status in RETRYABLE:
                 error = RegistryError(f"{self.name} fails", cause=said)
                 raise TryAgainError(error, wait_seconds=self._wait_asked_by(answer))
@@ -217,16 +223,22 @@ class Host:
     def _unreachable(self, url: Url, error: OSError) -> RegistryError:
         late = isinstance(error, TimeoutError)
         hint = "check the name and the network"
+        proxy = self._connections.proxy(url)
         if type(error).__name__ == "SSLCertVerificationError":
-            hint = f'if the CA is your own: `ca_file` for [registry."{url.authority}"] in the configuration'
+            tls = [f"{proxy.host}:{proxy.port}"] if proxy and proxy.scheme == "https" else []
+            tls += [url.authority] if url.scheme == "https" else []
+            hosts = " or ".join(f'[registry."{host}"]' for host in tls)
+            hint = f"if the CA is your own: `ca_file` for {hosts} in the configuration"
         elif "ALERT" in str(error):
             hint = f"does it ask for a client certificate? See /etc/docker/certs.d/{url.authority}/"
         elif type(error).__name__ == "SSLError":
             hint = "if it does not speak TLS: --plain-http"
         through = ""
-        if proxy := self._connections.proxy(url):
+        if proxy:
             through = f", through the proxy {proxy}"
             hint = f"check ${url.scheme}_proxy and $no_proxy; {hint}"
+            if "407" in str(error):
+                hint = _proxy_password_hint(url)
         return RegistryError(
             f"{self.name} does not answer in time" if late else f"{self.name} cannot be reached",
             cause=f"{url}{through}: {error}",
@@ -235,7 +247,7 @@ class Host:
 
     def _error_of(self, answer: Answer, method: str) -> RekindleError:
         """Return the error that an answer means."""
-        said = f"{method} {answer.url} is answered with {answer.status}{_words_of(answer)}"
+        said = f"{method} {answer.url} is answered with {answer.status}{_error_text(answer)}"
         match answer.status:
             case 404:
                 return NotFoundError(f"{self.name} does not have what was asked for", cause=said)
@@ -247,7 +259,7 @@ class Host:
                 return RegistryError(
                     f"the proxy for {self.name} asks for a password",
                     cause=said,
-                    hint=f"write it into ${answer.url.scheme}_proxy: http://USER:PASSWORD@HOST:PORT",
+                    hint=_proxy_password_hint(answer.url),
                 )
             case 400 if "DIGEST_INVALID" in said:
                 return IntegrityError(f"{self.name} got other bytes than those of the digest", cause=said)
@@ -272,6 +284,10 @@ class Host:
             raise RegistryError(f"the connections to {self.name} were closed")
 
 
+def _proxy_password_hint(url: Url) -> str:
+    return f"write it into ${url.scheme}_proxy: http://USER:PASSWORD@HOST:PORT"
+
+
 def target_of(answer: Answer, location: str | None = None) -> Url:
     """Return the URL of an answer's Location header, or of another reference that the answer gives.
 
@@ -291,7 +307,7 @@ def target_of(answer: Answer, location: str | None = None) -> Url:
     return url
 
 
-def _words_of(answer: Answer) -> str:
+def _error_text(answer: Answer) -> str:
     """Return what a registry says about an error, by the specification's JSON or else in its first line."""
     try:
         content = answer.read(_ERROR_LIMIT_BYTES)

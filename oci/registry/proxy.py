@@ -98,7 +98,7 @@ def _split(no_proxy: str) -> list[str]:
 
 
 def _matches(entry: str, host: str, address: _Address | None, port: str) -> bool:
-    """Whether an entry of no_proxy means a host at a port."""
+    """Tell whether an entry of no_proxy means a host at a port."""
     if entry == "*":
         return True
     if "/" in entry:

@@ -15,6 +15,8 @@ T = TypeVar("T")
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 """The statuses that another attempt may change."""
 
+_PAUSES_GROW = 4
+"""The number of failures after which the pauses between free attempts do not grow any more."""
 _PROGRESS_BYTES = 16 << 10  # an attempt that brought as many bytes does not count against the policy
 
 
@@ -37,13 +39,15 @@ def with_retries(
     *,
     pause: Callable[[float], object],
     is_final: Callable[[OSError], bool] = lambda _: False,
+    is_free: Callable[[OSError], bool] = lambda _: False,
     progress: Callable[[], int] = lambda: 0,
 ) -> T:
     """Return what `attempt` returns; call it again after an OSError, as often as the policy says.
 
     `pause` waits for so many seconds; what it raises ends the retries. `is_final` tells whether another
-    attempt is pointless. `progress` returns the bytes that all attempts have brought so far; the policy
-    limits only attempts in a row without progress. The last error is raised unchanged.
+    attempt is pointless, `is_free` whether an error does not count against the policy. `progress` returns the
+    bytes that all attempts have brought so far; the policy limits only attempts in a row without progress.
+    The last error is raised unchanged.
     """
     failures, before = 0, 0
     while True:
@@ -53,8 +57,9 @@ def with_retries(
             now = progress()
             failures = 1 if now >= before + _PROGRESS_BYTES else failures + 1
             before = now
-            if failures >= policy.attempts or is_final(error):
+            if is_final(error) or (failures >= policy.attempts and not is_free(error)):
                 raise
+            failures = min(failures, _PAUSES_GROW) if is_free(error) else failures
             asked = error.wait_seconds if isinstance(error, TryAgainError) else None
         pause(pause_seconds(policy, failures, asked))
 
@@ -84,7 +89,7 @@ def retry_after(header: str | None) -> float | None:
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether an error at the first contact with a host may pass.
+    """Tell whether an error at the first contact with a host may pass.
 
     A name service may not be up yet when a container starts (EAI_AGAIN), and a host whose queue is full
     takes no connections for a while. A refused connection or an unknown name usually is a mistake.

@@ -31,7 +31,7 @@ Ask = Callable[[str, Url, Mapping[str, str], bytes | None], Answer]
 
 
 class Challenge(Struct, frozen=True, kw_only=True):
-    """What a 401 asks for. The fields but `scheme` are those of a bearer token."""
+    """The challenge of a 401. The fields but `scheme` are those of a bearer token."""
 
     scheme: str
     realm: str = ""
@@ -179,7 +179,7 @@ class Authorizer:
         return _parse_token(content, str(url))
 
     def _may_be_plain(self, realm: Url) -> bool:
-        """Whether a password may go without TLS: to a registry that is reached without it, or to loopback."""
+        """Tell whether a password may go without TLS: to a registry reached without it, or to loopback."""
         if self._base.scheme == "https":
             return False
         return realm.host == self._base.host or is_loopback(realm.host)
@@ -190,7 +190,7 @@ class Authorizer:
 
 
 def covers(scope: str, other: str) -> bool:
-    """Whether one scope allows all that another does."""
+    """Tell whether one scope allows all that another does."""
     return _rights(other) <= _rights(scope)
 
 

@@ -35,7 +35,7 @@ Origin = tuple[str, str, int]
 
 
 class Body(Protocol):
-    """What is sent with a request; read again for every attempt."""
+    """The content that is sent with a request; read again for every attempt."""
 
     @property
     def length(self) -> int:

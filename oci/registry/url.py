@@ -42,7 +42,7 @@ class Url(Struct, frozen=True, kw_only=True):
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """What must be the same for credentials to be sent along."""
+        """The scheme, host and port, which must be the same for credentials to be sent along."""
         return self.scheme, self.host, self.port
 
     @property
@@ -64,12 +64,12 @@ class Url(Struct, frozen=True, kw_only=True):
 
 
 def is_host(text: str) -> bool:
-    """Whether a text has the form of a host name or an IP address, in lower case."""
+    """Tell whether a text has the form of a host name or an IP address, in lower case."""
     return len(text) <= _HOST_LIMIT and _HOST.fullmatch(text) is not None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address always means this machine."""
+    """Tell whether a host name or address always means this machine."""
     return _LOOPBACK.fullmatch(host) is not None
 
 

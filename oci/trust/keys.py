@@ -82,7 +82,7 @@ class PublicKey(Struct, frozen=True, kw_only=True):
             ) from None
 
     def verifies(self, signature: bytes, content: bytes) -> bool:
-        """Whether a signature in DER is by this key, over the content."""
+        """Tell whether a signature in DER is by this key, over the content."""
         from cryptography.exceptions import InvalidSignature
 
         try:

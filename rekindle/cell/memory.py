@@ -272,7 +272,7 @@ class Call:
         """Make the call return 0, or fail with an error's number."""
         self._send(-error, 0)
 
-    def let_go_on(self) -> None:
+    def resume(self) -> None:
         """Let the OS kernel carry out the call, whose arguments are in registers and cannot have changed."""
         self._send(0, _CONTINUE)
 

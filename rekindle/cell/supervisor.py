@@ -79,7 +79,7 @@ class Supervisor:
         if self._has_moved or (at < len(self._ends) and self._starts[at] < end):
             self._waiting.append(self._job(call, start, end))
         else:
-            call.let_go_on()
+            call.resume()
 
     def step(self) -> None:
         """Do a piece of the next job."""
@@ -106,7 +106,7 @@ class Supervisor:
         """Refuse growth with ENOMEM; realloc then allocates, copies and frees."""
         _, old_size, new_size, flags, new_start, _ = call.arguments
         if not any(self._has(area) for area in memory.between(start, end, of_file=True)):
-            call.let_go_on()
+            call.resume()
         elif flags & MREMAP_DONTUNMAP or not old_size:
             # The old range stays mapped and would have to become zeros. Linux before 5.7 has no DONTUNMAP.
             call.answer(errno.EINVAL)
@@ -123,7 +123,7 @@ class Supervisor:
                 is_known = at < len(self._ends) and self._starts[at] <= new_start
                 # The filter does not stop a second move, from outside the known ranges.
                 self._has_moved |= not (is_known and new_start + pages(new_size) <= self._ends[at])
-            call.let_go_on()
+            call.resume()
         yield
 
     def _advise(self, call: Call, memory: AddressSpace, start: int, end: int) -> Iterator[None]:
@@ -140,7 +140,7 @@ class Supervisor:
             if count % _PIECE_MAPPINGS == 0:
                 yield
         if not is_concerned:
-            call.let_go_on()
+            call.resume()
             return
         if advice == MADV_GUARD_INSTALL:
             # As on Linux before 6.13. After the guard's removal, the file's bytes would be back.

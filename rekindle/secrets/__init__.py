@@ -2,4 +2,4 @@
 """Recognize secrets, and keep them out of output and records."""
 
 HIDDEN = "REDACTED"
-"""What stands in place of a secret."""
+"""The text that stands in place of a secret."""

@@ -84,6 +84,8 @@ def decide(
         connections.close()
         with signals.raising():
             reason = failure_reason(Rung.PROCESS, "image", error)
+            if reason.code == "bug":
+                report.say_bug(error)
             report.image = report.image or ImageName(reference=options.image)
             report.say(f"WARNING: cold start: {reason.here}")
             facts = structs.replace(gathering.without_image(options.command), unreached=reason)

@@ -7,7 +7,7 @@ from rekindle.report import Rung
 
 
 class Rule(Struct, frozen=True, kw_only=True):
-    """What a difference in a field means: `why`, the `source` for that, and the `advice` to the user."""
+    """The meaning of a difference in a field: `why`, the `source` for that, and the `advice` to the user."""
 
     rung: Rung
     hard: bool

@@ -441,7 +441,7 @@ _CODES = {"restore": "restore-failed", "oracle": "oracle-mismatch"}
 def failure_reason(rung: Rung, phase: str, error: BaseException) -> Reason:
     """Return the reason that a rung failed in a phase.
 
-    For a bug in rekindle, the traceback goes to stderr; the next rung may still be taken.
+    After a bug in rekindle, the next rung may still be taken.
     """
     advice = f"--{rung}-deadline S allows more"
     match error:
@@ -452,8 +452,5 @@ def failure_reason(rung: Rung, phase: str, error: BaseException) -> Reason:
             text = f"{error.message} ({error.cause})" if error.cause else error.message
             advice = f"see {error.log}" if error.log else error.hint
         case _:
-            import traceback  # takes 4 ms
-
-            traceback.print_exception(error)
-            code, text, advice = "bug", repr(error), "report it, with the traceback on stderr"
+            code, text, advice = "bug", repr(error), "report it, with the lines that name its place"
     return Reason(rung=rung, code=code, field=phase, recorded="", here=text, hard=True, advice=advice)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """What a restore reads from. `close` ends its connections, and a driver that has not been used."""
+    """The sources of a restore. `close` ends its connections, and a driver that has not been used."""
 
     def __init__(
         self,

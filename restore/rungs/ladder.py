@@ -52,6 +52,8 @@ def descend(
             last = step is plan.steps[-1] or rungs.index(step.rung) >= lowest
             phase = report.phases[-1].name if len(report.phases) > phases else step.rung
             why = failure_reason(step.rung, phase, error)
+            if why.code == "bug":
+                report.say_bug(error)
             if last or (isinstance(error, RekindleError) and not error.descends):
                 if isinstance(error, DeadlinePassed):
                     raise RestoreError(f"the {step.rung} rung took too long", cause=why.here) from None

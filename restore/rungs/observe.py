@@ -89,7 +89,7 @@ class _Listed(StrEnum):
     COMPARE = "compare"
 
 
-class _Tree(Struct, eq=False):
+class _WatchedTree(Struct, eq=False):
     """The state of one cache, by the relative paths of its files."""
 
     kind: CacheKind
@@ -130,10 +130,10 @@ class CacheWatch:
     """
 
     def __init__(self, roots: Sequence[tuple[CacheKind, Path]]) -> None:
-        self._trees = [_Tree(kind, path, os.path.realpath(path)) for kind, path in roots]
-        self._watched: dict[int, dict[_Tree, str]] = {}  # the directories of each watch
+        self._trees = [_WatchedTree(kind, path, os.path.realpath(path)) for kind, path in roots]
+        self._watched: dict[int, dict[_WatchedTree, str]] = {}  # the directories of each watch
         self._above: set[int] = set()  # watches of directories above a cache
-        self._pending: list[tuple[_Tree, str, _Listed]] = []  # directories to list
+        self._pending: list[tuple[_WatchedTree, str, _Listed]] = []  # directories to list
         self._lock = threading.Lock()
         self._undo = contextlib.ExitStack()
         self._inotify = -1
@@ -276,7 +276,7 @@ class CacheWatch:
             if count % _LISTED_AT_ONCE == 0:
                 self._read_events()
 
-    def _watch_above(self, tree: _Tree) -> None:
+    def _watch_above(self, tree: _WatchedTree) -> None:
         """Watch the closest existing directory above a cache, to notice when the cache is made."""
         while True:
             above, inner = posixpath.dirname(tree.real), tree.real
@@ -287,7 +287,7 @@ class CacheWatch:
             if inner == tree.real or self._add(inner, _ABOVE) is None:
                 return
 
-    def _list(self, tree: _Tree, inside: str, treat_as: _Listed) -> None:
+    def _list(self, tree: _WatchedTree, inside: str, treat_as: _Listed) -> None:
         """Watch a directory and list the files that it already holds."""
         if len(tree.before) > _FILES_LIMIT:
             self._lost = tree.too_large = True
@@ -314,7 +314,7 @@ class CacheWatch:
         except OSError as error:
             self._note(error)
 
-    def _add_file(self, tree: _Tree, path: str, entry: os.DirEntry[str], treat_as: _Listed) -> None:
+    def _add_file(self, tree: _WatchedTree, path: str, entry: os.DirEntry[str], treat_as: _Listed) -> None:
         if treat_as is _Listed.OLD:
             if path not in tree.new:
                 tree.before[path] = entry.inode()
@@ -343,7 +343,7 @@ def _join(inside: str, name: str) -> str:
     return f"{inside}/{name}" if inside else name
 
 
-def _key(tree: _Tree, path: str) -> str:
+def _key(tree: _WatchedTree, path: str) -> str:
     """Return the key of the entry that a file belongs to, or "" for a file that does not count."""
     where = PurePosixPath(path)
     return "" if is_left_out(tree.kind, where) else entry_key(tree.kind, where)

@@ -21,7 +21,7 @@ _REPORTED_LIMIT = 20  # entries of each list in a report
 
 
 class Proof(Struct, frozen=True, kw_only=True):
-    """What was observed in the file system, and what the engine's log says.
+    """The observations in the file system, and the words of the engine's log.
 
     `known` holds the keys of the image's entries, one set for each observed root, in the same order.
     """

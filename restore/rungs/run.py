@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rung of a restore gets besides the decision."""
+"""The values that every rung of a restore gets besides the decision."""
 
 from msgspec import Struct
 

@@ -50,3 +50,21 @@ def test_what_cannot_be_a_report_is_refused_before_any_work(rekindle: Rekindle, 
     done = rekindle("restore", "nothing-here", "--report", path)
     assert done.status == 2, done.stderr
     assert path in done.stderr
+
+
+def test_a_link_to_the_output_stays_a_link(rekindle: Rekindle, tmp_path: Path) -> None:
+    """As /dev/stdout is one, which a root's rename would replace for all."""
+    link, file = tmp_path / "stdout", tmp_path / "file"
+    file.write_text("old")
+    link.symlink_to(file)
+    done = rekindle("restore", "nothing-here", "--report", str(link))
+    assert done.status == 12
+    assert link.is_symlink()
+    assert json.loads(file.read_text())["error"]["code"] == "not-found"
+
+
+@pytest.mark.parametrize("option", ["--report", "--picture"])
+def test_bench_refuses_a_file_that_it_cannot_write_before_it_begins(rekindle: Rekindle, option: str) -> None:
+    done = rekindle("bench", option, "/none/such/file", "--", "vllm", "serve", "model")
+    assert done.status == 2
+    assert f"cannot write {option} /none/such/file" in done.stderr

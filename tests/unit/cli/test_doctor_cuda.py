@@ -97,14 +97,14 @@ def test_what_a_killed_command_left_is_told_kept_and_repaired(
         assert "→ rekindle doctor --repair" in done.stdout
         assert {fake.state(pid) for pid in pids} == {"checkpointed"}
 
-        done = doctor("doctor", "--repair", "--check", "root")
+        done = doctor("doctor", "--repair", "--check", "disk")
         assert done.status == 0, done.stderr
         for pid in pids:
             assert f"process {pid} was checkpointed and is running again\n" in done.stdout
         assert f"removed the work directory of a killed command: {directory}" in done.stdout
         assert {fake.state(pid) for pid in pids} == {"running"}
         assert not directory.exists()
-        assert doctor("doctor", "--repair", "--json", "--check", "root").json["repaired"] == []
+        assert doctor("doctor", "--repair", "--json", "--check", "disk").json["repaired"] == []
 
 
 def test_what_cannot_be_repaired_stays_and_is_a_lack(
@@ -113,19 +113,19 @@ def test_what_cannot_be_repaired_stays_and_is_a_lack(
     with fake.processes(2) as pids:
         directory = leave_locked(fake, home, pids)
         fake.describe(library=False, utility=False)
-        done = doctor("doctor", "--repair", "--json", "--check", "root")
+        done = doctor("doctor", "--repair", "--json", "--check", "disk")
         assert done.status == 10
         assert done.json["ok"] is False
         (line,) = done.json["repaired"]
         assert f"cannot repair the servers in {directory}/{CUDA_JOURNAL}: " in line
         assert "cuda-checkpoint is not on PATH" in line
         fake.describe(faults=[{"step": "restore", "pid": pids[0], "code": 2}])
-        done = doctor("doctor", "--repair", "--check", "root")
+        done = doctor("doctor", "--repair", "--check", "disk")
         assert done.status == 10
         assert f"process {pids[0]} could not be rolled back: CUDA_ERROR_OUT_OF_MEMORY" in done.stdout
         assert f"process {pids[1]} was checkpointed and is running again" in done.stdout
         assert directory.exists()
-    assert doctor("doctor", "--repair", "--check", "root").status == 0  # the server is gone
+    assert doctor("doctor", "--repair", "--check", "disk").status == 0  # the server is gone
     assert not directory.exists()
 
 

@@ -201,7 +201,7 @@ def test_who_stops_reading_sees_no_traceback(say: Say, rekindle: Rekindle, tmp_p
     os.close(reader)
     with open(tmp_path / "log", "wb") as log, os.fdopen(writer, "wb") as nobody:
         process = rekindle.spawn("match", reference, SKIP, log=Path(log.name), stdout=nobody)
-        assert process.wait(60) == 128 + 13
+        assert process.wait(60) in {128 + 13, 3}  # 3 where the process does not fit, as without root
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

@@ -154,7 +154,6 @@ def test_a_name_service_that_is_not_up_yet_is_waited_for(
 @pytest.mark.parametrize(
     ("error", "times"),
     [
-        (again(), SETTINGS.retry.attempts),
         (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), 1),
         (socket.gaierror(socket.EAI_FAIL, "Non-recoverable failure"), 1),
         (OSError(errno.EMFILE, "Too many open files"), 1),
@@ -168,6 +167,18 @@ def test_which_failures_of_the_name_service_pass(
         pull_by_name(1, Layout.create(tmp_path), SETTINGS)
     assert len(asked) == times
     assert str(error.strerror) in said(raised.value)
+
+
+def test_a_name_service_is_waited_for_as_long_as_two_connects_may_take(
+    resolver: Callable[[OSErrors], list[float]], sample: Sample, tmp_path: Path
+) -> None:
+    """However many attempts a transfer gets: those would be over before a container's DNS is up."""
+    settings = structs.replace(SETTINGS, connect_seconds=1.0)
+    asked = resolver([again()] * 1000)
+    with pytest.raises(RegistryError, match="cannot be reached"):
+        pull_by_name(1, Layout.create(tmp_path), settings)
+    assert len(asked) > settings.retry.attempts
+    assert asked[-1] - asked[0] >= 2 * 1.0 - settings.retry.longest_wait_seconds
 
 
 def test_a_name_service_that_takes_long_is_not_asked_for_ever(

@@ -42,7 +42,7 @@ class MadeUpCall:
     def answer(self, error: int = 0) -> None:
         self.answers.append(error)
 
-    def let_go_on(self) -> None:
+    def resume(self) -> None:
         self.answers.append("goes on")
 
 

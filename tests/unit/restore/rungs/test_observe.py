@@ -539,6 +539,7 @@ def streaming(cache: Path) -> Iterator[Path]:
 def test_events_without_end_do_not_keep_anybody_from_asking_or_leaving(streaming: Path) -> None:
     for _ in range(5):
         with CacheWatch([(TRITON, streaming)]) as watch:
+            wait_for(lambda: only(watch.observed()).used == {"OLD", "OTHER"}, 60)
             for _ in range(5):
                 time.sleep(0.05)
                 began = time.monotonic()
