@@ -49,7 +49,7 @@ class SoakError(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Replica:
+class SoakedReplica:
     """A `rekindle restore` in the foreground."""
 
     process: "subprocess.Popen[bytes]"
@@ -77,9 +77,9 @@ class Soak:
     memory: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     done: "collections.Counter[str]" = field(default_factory=collections.Counter)
-    running: list[Replica] = field(default_factory=list)
+    running: list[SoakedReplica] = field(default_factory=list)
 
-    def start(self, number: int) -> Replica:
+    def start(self, number: int) -> SoakedReplica:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         report, log = self.work / f"report-{number}", self.work / f"log-{number}"
@@ -92,7 +92,7 @@ class Soak:
                 stdout=output,
                 stderr=output,
             )
-        return Replica(process=process, report=report, log=log, port=port)
+        return SoakedReplica(process=process, report=report, log=log, port=port)
 
     def once(self, number: int) -> None:
         """Restore once, and kill a part of it or serve with it."""
@@ -111,14 +111,14 @@ class Soak:
         if len(self.running) >= REPLICAS:
             self.end(self.running.pop(self.rng.randrange(len(self.running))))
 
-    def end(self, replica: Replica) -> None:
+    def end(self, replica: SoakedReplica) -> None:
         """Ask a replica once more, look at the files that it maps, and end it."""
         self._check(replica)
         self._check_memory(replica)
         replica.process.send_signal(self.rng.choice((signal.SIGTERM, signal.SIGKILL)))
         self._await_end(replica)
 
-    def _kill(self, replica: Replica, kind: str) -> bool:
+    def _kill(self, replica: SoakedReplica, kind: str) -> bool:
         """Kill a part of a restore; return False if there is none (yet)."""
         if kind == "rekindle":
             replica.process.kill()
@@ -139,7 +139,7 @@ class Soak:
                 return True
         return False
 
-    def _await_ready(self, replica: Replica) -> None:
+    def _await_ready(self, replica: SoakedReplica) -> None:
         deadline = time.monotonic() + READY_SECONDS
         while not replica.report.exists():
             if replica.process.poll() is not None or time.monotonic() > deadline:
@@ -150,13 +150,13 @@ class Soak:
             raise SoakError(f"a restore took another way: {report}")
         self.seconds.append(report["first_token_seconds"])
 
-    def _await_end(self, replica: Replica) -> None:
+    def _await_end(self, replica: SoakedReplica) -> None:
         try:
             replica.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             raise SoakError(f"a restore does not end: {replica.said}") from None
 
-    def _check(self, replica: Replica) -> None:
+    def _check(self, replica: SoakedReplica) -> None:
         """Ask the oracle, and count: what one replica counts, no other sees."""
         engine = engine_of(self.record)
         client = Client(Endpoint(host="127.0.0.1", port=replica.port), _connect)
@@ -172,7 +172,7 @@ class Soak:
             if counted != replica.counted:
                 raise SoakError(f"a replica counted {counted} instead of {replica.counted}")
 
-    def _check_memory(self, replica: Replica) -> None:
+    def _check_memory(self, replica: SoakedReplica) -> None:
         """Compare the memory files with what they were at first, and with the files that are mapped."""
         if digests(self.dump / "memory") != self.memory:
             raise SoakError("a memory file has changed")

@@ -2,6 +2,7 @@
 """The arrows between the packages, the one module that runs commands, and what a start may import."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,10 +41,20 @@ def module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file names in an import, wherever that stands, relative ones made absolute."""
+    return frozenset(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
     here = module(path) if path.name == "__init__.py" else module(path).rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(parsed(path)):
         match node:
             case ast.Import(names=names):
                 yield from (alias.name for alias in names)
@@ -80,6 +91,7 @@ def test_imports_are_seen_wherever_they_stand() -> None:
 MODULES = {module(path): path for path in FILES}
 
 
+@functools.cache
 def arrows(name: str) -> set[str]:
     """The modules of ours that a module imports, wherever the import stands, also for types alone."""
     found = {other if other in MODULES else other.rpartition(".")[0] for other in imports(MODULES[name])}
@@ -92,7 +104,7 @@ def arrows(name: str) -> set[str]:
 
 def _takes_from(name: str, package: str) -> bool:
     """Whether a module takes something else than a module from a package."""
-    for node in ast.walk(ast.parse(MODULES[name].read_bytes())):
+    for node in ast.walk(parsed(MODULES[name])):
         match node:
             case ast.ImportFrom(module=origin, names=names) if origin == package:
                 if any(f"{package}.{alias.name}" not in MODULES for alias in names):
@@ -127,7 +139,7 @@ def test_there_is_no_circle() -> None:
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nobody_imports_the_start_and_the_core_names_commands_as_text(name: str) -> None:
-    found = set(imports(MODULES[name]))
+    found = imports(MODULES[name])
     assert not [other for other in found if below(other, MAIN)]
     if not below(name, "cli"):
         assert not [other for other in found if below(other, "cli") and name != MAIN]
@@ -136,7 +148,7 @@ def test_nobody_imports_the_start_and_the_core_names_commands_as_text(name: str)
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_no_command_line_is_read_below_the_commands(name: str) -> None:
     if not below(name, "cli"):
-        assert "argparse" not in set(imports(MODULES[name]))
+        assert "argparse" not in imports(MODULES[name])
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -152,7 +164,7 @@ def test_a_module_is_short_and_so_are_its_functions(name: str) -> None:
 def test_one_name_of_a_class_means_one_thing() -> None:
     where: dict[str, list[str]] = {}
     for path in [*FILES, *(ROOT / "hack").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     twice = {name: places for name, places in where.items() if len(places) > 1}
@@ -161,7 +173,7 @@ def test_one_name_of_a_class_means_one_thing() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_commands_are_run_in_one_place(path: Path) -> None:
-    assert ("subprocess" in set(imports(path))) is (module(path) == "rekindle.run")
+    assert ("subprocess" in imports(path)) is (module(path) == "rekindle.run")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)
@@ -298,7 +310,7 @@ def test_hidden_modules_can_be_imported_later() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_no_class_is_compiled_from_source_at_a_start(path: Path) -> None:
-    assert "dataclasses" not in set(imports(path))
+    assert "dataclasses" not in imports(path)
 
 
 def test_the_words_of_restore_need_nothing_of_what_it_does() -> None:
