@@ -149,7 +149,7 @@ class Bench:
             request, answer = record.oracle.request, record.oracle.answer
             replicas = measure_replicas(counts, self._replica, self._engine, request, answer)
             for each in replicas:
-                _say(f"{each['n']} replicas, {each['memory']}: {each['memory_bytes']:,} bytes")
+                _say(f"replicas: {each['n']} {each['memory']}, {each['memory_bytes']:,} bytes")
         deltas = []
         for number in range(runs if self._options.delta else 0):
             name = f"{_IMAGE}-delta-{number}"

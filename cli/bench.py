@@ -133,10 +133,10 @@ def _print_table(document: dict[str, Any]) -> None:
         f"   ({document['image_bytes']:,} of {document['dump_bytes']:,} bytes)"
     )
     for each in document["replicas"]:
-        seconds = each["first_token_seconds"]
+        seconds, name = each["first_token_seconds"], "replicas" if each["n"] > 1 else "replica"
+        name = f"{each['n']} {name}, {each['memory']}"
         print(
-            f"{each['n']:>2} {'replicas' if each['n'] > 1 else 'replica'}, {each['memory']:<11}"
-            f"{each['memory_bytes'] / 1e6:,.0f} MB in all, {seconds['median']:.2f} s each"
+            f"{name:<26}{each['memory_bytes'] / 1e6:,.0f} MB in all, {seconds['median']:.2f} s each"
             f" ({seconds['min']:.2f} to {seconds['max']:.2f})"
         )
     if delta := document["delta"]:
