@@ -134,7 +134,7 @@ RULES: Mapping[str, Rule] = {
         hard=True,
         why="The server has read a file that its command or a variable names, or one in a directory that its "
         "command names, and would read other content today: a configuration, a chat template, an adapter.",
-        source="docs/adr/0026-what-is-on-the-disk.md",
+        source="docs/adr/0027-what-is-on-the-disk.md",
         advice="make a snapshot with the files of today",
     ),
     "read-file": Rule(
@@ -142,7 +142,7 @@ RULES: Mapping[str, Rule] = {
         hard=False,
         why="The server has read a file that nothing names, and would read other content today. It may be a "
         "configuration or data of no importance: say so by policy.",
-        source="docs/adr/0026-what-is-on-the-disk.md",
+        source="docs/adr/0027-what-is-on-the-disk.md",
         advice="make a snapshot with the files of today if the server depends on them",
     ),
     "model-file": Rule(
