@@ -116,17 +116,16 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         """Require each file once, after its directory and before hard links to it, and none below a link."""
-        kinds = {PurePosixPath(top): FileKind.DIRECTORY for top in _TOPS}
+        kinds = dict.fromkeys(_TOPS, FileKind.DIRECTORY)
         for file in self.files:
-            if file.path in kinds:
-                raise FormatError(f"the record names {file.path} twice")
-            if kinds.get(file.path.parent) is not FileKind.DIRECTORY:
-                raise FormatError(f"the record names {file.path} before its directory")
-            if file.kind is FileKind.HARDLINK and kinds.get(PurePosixPath(file.target)) is not FileKind.FILE:
-                raise FormatError(
-                    f"the record links {file.path} to {file.target}, which is not an earlier file"
-                )
-            kinds[file.path] = file.kind
+            path = str(file.path)  # canonical, and faster to compare than a path
+            if path in kinds:
+                raise FormatError(f"the record names {path} twice")
+            if kinds.get(path.rpartition("/")[0]) is not FileKind.DIRECTORY:
+                raise FormatError(f"the record names {path} before its directory")
+            if file.kind is FileKind.HARDLINK and kinds.get(file.target) is not FileKind.FILE:
+                raise FormatError(f"the record links {path} to {file.target}, which is not an earlier file")
+            kinds[path] = file.kind
         if len(numbered(self.files)) != len(self.files):
             raise FormatError("the record gives two files one number")
         if self.base is None and any(file.number is not None for file in self.files):
@@ -256,13 +255,13 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
 
 def _require_inside(path: PurePosixPath) -> None:
     """Require a valid path below `criu/`, `memory/` or `shm/`."""
+    parts = str(path).split("/")  # of a canonical path; the first one of an absolute path is empty
     if (
-        path.is_absolute()
-        or len(path.parts) < 2
-        or path.parts[0] not in _TOPS
-        or ".." in path.parts
+        len(parts) < 2
+        or parts[0] not in _TOPS
+        or ".." in parts
         or len(_encoded(str(path))) > _PATH_LIMIT_BYTES // 2  # the other half is for the dump's directory
-        or any(len(os.fsencode(part)) > _NAME_LIMIT_BYTES for part in path.parts)
+        or any(len(os.fsencode(part)) > _NAME_LIMIT_BYTES for part in parts)
     ):
         raise FormatError("the record names a path outside the dump", cause=f"{str(path)!r:.120}")
 

@@ -21,7 +21,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -307,26 +307,27 @@ def _seal(tree: Path, image: Image) -> str:
     Directories count because CRIU also reads files that the record does not list. Only root can change a
     file without changing its ctime.
     """
-    files = [file.path for file in image.record.dump.files]
-    directories = {PurePosixPath(top) for top in tops(image.record.dump.files)}
-    directories |= {parent for path in files for parent in path.parents if parent.parts}
-    return _digest_of_metadata(tree, (*files, *sorted(directories)))
+    files = [str(file.path) for file in image.record.dump.files]
+    directories = set(tops(image.record.dump.files))
+    for path in files:
+        while (path := path.rpartition("/")[0]) and path not in directories:
+            directories.add(path)
+    return _digest_of_metadata(tree, (*files, *sorted(directories, key=lambda path: path.split("/"))))
 
 
 def _seal_memory(tree: Path, image: Image) -> str:
-    files = [file.path for file in image.record.dump.files if file.path.parts[0] == "memory"]
-    return _digest_of_metadata(tree, sorted(files))
+    files = [str(file.path) for file in image.record.dump.files if file.path.parts[0] == "memory"]
+    return _digest_of_metadata(tree, sorted(files, key=lambda path: path.split("/")))
 
 
 def _seal_directory(directory: Path) -> str:
-    names = sorted(path.name for path in directory.iterdir())
-    return _digest_of_metadata(directory, [PurePosixPath(name) for name in ("", *names)])
+    return _digest_of_metadata(directory, (".", *sorted(path.name for path in directory.iterdir())))
 
 
-def _digest_of_metadata(tree: Path, paths: Iterable[PurePosixPath]) -> str:
+def _digest_of_metadata(tree: Path, paths: Iterable[str]) -> str:
     hasher = hashlib.sha256()
     for path in paths:
-        status = (tree / path).lstat()
+        status = os.lstat(f"{tree}/{path}")  # many files: three times as fast as Path.lstat
         facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino)
         times = (status.st_mtime_ns, status.st_ctime_ns)
         hasher.update(f"{path}\0{facts}{times}\n".encode(errors="surrogateescape"))
