@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cli import _arguments, _report, _trust
+from rekindle.cell import Cell
 from rekindle.report import Report, Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
 from restore.listener import Listener
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from oci.progress import Tally
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Restore, or print the plan; return the exit status."""
+def run(args: argparse.Namespace, command: Sequence[str], cell: Cell | None) -> int:
+    """Restore, into a cell that boots, or print the plan; return the exit status."""
     options = Options(
         image=args.image,
         command=tuple(command),
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     if args.plan:
         return _show_plan(options, as_json=args.json)
     _report.refuse_unwritable(args.report)
-    return restore(options, _Console(args))
+    return restore(options, _Console(args), cell)
 
 
 def _show_plan(options: Options, *, as_json: bool) -> int:

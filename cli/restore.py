@@ -2,7 +2,9 @@
 """`rekindle restore`: restore a saved server in the fastest way that this node allows, and serve."""
 
 import argparse
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ def main(words: Sequence[str]) -> int:
     words, command = _arguments.split_command(words)
     parser = argparse.ArgumentParser(
         prog="rekindle restore",
+        formatter_class=_arguments.Formatter,
         usage="rekindle restore IMAGE [options] [-- COMMAND…]",
         description="Restore a saved server and serve until it ends. Restores its process if this node "
         "matches the recorded one, else starts its command on the saved kernel cache, else the command "
@@ -78,10 +81,16 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     args = parser.parse_args(words)
-    # Imported late: it takes most of the start-up time, which --help does not need.
-    from cli._restoring import run
+    with contextlib.ExitStack() as stack:
+        cell = None
+        if args.rung is Rung.PROCESS and not args.plan and os.geteuid() == 0:
+            from rekindle.cell import Cell
 
-    return run(args, command)
+            cell = stack.enter_context(Cell())  # it boots while we import the rest
+        # Imported late: it takes most of the start-up time, which --help does not need.
+        from cli._restoring import run
+
+        return run(args, command, cell)
 
 
 def _seconds(text: str) -> float:

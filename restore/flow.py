@@ -30,8 +30,10 @@ LOWER_STATUS = 3
 _OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
 
 
-def restore(options: Options, listener: Listener | None = None) -> int:
+def restore(options: Options, listener: Listener | None = None, cell: Cell | None = None) -> int:
     """Restore a saved server on the best rung that this node allows, and serve until it exits.
+
+    `cell` is one that has not been entered yet, if the caller wanted it to boot earlier; it is ended here.
 
     Call this in the main thread: signals are passed on to the server. Returns the server's exit status, 128
     + N for signal N, but 3 instead of 0 on a rung below `options.rung`. Raises RekindleError if no rung could
@@ -43,7 +45,7 @@ def restore(options: Options, listener: Listener | None = None) -> int:
         announcer = Announcer(report, listener, options.ready_file)
         run = Run(options=options, report=report, listener=listener, signals=signals, announcer=announcer)
         try:
-            decision, taken = _bring_up(run, stack)
+            decision, taken = _bring_up(run, cell, stack)
         except BaseException as error:
             report.fail(error)
             listener.failed(report)
@@ -66,11 +68,14 @@ def require_one(decision: Decision, lowest: Rung) -> None:
         require_possible(steps[-1].reasons)
 
 
-def _bring_up(run: Run, stack: contextlib.ExitStack) -> tuple[Decision, TakenRung]:
+def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple[Decision, TakenRung]:
     """Decide, take the best possible rung, and fill the report."""
     options, report = run.options, run.report
     wants_process = options.rung is Rung.PROCESS and os.geteuid() == 0
-    cell = stack.enter_context(Cell()) if wants_process else None  # it boots while we decide
+    if cell is None and wants_process:
+        cell = Cell()  # it boots while we decide
+    if cell is not None:
+        stack.enter_context(cell)
     connections = stack.enter_context(contextlib.ExitStack())
     stack.enter_context(notify.ready_file(options.ready_file))
     with report.phase("decide"):

@@ -288,6 +288,15 @@ import cli.restore, cli._restoring, restore.rungs.process, rekindle.engine.vllm,
     assert not loaded & set(NOT_AT_A_RESTORE)
 
 
+def test_the_words_of_restore_are_read_without_shutil() -> None:
+    program = """
+import contextlib, io, cli.restore
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    cli.restore.main(["--help"])
+"""
+    assert not loaded_after(program) & {"shutil", "rekindle.cell"}
+
+
 def test_to_verify_imports_the_curve_alone(tmp_path: Path) -> None:
     key = PrivateKey.generate()
     (tmp_path / "key.pub").write_bytes(key.public.to_pem())
