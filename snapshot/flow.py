@@ -17,6 +17,7 @@ from oci.layout import Layout
 from oci.reference import parse
 from oci.trust import made_here, signer
 from rekindle import criu, dump_tree
+from rekindle.criu import kernel_facts
 from rekindle.cuda import search
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, for_command, for_sleep
@@ -71,6 +72,7 @@ def snapshot(
     with home.work("snapshot") as work, credentials.kept_out_of_errors():
         with report.phase("find criu"):
             tool = criu.find(home)
+            kernel_facts.learn(home, tool.path)
         keep = options.keep_dump
         made = make.make(
             spec,
