@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from rekindle import __version__, criu
-from rekindle.cell import Cell, Clocks, Network, processes
+from rekindle.cell import Cell, Clocks, Network, processes, untraced
 from rekindle.cell.read_settings import read_settings
 from rekindle.criu import Criu, inherited, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
+from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.caches import CacheRoot
@@ -268,6 +269,8 @@ def _compact(tree: Path, root: int) -> list[MemoryFile]:
         (tree / "criu" / leftover).unlink(missing_ok=True)
     zero_pages.drop(tree / "criu")
     inherited.drop(tree / "criu", root)
+    if untraced.FILTER:
+        drop_filter(tree / "criu", untraced.FILTER)
     return move_memory(tree / "criu", tree / "memory")
 
 

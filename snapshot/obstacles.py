@@ -13,12 +13,13 @@ import re
 import resource
 import stat
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from msgspec import Struct
 
 from rekindle.cell import Cell, Command, Network, processes
+from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
 from snapshot.socket_obstacles import Finding, Sockets
@@ -68,6 +69,17 @@ _NAMESPACES = {
     "cgroup": "a cgroup",
     "pid": "a PID",
     "time": "a time",
+}
+# What processes do without a trace in /proc: see rekindle/cell/untraced.py.
+_UNTRACED: Mapping[str, Finding] = {
+    LANDLOCK: (
+        "has restricted itself with Landlock, and a restored process would not be restricted",
+        "turn that off, or restrict rekindle instead",
+    ),
+    KEYS: (
+        "uses keys of the OS kernel (keyrings), which would be missing after a restore",
+        "keep them in files or in memory",
+    ),
 }
 _NVIDIA = "/dev/nvidia"
 _GPUS = (_NVIDIA, "/dev/kfd", "/dev/dri/")
@@ -133,6 +145,9 @@ def _of_process(cell: Cell, pid: int, root: int, host_pid: int) -> Iterator[tupl
         yield where, ("is in seccomp strict mode", "start it without that mode")
     if fields.get("State", "").startswith("Z") and len(processes.task_ids(cell, pid)) > 1:
         yield where, ("has ended its main thread, and runs on in others", "let the main thread wait for them")
+    for each, what in sorted(cell.untraced()):
+        if each == pid:
+            yield where, _UNTRACED[what]
     for name in _NAMESPACES:
         if _namespace(cell, pid, name) not in {"", _namespace(cell, root, name)}:
             kind = _NAMESPACES[name]

@@ -143,6 +143,11 @@ TODAY_ROWS = (
     ),
     ("timer slack", "set again if the server had set it", "`test_limits.py`"),
     ("options of sockets that CRIU loses", "set again", "`test_limits.py`"),
+    (
+        "Landlock, keys and keyrings, pressure triggers",
+        "refused at the snapshot ([snapshots.md](snapshots.md))",
+        "`test_limits.py`",
+    ),
     ("NUMA policy", "told at the snapshot and here: `memory-policy`", "`test_limits.py`"),
 )
 LAST = """\

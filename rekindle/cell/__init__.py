@@ -106,6 +106,7 @@ class Cell:
         self._exits: dict[int, int] = {}
         self._spawned: list[int] = []
         self._adjusted: list[str] | None = None
+        self._untraced: set[tuple[int, str]] = set()
         self._init = 0
         self._ready = False
         self._dial: socket.socket | None = None
@@ -309,6 +310,12 @@ class Cell:
         """Pass on a signal that we got, unless its sender has signalled everything in our control group."""
         self._send({"op": "relay", "pid": pid, "signal": signum})
 
+    def untraced(self) -> set[tuple[int, str]]:
+        """Return what processes have done without a trace, as (PID in the cell, kind of untraced.py)."""
+        while self._receive(0.0):
+            pass
+        return self._untraced
+
     def fileno(self) -> int:
         """Return a descriptor that is readable after an event; then call `wait` with a timeout of 0."""
         return self._control.fileno()
@@ -388,6 +395,8 @@ class Cell:
             case {"spawned": int(pid)}:
                 self._exits.pop(pid, None)
                 self._spawned.append(pid)
+            case {"untraced": str(kind), "pid": int(pid)}:
+                self._untraced.add((pid, kind))
             case {"adjusted": list(problems)}:
                 self._adjusted = problems
             case {"init": int(pid)}:

@@ -20,6 +20,7 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
     {"op": "adjust"} + a file with what `settings.py` lists  {"adjusted": [what could not be set]}
     {"op": "relay", "pid", "signal"}                         -
     -                                                        {"exited": PID, "status": wait status}
+    -                                                        {"untraced": kind, "pid": PID}: see untraced.py
     -                                                        {"error": text}
 
 "dial" is a second SOCK_SEQPACKET socket, which several threads of rekindle may use. A byte asks for a stream
@@ -38,6 +39,7 @@ everything that it starts: `memory.py`, beside this file, selects them, and `sup
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -212,27 +214,28 @@ def serve(control: socket.socket, dial: socket.socket | None) -> None:
     poller.register(relay.fd, POLLIN)
     if dial:
         poller.register(dial, POLLIN)
-    supervisor = None
+    supervisors: dict = {}  # type: ignore[type-arg]
     send(control, {"ready": True})
     while True:
         pause = relay.step()
-        ready = dict(poller.poll(0 if supervisor and supervisor.busy else pause))
+        busy = any(each.busy for each in supervisors.values())
+        ready = dict(poller.poll(0 if busy else pause))
         if control.fileno() in ready:
             message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES, 16)
             if not message:
                 return
             if new := answer(control, relay, json.loads(message), fds):
-                supervisor = new
-                poller.register(supervisor.listener.fd, POLLIN)
+                supervisors[new.listener.fd] = new
+                poller.register(new.listener.fd, POLLIN)
         if relay.fd in ready:
             relay.receive()
         if dial and dial.fileno() in ready:
             hand_out(dial)
-        if supervisor:
-            if (event := ready.get(supervisor.listener.fd, 0)) & POLLIN:
+        for fd, supervisor in supervisors.items():
+            if (event := ready.get(fd, 0)) & POLLIN:
                 supervisor.receive()
             elif event:  # no task is left that it could hear from
-                poller.unregister(supervisor.listener.fd)
+                poller.unregister(fd)
             supervisor.step()
         if wake_reader in ready:
             os.read(wake_reader, 4096)
@@ -280,6 +283,12 @@ def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ig
                 except OSError as error:
                     hide_facts(waiting)
                     reply = {"refused": str(error)}
+            elif request["workload"]:
+                from rekindle.cell import untraced
+
+                note = functools.partial(note_untraced, control)
+                pid, supervisor = untraced.watched(functools.partial(spawn, request, rest), note)
+                reply = {"spawned": pid}
             else:
                 reply = {"spawned": spawn(request, rest)}
             for fd in rest:
@@ -298,6 +307,10 @@ def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ig
             pid, signum = request["pid"], request["signal"]
             relay.hold(signum, lambda: os.kill(pid, signum))
     return supervisor
+
+
+def note_untraced(control: socket.socket, kind: str, pid: int) -> None:
+    send(control, {"untraced": kind, "pid": pid})
 
 
 def show_facts(facts: "str | None") -> int:

@@ -205,7 +205,7 @@ def give_listener(channel: socket.socket, ranges: Sequence[Sequence[int]]) -> No
     Sends the error and exits if that fails.
     """
     try:
-        listener = _install(FILTER + _places(ranges))
+        listener = install(FILTER + _places(ranges))
     except OSError as error:
         channel.send(struct.pack("i", error.errno))
         os._exit(1)
@@ -222,7 +222,8 @@ def take_listener(channel: socket.socket) -> int:
     return fds[0]
 
 
-def _install(program: bytes) -> int:
+def install(program: bytes) -> int:
+    """Install a filter for this process, and return its listener. Raises OSError."""
     assert _MACHINE is not None
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
@@ -251,14 +252,16 @@ class GoneError(Exception):
 class Call:
     """A system call that waits for its answer."""
 
-    __slots__ = ("_listener", "arguments", "id", "is_mremap", "tid")
+    __slots__ = ("_listener", "arguments", "id", "is_mremap", "number", "tid")
 
     def __init__(self, listener: int, notification: bytes | bytearray) -> None:
         assert _MACHINE is not None
         self._listener = listener
-        self.id, self.tid, _, number, architecture, _, *self.arguments = _NOTIFICATION.unpack(notification)
+        self.id, self.tid, _, self.number, architecture, _, *self.arguments = _NOTIFICATION.unpack(
+            notification
+        )
         names = _MACHINE.native if architecture == _MACHINE.native[0] else _MACHINE.compat
-        self.is_mremap = number == names[2]
+        self.is_mremap = self.number == names[2]
         self.arguments[0] &= (1 << _MACHINE.address_bits) - 1
 
     def check(self) -> None:

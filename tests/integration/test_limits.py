@@ -197,3 +197,30 @@ def test_a_pressure_trigger_is_named_before_the_dump(rekindle: Rekindle, port: i
     done = try_snapshot(rekindle, port, f"pressure={trigger}")
     assert done.status == 32, done.stderr
     assert "waits for pressure (psi), which a restored process would not be told" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("landlock", "has restricted itself with Landlock"),
+        ("key", "uses keys of the OS kernel"),
+        ("session", "uses keys of the OS kernel"),
+    ],
+)
+def test_what_leaves_no_trace_in_proc_is_named_too(
+    rekindle: Rekindle, port: int, what: str, words: str
+) -> None:
+    done = try_snapshot(rekindle, port, what)
+    assert done.status == 32, done.stderr
+    assert words in done.stderr
+
+
+def test_a_helper_that_restricted_itself_and_has_ended_is_no_obstacle(rekindle: Rekindle, port: int) -> None:
+    done = try_snapshot(rekindle, port, "child-landlock")
+    assert done.status == 0, done.stderr
+
+
+def test_a_restored_server_may_restrict_itself(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    snapshot(rekindle, port)
+    replica, _ = restored(rekindle, restore, port)
+    assert replica.ask("/restrict") == '"ready"'

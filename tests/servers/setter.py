@@ -3,6 +3,7 @@
 
     GET  /           200
     GET  /settings   what its process and its threads have now, as JSON
+    GET  /restrict   200 if it can restrict a thread of its own
     POST /answer     the oracle's question
 
 What it does at its start, in this order:
@@ -15,6 +16,8 @@ What it does at its start, in this order:
     bind=CPUS              has a thread that is bound to these CPUs (0+1); one that is not is always there
     batch, policy          has a thread with SCHED_BATCH; sets a NUMA policy for new memory
     sockets                has a listening socket, a connection and a UDP socket with options that CRIU loses
+    landlock, key, session has a thread that restricts itself; adds a key; joins a new session keyring
+    child-landlock         runs a child that restricts itself and ends
     pressure=PATH          waits for pressure: a trigger of psi(7)
 """
 
@@ -100,12 +103,43 @@ def do(what: str, value: str) -> None:
             assert libc.syscall(SET_MEMPOLICY, MPOL_BIND, (ctypes.c_ulong * 1)(1), 64) == 0
         case "sockets":
             open_sockets()
+        case "landlock":
+            run("landlocked", (restrict,))
+        case "child-landlock":
+            run_restricted_child()
+        case "key":
+            serial = libc.syscall(ADD_KEY, b"user", b"setter", b"secret", 6, KEY_SPEC_PROCESS_KEYRING)
+            assert serial > 0
+        case "session":
+            assert libc.syscall(KEYCTL, KEYCTL_JOIN_SESSION_KEYRING, None) > 0
         case "pressure":
             file = open(value, "r+b", buffering=0)
             file.write(b"some 500000 2000000\0")
             kept.append(file)
         case _:
             raise ValueError(what)
+
+
+ADD_KEY, KEYCTL = 248, 250
+KEY_SPEC_PROCESS_KEYRING, KEYCTL_JOIN_SESSION_KEYRING = -2, 1
+LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF, PR_SET_NO_NEW_PRIVS = 444, 446, 38
+
+
+def restrict() -> None:
+    """Forbid making device nodes, and anything that a newer Landlock counts to it."""
+    attributes = ctypes.c_uint64(1 << 11)
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), 8, 0)
+    assert ruleset >= 0
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
+    os.close(ruleset)
+
+
+def run_restricted_child() -> None:
+    if os.fork() == 0:
+        restrict()
+        os._exit(0)
+    os.wait()
 
 
 OPTIONS = {
@@ -173,6 +207,8 @@ def thread(tid: int) -> dict[str, Any]:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/restrict":
+            restrict()  # this connection's thread alone
         self.reply(settings() if self.path == "/settings" else "ready")
 
     def do_POST(self) -> None:
