@@ -22,7 +22,6 @@ _FILES_LIMIT = 100_000
 _DIRECTORIES_LIMIT = 1000
 _ENTRIES_LIMIT = 50_000
 _PATH = Annotated[str, Meta(pattern=r"^[^\x00\ud800-\udc7f\udd00-\udfff]+$", max_length=4095)]
-_CODE_IDENTITY = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
 _DISTRIBUTION = re.compile(r"([0-9A-Za-z][0-9A-Za-z._-]*?)-([0-9][^-]*)(?:-py3[^-]*)?\.(?:dist|egg)-info")
 # Python runs these at its start, wherever on its search path they are: the documentation of `site`.
 _STARTERS = {"sitecustomize", "usercustomize"}
@@ -55,7 +54,7 @@ class CodeDirectory(Struct, frozen=True, kw_only=True):
     """
 
     path: _PATH
-    files: Annotated[Mapping[_PATH, _CODE_IDENTITY], Meta(max_length=_FILES_LIMIT)] = {}
+    files: Annotated[Mapping[str, str], Meta(max_length=_FILES_LIMIT)] = {}
     distributions: Mapping[str, str] = {}
     used: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
@@ -73,7 +72,8 @@ class Loaded(Struct, frozen=True, kw_only=True):
 
     def modules(self) -> frozenset[str]:
         """Return the names of the loaded top-level modules."""
-        return frozenset(module(path) for each in self.code for path in each.files)
+        names = {path.partition("/")[0] for each in self.code for path in each.files}  # thousands of paths
+        return frozenset(map(module, names))
 
 
 def module(path: str) -> str:

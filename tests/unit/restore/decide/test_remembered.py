@@ -105,12 +105,28 @@ def test_a_file_that_changed_just_now_is_not_remembered(
     assert compared.times == 2
 
 
-def test_a_whole_second_proves_nothing(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in images of squashfs, where all times of a file are that of its source."""
+@pytest.mark.parametrize(("number", "times"), [(0, 2), (7, 1)])
+def test_a_whole_second_proves_nothing_but_on_disks_with_a_number(
+    number: int, times: int, compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In images of squashfs, for example, all times of a file are that of its source."""
     monkeypatch.setattr(remembered, "_SECOND_NS", 1)
-    compared()
-    compared()
+    monkeypatch.setattr(remembered, "_number", lambda *_: number)
+    assert compared() == compared()
+    assert compared.times == times
+
+
+def test_another_disk_is_another(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_SECOND_NS", 1)
+    for number in (7, 8):
+        monkeypatch.setattr(remembered, "_number", lambda *_, number=number: number)
+        compared()
     assert compared.times == 2
+
+
+@pytest.mark.parametrize("path", ["/proc/version", "/dev/null", "/sys/kernel"])
+def test_what_is_no_disk_has_no_number(path: str) -> None:
+    assert remembered._number(os.stat(path).st_dev, path) == 0
 
 
 def test_a_boot_ends_it(compared: Compared) -> None:
