@@ -13,7 +13,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from rekindle.errors import WorkloadError
 from rekindle.node import loaded, packages, sampled
@@ -68,7 +68,8 @@ class Sources(Struct, frozen=True, kw_only=True):
 
     `opened` are the paths of the files that it has opened, `written` the devices and inodes of those that it
     has written. `since_ns` is when it was started. `left_out` are directories whose files do not count.
-    `mapped` are the files that are compared because they are mapped, `described` those of the model.
+    `mapped` are the files that are compared because they are mapped, `described` those of the model. Unless
+    `watched`, it is unknown what was opened: the files that the command names count, and every package.
     """
 
     argv: Sequence[str]
@@ -80,6 +81,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     left_out: Sequence[str]
     mapped: Collection[str]
     described: Collection[str] = ()
+    watched: bool = True
 
 
 def describe(sources: Sources) -> tuple[Loaded, int]:
@@ -93,7 +95,8 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
     files: dict[str, LoadedFile] = {}
     room = {kind: _OTHERS_LIMIT if kind is LoadedKind.OTHER else _FILES_LIMIT for kind in LoadedKind}
     left_out = 0
-    for path in sorted(_sources(sources)):
+    opened = _sources(sources) if sources.watched else set(names.files)
+    for path in sorted(opened):
         status = _compared(path, sources)
         if status is None:
             continue
@@ -122,9 +125,12 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
                 identity = sampled.identity(path)
                 files[named] = LoadedFile(path=named, size=status.st_size, identity=identity, kind=here)
     modules = frozenset(loaded.module(path) for found in code.values() for path in found)
+    directories = [_directory(path, found, modules) for path, found in sorted(code.items())]
+    if not sources.watched:
+        directories = [structs.replace(each, used=tuple(each.distributions)) for each in directories]
     described = Loaded(
         search_path=tuple(names.search_path),
-        code=tuple(_directory(path, found, modules) for path, found in sorted(code.items())),
+        code=tuple(directories),
         files=tuple(files[path] for path in sorted(files)),
     )
     return described, left_out
@@ -142,7 +148,7 @@ class _Names(Struct, frozen=True, kw_only=True):
     def of(cls, sources: Sources) -> "_Names":
         files: dict[str, str] = {}
         directories: dict[str, str] = {}
-        roots = {sources.directory: "."} if sources.directory not in _TOO_WIDE else {}
+        roots: dict[str, str] = {}
         home = sources.environment.get("HOME")
         for word in _words(sources):
             real = os.path.realpath(posixpath.join(sources.directory, word))
@@ -155,6 +161,8 @@ class _Names(Struct, frozen=True, kw_only=True):
         for name, value in sources.environment.items():
             if value.startswith("/") and name not in _OF_THE_SHELL and os.path.isfile(value):  # noqa: PTH113
                 files.setdefault(os.path.realpath(value), value)
+        if sources.directory not in _TOO_WIDE:
+            roots.setdefault(sources.directory, ".")  # where `python -m` looks first
         found = [str(path) for path in packages.search_path(sources.argv, sources.environment)]
         roots |= {os.path.realpath(path): path for path in found}
         return cls(files=files, directories=directories, search_path=found, roots=roots)

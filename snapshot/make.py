@@ -241,8 +241,8 @@ def _loaded(
     """Describe what the server has read since it was started."""
     if reads.problem:
         report.say(
-            "WARNING: it is unknown what the server has read, so a restore will not notice other modules "
-            f"or files: {reads.problem}"
+            "WARNING: it is unknown what the server has read, so a restore will notice neither other modules "
+            f"nor other files, except those that the command names: {reads.problem}"
         )
     model = recorded(weights)
     place = locate(model.name, model.asked, spec.environment)[0] if model else Path()
@@ -251,6 +251,7 @@ def _loaded(
         environment=server.environment,
         directory=str(Path.cwd()),
         opened=reads.read,
+        watched=not reads.problem,
         written=reads.written,
         since_ns=began_ns,
         left_out=[f"{each.recorded}/" for each in caches] + [f"{work}/"],

@@ -235,8 +235,8 @@ what its name says.
 - `RECORD` and other metadata of packages that the server has not read;
 - bytes that the server would read from the network.
 
-If fanotify does not work (in a user namespace, without CAP_SYS_ADMIN), `snapshot` warns, and only mapped
-and open files, the model and the packages are compared.
+If fanotify does not work (a filter of system calls may forbid it), `snapshot` warns, and of modules and files
+only those are compared that are mapped or open or that the command names, and the versions of all packages.
 
 A file that changes between the server's start and the dump fails the snapshot. To compare contents takes
 0.2 s for the modules of vLLM; what was found is remembered in `$REKINDLE_HOME/compared` until a size, time,

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -111,6 +112,35 @@ def test_the_snapshot_is_proved_small_and_made_in_little_memory(
     shown = vllm[0]("inspect", "tiny")
     assert "engine      vllm" in shown.stdout
     assert "fits here   process" in shown.stdout
+
+
+PATCHED = {
+    "a module of vLLM": ("lib/python3.11/site-packages/vllm/envs.py", "code-file"),
+    "a module that a worker has imported": (
+        "lib/python3.11/site-packages/vllm/model_executor/models/llama.py",
+        "code-file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_patched_module_is_seen(
+    vllm: tuple[Rekindle, dict[str, object]], tmp_path: Path, name: str
+) -> None:
+    """It is laid over the installed one, in the mount namespace of the tests."""
+    path, code = PATCHED[name]
+    installed = VLLM_BIN.parent / path
+    assert vllm[0]("match", "tiny", "--json").json["steps"][0]["reasons"] == []
+    shutil.copy2(installed, tmp_path / "patched.py")
+    with open(tmp_path / "patched.py", "r+b") as file:
+        file.write(b"\n")
+    subprocess.run(["mount", "--bind", str(tmp_path / "patched.py"), str(installed)], check=True)
+    try:
+        reasons = vllm[0]("match", "tiny", "--json").json["steps"][0]["reasons"]
+        assert [(each["code"], each["hard"]) for each in reasons] == [(code, True)], reasons
+        assert Path(reasons[0]["field"]).resolve() == installed.resolve()
+    finally:
+        subprocess.run(["umount", str(installed)], check=True)
 
 
 def test_ten_restores_in_a_row_give_ten_right_answers_and_leave_nothing(

@@ -242,3 +242,27 @@ HEADERS = "lib/python3.11/site-packages/torch/include/a.h", "data/kernel.cuh"
 @pytest.mark.parametrize("path", HEADERS)
 def test_what_compilers_read_is_left_out(path: str, tmp_path: Path) -> None:
     assert described(tmp_path, [write(tmp_path / path)]) == Loaded()
+
+
+def test_without_a_watch_what_is_named_counts(tmp_path: Path) -> None:
+    write(tmp_path / "lib/python3.11/site-packages/one-1.0.dist-info/METADATA")
+    write(tmp_path / "bin/python3.11")
+    (tmp_path / "bin/python3.11").chmod(0o755)
+    write(tmp_path / "pyvenv.cfg", "home = /nothing/bin\ninclude-system-site-packages = false\n")
+    config, script = write(tmp_path / "config.yaml"), write(tmp_path / "server.py")
+    argv = [f"{tmp_path}/bin/python3.11", script, f"--config={config}"]
+    found = described(tmp_path, [], argv=argv, watched=False)
+    assert files(found) == {config: NAMED, script: NAMED, argv[0]: NAMED}
+    assert code(found) == {f"{tmp_path}: server.py"}
+    site = found.code[1]
+    assert (site.distributions, site.used) == ({"one": "1.0"}, ("one",))
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"), [("{}/server.py", "{}"), ("server.py", "."), ("./server.py", "."), ("nothing", ".")]
+)
+def test_code_in_the_working_directory_is_called_as_the_command_does(
+    word: str, wanted: str, tmp_path: Path
+) -> None:
+    found = described(tmp_path, [write(tmp_path / "server.py")], word.format(tmp_path))
+    assert code(found) == {f"{wanted.format(tmp_path)}: server.py"}
