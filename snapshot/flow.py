@@ -137,7 +137,7 @@ def _sleeping_engine(
     weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
     if weights is Weights.AS_IS:
         return engine
-    return for_sleep(engine, command, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
+    return for_sleep(engine, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
 
 
 def _copy(dump: Path, target: Path) -> None:

@@ -121,6 +121,10 @@ class Engine(Protocol):
     def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
         """Return the request with the credentials that this server requires; they are never recorded."""
 
+    def require_accepted(self, client: "Client") -> None:  # noqa: ARG002
+        """Raise MismatchError unless the restored server accepts every client that a start today would."""
+        return
+
     def agree(self, expected: JSON, got: JSON) -> bool:
         """Tell whether two answers are equal up to rounding."""
 

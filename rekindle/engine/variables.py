@@ -6,12 +6,6 @@ what differs between any two starts without a consequence. Each engine adds what
 """
 
 import re
-from collections.abc import Mapping
-
-OF_CELLS: Mapping[str, str] = {
-    "PYTHONHASHSEED": "0",  # equal memory layouts: dumps of equal servers share most pages
-}
-"""Variables that a server in a cell gets unless they are set."""
 
 # Read by CUDA and its libraries, torch, compilers of GPU kernels, OpenMP and the like, the libraries of
 # Hugging Face, ROCm, and the dynamic linker.

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from msgspec import structs
 
 from rekindle.engine import Compiled, Endpoint, Engine, Request, variables
-from rekindle.errors import OracleError, UsageError
+from rekindle.engine.vllm_command import ServerCommand, read
+from rekindle.errors import MismatchError, OracleError, UsageError
 from rekindle.fields import JSON
 from rekindle.node import packages
 
 if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
-_API_SERVER = "vllm.entrypoints.openai.api_server"
 _ORACLE_PROMPT = "The capital of France is"
 _ORACLE_TOKENS = 16
 _WARM_LENGTHS = (1, 16, 128, 1024)  # tokens
@@ -46,6 +46,7 @@ _CHOOSE_KERNELS = (
 )
 _OTHER_SOURCES = ("VLLM_USE_MODELSCOPE", "VLLM_USE_RUST_")
 _TIMEOUT_SECONDS = 60.0
+_UNAUTHORIZED = 401
 
 
 class VllmEngine(Engine):
@@ -54,31 +55,39 @@ class VllmEngine(Engine):
     name = "vllm"
     compiles = True
 
-    def __init__(self, *, endpoint: Endpoint, api_key: str | None = None) -> None:
-        """Take the key from VLLM_API_KEY if `api_key` is None, as the server does."""
+    def __init__(self, *, endpoint: Endpoint, api_keys: Sequence[str] | None = None) -> None:
+        """`api_keys` are the keys of which the server requires one; None if only the environment can tell."""
         self.endpoint = endpoint
-        self._api_key = api_key
+        self.api_keys = api_keys
 
     @classmethod
-    def recognize(cls, argv: Sequence[str]) -> "VllmEngine | None":
-        """Return the engine if a command starts vLLM's server. Raises UsageError for unsupported options."""
-        if not is_server(argv):
+    def recognize(
+        cls, argv: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> "VllmEngine | None":
+        """Return the engine if a command starts vLLM's server in an environment, by default ours.
+
+        Raises UsageError for unsupported options, and if it cannot be told what the command starts.
+        """
+        command = read(argv, os.environ if environment is None else environment)
+        if command is None:
             return None
-        if option(argv, "--uds"):
+        if command.option("--uds"):
             raise UsageError(
                 "a server on a unix socket (--uds) is not supported", hint="use --host and --port"
             )
-        if option(argv, "--ssl-keyfile") or option(argv, "--ssl-certfile"):
+        if command.option("--ssl-keyfile") or command.option("--ssl-certfile"):
             raise UsageError(
                 "a server that speaks TLS itself is not supported",
                 cause="the oracle's request is sent as plain HTTP, within the cell",
                 hint="omit --ssl-keyfile and --ssl-certfile; put a TLS proxy in front of the published port",
             )
-        port = option(argv, "--port") or "8000"
+        if command.has("--grpc"):
+            raise UsageError("a server that speaks gRPC is not supported", hint="omit --grpc")
+        port = command.option("--port") or "8000"
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"invalid --port {port!r}")
-        host = option(argv, "--host") or "0.0.0.0"
-        return cls(endpoint=Endpoint(host=host, port=int(port)), api_key=option(argv, "--api-key"))
+        host = command.option("--host") or "0.0.0.0"
+        return cls(endpoint=Endpoint(host=host, port=int(port)), api_keys=command.api_keys())
 
     def environment(self) -> Mapping[str, str]:
         # Spawned workers inherit no descriptors. Usage statistics and Xet open connections to the internet,
@@ -111,11 +120,9 @@ class VllmEngine(Engine):
         return chosen or variables.chooses_kernels(name)
 
     def model(self, argv: Sequence[str]) -> tuple[str, str] | None:
-        named = option(argv, "--model")
-        if named is None and "serve" in argv:
-            after = list(argv)[list(argv).index("serve") + 1 :]
-            named = after[0] if after and not after[0].startswith("-") else None
-        return (named, option(argv, "--revision") or "main") if named else None
+        command = read(argv, os.environ)
+        named = command.model if command else None
+        return (named, (command and command.option("--revision")) or "main") if named else None
 
     def milestones(self) -> Sequence[tuple[str, str]]:
         return (
@@ -141,14 +148,22 @@ class VllmEngine(Engine):
         return ("torchinductor_*/precompiled_headers/*.gch",)
 
     def options(self) -> dict[str, JSON]:
-        return {}
+        return {"api_keys": len(set(self.api_keys))} if self.api_keys else {}
+
+    def enforced(self) -> frozenset[str]:
+        return frozenset({"VLLM_API_KEY", "--api-key", "--api_key"})
 
     def authorize(self, request: Request, environment: Mapping[str, str]) -> Request:
-        key = self._api_key or environment.get("VLLM_API_KEY")
-        if not key:
-            return request
-        headers = {**request.headers, "Authorization": f"Bearer {key}"}
-        return structs.replace(request, headers=headers)
+        keys = self.api_keys
+        if keys is None:
+            keys = [environment.get("VLLM_API_KEY", "")]
+        return _with_key(request, keys[0]) if keys and keys[0] else request
+
+    def require_accepted(self, client: "Client") -> None:
+        for key in (self.api_keys or ())[1:]:  # the oracle's request had the first
+            asked = _with_key(Request(method="GET", path="/v1/models"), key)
+            if client.ask(asked, timeout=_TIMEOUT_SECONDS).status == _UNAUTHORIZED:
+                raise MismatchError(_OTHER_KEY, cause="it answers with status 401", hint=_KEY_HINT)
 
     def ready(self, client: "Client", timeout: float) -> bool:
         return client.get("/health", timeout=min(timeout, _TIMEOUT_SECONDS)).status == 200
@@ -174,6 +189,8 @@ class VllmEngine(Engine):
         return completion(model, _ORACLE_PROMPT, _ORACLE_TOKENS)
 
     def answer(self, response: "Response") -> JSON:
+        if response.status == _UNAUTHORIZED:
+            raise OracleError(_OTHER_KEY, cause="it answers with status 401", hint=_KEY_HINT)
         if response.status != 200:
             raise OracleError(
                 f"the oracle's request was answered with status {response.status}",
@@ -231,21 +248,12 @@ class VllmEngine(Engine):
             ) from error
 
 
-def is_server(argv: Sequence[str]) -> bool:
-    """Tell whether a command starts vLLM's server: `vllm serve`, with or without Python in front of it."""
-    if not argv:
-        return False
-    words = list(argv)
-    if Path(words[0]).name.startswith("python"):
-        words = words[1:]
-        while words and words[0].startswith("-") and words[0] != "-m":
-            del words[: 2 if words[0] in {"-W", "-X"} else 1]
-        if words[:1] == ["-m"]:
-            module = words[1:2]
-            if module == [_API_SERVER]:
-                return True
-            return module in (["vllm"], ["vllm.entrypoints.cli.main"]) and words[2:3] == ["serve"]
-    return len(words) > 1 and Path(words[0]).name == "vllm" and words[1] == "serve"
+_OTHER_KEY = "the server does not accept the API key that it would require today"
+_KEY_HINT = "make the snapshot without a key; restore enforces that of today (docs/secrets.md)"
+
+
+def _with_key(request: Request, key: str) -> Request:
+    return structs.replace(request, headers={**request.headers, "Authorization": f"Bearer {key}"})
 
 
 def _is_answer(value: JSON) -> bool:
@@ -265,20 +273,18 @@ def _prompt(number: int, tokens: int) -> list[int]:
     return [3 + (number * 31 + position * 7) % 200 for position in range(tokens)]
 
 
-def served_name(argv: Sequence[str]) -> str:
+def served_name(command: ServerCommand) -> str:
     """Return the name that a command gives its model."""
-    model = VllmEngine(endpoint=Endpoint(host="", port=1)).model(argv)
-    return option(argv, "--served-model-name") or (model[0] if model else "")
+    return command.option("--served-model-name") or command.model or ""
 
 
-def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Split a command into its Python interpreter and the arguments of vLLM's server. Raises UsageError."""
-    words = list(argv)
-    after = next((n for n, word in enumerate(words) if word in {"serve", _API_SERVER}), None)
+def serving_words(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], ServerCommand]:
+    """Return the wrappers and the Python interpreter of a command, and the command. Raises UsageError."""
+    command = read(argv, environment)
     python = packages.interpreter(argv, environment)
-    if after is None or python is None:
+    if command is None or python is None:
         raise UsageError(f"cannot tell which Python runs {argv[0]}", hint="start it as python -m vllm serve")
-    return [str(python)], words[after + 1 :]
+    return [*command.unwrapped.wrappers, str(python)], command
 
 
 def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
@@ -292,14 +298,3 @@ def completion(model: str, prompt: str | list[int], tokens: int) -> Request:
         "stream": True,
     }
     return Request(method="POST", path="/v1/completions", headers={}, body=body)
-
-
-def option(argv: Sequence[str], name: str) -> str | None:
-    """Return the value of a long option, the last if it is repeated, as argparse does."""
-    value = None
-    for index, word in enumerate(argv):
-        if word.startswith(f"{name}="):
-            value = word.removeprefix(f"{name}=")
-        elif word == name and index + 1 < len(argv):
-            value = argv[index + 1]
-    return value

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from rekindle.command_line import with_words
 from rekindle.engine import Endpoint, Phase, Request, no_phase
 from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
 from rekindle.engine.vllm_gate import HEADER, KEY_BYTES, KEY_NAME
@@ -43,16 +44,16 @@ _CANARY = "The capital of France is"  # vllm/snapshot/server.py asks it for one 
 class Sleeping(VllmEngine):
     """Sleeps by way of the development endpoints."""
 
-    def __init__(self, *, endpoint: Endpoint, level: int, api_key: str | None = None) -> None:
-        super().__init__(endpoint=endpoint, api_key=api_key)
+    def __init__(self, *, endpoint: Endpoint, level: int, api_keys: Sequence[str] | None = None) -> None:
+        super().__init__(endpoint=endpoint, api_keys=api_keys)
         self._level = level
         self._root = Path("/")
 
     def options(self) -> dict[str, JSON]:
-        return {"asleep": self._level}
+        return {**super().options(), "asleep": self._level}
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        words = [*argv, "--enable-sleep-mode", "--middleware", "rekindle_gate.Gate"]
+        words = with_words(argv, ["--enable-sleep-mode", "--middleware", "rekindle_gate.Gate"])
         path = environment.get("PYTHONPATH")
         added = {
             "VLLM_SERVER_DEV_MODE": "1",
@@ -120,21 +121,22 @@ class Sleeping(VllmEngine):
 class AtBoundary(VllmEngine):
     """Sleeps by way of vLLM's own snapshot server."""
 
-    def __init__(self, *, endpoint: Endpoint, api_key: str | None = None, model: str = "") -> None:
-        super().__init__(endpoint=endpoint, api_key=api_key)
+    def __init__(self, *, endpoint: Endpoint, api_keys: Sequence[str] | None = None, model: str = "") -> None:
+        super().__init__(endpoint=endpoint, api_keys=api_keys)
         self._named = model
         # None for a server that does not sleep, as on a lower rung.
         self._root: Path | None = None
 
     def options(self) -> dict[str, JSON]:
-        return {"asleep": "boundary"}
+        return {**super().options(), "asleep": "boundary"}
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-        python, rest = serving_words(argv, environment)
-        self._named = served_name(argv)
+        python, command = serving_words(argv, environment)
+        self._named = served_name(command)
         files = ["--ready-file", str(_READY), "--release-file", str(_RELEASE)]
         timeout = ["--release-timeout-s", f"{_FOREVER_SECONDS:.0f}"]
-        return [*python, "-m", "vllm.snapshot.server", *files, *timeout, "--", *rest], dict(environment)
+        words = [*python, "-m", "vllm.snapshot.server", *files, *timeout, "--", *command.given]
+        return words, dict(command.unwrapped.environment)
 
     def enter(self, root: Path) -> None:
         self._root = root

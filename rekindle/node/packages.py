@@ -28,6 +28,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from rekindle.command_line import UnclearCommand, unwrap
+
 # Our names for distributions. Several distributions provide the same package.
 _DISTRIBUTIONS = {
     "vllm": "vllm",
@@ -124,7 +126,11 @@ def search_path(argv: Sequence[str], environment: Mapping[str, str]) -> list[Pat
 
 def _python(argv: Sequence[str], environment: Mapping[str, str]) -> _Python | None:
     """Follow a command through scripts and env(1) to its Python interpreter."""
-    words = list(argv)
+    try:
+        command = unwrap(argv, environment)
+    except UnclearCommand:
+        return None
+    words, environment = list(command.argv), command.environment
     for _ in range(_STEPS_LIMIT):
         path = _find(words[0], environment) if words else None
         head = _head(path) if path else None

@@ -117,7 +117,7 @@ QUESTION = Request(method="POST", path="/v1/completions", headers={"X": "y"}, bo
     ],
 )
 def test_a_key_goes_with_the_request(command: str, environment: dict[str, str], key: str | None) -> None:
-    engine = VllmEngine.recognize(command.split())
+    engine = VllmEngine.recognize(command.split(), environment)
     assert engine
     sent = engine.authorize(QUESTION, environment)
     wanted = {"X": "y"} if key is None else {"X": "y", "Authorization": f"Bearer {key}"}

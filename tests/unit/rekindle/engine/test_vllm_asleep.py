@@ -93,7 +93,7 @@ def vllm(tmp_path: Path) -> str:
 def test_how_it_sleeps_follows_from_where_the_weights_go_and_from_the_version(
     weights: Weights, version: str, options: dict[str, Any]
 ) -> None:
-    engine = for_sleep(PLAIN, ["vllm", "serve", "m"], weights, version)
+    engine = for_sleep(PLAIN, weights, version)
     assert engine.options() == options
     assert engine.endpoint == PLAIN.endpoint
     again = from_record("vllm", ENDPOINT, options)
@@ -102,7 +102,7 @@ def test_how_it_sleeps_follows_from_where_the_weights_go_and_from_the_version(
 
 
 def test_one_that_is_warmed_by_the_user_is_not_taken_to_where_it_takes_no_requests() -> None:
-    engine = for_sleep(PLAIN, ["vllm", "serve", "m"], Weights.RELOAD, "0.32.0", warmed=True)
+    engine = for_sleep(PLAIN, Weights.RELOAD, "0.32.0", warmed=True)
     assert engine.options() == {"asleep": 2}
 
 
@@ -225,7 +225,7 @@ def test_a_rehearsal_that_fails_is_told_and_leaves_no_key(
 
 
 def test_orders_bring_the_servers_own_key_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, client = Sleeping(endpoint=ENDPOINT, level=1, api_key="theirs"), FakeClient(root)
+    engine, client = Sleeping(endpoint=ENDPOINT, level=1, api_keys=["theirs"]), FakeClient(root)
     engine.enter(root)
     engine.wake(client, no_phase)
     assert client.asked[0].headers["Authorization"] == "Bearer theirs"
