@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from rekindle.documents import whole
 from rekindle.engine import Engine
-from rekindle.engine.variables import OF_CELLS, is_noise, names_a_cache
+from rekindle.engine.variables import is_noise, names_a_cache
 
 SECRET = ""
 """The mark of a variable of which nothing but its name is recorded."""
@@ -58,7 +58,6 @@ def describe_environment(
         redact_environment,
     )  # a restore does not need its patterns
 
-    environment = {**OF_CELLS, **environment}
     chosen = {name: value for name, value in environment.items() if engine.replays(name)}
     redacted = redact_environment(chosen, hide)
     plain = {name: value for name, value in redacted.items() if value == chosen[name]}

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rekindle.cell import Cell, Command, exit_status, processes
-from rekindle.engine.variables import OF_CELLS
 from rekindle.errors import UsageError, WorkloadError
 
 # A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
@@ -45,7 +44,7 @@ class Server:
         self.stdout = logs / "stdout.log"
         self.stderr = logs / "stderr.log"
         self.environment = {
-            **OF_CELLS,
+            "PYTHONHASHSEED": "0",  # equal memory layouts: dumps of equal servers share most pages
             **environment,
             "TMPDIR": str(TEMPORARY),  # private to the cell, and part of the snapshot
         }

@@ -21,7 +21,7 @@ from rekindle.record import Record
 from rekindle.report import ImageName, Report, Rung
 from restore.decide import facts as gathering
 from restore.decide import plan as planning
-from restore.decide.match_process import same_command
+from restore.decide.match_process import starts_recorded
 from restore.decide.plan import Facts, Plan
 from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
@@ -183,7 +183,11 @@ def _engine(facts: Facts, options: Options) -> Engine | None:
     record = facts.image.record if facts.image else None
     if not options.command:
         return from_record(record.engine.name, record.endpoint, record.engine.options) if record else None
-    known = record if record and same_command(record.command, options.command) else None
+    known = (
+        record
+        if record and starts_recorded(record, options.command, facts.environment, facts.enforced)
+        else None
+    )
     if not options.ready_url and known is not None and known.engine.name == "http":
         return from_record(known.engine.name, known.endpoint, known.engine.options)
     try:

@@ -19,7 +19,7 @@ from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
-from restore.decide import abilities, match_environment, match_loaded
+from restore.decide import abilities, match_api_key, match_environment, match_loaded
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
 from restore.decide.remembered import Findings
@@ -69,6 +69,8 @@ def gather(
         given=list(given) or None,
         variables=match_environment.compare(record, engine, os.environ, given),
         enforced=engine.enforced(),
+        environment=os.environ,
+        api_keys=match_api_key.today(record, given, os.environ),
     )
     return facts, kernels
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from rekindle.engine import Engine
-from rekindle.engine.variables import OF_CELLS, is_noise, names_a_cache
+from rekindle.engine.variables import is_noise, names_a_cache
 from rekindle.environment import SECRET
 from rekindle.record import Record
 from rekindle.secrets import HIDDEN
@@ -40,7 +40,7 @@ def compare(
     unknown = [Difference("secret-unknown", name, SET, SET) for name in sorted(options)]
     if record.variables is None:
         return unknown
-    known, here = record.variables, {**OF_CELLS, **engine.environment(), **today}
+    known, here = record.variables, {**engine.environment(), **today}
     skipped = {*engine.enforced(), *known.withheld}
     found: list[Difference] = []
     told: list[Difference] = []

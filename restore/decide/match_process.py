@@ -7,6 +7,7 @@ Pure. restore/decide/rules.py defines what each difference means.
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu
@@ -27,16 +28,18 @@ def compare(
     different: Mapping[str, str],
     command: Sequence[str] | None = None,
     loaded: Sequence[Difference] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
     enforced: frozenset[str] = frozenset(),
 ) -> list[Difference]:
     """Return the differences that may keep the process from running here.
 
     `different` is the result of `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `command`
-    is the one that the user gave, if any; the options in `enforced` need not be the recorded ones.
+    is the one that the user gave, if any, and `environment` what it would be started in; the options in
+    `enforced` need not be the recorded ones.
     """
     recorded = record.node
     return [
-        *_command(record, command, enforced),
+        *_command(record, command, environment, enforced),
         *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
         *_equal("architecture", "architecture", recorded.architecture, node.architecture),
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
@@ -83,17 +86,38 @@ def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Dif
         yield Difference(code, name, str(recorded), str(here))
 
 
-def _command(record: Record, command: Sequence[str] | None, enforced: frozenset[str]) -> Iterator[Difference]:
-    if command is not None and not same_command(record.command, command, enforced):
+def _command(
+    record: Record, command: Sequence[str] | None, environment: Mapping[str, str], enforced: frozenset[str]
+) -> Iterator[Difference]:
+    if command is not None and not starts_recorded(record, command, environment, enforced):
         from rekindle.secrets.redact import redact_command
 
         yield Difference("command", "command", " ".join(record.command), " ".join(redact_command(command)))
 
 
+def starts_recorded(
+    record: Record,
+    given: Sequence[str],
+    environment: Mapping[str, str],
+    enforced: frozenset[str] = frozenset(),
+) -> bool:
+    """Return whether a command starts the recorded server here, as it was recorded or in other wrappers."""
+    here = environment
+    if same_command(record.command, given, enforced):
+        if not any("$" in word for word in given):
+            return True
+        # A shell may give its words other values than then.
+        here = {name: environment[name] for name in record.environment if name in environment}
+    from rekindle.secrets.redact import redact_command  # its patterns take 8 ms to compile
+
+    was = _unwrapped(record.command, record.environment, enforced)
+    return was == _unwrapped(redact_command(given), here, enforced)
+
+
 def same_command(
     recorded: Sequence[str], given: Sequence[str], enforced: frozenset[str] = frozenset()
 ) -> bool:
-    """Return whether two commands start the same server.
+    """Return whether two commands are the same in the same environment.
 
     Its address, the program's path, and the options in `enforced` may differ.
     """
@@ -102,6 +126,27 @@ def same_command(
     from rekindle.secrets.redact import redact_command  # its patterns take 8 ms to compile
 
     return plain_command(recorded, enforced) == plain_command(redact_command(given), enforced)
+
+
+def _unwrapped(
+    command: Sequence[str], environment: Mapping[str, str], enforced: frozenset[str]
+) -> list[list[str]]:
+    """Return a command and its wrappers as far as they must be the same."""
+    from rekindle.command_line import UnclearCommand, unwrap
+    from rekindle.engine.vllm_command import without_api_key
+
+    try:
+        found = unwrap(command, environment)
+    except UnclearCommand:
+        return [plain_command(command, enforced)]
+    assigned = [f"{name}={value}" for name, value in found.assigned.items() if name not in enforced]
+    return [
+        list(found.wrappers),
+        sorted(assigned),
+        sorted(found.unset),
+        [found.directory],
+        plain_command(without_api_key(found.argv) if enforced else found.argv),
+    ]
 
 
 def plain_command(command: Sequence[str], without: frozenset[str] = frozenset()) -> list[str]:

@@ -14,9 +14,10 @@ from rekindle.errors import CapabilityError, MismatchError
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Reason, Rung
 from rekindle.secrets import HIDDEN
-from restore.decide import match_process
+from restore.decide import match_api_key, match_process
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
+from restore.decide.match_api_key import ApiKeys
 from restore.decide.rules import Strictness, reason_for
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
     `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump. `given`
     is the command that the user gave; None for the recorded one. `variables` are the differences of the
-    environment; `enforced` are options of which the given command may have other values.
+    environment; `enforced` are options of which the given command may have other values. `environment` is
+    that of a start today, and `api_keys` are those of which it would require one.
     """
 
     node: Fingerprint
@@ -59,6 +61,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     given: Sequence[str] | None = None
     variables: Sequence[Difference] = ()
     enforced: frozenset[str] = frozenset()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    api_keys: ApiKeys = ApiKeys()
 
     @property
     def command(self) -> Sequence[str] | None:
@@ -175,11 +179,19 @@ def _process(facts: Facts) -> Step:
         + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
     )
     found = match_process.compare(
-        record, facts.node, facts.abilities, different, facts.given, facts.loaded, facts.enforced
+        record,
+        facts.node,
+        facts.abilities,
+        different,
+        facts.given,
+        facts.loaded,
+        facts.environment,
+        facts.enforced,
     )
+    keys = match_api_key.compare(record, facts.api_keys)
     return Step(
         rung=Rung.PROCESS,
-        reasons=[reason_for(each) for each in (*found, *facts.variables)],
+        reasons=[reason_for(each) for each in (*found, *facts.variables, *keys)],
         fetch_bytes=fetched,
         seconds=seconds,
         deadline_seconds=_deadline(seconds, record.start_seconds),

@@ -185,6 +185,17 @@ RULES: Mapping[str, Rule] = {
         source="docs/snapshots.md; observed: CRIU dumps more than it can restore",
         advice="make the snapshot without --no-prove",
     ),
+    "api-key": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        fixed=True,
+        why="Today's API key of vLLM, and no other, must open the server. A gate before it enforces the key, "
+        "which therefore need not be in the image. That is impossible if the server shares the host's "
+        "network, has a --middleware of its own, or is started in a way that hides its key; and a server "
+        "that was saved with a key cannot be opened without one.",
+        source="vLLM, entrypoints/serve/middleware/authenticate.py; docs/secrets.md",
+        advice="make the snapshot without a key, in a cell with its own network, and give the key to restore",
+    ),
     **OF_PROCESSES,
     "privileges": Rule(
         rung=Rung.PROCESS,

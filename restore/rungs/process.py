@@ -32,6 +32,7 @@ from restore import dumps
 from restore.decide import match_loaded
 from restore.decide.decision import Decision
 from restore.decide.difference import Difference
+from restore.decide.match_api_key import ApiKeys
 from restore.decide.plan import Step
 from restore.decide.rules import reason_for
 from restore.decide.source import Source
@@ -46,6 +47,7 @@ from restore.serve.address import Address
 if TYPE_CHECKING:
     from rekindle.cuda.search import Search
     from restore.serve.foreground import Serving
+    from restore.serve.gate import NewGate
 
 _ANSWER_SECONDS = 60.0
 
@@ -113,6 +115,9 @@ def take(
                 work=work,
                 output=run.options.output,
                 report=report,
+                engine=from_record(
+                    record.engine.name, record.endpoint, record.engine.options, decision.facts.api_keys.keys
+                ),
                 cuda=cuda,
                 memory=run.options.memory,
                 check=functools.partial(require_same_secrets, run, decision, cell),
@@ -129,17 +134,29 @@ def take(
     serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
-            _publish(address, serving)
+            _publish(address, serving, _gate(record, decision.facts.api_keys))
     return TakenRung(rung=Rung.PROCESS, serving=serving)
 
 
-def _publish(address: Address, serving: "Serving") -> None:
+def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":
+    """Return what makes the gate of a connection; None if a start today would require no key."""
+    if not api_keys.keys:
+        return None
+    from rekindle.engine.vllm_authentication import Guard
+    from restore.serve.gate import Gate
+
+    version = record.node.packages.get("vllm", "")
+    guard = Guard.of(api_keys.keys, version=version, root_path=api_keys.root_path)
+    return functools.partial(Gate, guard, str(record.endpoint))
+
+
+def _publish(address: Address, serving: "Serving", new_gate: "NewGate | None") -> None:
     try:
         sock = address.listen()
     except PortError as error:
         raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
     if sock is not None:
-        serving.publish(sock)
+        serving.publish(sock, new_gate)
 
 
 def _seconds_left(run: Run, step: Step) -> float | None:
@@ -310,3 +327,4 @@ def _ask_oracle(cell: Cell, record: Record, engine: Engine, report: Report) -> N
             "the restored server's answer differs from the recorded one",
             cause=f"expected {json.dumps(record.oracle.answer)[:300]}, got {json.dumps(answer)[:300]}",
         )
+    engine.require_accepted(client)

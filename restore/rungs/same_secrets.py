@@ -9,7 +9,6 @@ import os
 
 from rekindle.cell import Cell, processes
 from rekindle.engine.choose import from_record
-from rekindle.errors import RestoreError
 from restore.decide import match_environment
 from restore.decide.decision import Decision, strictness
 from restore.decide.match_environment import RestoredStart
@@ -20,8 +19,6 @@ from restore.rungs.run import Run
 
 def require_same_secrets(run: Run, decision: Decision, cell: Cell) -> None:
     """Report each secret that is another today. Raises MismatchError unless all of these are accepted."""
-    if not any(each.code == "secret-unknown" for each in decision.facts.variables):
-        return
     record = decision.image.value.record
     engine = from_record(record.engine.name, record.endpoint, record.engine.options)
     found = match_environment.compare_restored(
@@ -39,10 +36,7 @@ def require_same_secrets(run: Run, decision: Decision, cell: Cell) -> None:
 
 def _restored_start(cell: Cell, root_pid: int) -> RestoredStart:
     place = processes.proc(cell) / str(root_pid)
-    try:
-        words = (place / "cmdline").read_bytes().split(b"\0")[:-1]
-        variables = (place / "environ").read_bytes().split(b"\0")[:-1]
-    except OSError as error:
-        raise RestoreError("the restored server ended at once", cause=str(error)) from None
+    words = (place / "cmdline").read_bytes().split(b"\0")[:-1]
+    variables = (place / "environ").read_bytes().split(b"\0")[:-1]
     pairs = (os.fsdecode(each).partition("=")[::2] for each in variables)
     return RestoredStart(argv=[os.fsdecode(word) for word in words], environment=dict(pairs))

@@ -8,7 +8,7 @@ import selectors
 import socket
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rekindle.cell import Cell, exit_status, processes
 from rekindle.engine import Endpoint
@@ -16,6 +16,9 @@ from rekindle.errors import RestoreError
 from rekindle.record import Process
 from restore.serve.forward import Forwarder
 from restore.signals import ENDING, Signals
+
+if TYPE_CHECKING:
+    from restore.serve.gate import NewGate
 
 
 class Replica(Protocol):
@@ -111,15 +114,15 @@ class Serving:
         """Stop watching a descriptor."""
         self._selector.unregister(fd)
 
-    def publish(self, sock: socket.socket) -> None:
-        """Forward connections from a listening socket to the server from now on."""
+    def publish(self, sock: socket.socket, new_gate: "NewGate | None" = None) -> None:
+        """Forward connections from a listening socket to the server, each through a gate if one is needed."""
         assert self._endpoint is not None
         # A connection takes two descriptors. A server that runs already keeps its own limit.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        self._forwarder = Forwarder(self._selector, self._replica, self._endpoint)
+        self._forwarder = Forwarder(self._selector, self._replica, self._endpoint, new_gate)
         self._stack.callback(self._forwarder.close)
         self._forwarder.accept_from(sock)
 

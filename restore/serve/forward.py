@@ -7,11 +7,15 @@ import os
 import selectors
 import socket
 import time
-from typing import Protocol
+import traceback
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct, field
 
 from rekindle.engine import Endpoint
+
+if TYPE_CHECKING:
+    from restore.serve.gate import Gate, NewGate
 
 _BUFFER_BYTES = 256 * 1024
 _PAUSE_SECONDS = 0.01
@@ -28,6 +32,7 @@ class _Side(Struct, eq=False):
     connected: bool = True
     read_closed: bool = False
     write_closed: bool = False
+    gate: "Gate | None" = None  # of the connection, the same for both ends
 
     def stop_writing(self) -> None:
         """Write nothing more to it; what it has sent may still be read."""
@@ -43,9 +48,19 @@ class Dialer(Protocol):
 
 
 class Forwarder:
-    """Forwards connections within a selector loop. Buffers at most 512 KiB per direction."""
+    """Forwards connections within a selector loop. Buffers at most 512 KiB per direction.
 
-    def __init__(self, selector: selectors.BaseSelector, network: Dialer, target: Endpoint) -> None:
+    With `new_gate`, each connection gets a gate, which sees all its bytes and decides what is passed on.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        network: Dialer,
+        target: Endpoint,
+        new_gate: "NewGate | None" = None,
+    ) -> None:
+        self._new_gate = new_gate
         self._selector = selector
         self._network = network
         self._target = target
@@ -105,6 +120,7 @@ class Forwarder:
             return
         near, far = _Side(client), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
+        near.gate = far.gate = self._new_gate() if self._new_gate else None
         for side in (near, far):
             side.sock.setblocking(False)
             with contextlib.suppress(OSError):
@@ -124,6 +140,8 @@ class Forwarder:
         if side.pending or not side.connected:
             events |= selectors.EVENT_WRITE
         is_wanted = not side.read_closed and not side.other.write_closed
+        if side.gate is not None and not side.is_server:
+            is_wanted = is_wanted and side.gate.waiting_bytes < _BUFFER_BYTES
         if side.connected and is_wanted and len(side.other.pending) < _BUFFER_BYTES:
             events |= selectors.EVENT_READ
         registered = side.sock in self._selector.get_map()
@@ -148,10 +166,11 @@ class Forwarder:
                 self._flush(side)
             if mask & selectors.EVENT_READ:
                 content = side.sock.recv(_BUFFER_BYTES)
-                if content:
+                if side.gate is not None:
+                    self._pass_gate(side, side.gate, content)
+                elif content:
                     other.pending += content
-                else:
-                    side.read_closed = True
+                side.read_closed = side.read_closed or not content
                 if other.connected:
                     self._flush(other)
         except (BlockingIOError, InterruptedError):
@@ -168,6 +187,29 @@ class Forwarder:
                 self._drop(side)
                 return
         self._proceed(side)
+
+    def _pass_gate(self, side: _Side, gate: "Gate", content: bytes) -> None:
+        """Hand what one end sent to the gate, and queue what that lets through. Raises OSError."""
+        assert side.other is not None
+        near, far = (side.other, side) if side.is_server else (side, side.other)
+        try:
+            if side.is_server:
+                gate.from_server(content)
+            elif content:
+                gate.from_client(content)
+        except Exception:  # a bug in the gate must neither let anything pass nor end the server
+            traceback.print_exc()
+            gate.is_over = True
+        near.pending += gate.to_client
+        far.pending += gate.to_server
+        gate.to_client.clear()
+        gate.to_server.clear()
+        if gate.is_over:  # the client gets what is pending, and then the end of the stream
+            near.read_closed = far.read_closed = True
+            far.stop_writing()
+        if far.connected:
+            self._flush(far)
+        self._flush(near)
 
     def _proceed(self, side: _Side) -> None:
         """Wait for the next events of a connection, or forget it if there are none."""

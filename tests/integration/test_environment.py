@@ -2,17 +2,16 @@
 """A restored server has the environment of today, or its process is not restored."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Rekindle, Replica, free_port, wait_for, workhorse
+from tests.conftest import Rekindle, free_port, wait_for, workhorse
 from tests.integration.scenes import Running, Saved, Scene, save, scene
 
 pytestmark = pytest.mark.criu
-Restore = Callable[..., Replica]
 
 KEY = "Zq8-vixen-41-Lark"
 SET_AT_THE_SNAPSHOT = {
@@ -107,12 +106,6 @@ def test_a_variable_that_is_not_set_any_more_forbids_the_process(scene: Scene, n
     running = scene.restore()
     running.until_ready("cache")
     assert of_variables(running) == matched(scene) == [("environment", name, True)]
-
-
-def test_python_hashes_as_the_user_says(rekindle: Rekindle, restore: Restore, port: int) -> None:
-    rekindle.env["PYTHONHASHSEED"] = "7"
-    assert rekindle.snapshot_workhorse("horse", port, flags=["--no-prove"]).status == 0
-    assert json.loads(restore("horse", port).ask("/facts"))["hash_seed"] == "7"
 
 
 def test_any_other_variable_is_told(scene: Scene) -> None:

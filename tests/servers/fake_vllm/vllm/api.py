@@ -64,12 +64,12 @@ class Api:
 
     async def _route(self, scope: Message, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope["root_path"])
-        key = self.args.api_key or os.environ.get("VLLM_API_KEY")
+        keys = [key for key in self.args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
         given = dict(scope["headers"]).get(b"authorization", b"").decode()
         status: int
         content: dict[str, Any] | list[bytes]
         status, content = 404, {"detail": "Not Found"}
-        if key and path.startswith("/v1") and given != f"Bearer {key}":
+        if keys and path.startswith("/v1") and given not in [f"Bearer {key}" for key in keys]:
             status, content = 401, {"error": "Unauthorized"}
         else:
             for route in self.routes:

@@ -14,7 +14,7 @@ from rekindle.node.mapped import MappedFile
 from rekindle.report import Reason, Rung
 from restore.decide import match_loaded, match_process
 from restore.decide.abilities import Abilities
-from restore.decide.match_process import device_map, same_command
+from restore.decide.match_process import device_map, starts_recorded
 from restore.decide.plan import require_possible as require
 from restore.decide.rules import RULES, Strictness, reason_for
 from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
@@ -282,7 +282,7 @@ COMMANDS: dict[str, tuple[list[str], bool]] = {
 
 @pytest.mark.parametrize(("given", "same"), COMMANDS.values(), ids=COMMANDS)
 def test_a_command_is_the_recorded_one(given: list[str], same: bool) -> None:
-    assert same_command(RECORD.command, given) is same
+    assert starts_recorded(RECORD, given, {}) is same
     reasons = process(RECORD, NODE, ABLE, {}, given)
     assert [reason.code for reason in reasons] == ([] if same else ["command"])
 

@@ -54,7 +54,7 @@ KINDS = {
     **dict.fromkeys(["SGLANG_X", "OLLAMA_HOST", "LLAMA_ARG_CTX_SIZE"], ("told", "hard")),
     **dict.fromkeys(["HF_HOME", "HF_HUB_OFFLINE", "TORCH_LOGS", "TORCHINDUCTOR_FREEZING"], ("hard", "hard")),
     **dict.fromkeys(["CUDA_VISIBLE_DEVICES", "NCCL_DEBUG", "OMP_NUM_THREADS", "MKL_X"], ("hard", "hard")),
-    **dict.fromkeys(["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME"], ("hard", "hard")),
+    **dict.fromkeys(["LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED"], ("hard", "hard")),
     **dict.fromkeys(["TZ", "LANG", "HTTP_PROXY", "HOME", "PATH", "PYTHONUNBUFFERED"], ("told", "told")),
     **dict.fromkeys(["VLLM_HOST_IP", "VLLM_PORT", "DB_PORT", "DB_HOST", "PORT"], ("told", "told")),
     **dict.fromkeys(["VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TRITON_HOME"], ("noise", "noise")),
@@ -86,7 +86,7 @@ def test_the_places_of_all_caches_are_known() -> None:
 
 
 SECRETS = [
-    ("VLLM_API_KEY", KEY),
+    ("STABLE_API_KEY", KEY),
     ("DB_PASS", KEY),
     ("HALTER", "glpat-q3W5eR7tY9uI1oP2aS4d"),
     ("DATABASE_URL", f"postgres://me:{KEY}@db"),
@@ -153,15 +153,6 @@ def test_what_rekindle_sets_itself_is_no_difference() -> None:
     assert found({}, {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}) == [
         ("environment", "VLLM_WORKER_MULTIPROC_METHOD")
     ]
-
-
-def test_python_hashes_as_in_every_cell_unless_told_otherwise() -> None:
-    for was, today in (({}, "0"), ({"PYTHONHASHSEED": "0"}, None), ({"PYTHONHASHSEED": "7"}, "7")):
-        assert found(was, {"PYTHONHASHSEED": today} if today else {}, HTTP) == []
-    for was, today in (({}, "7"), ({"PYTHONHASHSEED": "7"}, None), ({"PYTHONHASHSEED": "7"}, "0")):
-        assert found(was, {"PYTHONHASHSEED": today} if today else {}, HTTP) == [
-            ("environment", "PYTHONHASHSEED")
-        ]
 
 
 def test_what_was_withheld_from_the_server_is_no_difference() -> None:
