@@ -272,6 +272,10 @@ def test_a_restored_server_that_answers_differently(
     assert rekindle.snapshot_workhorse("horse", port, f"file={tmp_path / 'answer'}").status == 0
     (tmp_path / "answer").write_text("no!")
     done = rekindle("restore", "horse", "--require", "process", "--json")
+    assert done.status == 11, done.stderr
+    assert [reason["code"] for reason in done.json["reasons"]] == ["named-file"]
+    (rekindle.home / "policy.toml").write_text('[match]\nsoft = ["named-file"]\n')
+    done = rekindle("restore", "horse", "--require", "process", "--json")
     assert done.status == 35, done.stderr
     assert done.json["oracle"]["match"] is False
     assert done.json["outcome"] == "failed"
