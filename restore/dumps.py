@@ -63,7 +63,7 @@ def ready(
     fresh = False
     tries_left = 2
     limit = limit_bytes()
-    target = home.dumps / image.process.digest.hex
+    target = place(home, image)
     lock = home.dumps / f"{image.process.digest.hex}.lock"
     while True:
         with locked(lock, shared=True, timeout=_WAIT_SECONDS), _used(target) as used:
@@ -96,9 +96,14 @@ def ready(
                 fresh = True
 
 
+def place(home: Home, image: Image) -> Path:
+    """Return the directory of an image's dump, whether it exists or not."""
+    return home.dumps / image.process.digest.hex
+
+
 def is_ready(home: Home, image: Image) -> bool:
     """Return whether an image's dump is unpacked already. Another process may remove it at any time."""
-    return _is_ready(home.dumps / image.process.digest.hex, image)
+    return _is_ready(place(home, image), image)
 
 
 def has_memory(home: Home, image: Image) -> bool:
@@ -109,7 +114,7 @@ def has_memory(home: Home, image: Image) -> bool:
 
 def adopt(home: Home, image: Image, tree: Path) -> None:
     """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
-    target = home.dumps / image.process.digest.hex
+    target = place(home, image)
     with locked(target.with_name(f"{target.name}.lock"), timeout=_WAIT_SECONDS):
         if not target.exists():
             size = sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))

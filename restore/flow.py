@@ -57,7 +57,7 @@ def plan(options: Options) -> Decision:
     """Return what a restore would do here. Fetches only manifests and records, and starts nothing."""
     report = Report(verb="restore", asked=options.rung)
     with Signals() as signals, contextlib.ExitStack() as connections:
-        return decide(options, report, signals, connections, starts_cuda=False, with_cache=True)
+        return decide(options, report, signals, connections, prepares=False, with_cache=True)
 
 
 def require_one(decision: Decision, lowest: Rung) -> None:
@@ -84,7 +84,7 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             report,
             run.signals,
             connections,
-            starts_cuda=cell is not None,
+            prepares=cell is not None,
             with_cache=options.rung is Rung.CACHE,
         )
         address = stack.enter_context(Address(decision.endpoint))

@@ -19,13 +19,15 @@ from rekindle.errors import CapabilityError, RekindleError, UsageError
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import ImageName, Report, Rung
+from restore import dumps
 from restore.decide import facts as gathering
 from restore.decide import plan as planning
 from restore.decide.match_process import starts_recorded
 from restore.decide.plan import Facts, Plan
 from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
-from restore.options import Options
+from restore.options import Memory, Options
+from restore.prefetch import Prefetch
 from restore.signals import DeadlinePassed, Signals
 
 _DECIDE_SECONDS = 30.0  # limit where a cold start can replace the image: registries may retry for longer
@@ -59,14 +61,15 @@ def decide(
     signals: Signals,
     connections: contextlib.ExitStack,
     *,
-    starts_cuda: bool,
+    prepares: bool,
     with_cache: bool,
 ) -> Decision:
     """Gather the facts and make the plan. Fetches no layer.
 
     If the image cannot be read, the plan is a cold start of the given command, if that is allowed.
-    `connections` gets the connections to the image. With `starts_cuda`, the driver starts meanwhile if the
-    record needs it. Raises TrustError, FormatError and IntegrityError, after which no rung may be taken.
+    `connections` gets the connections to the image. With `prepares`, what restores a process begins
+    meanwhile: the driver starts if the record needs it, and the working set is read. Raises TrustError,
+    FormatError and IntegrityError, after which no rung may be taken.
     """
     replaceable = bool(options.command) and options.require is Rung.COLD
     limit = options.process_deadline or _DECIDE_SECONDS
@@ -76,7 +79,7 @@ def decide(
         with signals.raising(limit if replaceable else None), os_errors_as_capability():
             home = _open_home()
             facts, source = _gather(
-                options, home, report, connections, starts_cuda=starts_cuda, with_cache=with_cache
+                options, home, report, connections, prepares=prepares, with_cache=with_cache
             )
     except (Exception, DeadlinePassed) as error:
         if not replaceable or (isinstance(error, RekindleError) and not error.descends):
@@ -91,6 +94,8 @@ def decide(
             facts = structs.replace(gathering.without_image(options.command), unreached=reason)
             source = None
     plan = make_plan(facts, options)
+    if source is not None and source.prefetch is not None and not plan.steps[0].possible:
+        source.prefetch.stop()
     engine = _engine(facts, options)
     return Decision(
         facts=facts,
@@ -138,7 +143,7 @@ def _gather(
     report: Report,
     connections: contextlib.ExitStack,
     *,
-    starts_cuda: bool,
+    prepares: bool,
     with_cache: bool,
 ) -> tuple[Facts, Source]:
     """Find the image, verify it, read its record, and probe this node."""
@@ -148,7 +153,11 @@ def _gather(
     report.trusted_by = verified.trust.by
     image = gathering.load(verified)
     report.image = ImageName(reference=options.image, digest=image.value.index.digest)
-    cuda = connections.enter_context(begin_search(image.value.record, home)) if starts_cuda else None
+    cuda = connections.enter_context(begin_search(image.value.record, home)) if prepares else None
+    prefetch = None
+    if prepares and options.memory is Memory.MAP:
+        dump = dumps.place(home, image.value)
+        prefetch = connections.enter_context(Prefetch(dump, image.value.record.dump.memory))
     facts, kernels = gathering.gather(
         image,
         reference,
@@ -166,6 +175,7 @@ def _gather(
         registry=options.registry,
         tally=found.tally,
         cuda=cuda,
+        prefetch=prefetch,
         connections=connections,
     )
     return facts, source

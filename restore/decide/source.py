@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oci.progress import Tally
     from rekindle.cuda.search import Search
     from restore.decide.plan import Step
+    from restore.prefetch import Prefetch
 
 
 class Source:
@@ -34,17 +35,20 @@ class Source:
         registry: RegistryOptions,
         tally: "Tally | None",
         cuda: "Search | None",
+        prefetch: "Prefetch | None",
         connections: contextlib.ExitStack,
     ) -> None:
         """Hold an image and what it is read with.
 
         `kernels` is the kernel cache, if its config was read. `tally` counts fetched bytes; None for a local
-        image. `cuda` is the driver that is starting. `connections` closes everything.
+        image. `cuda` is the driver that is starting, `prefetch` reads the working set. `connections` closes
+        everything.
         """
         self.image = image
         self.kernels = kernels
         self.tally = tally
         self.cuda = cuda
+        self.prefetch = prefetch
         self._reference = reference
         self._home = home
         self._registry = registry

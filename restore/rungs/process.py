@@ -39,7 +39,6 @@ from restore.decide.source import Source
 from restore.options import Memory, Output
 from restore.rungs.ladder import TakenRung
 from restore.rungs.memory import restore_with_memory
-from restore.rungs.prefetch import Prefetch
 from restore.rungs.run import Run
 from restore.rungs.same_secrets import require_same_secrets
 from restore.serve.address import Address
@@ -102,7 +101,6 @@ def take(
                         expect=source.tally.expect if source.tally else None,
                     )
                 )
-            using.enter_context(Prefetch(dump, record.dump.memory))
             cuda = None
             if source.cuda is not None:
                 cuda = CudaRestore(search=source.cuda, device_map=decision.plan.device_map)

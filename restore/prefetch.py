@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the working set of a dump ahead while CRIU works, so that page faults find it in memory.
+"""Read the working set of a dump ahead, from the decision on, so that page faults find it in memory.
 
 Otherwise each fault waits for the disk, and the OS kernel's own readahead, which cannot know the next page,
 reads nearly the whole file for the fifth of it that is touched.
@@ -21,7 +21,8 @@ _PIECE_BYTES = 2 << 20  # what Linux reads ahead at most for one POSIX_FADV_WILL
 class Prefetch:
     """A context in which threads read the working set into the page cache, largest file first.
 
-    Pages that are there already cost next to nothing. Files that cannot be read are skipped.
+    Pages that are there already cost next to nothing. Files that cannot be read, since the dump has yet to be
+    unpacked or was removed, are skipped.
     """
 
     def __init__(self, dump: Path, memory: Sequence[StoredMemory]) -> None:
@@ -40,6 +41,10 @@ class Prefetch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Read no further. Idempotent."""
         self._over.set()
 
     def _read(self, path: Path, working_set: Sequence[tuple[int, int]]) -> None:
