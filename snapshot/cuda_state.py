@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from rekindle.cell import Cell, processes
+from rekindle.cell import Cell, descendants, processes
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
 from rekindle.journal import CUDA_JOURNAL
 from rekindle.node import gpu, memory
@@ -95,7 +95,7 @@ def _find_holders(cell: Cell, backend: "Backend") -> tuple[list[int], CudaState]
     """Return the processes with CUDA state, by their PIDs on the host, and that state."""
     from rekindle.cuda.session import holders
 
-    inside = {pid: processes.inner_pid(pid) for pid in processes.host_pids(cell)}
+    inside = {pid: descendants.inner_pid(pid) for pid in processes.host_pids(cell)}
     found = holders(backend, inside)
     pids = sorted(inside[pid] for pid in found)
     if not found:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rekindle.cell import Cell, Command, Network, processes
+from rekindle.cell import Cell, Command, Network, descendants, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
@@ -114,7 +114,7 @@ def obstacles(
     """Yield every obstacle in the cell, process by process, but for those of the cell as a whole."""
     sockets = Sockets(cell, root, network, work)
     strays = processes.strays(cell, root)
-    host_pids = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
         if pid in strays:

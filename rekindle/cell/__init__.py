@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
-from rekindle.cell import init
+from rekindle.cell import descendants, init
 from rekindle.errors import CapabilityError, RestoreError
 from rekindle.run import TimeoutExpired, spawn
 
@@ -194,21 +194,19 @@ class Cell:
 
         Be patient while something happens: freeing hundreds of gigabytes takes its time.
         """
-        from rekindle.cell import processes
-
         if self._launcher.returncode is not None:
             return
         pidfd = os.pidfd_open(self._launcher.pid)
         try:
             before, since = None, time.monotonic()
             while not select.select([pidfd], [], [], _LOOK_SECONDS)[0]:
-                now = processes.cpu_ticks(self)
+                now = descendants.cpu_ticks(self._init)
                 if now != before:
                     before, since = now, time.monotonic()
                 elif time.monotonic() - since >= _STUCK_SECONDS:
                     raise RestoreError(
                         "the cell does not end: a process is stuck in the OS kernel",
-                        cause="; ".join(processes.stuck(self)) or "which one is unknown",
+                        cause="; ".join(descendants.stuck(self._init)) or "which one is unknown",
                         hint="it waits for a file system or a driver, and until that answers it keeps its "
                         "memory and the cell's mounts",
                     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rekindle.cell import Cell
+from rekindle.cell import Cell, descendants
 
 
 class ListeningSocket(Struct, frozen=True, kw_only=True):
@@ -77,45 +77,7 @@ def strays(cell: Cell, root: int, *, patience: float = 1.0) -> set[int]:
 
 def host_pids(cell: Cell) -> list[int]:
     """List the PIDs on the host of every process of the cell except its init."""
-    found = [cell.init_pid]
-    for pid in found:
-        with contextlib.suppress(OSError):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
-    return found[1:]
-
-
-def cpu_ticks(cell: Cell) -> dict[int, int]:
-    """Return the processor time that each process of a cell has used, by its PID on the host."""
-    found = {}
-    for pid in host_pids(cell):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            found[pid] = int(fields[11]) + int(fields[12])  # utime, stime
-    return found
-
-
-def stuck(cell: Cell) -> list[str]:
-    """Describe the processes of a cell that wait in the OS kernel where no signal reaches them (state D)."""
-    found = []
-    for pid in host_pids(cell):
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
-                if rest.split()[0] == "D":
-                    where = (task / "wchan").read_text().strip("0") or "an unknown place"
-                    found.append(f"{name} (PID {pid}, {inner_pid(pid)} in the cell) waits in {where}")
-                    break
-    return found
-
-
-def inner_pid(pid: int) -> int:
-    """Return the PID in its own namespace of a process given by its PID on the host; 0 if it is gone."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return 0
+    return descendants.of(cell.init_pid)
 
 
 def task_ids(cell: Cell, pid: int) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rekindle.cell import Cell, processes
+from rekindle.cell import Cell, descendants, processes
 from rekindle.cell.settings import ProcessSettings, ThreadSettings
 from rekindle.cell.socket_options import read_options
 from rekindle.node import cpus, limits
@@ -18,7 +18,7 @@ _TIME_SHARED = {os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE}
 
 def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
     """Return the settings of every process of the cell but the root, which has what all of them inherited."""
-    outside = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    outside = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     inherited = _Inherited.of(outside[root])
     found = []
     sockets: set[int] = set()
@@ -60,7 +60,7 @@ def _read(inner: int, pid: int, inherited: _Inherited, sockets: set[int]) -> Pro
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):  # noqa: PTH208
         with contextlib.suppress(OSError):  # the thread has ended
             policies.append(_policies(tid, first=True)[0])
-            found = _changed(_thread(processes.inner_pid(tid), tid), inherited.thread)
+            found = _changed(_thread(descendants.inner_pid(tid), tid), inherited.thread)
             if found != ThreadSettings(tid=found.tid):
                 threads.append(found)
     policies += _policies(pid)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, field, structs
 
 from rekindle import criu
-from rekindle.cell import Cell, Network, exit_status, processes
+from rekindle.cell import Cell, Network, descendants, exit_status, processes
 from rekindle.cell.settings import to_apply
 from rekindle.criu import Criu
 from rekindle.engine import Engine
@@ -276,7 +276,7 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> 
 
     if cuda is None:
         raise CapabilityError("the snapshot holds CUDA state, which this node cannot restore")
-    outside = {processes.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    outside = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]

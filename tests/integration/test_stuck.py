@@ -70,7 +70,7 @@ def test_who_dies_slowly_is_waited_for(silent: Path, monkeypatch: pytest.MonkeyP
         cell = Cell().enter(Network.PRIVATE)
         run_stuck(cell, silent)
         ticks = iter(range(1000))
-        monkeypatch.setattr("rekindle.cell.processes.cpu_ticks", lambda _: {1: next(ticks)})
+        monkeypatch.setattr("rekindle.cell.descendants.cpu_ticks", lambda _: {1: next(ticks)})
         began = time.monotonic()
         release = threading.Timer(4, cells.init.libc.umount2, [str(silent).encode(), MNT_FORCE])
         release.start()
