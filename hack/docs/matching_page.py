@@ -120,11 +120,76 @@ TODAY = """\
 
 ## A restored process and a start of today
 
-Everything in which a restored process can differ from a server that the same command starts here, apart from
-the differences above.
+Everything in which a restored process can differ from a server that the same command starts here, with the
+test in `tests/integration/` that provokes it. Codes are those of the rules above.
 
 """
 TODAY_ROWS = (
+    (
+        "environment variables, except those of the platform",
+        "compared: `environment`, `environment-secret`, `environment-other`; lower rungs get those of today",
+        "`test_environment.py`",
+    ),
+    (
+        "secrets in variables and options",
+        "compared once the process is restored, before its port opens",
+        "`test_environment.py`",
+    ),
+    (
+        "API keys of vLLM",
+        "of today, enforced by rekindle ([secrets.md](secrets.md)); else `api-key`",
+        "`test_api_key.py`, `test_vllm_key.py`",
+    ),
+    ("arguments", "compared: `command`", "`test_ladder.py`, `test_drop_in.py`"),
+    (
+        "code, packages, configuration, templates, models, files mapped or named",
+        "compared: `rootfs-file`, `code-file`, `package`, `named-file`, `model-changed`; others are told",
+        "`test_disk.py`",
+    ),
+    (
+        "processor, OS kernel, GPUs, driver, capabilities",
+        "compared: `cpu-feature`, `xsave`, `kernel-older`, `gpu-model`, `driver`, `capabilities`",
+        "`test_container.py`, `test_gpu_snapshot.py`, `tests/unit/restore/decide/test_matrix.py`",
+    ),
+    (
+        "memory that it needs",
+        "compared with the limit and what is free: `memory`",
+        "`tests/unit/restore/decide/test_match.py`",
+    ),
+    ("standard output and error", "of today", "`test_snapshot_restore.py`"),
+    ("published address", "of today; without `--publish` as recorded", "`test_snapshot_restore.py`"),
+    ("the date", "of today; the process sees it jump", "`test_snapshot_restore.py`"),
+    (
+        "monotonic clocks and timers",
+        "go on from the snapshot, so no timer fires late by the time between",
+        "`test_snapshot_restore.py`",
+    ),
+    ("PIDs", "as at the snapshot, in a PID namespace of its own", "`test_snapshot_restore.py`"),
+    (
+        "/dev/shm, TMPDIR, deleted files that were open",
+        "of the snapshot; each replica has its own",
+        "`test_snapshot_restore.py`",
+    ),
+    (
+        "files open for writing, sockets bound to paths",
+        "refused at the snapshot ([snapshots.md](snapshots.md))",
+        "`test_obstacles.py`",
+    ),
+    (
+        "connections to the outside",
+        "refused at the snapshot; a private network has none",
+        "`test_obstacles.py`",
+    ),
+    (
+        "signals, exit status, process groups of a supervisor",
+        "as of the server itself",
+        "`test_control_group.py`",
+    ),
+    (
+        "host name, time zone files, name service, users",
+        "what the process has read, it keeps; those files are told as `read-file`",
+        "`test_disk.py`",
+    ),
     (
         "resource limits, oom_score_adj, nice value, I/O priority, scheduling policy, umask, core dump "
         "filter",

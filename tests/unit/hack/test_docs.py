@@ -59,3 +59,17 @@ def test_every_page_can_be_reached(page: Path) -> None:
             here |= {path for path in found if path.suffix == ".md" and path.exists()}
             here |= {inner for path in found if path.is_dir() for inner in path.glob("*.md")}
     assert page in here
+
+
+def test_what_can_differ_from_a_start_of_today_names_rules_and_tests_that_exist() -> None:
+    from hack.docs.matching_page import TODAY_ROWS
+    from restore.decide.rules import RULES
+
+    for _, done, tests in TODAY_ROWS:
+        words = re.findall(r"`([a-z-]+)`", done)
+        assert set(words) - {"--publish"} <= set(RULES)
+        places = [
+            path if "/" in path else f"tests/integration/{path}" for path in re.findall(r"`([^`]+)`", tests)
+        ]
+        assert places
+        assert all((ROOT / path).is_file() for path in places), tests
