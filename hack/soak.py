@@ -322,9 +322,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--image", metavar="NAME", help="an image in the store of $REKINDLE_HOME")
     args = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="soak-", dir=os.environ.get("TMPDIR", "/var/tmp")))  # noqa: S108
+    base = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        take_own_machine(base, keep=[])
+        take_own_machine(base, keep=[base, ROOT])
         with adopting_orphans():
             found = soak(args, base)
     except SoakError as error:
