@@ -57,6 +57,7 @@ class SoakedReplica:
     log: Path
     port: int
     counted: int = 0
+    killed: str = ""
 
     @property
     def said(self) -> str:
@@ -136,6 +137,7 @@ class Soak:
         for pid in pids[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                replica.killed = f"{kind} {pid}, {dict(found).get(pid)}"
                 return True
         return False
 
@@ -154,7 +156,10 @@ class Soak:
         try:
             replica.process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            raise SoakError(f"a restore does not end: {replica.said}") from None
+            left = descendants(replica.process.pid)
+            raise SoakError(
+                f"a restore does not end (killed: {replica.killed}): {left} {replica.said}"
+            ) from None
 
     def _check(self, replica: SoakedReplica) -> None:
         """Ask the oracle, and count: what one replica counts, no other sees."""
