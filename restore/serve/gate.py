@@ -175,7 +175,7 @@ class Gate:
             near.send(h11.Response(status_code=_UNAUTHORIZED_STATUS, headers=headers, reason=b"Unauthorized"))
         )
         if request.method != b"HEAD":
-            self._to_client(near.send(h11.Data(data=body)))
+            self._to_client(near.send(h11.Data(data=bytes(body))))
         self._to_client(near.send(h11.EndOfMessage()))
         exchange.response_begun = exchange.response_done = True
 
@@ -205,8 +205,15 @@ class Gate:
     def _read_response(self, exchange: _Exchange, far: h11.Connection) -> None:
         """Pass a response on, as far as it is there."""
         near = exchange.near
+        body = bytearray()
         while True:
             event = far.next_event()
+            if isinstance(event, h11.Data):
+                body += event.data
+                continue
+            if body:  # of all chunks that came at once, one
+                self._to_client(near.send(h11.Data(data=bytes(body))))
+                body = bytearray()
             match event:
                 case h11.InformationalResponse():
                     self._to_client(
@@ -232,8 +239,6 @@ class Gate:
                             )
                         )
                     )
-                case h11.Data():
-                    self._to_client(near.send(h11.Data(data=event.data)))
                 case h11.EndOfMessage():
                     self._to_client(near.send(h11.EndOfMessage()))
                     exchange.response_done = True
