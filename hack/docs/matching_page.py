@@ -166,7 +166,7 @@ TODAY_ROWS = (
     ),
     ("PIDs", "as at the snapshot, in a PID namespace of its own", "`test_snapshot_restore.py`"),
     (
-        "/dev/shm, TMPDIR, deleted files that were open",
+        "shared memory and TMPDIR, deleted files that were open",
         "of the snapshot; each replica has its own",
         "`test_snapshot_restore.py`",
     ),
