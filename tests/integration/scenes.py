@@ -124,7 +124,9 @@ class Running:
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
-        return [(reason["rung"], reason["code"]) for reason in self.report["reasons"]]
+        """Without the one that `save` causes: it does not prove its image."""
+        found = [(reason["rung"], reason["code"]) for reason in self.report["reasons"]]
+        return [each for each in found if each[1] != "not-proved"]
 
     @property
     def said(self) -> str:
