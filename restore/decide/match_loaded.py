@@ -87,7 +87,8 @@ def _code(
     recorded: CodeDirectory, base: str, modules: frozenset[str], findings: Findings
 ) -> list[Difference]:
     place = posixpath.normpath(posixpath.join(base, recorded.path))
-    paths = [place, *(f"{place}/{path}" for path in recorded.files)]
+    real = os.path.realpath(place)  # followed once, not thousands of times
+    paths = [real, *(f"{real}/{path}" for path in recorded.files)]
     expected = [place, *recorded.files, *recorded.files.values(), *recorded.entries, *recorded.used]
     expected += [*recorded.distributions, *recorded.distributions.values(), *sorted(modules)]
     return _remember(findings, iter(expected), paths, _code_differences(recorded, place, modules))
