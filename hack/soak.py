@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rekindle.cell.descendants import inner_pid
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.choose import from_record
 from rekindle.engine.client import Client
@@ -132,8 +133,9 @@ class Soak:
             case "criu":
                 pids = [pid for pid, line in found if TARGETS[kind] in line]
             case _:
-                words = self.record.command[0]
-                pids = [pid for pid, line in found if words in line and "rekindle" not in line]
+                # Not the shell above it: if that is killed, the server goes on, and so do we.
+                server = self.record.process.server_pid
+                pids = [pid for pid, _ in found if inner_pid(pid) == server]
         for pid in pids[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
