@@ -39,6 +39,7 @@ SERVERS = ROOT / "tests" / "servers"
 REPLICAS = 3
 READY_SECONDS = 120.0
 END_SECONDS = 60.0
+FIND_SECONDS = 3.0  # how long to look for what is to be killed: CRIU runs for a tenth of a second
 # What may be killed, by a word of its command line; "rekindle" is the process that we start.
 TARGETS = {"launcher": "cell/init.py", "init": "cell/init.py", "criu": "--restore-detached", "server": ""}
 KINDS = ("serve", "rekindle", *TARGETS)
@@ -102,7 +103,12 @@ class Soak:
         replica = self.start(number)
         if kind != "serve":
             time.sleep(self.rng.uniform(0, 1.3 * statistics.median(self.seconds)))
-            if self._kill(replica, kind):
+            deadline = time.monotonic() + FIND_SECONDS
+            while not (killed := self._kill(replica, kind)) and time.monotonic() < deadline:
+                if replica.process.poll() is not None:
+                    break
+                time.sleep(self.rng.uniform(0, 0.02))
+            if killed:
                 self.done[f"killed {kind}"] += 1
                 self._await_end(replica)
                 return
