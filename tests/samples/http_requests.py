@@ -20,6 +20,7 @@ def _request(line: str, *headers: bytes, body: bytes = b"") -> bytes:
     return line.encode("latin-1") + b" HTTP/1.1\r\n" + b"".join(headers) + b"\r\n" + body
 
 
+_FIRST_SECONDS = 20.0
 _PLAIN = _request("GET /v1/models", _HOST)
 _ALLOWED = _request("GET /v1/models", _HOST, _KEY)
 _HEALTH = _request("GET /health", _HOST)
@@ -214,13 +215,14 @@ STRICTER: dict[str, list[int]] = {
 
 
 def talk(port: int, content: bytes, seconds: float = 1.0) -> bytes:
-    """Sends bytes at once, and returns what comes until nothing comes for a while."""
+    """Sends bytes at once, and returns what comes until, after the first answer, nothing comes for a while."""
     found = bytearray()
-    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
+    with socket.create_connection(("127.0.0.1", port), timeout=_FIRST_SECONDS) as sock:
         try:
             sock.sendall(content)
             while piece := sock.recv(1 << 16):
                 found += piece
+                sock.settimeout(seconds)
         except (TimeoutError, ConnectionError):
             pass
     return bytes(found)

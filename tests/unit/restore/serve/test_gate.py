@@ -95,12 +95,10 @@ def test_it_answers_as_vllms_middleware_or_refuses(ports: tuple[int, int]) -> No
             list(pool.map(lambda content, port=port: statuses(talk(port, content)), REQUESTS.values()))
             for port in ports
         )
-    different = {
-        name: (expected, got)
-        for name, expected, got in zip(REQUESTS, cold, gated, strict=True)
-        if got != STRICTER.get(name, expected)
-    }
-    assert not different
+    for name, expected, got in zip(REQUESTS, cold, gated, strict=True):
+        if got != STRICTER.get(name, expected):  # on a busy machine, an answer may have come too late
+            answers = [statuses(talk(port, REQUESTS[name], seconds=5)) for port in ports]
+            assert answers[1] == STRICTER.get(name, answers[0]), name
     assert sum(401 in each for each in gated) > 60
     for name, got in STRICTER.items():
         assert got[-1] in {400, 401, 431}, name
