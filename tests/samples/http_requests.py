@@ -215,7 +215,7 @@ STRICTER: dict[str, list[int]] = {
 
 
 def talk(port: int, content: bytes, seconds: float = 1.0) -> bytes:
-    """Sends bytes at once, and returns what comes until, after the first answer, nothing comes for a while."""
+    """Sends bytes at once, and returns what comes until nothing more comes for a while."""
     found = bytearray()
     with socket.create_connection(("127.0.0.1", port), timeout=_FIRST_SECONDS) as sock:
         try:
