@@ -6,6 +6,7 @@
     POST /answer            the oracle's question
     POST /say               writes a line to stdout, and one to stderr
     POST /stat              a process of its own looks at the file that the request names
+    POST /eat               it takes memory until it is killed
     POST /end               it ends with status 0
 
 It reads the kernel cache first, if there is one. SIGTERM, SIGINT and SIGHUP end it with status 5.
@@ -63,6 +64,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/stat" and os.fork() == 0:
             os.stat(json.loads(body))
             os._exit(0)
+        eaten = []
+        while self.path == "/eat":
+            eaten.append(b"x" * (1 << 20))
         if self.path == "/end":
             os._exit(0)
 
