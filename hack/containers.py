@@ -56,7 +56,8 @@ class Podman:
         options = [f"{option}={self._storage / name}" for option, name in places.items()]
         options += ["--storage-driver=vfs", "--cgroup-manager=cgroupfs", "--runtime=crun"]
         environment = {**os.environ, "CONTAINERS_CONF": str(self._storage / "containers.conf")}
-        return run([*prefix, "podman", *options, *words], timeout=120, env=environment)
+        command = [*prefix, "podman", *options, *words]
+        return run(command, timeout=120, env=environment, cwd=self._storage)  # where conmon leaves files
 
     def start(self, flags: Sequence[str], command: Sequence[str], environment: dict[str, str]) -> str:
         """Start a container and return its name."""
