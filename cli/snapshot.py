@@ -10,6 +10,7 @@ from cli import _arguments, _progress, _report, _signing
 from oci.progress import Tally
 from oci.reference import parse
 from rekindle.cell import Network
+from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
 from rekindle.report import Outcome
 from snapshot.flow import snapshot
@@ -57,6 +58,14 @@ def main(words: Sequence[str]) -> int:
         "after a restore, or dump all GPU memory as it is",
     )
     parser.add_argument(
+        "--reseed",
+        type=Reseed,
+        choices=list(Reseed),
+        default=Reseed.NONE,
+        help="random numbers of Python processes to reseed after a restore: those that the program did not "
+        "seed itself, all, or none, which also loads no hook (default: none)",
+    )
+    parser.add_argument(
         "--no-prove", action="store_true", help="publish without restoring the snapshot once as a test"
     )
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
@@ -95,6 +104,7 @@ def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOption
         oracle_file=args.oracle_request,
         warm_file=args.warm_requests,
         weights=args.weights,
+        reseed=args.reseed,
         prove=not args.no_prove,
         with_cache=not args.no_cache,
         secrets=tuple(args.allow_secret),

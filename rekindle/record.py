@@ -155,7 +155,8 @@ class Process(Struct, frozen=True, kw_only=True):
 
     PIDs are those inside the cell. `gpus` are the UUIDs of the GPUs that they held, and `cuda_pids` the
     processes with CUDA state. `settings` are those of every process but the root; None if it is not known
-    what they set, and everything stays as it was at the dump.
+    what they set, and everything stays as it was at the dump. `hooked` are the processes to reseed after a
+    restore (rekindle/cell/hook.py).
     """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -169,6 +170,7 @@ class Process(Struct, frozen=True, kw_only=True):
     gpus: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT)] = ()
     cuda_pids: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     settings: Annotated[tuple[ProcessSettings, ...], Meta(max_length=_FILES_LIMIT)] | None = None
+    hooked: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
 
     @property
     def clocks(self) -> Clocks:

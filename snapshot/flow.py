@@ -64,6 +64,7 @@ def snapshot(
         ready_timeout=options.ready_seconds,
         warm_requests=read_requests(options.warm_file) if options.warm_file else None,
         credentials=credentials,
+        reseed=options.reseed,
         find_backend=functools.partial(search.find, home) if nvidia else None,
         withheld=options.private_variables,
     )

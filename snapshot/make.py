@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from rekindle import __version__, criu
 from rekindle.cell import Cell, Clocks, Network, processes, untraced
+from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
 from rekindle.criu import Criu, inherited, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
@@ -43,6 +44,7 @@ from snapshot.describe import (
     opened_files,
     readable_path,
 )
+from snapshot.hooks import before_snapshot
 from snapshot.loaded import Sources
 from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
@@ -59,7 +61,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
 
     `ready_timeout` is in seconds. `warm_requests` None means the engine's own. `find_backend` returns the
     backend for CUDA checkpoints; None if this node has no NVIDIA GPU. `withheld` are the names of variables
-    that were taken out of `environment`.
+    that were taken out of `environment`. `reseed` is what to reseed after a restore.
     """
 
     argv: Sequence[str]
@@ -68,6 +70,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
+    reseed: Reseed = Reseed.NONE
     find_backend: "Callable[[], Backend] | None" = None
     withheld: frozenset[str] = frozenset()
 
@@ -95,6 +98,7 @@ def make(
         began_ns = time.time_ns()
         with OpenedFiles(cell) as reads:
             server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
+            hooked = before_snapshot(cell, server, report)
             with report.phase("check"):
                 running = _inspect(cell, server, spec, engine, work)
         with (
@@ -134,7 +138,7 @@ def make(
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
-        process=_process(spec, server, running, clocks, cuda),
+        process=_process(spec, server, running, hooked, clocks, cuda),
         mapped_files=mapped,
         dump=Dump(
             dump_bytes=dump_bytes,
@@ -166,7 +170,7 @@ def _bring_up(
     make_temporary(cell)
     engine.enter(cell.root)
     argv, environment = engine.launch(spec.argv, spec.environment)
-    server = Server(cell, argv, environment, Path.cwd(), work)
+    server = Server(cell, argv, environment, Path.cwd(), work, spec.reseed)
     client = Client(engine.endpoint, cell.connect)
     with report.phase("ready"):
         began = time.monotonic()
@@ -210,7 +214,12 @@ def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON
 
 
 def _process(
-    spec: ServerSpec, server: Server, running: RunningServer, clocks: Clocks, cuda: CudaState
+    spec: ServerSpec,
+    server: Server,
+    running: RunningServer,
+    hooked: tuple[int, ...],
+    clocks: Clocks,
+    cuda: CudaState,
 ) -> Process:
     return Process(
         root_pid=server.root_pid,
@@ -224,6 +233,7 @@ def _process(
         gpus=tuple(cuda.gpus),
         cuda_pids=tuple(cuda.pids),
         settings=running.settings,
+        hooked=hooked,
     )
 
 

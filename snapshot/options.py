@@ -9,6 +9,7 @@ from msgspec import Struct, field
 
 from oci.options import RegistryOptions
 from rekindle.cell import Network
+from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
 from rekindle.errors import UsageError
 
@@ -23,9 +24,9 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     `image` is a reference as users write it, `command` starts the server. A server other than vLLM needs
     `ready_url`, which answers 2xx once it is ready, and `oracle_file`, the request whose answer proves it.
     `ready_seconds` limits its start. `warm_file` holds requests, one JSON object per line. `weights` is for
-    vLLM on a GPU; None chooses. `secrets` names the secrets that the image may hold. `sign` signs the image,
-    in addition to this machine's key. `private_variables` are withheld from the server. `keep_dump` is a
-    directory for a copy of CRIU's unmodified dump.
+    vLLM on a GPU; None chooses. `reseed` is what to reseed after a restore. `secrets` names the secrets that
+    the image may hold. `sign` signs the image, in addition to this machine's key. `private_variables` are
+    withheld from the server. `keep_dump` is a directory for a copy of CRIU's unmodified dump.
     """
 
     image: str
@@ -36,6 +37,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     oracle_file: Path | None = None
     warm_file: Path | None = None
     weights: Weights | None = None
+    reseed: Reseed = Reseed.NONE
     prove: bool = True
     with_cache: bool = True
     secrets: tuple[str, ...] = ()

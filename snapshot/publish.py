@@ -136,6 +136,9 @@ def prove(
             )
             working_sets = working_set.touched(cell)
         report.oracle, report.memory = proof.oracle, proof.memory
+    except RekindleError as error:
+        error.log = error.log or work / "proof.log"
+        raise
     finally:
         os.close(log)
     if not working_sets:

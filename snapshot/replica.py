@@ -41,6 +41,7 @@ from restore import delta, dumps
 from restore.options import Output
 from snapshot import secret_search
 from snapshot.describe import mapped_files, opened_files
+from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
 from snapshot.publish import prove, publish, require_writable
@@ -94,6 +95,7 @@ def save_replica(
             tool = criu.find(home)
         shared = stack.enter_context(_shared_blobs(replica, home, options))
         frozen = stack.enter_context(contextlib.ExitStack())
+        hooked = frozen.enter_context(around_dump(replica.cell, base.process.hooked, report))
         with report.phase("dump"):
             dumped = frozen.enter_context(_dumped(replica, work, tool))
         with report.phase("describe"):
@@ -104,7 +106,8 @@ def save_replica(
             # On the host's network, the replica that was dumped has the address that a proof would need.
             proved = options.prove and base.process.network is Network.PRIVATE
             record = dumped.finish(complete=shared is None)
-            record = msgspec.structs.replace(record, **changes, proved=proved)
+            process = msgspec.structs.replace(record.process, hooked=hooked)
+            record = msgspec.structs.replace(record, **changes, process=process, proved=proved)
         with report.phase("search for secrets"):
             secret_search.require_no_secrets(dumped.directory, credentials)
         with report.phase("pack"):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rekindle.cell import Cell, Command, exit_status, processes
+from rekindle.cell import Cell, Command, exit_status, hook, processes
 from rekindle.errors import UsageError, WorkloadError
 
 # A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
@@ -31,6 +31,7 @@ class Server:
         environment: Mapping[str, str],
         cwd: Path,
         logs: Path,
+        reseed: hook.Reseed = hook.Reseed.NONE,
     ) -> None:
         """Start the server. Its output goes to `stdout.log` and `stderr.log` in the directory `logs`.
 
@@ -40,7 +41,7 @@ class Server:
 
         if which(argv[0], path=environment.get("PATH")) is None:
             raise UsageError(f"command not found: {argv[0]}", hint="is its virtual environment on PATH?")
-        self.cell = cell
+        self.cell, self.reseed = cell, reseed
         self.stdout = logs / "stdout.log"
         self.stderr = logs / "stderr.log"
         self.environment = {
@@ -49,10 +50,15 @@ class Server:
             "TMPDIR": str(TEMPORARY),  # private to the cell, and part of the snapshot
         }
         make_temporary(cell)
+        hook.renew_generation(cell.root)
+        started_with = self.environment
+        if reseed is not hook.Reseed.NONE:
+            hook.install(cell.root, reseed)
+            started_with = hook.environment(self.environment)
         self.root_pid = cell.spawn(
             Command(
                 argv=[*_ROOT, *_env_command(self.environment), *argv],
-                env=self.environment,
+                env=started_with,
                 cwd=cwd,
                 files={0: Path(os.devnull), 1: self.stdout, 2: self.stderr},
                 workload=True,

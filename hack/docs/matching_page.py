@@ -197,6 +197,13 @@ TODAY_ROWS = (
         "`test_limits.py`",
     ),
     (
+        "random numbers of Python processes, if the program has not seeded them itself: `random`, NumPy, "
+        "OpenSSL, `uuid1`, `tempfile`",
+        "with `snapshot --reseed`, reseeded before the server is asked anything "
+        "([secrets.md](secrets.md#random-numbers)); those of other programs are shared by all replicas",
+        "`test_reseed.py`",
+    ),
+    (
         "CPUs of threads",
         "of today; bound threads are bound again where their CPUs are here; else `cpu-affinity`",
         "`test_limits.py`",

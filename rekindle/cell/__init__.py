@@ -287,9 +287,12 @@ class Cell:
             return None
         return exit_status(status)
 
-    def signal(self, pid: int, signum: int) -> None:
-        """Send a signal to a process, given its PID in the cell; do nothing if it is gone."""
-        self._send({"op": "signal", "pid": pid, "signal": signum})
+    def signal(self, pid: int, signum: int, *, thread: int | None = None) -> None:
+        """Send a signal to a process, given its PID in the cell, or to one of its threads alone.
+
+        Does nothing if it is gone.
+        """
+        self._send({"op": "signal", "pid": pid, "signal": signum, "thread": thread})
 
     def adjust(self, settings: Sequence[Mapping[str, Any]]) -> list[str]:
         """Give restored processes what they would have by a start here, and what they had set themselves.

@@ -16,7 +16,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
      "files", "fds", "workload", "facts", "memory"} and
      descriptors                                             {"spawned": PID}, or
      for "fds"                                               {"refused": text} if "memory" cannot be
-    {"op": "signal", "pid", "signal"}                        -
+    {"op": "signal", "pid", "signal"}, with "thread" to      -
+     one of its threads
     {"op": "adjust"} + a file with what `settings.py` lists  {"adjusted": [what could not be set]}
     {"op": "relay", "pid", "signal"}                         -
     -                                                        {"exited": PID, "status": wait status}
@@ -63,6 +64,8 @@ NVIDIA = "/proc/driver/nvidia"
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 ADDR_NO_RANDOMIZE = 0x0040000
+
+TGKILL = {"x86_64": 234, "aarch64": 131}
 
 # Leaves PIDs below the workload's for init and CRIU, so that neither takes a recorded PID.
 FIRST_WORKLOAD_PID = 1001
@@ -301,8 +304,11 @@ def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ig
                 file.seek(0)
                 send(control, {"adjusted": adjust(json.load(file))})
         case "signal":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(request["pid"], request["signal"])
+            if thread := request.get("thread"):
+                libc.syscall(TGKILL[os.uname().machine], request["pid"], thread, request["signal"])
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(request["pid"], request["signal"])
         case "relay":
             pid, signum = request["pid"], request["signal"]
             relay.hold(signum, lambda: os.kill(pid, signum))

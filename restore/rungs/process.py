@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, field, structs
 
 from rekindle import criu
-from rekindle.cell import Cell, Network, descendants, exit_status, processes
+from rekindle.cell import Cell, Network, descendants, exit_status, hook, processes
 from rekindle.cell.settings import to_apply
 from rekindle.criu import Criu
 from rekindle.engine import Engine
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from restore.serve.gate import NewGate
 
 _ANSWER_SECONDS = 60.0
+_RESEED_SECONDS = 10.0
 
 
 class CudaRestore(Struct, frozen=True, kw_only=True):
@@ -224,6 +225,7 @@ def restore(
         cell.enter(process.network, process.clocks)
         with naming_full_disk("the cell's /dev/shm", hint="the node is out of memory"):
             copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
+            hook.renew_generation(cell.root)
     # Importing the HTTP client takes 30 ms: do it while CRIU works.
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
     with report.phase("restore"), contextlib.ExitStack() as opened:
@@ -236,6 +238,9 @@ def restore(
         _adjust(cell, record, report)
     if check is not None:
         check()
+    if process.hooked:
+        with report.phase("reseed"):
+            _reseed(cell, process.hooked)
     engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
     if process.cuda_pids:
         with report.phase("cuda"):
@@ -268,6 +273,18 @@ def _seen_in_cell(cell: Cell, fd: int, opened: contextlib.ExitStack) -> int:
     inside = os.open(cell.root / os.devnull.lstrip("/"), os.O_RDWR | os.O_CLOEXEC)
     opened.callback(os.close, inside)
     return inside
+
+
+def _reseed(cell: Cell, hooked: Sequence[int]) -> None:
+    """Reseed the random numbers of the restored processes, before any of them is asked something."""
+    try:
+        hook.call(cell, hook.HookPhase.AFTER_RESTORE, _RESEED_SECONDS, expected=hooked)
+    except hook.HookError as error:
+        raise RestoreError(
+            f"process {error.pid} ({processes.command(cell, error.pid)}) could not be reseeded",
+            cause=error.problem,
+            hint="if replicas may share random numbers: take a snapshot without --reseed",
+        ) from error
 
 
 def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> None:
