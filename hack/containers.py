@@ -118,7 +118,7 @@ CONTAINERS = [
 
 
 @dataclass(slots=True)
-class Trial:
+class ContainerTrial:
     """Runs rekindle in containers, with images in `podman.place` that are signed by a key there."""
 
     podman: Podman
@@ -182,18 +182,18 @@ class Trial:
 
 
 @contextlib.contextmanager
-def trial() -> Iterator[Trial]:
-    """Yield a Trial in a new directory, and remove all that it made."""
+def trial() -> Iterator[ContainerTrial]:
+    """Yield a ContainerTrial in a new directory, and remove all that it made."""
     with tempfile.TemporaryDirectory(prefix="containers.") as directory:
         Path(directory).chmod(0o755)
         podman = Podman(Path(directory))
         try:
-            yield Trial(podman)
+            yield ContainerTrial(podman)
         finally:
             podman.close()
 
 
-def row(tried: Trial, number: int, container: Container) -> list[str]:
+def row(tried: ContainerTrial, number: int, container: Container) -> list[str]:
     """Try a container and return its row of the table."""
     status = tried.snapshot(container, f"own-{number}")
     own = f"no snapshot ({status})" if status else tried.rung(container, f"own-{number}")

@@ -7,7 +7,7 @@
         request                  what the hooks are asked to do: python_hook.py
         python/                  on PYTHONPATH: sitecustomize.py (python_site.py), rekindle_hook.py
 
-The hook's thread is found by its name, and asked by a signal to that thread alone. docs/adr/0027-reseed.md
+The hook's thread is found by its name, and asked by a signal to that thread alone. docs/adr/0029-reseed.md
 compares this with other ways.
 """
 

@@ -142,11 +142,11 @@ def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":
     if not api_keys.keys:
         return None
     from rekindle.engine.vllm_authentication import Guard
-    from restore.serve.gate import Gate
+    from restore.serve.gate import ApiKeyGate
 
     version = record.node.packages.get("vllm", "")
     guard = Guard.of(api_keys.keys, version=version, root_path=api_keys.root_path)
-    return functools.partial(Gate, guard, str(record.endpoint))
+    return functools.partial(ApiKeyGate, guard, str(record.endpoint))
 
 
 def _publish(address: Address, serving: "Serving", new_gate: "NewGate | None") -> None:

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from rekindle.engine import Endpoint
 
 if TYPE_CHECKING:
-    from restore.serve.gate import Gate, NewGate
+    from restore.serve.gate import ApiKeyGate, NewGate
 
 _BUFFER_BYTES = 256 * 1024
 _PAUSE_SECONDS = 0.01
@@ -32,7 +32,7 @@ class _Side(Struct, eq=False):
     connected: bool = True
     read_closed: bool = False
     write_closed: bool = False
-    gate: "Gate | None" = None  # of the connection, the same for both ends
+    gate: "ApiKeyGate | None" = None  # of the connection, the same for both ends
 
     def stop_writing(self) -> None:
         """Write nothing more to it; what it has sent may still be read."""
@@ -188,7 +188,7 @@ class Forwarder:
                 return
         self._proceed(side)
 
-    def _pass_gate(self, side: _Side, gate: "Gate", content: bytes) -> None:
+    def _pass_gate(self, side: _Side, gate: "ApiKeyGate", content: bytes) -> None:
         """Hand what one end sent to the gate, and queue what that lets through. Raises OSError."""
         assert side.other is not None
         near, far = (side.other, side) if side.is_server else (side, side.other)

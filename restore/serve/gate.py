@@ -61,7 +61,7 @@ class _Exchange:
         self.response_done = False
 
 
-class Gate:
+class ApiKeyGate:
     """The gate of one connection. After each call, take `to_client` and `to_server`, then heed `is_over`."""
 
     def __init__(self, guard: Guardian, host: str) -> None:
@@ -284,7 +284,7 @@ class Gate:
 
 _REASONS = {405: "Method Not Allowed", 431: "Request Header Fields Too Large", 501: "Not Implemented"}
 
-NewGate = Callable[[], Gate]
+NewGate = Callable[[], ApiKeyGate]
 """Makes the gate of a new connection."""
 
 

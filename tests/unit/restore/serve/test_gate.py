@@ -14,7 +14,7 @@ import pytest
 from rekindle.engine import Endpoint
 from rekindle.engine.vllm_authentication import Guard
 from restore.serve.forward import Forwarder
-from restore.serve.gate import HEAD_LIMIT_BYTES, Gate
+from restore.serve.gate import HEAD_LIMIT_BYTES, ApiKeyGate
 from tests.conftest import SERVERS, VLLM_BIN, free_port, wait_for
 from tests.samples.http_requests import KEY, REQUESTS, STRICTER, statuses, talk
 
@@ -38,7 +38,7 @@ def forwarded(target: Endpoint, guard: Guard) -> Iterator[int]:
     woken, wake = socket.socketpair()
     with selectors.DefaultSelector() as selector, woken, wake:
         selector.register(woken, selectors.EVENT_READ, None)
-        forwarder = Forwarder(selector, Here(), target, lambda: Gate(guard, str(target)))
+        forwarder = Forwarder(selector, Here(), target, lambda: ApiKeyGate(guard, str(target)))
         forwarder.accept_from(listener)
 
         def loop() -> None:
@@ -141,8 +141,8 @@ def test_large_bodies_pass_whole(ports: tuple[int, int]) -> None:
     assert streamed.partition(b"\r\n\r\n")[2].count(b"x") == 200 * 65536
 
 
-def gate() -> Gate:
-    return Gate(GUARD, "127.0.0.1:8000")
+def gate() -> ApiKeyGate:
+    return ApiKeyGate(GUARD, "127.0.0.1:8000")
 
 
 def test_a_request_is_parsed_however_it_is_cut() -> None:
