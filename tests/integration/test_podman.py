@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hack.containers import BEGIN, CONTAINERS, END, PAGE, PORT, PRIVILEGED, Container, Trial, trial
+from hack.containers import BEGIN, CONTAINERS, END, PAGE, PORT, PRIVILEGED, Container, ContainerTrial, trial
 from tests.integration.scenes import MULE
 
 pytestmark = [
@@ -23,14 +23,14 @@ LIMITED = Container(name="", flags=["--privileged", "--memory=200m", "--memory-s
 
 
 @pytest.fixture(scope="module")
-def tried() -> Iterator[Trial]:
+def tried() -> Iterator[ContainerTrial]:
     with trial() as made:
         assert made.snapshot(PRIVILEGED, "mule", [*MULE, "drains=1"]) == 0
         yield made
 
 
 @pytest.mark.parametrize("rung", ["process", "cold"])
-def test_podman_stop_lets_the_server_drain(tried: Trial, rung: str) -> None:
+def test_podman_stop_lets_the_server_drain(tried: ContainerTrial, rung: str) -> None:
     name, report = tried.restore(PRIVILEGED, "mule", "--rung", rung)
     assert report["pid"] == 1
     assert report["outcome"] == {"process": "restored"}.get(rung, rung)
@@ -38,14 +38,14 @@ def test_podman_stop_lets_the_server_drain(tried: Trial, rung: str) -> None:
     assert tried.podman.log(name).count("mule: signal 15") == 1
 
 
-def test_a_limit_of_memory_kills_the_server_and_not_us(tried: Trial) -> None:
+def test_a_limit_of_memory_kills_the_server_and_not_us(tried: ContainerTrial) -> None:
     """We are there to tell it: by the status that the server has as PID 1 of such a container."""
     name, _ = tried.restore(LIMITED, "mule")
     ask(tried, name, "/eat")
     assert tried.podman.status(name) == 137
 
 
-def ask(tried: Trial, name: str, path: str) -> None:
+def ask(tried: ContainerTrial, name: str, path: str) -> None:
     """Sends a request to a server from within the network of its container."""
     program = "import sys, urllib.request as u; u.urlopen(sys.argv[1], b'{}', 30)"
     inside = ["nsenter", "--target", str(tried.podman.state(name)["Pid"]), "--net"]
