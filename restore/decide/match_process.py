@@ -40,7 +40,6 @@ def compare(
     recorded = record.node
     return [
         *_command(record, command, environment, enforced),
-        *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
         *_equal("architecture", "architecture", recorded.architecture, node.architecture),
         *_equal("page-size", "bytes of a page", recorded.page_bytes, node.page_bytes),
         *missing_features("cpu-feature", recorded, node),
@@ -59,6 +58,7 @@ def compare(
             if file.path in different
         ),
         *loaded,
+        *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
     ]
 
 

@@ -108,6 +108,7 @@ def stage(rekindle: Rekindle, tmp_path: Path) -> Iterator[Stage]:
 def test_a_key_that_no_image_holds_opens_the_restored_process(stage: Stage, way: str) -> None:
     stage.snapshot()
     plain, command, env = stage.command, stage.command, None
+    flags: tuple[str, ...] = ("--require", "process")
     match way:
         case "variable":
             env = {"VLLM_API_KEY": ONE}
@@ -120,7 +121,8 @@ def test_a_key_that_no_image_holds_opens_the_restored_process(stage: Stage, way:
         case "shell":
             command = ["sh", "-c", f"exec {shlex.join(plain)} --api-key $KEY"]
             env = {"KEY": ONE}
-    started = stage.restore(command=command, env=env, flags=("--require", "process"))
+            flags = (*flags, "--accept-environment", "KEY")  # whether the server reads it, too, is unknown
+    started = stage.restore(command=command, env=env, flags=flags)
     assert started.report["outcome"] == "restored", started.log.read_text()
     assert [started.status(key) for key in (None, TWO, ONE)] == [401, 401, 200]
     assert started.status(None, "/health") == 200
