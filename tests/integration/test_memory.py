@@ -615,7 +615,7 @@ def test_a_listener_that_another_has_is_a_reason_to_copy(tmp_path: Path) -> None
 import ctypes, struct, sys
 from pathlib import Path
 from rekindle.cell import Cell, Command, MappingRefused, MemoryFiles, Network, memory
-memory._install(struct.pack("HBBI", 6, 0, 0, 0x7fff0000))  # allows everything
+memory.install(struct.pack("HBBI", 6, 0, 0, 0x7fff0000))  # allows everything
 with Cell() as cell:
     cell.enter(Network.PRIVATE)
     command = {"argv": ["true"], "env": {}, "cwd": Path("/")}
