@@ -14,6 +14,7 @@ from rekindle.node import cpus, limits
 
 _POLICY_MASK = ~getattr(os, "SCHED_RESET_ON_FORK", 0x40000000)
 _TIME_SHARED = {os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE}
+_DEFAULT_POLICIES = {"", "default", "local"}  # "local" is what the default does
 
 
 def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
@@ -45,7 +46,7 @@ class _Inherited(Struct, frozen=True, kw_only=True):
             oom_score_adj=_number(pid, "oom_score_adj"),
             coredump_filter=_number(pid, "coredump_filter", 16),
             thread=_thread(pid, pid),
-            memory_policy=_policies(pid)[0],
+            memory_policy=_thread_policy(pid),
         )
 
 
@@ -59,12 +60,12 @@ def _read(inner: int, pid: int, inherited: _Inherited, sockets: set[int]) -> Pro
     policies = []
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):  # noqa: PTH208
         with contextlib.suppress(OSError):  # the thread has ended
-            policies.append(_policies(tid, first=True)[0])
+            policies.append(_thread_policy(tid))
             found = _changed(_thread(descendants.inner_pid(tid), tid), inherited.thread)
             if found != ThreadSettings(tid=found.tid):
                 threads.append(found)
     policies += _policies(pid)
-    others = sorted({each for each in policies if each not in {inherited.memory_policy, ""}})
+    others = sorted({each for each in policies if each not in {inherited.memory_policy, *_DEFAULT_POLICIES}})
     status = _status(pid)
     return ProcessSettings(
         pid=inner,
@@ -132,12 +133,22 @@ def _status(pid: int) -> dict[str, int]:
     return found
 
 
-def _policies(pid: int, *, first: bool = False) -> list[str]:
-    """Return the NUMA policies of a process's mappings; the first is that of the thread, [""] if unknown."""
+def _policies(pid: int) -> list[str]:
+    """Return the NUMA policies of a process's mappings."""
     found: dict[str, None] = {}
     with contextlib.suppress(OSError), open(f"/proc/{pid}/numa_maps") as file:
         for fields in map(str.split, file):
             found.setdefault(fields[1])
-            if first:
-                break
-    return list(found) or [""]
+    return list(found)
+
+
+def _thread_policy(tid: int) -> str:
+    """Return the NUMA policy of a thread; "" if unknown.
+
+    It is that of a mapping without its own. A short read has the OS kernel walk the pages of a few mappings,
+    not of all: this is asked of each thread.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{tid}/numa_maps", "rb", buffering=0) as file:
+        fields = file.read(128).split()
+        return fields[1].decode() if len(fields) > 1 else ""
+    return ""
