@@ -65,7 +65,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(abilities, "Cell", Cell)
-    monkeypatch.setattr(abilities, "_privileges", lambda: dict(node.privileges))
+    monkeypatch.setattr(abilities, "privileges", lambda: dict(node.privileges))
     monkeypatch.setattr(criu, "find", node.find)
     return node
 

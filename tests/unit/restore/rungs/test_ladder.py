@@ -217,14 +217,16 @@ def test_a_required_rung_that_is_not_possible_ends_it(report: Report) -> None:
 # A bug costs the rung, and no more.
 
 
-def test_a_bug_costs_the_rung_and_is_not_hidden(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_costs_the_rung_and_is_not_hidden(report: Report) -> None:
+    said: list[str] = []
+    report.tell = said.append
     rungs = Rungs(report, process=fails(ValueError("never thought of that")))
     with contextlib.ExitStack() as keep:
         assert descend(steps(), rungs, report, keep) == "a server by cache"
     assert rungs.happened[:3] == ["process begins", "process undone first", "process undone"]
     (reason,) = report.reasons
     assert (reason.code, reason.here) == ("bug", "ValueError('never thought of that')")
-    told = capsys.readouterr().err
+    told = "\n".join(said)
     assert "Traceback" in told
     assert "never thought of that" in told
 
