@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts from the OS kernel about this process and this boot."""
+"""Facts from the OS kernel about processes and this boot."""
 
 import contextlib
 import os
@@ -23,6 +23,19 @@ def privileges() -> dict[str, str]:
         found[name] = str(Path(f"/proc/self/ns/{name}").readlink())
     with contextlib.suppress(OSError):
         found["label"] = Path("/proc/self/attr/current").read_text().strip("\0\n")
+    return found
+
+
+def children(process: Path) -> list[int]:
+    """List the children of a process, of all its threads, given its directory in a /proc.
+
+    Of a thread or process that is gone, and of an OS kernel without CONFIG_PROC_CHILDREN, none.
+    """
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in (process / "task").iterdir():
+            with contextlib.suppress(OSError):
+                found += map(int, (thread / "children").read_text().split())
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rekindle.cell import Cell, Command, exit_status, hook, processes
 from rekindle.errors import UsageError, WorkloadError
+from rekindle.proc import children
 
 # A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
 # of all others: with a root that has next to none, the server's memory is restored in parallel with theirs.
@@ -70,7 +71,7 @@ class Server:
         """The PID of the command itself, below the shell. Raises WorkloadError if it does not start."""
         deadline = time.monotonic() + _SPAWN_SECONDS
         while True:
-            if found := processes.children(self.cell, self.root_pid):
+            if found := children(processes.proc(self.cell) / str(self.root_pid)):
                 return found[0]
             self.raise_if_dead(0.01)
             if time.monotonic() > deadline:

@@ -4,14 +4,14 @@
 import contextlib
 from pathlib import Path
 
+from rekindle.proc import children
+
 
 def of(ancestor: int) -> list[int]:
     """List the PIDs of every descendant of a process, parents first."""
     found = [ancestor]
     for pid in found:
-        with contextlib.suppress(OSError):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
+        found += children(Path(f"/proc/{pid}"))
     return found[1:]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from rekindle.cell import Cell, descendants
+from rekindle.proc import children
 
 
 class ListeningSocket(Struct, frozen=True, kw_only=True):
@@ -44,21 +45,11 @@ def runs(cell: Cell, pid: int) -> bool:
     return (proc(cell) / str(pid)).exists()
 
 
-def children(cell: Cell, pid: int) -> list[int]:
-    """List the children of a process, of all its threads."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in (proc(cell) / str(pid) / "task").iterdir():
-            with contextlib.suppress(OSError):
-                found += map(int, (thread / "children").read_text().split())
-    return found
-
-
 def tree(cell: Cell, root: int) -> list[int]:
     """List a process and all its descendants, parents first."""
     found = [root]
     for pid in found:
-        found += children(cell, pid)
+        found += children(proc(cell) / str(pid))
     return found
 
 

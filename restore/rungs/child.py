@@ -17,6 +17,7 @@ from typing import Self
 
 from rekindle.cell import relay
 from rekindle.errors import UsageError
+from rekindle.proc import children
 from rekindle.run import spawn, start_server
 
 _PIECE_BYTES = 1 << 16
@@ -25,6 +26,7 @@ _DRAIN_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _PR_SET_CHILD_SUBREAPER = 36
+_OURSELVES = Path("/proc/self")
 
 
 class ChildServer:
@@ -50,7 +52,7 @@ class ChildServer:
         self._status: int | None = None
         with contextlib.ExitStack() as stack:
             self._relay = stack.enter_context(_start_relay())
-            self._others = set(_children())  # a program that became us by exec may have started some
+            self._others = set(children(_OURSELVES))  # a program that became us by exec may have started some
             # Become the parent of orphans that the server leaves behind, to be able to end them.
             libc = ctypes.CDLL(None)
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -143,7 +145,7 @@ class ChildServer:
     def _left(self) -> list[int]:
         """Return our running children that came with the server. Reap those that have ended, except it."""
         left = []
-        for pid in _children():
+        for pid in children(_OURSELVES):
             if pid == self._process.pid:
                 left += [pid] if self.status() is None else []
             elif pid not in self._others:
@@ -168,13 +170,6 @@ def _start_relay() -> Iterator[socket.socket]:
         finally:
             ours.close()
             process.wait()
-
-
-def _children() -> Iterator[int]:
-    for task in Path("/proc/self/task").iterdir():
-        # OSError: the thread has ended, or the OS kernel is built without CONFIG_PROC_CHILDREN.
-        with contextlib.suppress(OSError):
-            yield from map(int, (task / "children").read_text().split())
 
 
 class _Copier:
