@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RegistryOptions(Struct, frozen=True, kw_only=True):
-    """How to reach registries. None means the value in config.toml, or the default.
+    """Options for reaching registries. None means the value in config.toml, or the default.
 
     `limit_rate` is in bytes per second, over all connections. `mirrors` are URLs to try first.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record keeps of the server's environment: enough to compare a variable, not to read it.
+"""The part of the server's environment that a record keeps: enough to compare a variable, not to read it.
 
 docs/adr/0026-environment.md says why. For each variable, except noise and the places of kernel caches:
 

@@ -12,7 +12,7 @@ from rekindle.report import Rung
 
 
 class Memory(StrEnum):
-    """How a restored process gets its memory.
+    """The way in which a restored process gets its memory.
 
     `map`: from the dump's memory files, which all replicas share. `copy`: copied for each replica.
     """

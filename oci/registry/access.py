@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one command reaches registries."""
+"""Access to registries for one command."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

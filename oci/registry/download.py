@@ -34,7 +34,7 @@ _STRAGGLER_SECONDS = 2.0  # and three times as long as the others took
 
 
 class Fetch(Protocol):
-    """How a stretch is requested."""
+    """Ways to request a stretch."""
 
     def __call__(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None) -> Answer:
         """Return the answer to a request for `blob[begin:end]`: 206 with just that, or 200 with all of it.

@@ -24,7 +24,7 @@ Watch = Callable[[socket.socket], AbstractContextManager[object]]
 
 
 class Pace:
-    """How long a connection may keep us waiting, and for how many bytes.
+    """The limit on how long a connection may keep us waiting, and for how many bytes.
 
     Only the time in reads and writes counts: the caller may be slow for reasons of its own.
     """

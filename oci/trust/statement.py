@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is signed: an in-toto Statement v1 about an image's digest, in a DSSE envelope.
+"""The signed content: an in-toto Statement v1 about an image's digest, in a DSSE envelope.
 
 The signature covers the pre-authentication encoding of the payload and its type (DSSE 1.0.2), so that it does
 not hold for the same bytes with another meaning.

@@ -38,7 +38,7 @@ _CLOCKS_APART = timedelta(minutes=10)
 
 
 class Trust(Struct, frozen=True, kw_only=True):
-    """Who signed an image, and the creation time they attest. `by` is None if it was not verified."""
+    """The signer of an image, and the creation time that it attests. `by` is None if it was not verified."""
 
     by: str | None
     created: datetime | None = None
@@ -62,7 +62,7 @@ class Verified(Generic[T]):
 
     @property
     def trust(self) -> Trust:
-        """Who signed the image that the value belongs to."""
+        """The signer of the image that the value belongs to."""
         return self._trust
 
     def map(self, read: Callable[[T], U]) -> "Verified[U]":

@@ -29,7 +29,7 @@ _PAUSE_SECONDS = 0.02
 
 
 class Reseed(StrEnum):
-    """What the hook reseeds: nothing (it is not loaded), what the program has not seeded itself, or all."""
+    """The scope of reseeding: nothing (it is not loaded), what the program has not seeded itself, or all."""
 
     NONE = "none"
     UNSEEDED = "unseeded"
@@ -37,7 +37,7 @@ class Reseed(StrEnum):
 
 
 class HookPhase(StrEnum):
-    """What a hook can be asked to do."""
+    """The requests to a hook."""
 
     BEFORE_SNAPSHOT = "before-snapshot"
     AFTER_RESTORE = "after-restore"

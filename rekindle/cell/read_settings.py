@@ -31,7 +31,7 @@ def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
 
 
 class _Inherited(Struct, frozen=True, kw_only=True):
-    """What the root of the process tree has."""
+    """The settings of the root of the process tree."""
 
     limits: dict[str, tuple[int, int]]
     oom_score_adj: int | None

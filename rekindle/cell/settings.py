@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a server have set for themselves: limits, CPUs, priorities.
+"""The settings that the processes of a server have made for themselves: limits, CPUs, priorities.
 
 Everything else of that kind they inherited from the rekindle that started them. So a restored server inherits
 it again, from the rekindle that restores it, as if it had been started there. What it set itself is recorded,
@@ -33,7 +33,7 @@ SocketOption = tuple[
 
 
 class ThreadSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a thread has set for itself; None and "" mean that it inherited it.
+    """The settings that a thread has made for itself; None and "" mean that it inherited it.
 
     `cpus` are the CPUs that it is bound to. `policy` and `priority` are those of sched_setscheduler(2),
     `io_priority` is that of ioprio_set(2).
@@ -49,7 +49,7 @@ class ThreadSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SocketSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was set on a socket and CRIU loses: (level, name, value) of setsockopt(2), congestion control."""
+    """The options of a socket that CRIU loses: (level, name, value) of setsockopt(2), congestion control."""
 
     fd: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
     options: Annotated[tuple[SocketOption, ...], Meta(max_length=1000)] = ()
@@ -57,7 +57,7 @@ class SocketSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ProcessSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a process has set for itself, and how much it uses of what is limited.
+    """The settings that a process has made for itself, and how much it uses of what is limited.
 
     `limits` are those that it changed, soft and hard; None means inherited. `open_files` is its highest
     descriptor + 1. `memory_policy` is a policy for NUMA nodes, as in numa(7); "" for none.

@@ -28,7 +28,7 @@ _STARTERS = {"sitecustomize", "usercustomize"}
 
 
 class LoadedKind(StrEnum):
-    """What a file is: named by the command or by a variable, of a model, code too large to list, or other."""
+    """The role of a file: named by the command or a variable, a model's, code too large to list, or other."""
 
     NAMED = "named"
     MODEL = "model"
@@ -61,7 +61,7 @@ class CodeDirectory(Struct, frozen=True, kw_only=True):
 
 
 class Loaded(Struct, frozen=True, kw_only=True):
-    """What a server has loaded. Older records have nothing.
+    """The files and packages that a server has loaded. Older records have nothing.
 
     `search_path` are the directories of `code` in which the command finds installed packages.
     """

@@ -40,7 +40,7 @@ def roots_with_missing(
 
 
 class CacheFit(Struct, frozen=True, kw_only=True):
-    """How a kernel cache fits this node.
+    """The fit of a kernel cache to this node.
 
     `roots` names the roots with usable entries; a root is fetched as a whole. `entries` counts all entries,
     `usable` those that this node can use.

@@ -22,7 +22,7 @@ NOT_SET, SET, ANOTHER = "not set", "set", "different"
 
 
 class RestoredStart(Struct, frozen=True, kw_only=True):
-    """What the root of the restored processes was started with, secrets included: never show it."""
+    """The arguments and variables of the root of the restored processes, secrets included: never show it."""
 
     argv: Sequence[str]
     environment: Mapping[str, str]

@@ -55,7 +55,7 @@ class Made(Struct, frozen=True, kw_only=True):
 
 
 class ObservedRoot(Struct, frozen=True, kw_only=True):
-    """What was observed in one cache, by the keys of its entries in the inventory.
+    """The observations in one cache, by the keys of its entries in the inventory.
 
     `used`: entries with a file that was present at the start and was opened, but not for writing. `made`:
     entries with files that are new or replace old ones, were closed after writing or moved in, and still
@@ -69,7 +69,7 @@ class ObservedRoot(Struct, frozen=True, kw_only=True):
 
 
 class Observed(Struct, frozen=True, kw_only=True):
-    """What was observed in several caches, in the order in which they were given, by any process.
+    """The observations in several caches, in the order in which they were given, by any process.
 
     `made_seconds` is the time from the first new file to the last, 0.0 if there are none. Unless
     `complete`, events were lost: `used` is then a lower bound, and `made` comes from comparing listings;
@@ -82,7 +82,7 @@ class Observed(Struct, frozen=True, kw_only=True):
 
 
 class _Listed(StrEnum):
-    """How to treat listed files: as old, as new, or as new if they differ from the old ones."""
+    """The treatment of listed files: as old, as new, or as new if they differ from the old ones."""
 
     OLD = "old"
     NEW = "new"

@@ -53,7 +53,7 @@ _RESEED_SECONDS = 10.0
 
 
 class CudaRestore(Struct, frozen=True, kw_only=True):
-    """How to restore CUDA state.
+    """The means to restore CUDA state.
 
     `search` finds the backend that talks to the driver, which is starting meanwhile. `device_map` maps
     recorded GPUs to GPUs of this node, by UUID; empty if they are the same.

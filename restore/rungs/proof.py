@@ -47,7 +47,7 @@ class Proof(Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """How much of the cache was used.
+        """The share of the cache that was used.
 
         `hit`: everything came from the cache; `partial`: something was compiled, too; `miss`: no entry
         of the cache was used; `unused`: the server neither read nor compiled anything.

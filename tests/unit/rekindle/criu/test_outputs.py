@@ -10,7 +10,7 @@ from rekindle.criu.outputs import FDINFO_MAGIC, name_outputs
 from rekindle.criu.protobuf import Field, content, encode_fields, integer, read_fields
 
 REGULAR, PIPE, TTY = 1, 2, 11
-OUT, ERR = Path("/work/stdout.log"), Path("/work/stderr.log")
+OUT, ERR = Path("/srv/run/stdout.log"), Path("/srv/run/stderr.log")
 
 
 def message(*fields: tuple[int, int | bytes]) -> bytes:
