@@ -57,6 +57,7 @@ class Repository:
 
     def _open(self, mirrors: Sequence[str]) -> None:
         access = self._access
+        self._has_asked_mirrors = bool(mirrors)
         self._hosts = Hosts(self.reference, self._base, access, mirrors=mirrors)
         self._downloads = Downloads(
             BlobFetcher(self._hosts, self._name),
@@ -82,8 +83,11 @@ class Repository:
         self._hosts.close()
 
     def fall_back_to_origin(self) -> bool:
-        """See `Blobs.fall_back_to_origin`: from now on, only the origin is asked, if there were mirrors."""
-        if not self._hosts.mirrors:
+        """See `Blobs.fall_back_to_origin`: from now on, only the origin is asked, if there were mirrors.
+
+        A mirror that is no longer asked may still be where the wrong bytes came from.
+        """
+        if not self._has_asked_mirrors:
             return False
         self.cancel()
         self._open([])

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # A command that runs a session as ours do, and says what came of it.
 PROGRAM = """
-import json, signal, sys
+import json, signal, sys, time
 from pathlib import Path
 from rekindle.cuda.search import find
 from rekindle.cuda.session import Session
@@ -31,7 +31,8 @@ with Home(Path(home)).work("snapshot") as directory:
         with Session(backend, [int(pid) for pid in pids], directory / journal) as session:
             session.checkpoint_all(float(timeout))
             print("checkpointed", flush=True)
-            signal.pause()
+            while True:
+                time.sleep(0.1)
     except CudaError as error:
         print(f"{error.message} | {error.cause}", flush=True)
         sys.exit(error.exit_status)

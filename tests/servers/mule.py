@@ -94,6 +94,11 @@ def end(signum: int, _: object) -> None:
 
 
 def main() -> None:
+    # A signal between the interpreter's last look and a system call would wait for the next one, if it did
+    # not also make a descriptor readable.
+    wakes, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, end)
     signal.signal(signal.SIGUSR1, lambda *_: os.write(2, b"mule: signal 10\n"))
@@ -113,7 +118,7 @@ def main() -> None:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     while True:
-        signal.pause()
+        os.read(wakes, 1)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ MIRRORS = [
         look=lambda m, r, s: assert_shared(m, r, s),
     ),
     Mirror(name="breaks midway", make=lambda _: [wrong.closes(blob(), after_bytes=100, skip=5)]),
+    Mirror(
+        name="wrong bytes, then breaks",
+        make=lambda s: [wrong.wrong_bytes(s.big.digest, at=0), wrong.closes(blob(), after_bytes=100, skip=2)],
+    ),
     Mirror(name="no ranges", make=lambda _: [wrong.ignores_range()]),
     Mirror(name="no ranges midway", make=lambda _: [wrong.ignores_range(skip=4)]),
     Mirror(name="a redirect to a file", make=lambda _: [wrong.redirects(blob(), to="file:///etc/passwd")]),
