@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Print a plan for `match`, `restore --plan` and `inspect`. docs/format.md describes the JSON document."""
 
-import json
 from typing import Any
 
+from cli import _report
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Rung
 from rekindle.text import printable
@@ -24,7 +24,7 @@ def document(plan: Plan, facts: Facts, reference: str, digest: str) -> dict[str,
 def show(plan: Plan, facts: Facts, reference: str, digest: str, *, as_json: bool) -> None:
     """Print the plan to stdout."""
     if as_json:
-        print(json.dumps(document(plan, facts, reference, digest), indent=2))
+        _report.print_document(document(plan, facts, reference, digest))
         return
     print(printable(f"{'image':<12}{reference} {digest}"))
     for line in lines(plan):

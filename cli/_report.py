@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rekindle.errors import UsageError
+from rekindle.fields import JSON
 from rekindle.files import write_atomically
 from rekindle.report import Outcome, Report, Rung
 from rekindle.text import printable
@@ -61,11 +62,21 @@ def finish(report: Report, args: argparse.Namespace, outcome: Outcome, text: str
 
 def write(report: Report, path: Path | None, *, to_stdout: bool) -> None:
     """Write the report to a file, atomically where possible, to stdout, or to both. Raises OSError."""
-    text = json.dumps(report.to_json(), indent=2) + "\n"
+    document = report.to_json()
     if path is not None:
-        write_file(path, text.encode())
+        write_document(path, document)
     if to_stdout:
-        print(text, end="", flush=True)
+        print_document(document)
+
+
+def print_document(document: JSON) -> None:
+    """Print one JSON document to stdout. Raises OSError."""
+    print(json.dumps(document, indent=2), flush=True)
+
+
+def write_document(path: Path, document: JSON) -> None:
+    """Write one JSON document to a file, as `write_file` does. Raises OSError."""
+    write_file(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def refuse_unwritable(path: Path | None, option: str = "--report") -> None:

@@ -87,11 +87,11 @@ def main(words: Sequence[str]) -> int:
     with home.work("bench") as work:
         document = Bench(options, home, work).run()
     if args.report:
-        _report.write_file(args.report, (json.dumps(document, indent=2) + "\n").encode())
+        _report.write_document(args.report, document)
     if args.picture:
         _report.write_file(args.picture, _picture(document).encode())
     if args.json:
-        print(json.dumps(document, indent=2))
+        _report.print_document(document)
     else:
         _print_table(document)
         if args.picture:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from cli import _arguments, _plan
+from cli import _arguments, _plan, _report
 from oci import image as images
 from oci import media_types, resolve
 from oci.cache import image as cache_image
@@ -79,23 +79,20 @@ def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
 def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: argparse.Namespace) -> None:
     first = made.first
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "schema": SCHEMA,
-                    "image": {"reference": args.image, "digest": image.index.digest},
-                    "process_image": {
-                        "digest": image.process.digest,
-                        "bytes": image.size_bytes,
-                        "layers": [layer.to_json() for layer in image.layers],
-                    },
-                    "cache": _cache_json(kernels) if kernels is not None else None,
-                    "record": json.loads(image.record.to_bytes()),
-                    "reasons": [reason.to_json() for reason in made.reasons],
-                    "plan": made.to_json(),
+        _report.print_document(
+            {
+                "schema": SCHEMA,
+                "image": {"reference": args.image, "digest": image.index.digest},
+                "process_image": {
+                    "digest": image.process.digest,
+                    "bytes": image.size_bytes,
+                    "layers": [layer.to_json() for layer in image.layers],
                 },
-                indent=2,
-            )
+                "cache": _cache_json(kernels) if kernels is not None else None,
+                "record": json.loads(image.record.to_bytes()),
+                "reasons": [reason.to_json() for reason in made.reasons],
+                "plan": made.to_json(),
+            }
         )
         return
     record = image.record
@@ -125,7 +122,7 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
 def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
     if args.json:
         image = {"reference": args.image, "digest": kernels.manifest.digest}
-        print(json.dumps({"schema": SCHEMA, "image": image, "cache": _cache_json(kernels)}, indent=2))
+        _report.print_document({"schema": SCHEMA, "image": image, "cache": _cache_json(kernels)})
         return
     inventory = kernels.inventory
     targets = ", ".join(f"{target.backend} {target.arch}" for target in inventory.targets)

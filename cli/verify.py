@@ -2,10 +2,9 @@
 """`rekindle verify`: check whether an image has a signature that the policy accepts. Runs nothing."""
 
 import argparse
-import json
 from collections.abc import Sequence
 
-from cli import _arguments, _trust
+from cli import _arguments, _report, _trust
 from oci.flow import verify
 from rekindle.text import printable
 
@@ -28,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     image = {"reference": args.image, "digest": digest}
     if args.json:
         document = {"schema": SCHEMA, "image": image, "by": trust.by, "created": created}
-        print(json.dumps(document, indent=2))
+        _report.print_document(document)
     else:
         print(printable(f"{args.image} {digest}"))
         print(printable(f"signed by {trust.by}" if trust.by else "not verified"))

@@ -8,8 +8,9 @@ started.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from typing import Self
 
 from msgspec import Struct, field
 
@@ -156,6 +157,78 @@ class MemoryUse(Struct, frozen=True, kw_only=True):
         return {**found, "reason": self.reason} if self.reason else found
 
 
+class CacheUse(Struct, frozen=True, kw_only=True):
+    """What a start read from the kernel cache, and what it compiled.
+
+    `used` of the image's `entries` were read; in `made` entries something was compiled, `made_files` with
+    `made_bytes` in `made_seconds`. The lists name the first ones. `complete` says that no observation was
+    lost. `loaded` and `compiled` are numbers of artefacts by the engine's own log.
+    """
+
+    verdict: str
+    entries: int
+    used: int
+    used_entries: Sequence[str]
+    made: int
+    made_entries: Sequence[str]
+    made_files: int
+    made_bytes: int
+    made_seconds: float
+    complete: bool
+    loaded: int
+    loaded_seconds: float
+    compiled: int
+    compiled_seconds: float
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "verdict": self.verdict,
+            "entries": self.entries,
+            "used": self.used,
+            "used_entries": list(self.used_entries),
+            "made": self.made,
+            "made_entries": list(self.made_entries),
+            "made_files": self.made_files,
+            "made_bytes": self.made_bytes,
+            "made_seconds": round(self.made_seconds, 3),
+            "complete": self.complete,
+            "log": {
+                "loaded": self.loaded,
+                "loaded_seconds": round(self.loaded_seconds, 3),
+                "compiled": self.compiled,
+                "compiled_seconds": round(self.compiled_seconds, 3),
+            },
+        }
+
+
+class Failure(Struct, frozen=True, kw_only=True):
+    """Why a command failed: a stable code, and text. `cause` and `hint` are None where there can be none."""
+
+    code: str
+    message: str
+    cause: str | None = None
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        known = from_os_error(error) if isinstance(error, OSError) else error
+        match known:
+            case RekindleError():
+                return cls(code=known.code, message=known.message, cause=known.cause, hint=known.hint)
+            case Interrupted():
+                return cls.by_signal(known.signum)
+            case _:
+                return cls(code="bug", message=repr(error))
+
+    @classmethod
+    def by_signal(cls, signum: int) -> Self:
+        return cls(code="interrupted", message=f"ended by signal {signum}")
+
+    def to_json(self) -> dict[str, JSON]:
+        found = {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
+        return {name: text for name, text in found.items() if text is not None}
+
+
 class Report(Struct, kw_only=True):
     """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
@@ -169,11 +242,11 @@ class Report(Struct, kw_only=True):
     bytes: ByteCounts = field(default_factory=ByteCounts)
     oracle: OracleAnswer | None = None
     memory: MemoryUse | None = None
-    cache: Mapping[str, JSON] | None = None
+    cache: CacheUse | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
     pid: int | None = None
-    error: Mapping[str, JSON] | None = None
+    error: Failure | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
@@ -212,14 +285,7 @@ class Report(Struct, kw_only=True):
 
     def fail(self, error: BaseException) -> None:
         """Record the error that ended the command."""
-        known = from_os_error(error) if isinstance(error, OSError) else error
-        match known:
-            case RekindleError():
-                self.error = known.to_json()
-            case Interrupted():
-                self.error = interrupted(known.signum)
-            case _:
-                self.error = {"code": "bug", "message": repr(error)}
+        self.error = Failure.of(error)
 
     def to_json(self) -> dict[str, JSON]:
         """Return the document that docs/format.md describes."""
@@ -238,16 +304,11 @@ class Report(Struct, kw_only=True):
             "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 6),
             "bytes": self.bytes.to_json(),
             "oracle": self.oracle.to_json() if self.oracle else {},
-            "cache": self.cache,
+            "cache": self.cache.to_json() if self.cache else None,
             "endpoint": self.endpoint,
             "pid": self.pid,
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
-            "error": self.error,
+            "error": self.error.to_json() if self.error else None,
         }
-
-
-def interrupted(signum: int) -> dict[str, JSON]:
-    """Return the report's "error" for a command that a signal ended."""
-    return {"code": "interrupted", "message": f"ended by signal {signum}"}

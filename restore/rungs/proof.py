@@ -5,12 +5,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from msgspec import Struct
 
 from rekindle.engine import Compiled
 from rekindle.engine.caches import CacheKind
+from rekindle.report import CacheUse
 
 if TYPE_CHECKING:
     from oci.cache.inventory import StoredRoot
@@ -64,27 +65,26 @@ class Proof(Struct, frozen=True, kw_only=True):
         made = any(key not in {".", "modelinfos"} for root in self.observed.roots for key in root.made)
         return made and not self.engine.loaded
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the field `cache` of the report."""
+    @property
+    def summary(self) -> CacheUse:
+        """The proof in the form of the report."""
         made = list(itertools.chain.from_iterable(root.made.values() for root in self.observed.roots))
-        return {
-            "verdict": self.verdict,
-            "entries": sum(len(known) for known in self.known),
-            "used": len(self.used),
-            "used_entries": self.used[:_REPORTED_LIMIT],
-            "made": len(self.made),
-            "made_entries": self.made[:_REPORTED_LIMIT],
-            "made_files": sum(each.files for each in made),
-            "made_bytes": sum(each.bytes for each in made),
-            "made_seconds": round(self.observed.made_seconds, 3),
-            "complete": self.observed.complete,
-            "log": {
-                "loaded": self.engine.loaded,
-                "loaded_seconds": round(self.engine.loaded_seconds, 3),
-                "compiled": self.engine.compiled,
-                "compiled_seconds": round(self.engine.compiled_seconds, 3),
-            },
-        }
+        return CacheUse(
+            verdict=self.verdict,
+            entries=sum(len(known) for known in self.known),
+            used=len(self.used),
+            used_entries=self.used[:_REPORTED_LIMIT],
+            made=len(self.made),
+            made_entries=self.made[:_REPORTED_LIMIT],
+            made_files=sum(each.files for each in made),
+            made_bytes=sum(each.bytes for each in made),
+            made_seconds=self.observed.made_seconds,
+            complete=self.observed.complete,
+            loaded=self.engine.loaded,
+            loaded_seconds=self.engine.loaded_seconds,
+            compiled=self.engine.compiled,
+            compiled_seconds=self.engine.compiled_seconds,
+        )
 
 
 class WatchedCache:

@@ -129,14 +129,14 @@ def start_server(
         error = WorkloadError(f"the server exited with status {up.status} before it was ready")
         if rung is Rung.CACHE:
             raise error
-        report.error = error.to_json()
+        report.fail(error)
         return TakenRung(rung=rung, serving=up.serving, status=up.status)
     if up.ready is None:
         report.say("cannot tell when this server is ready: add --ready-url URL")
     elif oracle is not None and engine is not None:
         _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
-        report.cache = watched.proof(engine.compiled(up.child.first_output)).to_json()
+        report.cache = watched.proof(engine.compiled(up.child.first_output)).summary
     if forwarded and (sock := address.listen()) is not None:
         up.serving.publish(sock)
     return TakenRung(rung=rung, serving=up.serving)

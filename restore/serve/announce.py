@@ -4,7 +4,7 @@
 import signal
 from pathlib import Path
 
-from rekindle.report import Outcome, Report, Rung, interrupted
+from rekindle.report import Failure, Outcome, Report, Rung
 from restore.listener import Listener
 from restore.serve import notify
 
@@ -28,10 +28,10 @@ class Announcer:
         after = f" after {first:.2f} s to the first token" if first else ""
         report.say(f"ready ({_HOW[rung]}) on {report.endpoint or 'its address'}{after}")
         if report.cache is not None:
-            proof = report.cache
+            cache = report.cache
             report.say(
-                f"kernel cache: {proof['verdict']}; {proof['used']} of {proof['entries']} entries used, "
-                f"{proof['made']} compiled again"
+                f"kernel cache: {cache.verdict}; {cache.used} of {cache.entries} entries used, "
+                f"{cache.made} compiled again"
             )
 
     def ready(self) -> None:
@@ -50,7 +50,7 @@ class Announcer:
     def asked_to_end(self, signum: int) -> None:
         """Report a signal at once: the platform that sent it may not wait for the clean-up."""
         if self._report.outcome is Outcome.FAILED:
-            self._report.error = interrupted(signum)
+            self._report.error = Failure.by_signal(signum)
             self._listener.interrupted(self._report)
         elif signum != signal.SIGHUP:  # makes some servers reload their configuration
             self.stopping()

@@ -12,7 +12,7 @@ import pytest
 
 from cli._report import console, write
 from rekindle.proc import process_age
-from rekindle.report import SCHEMA, ImageName, Outcome, Reason, Report, Rung
+from rekindle.report import SCHEMA, Failure, ImageName, Outcome, Reason, Report, Rung
 
 KEYS = [
     *("schema", "verb", "outcome", "asked", "image", "trust", "reasons", "phases", "seconds"),
@@ -131,7 +131,7 @@ def test_a_report_goes_where_it_was_asked_for(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_text_that_is_no_text_can_be_reported(tmp_path: Path) -> None:
-    report = Report(verb="restore", error={"message": "\udcff \0 \u2028"})
+    report = Report(verb="restore", error=Failure(code="bug", message="\udcff \0 \u2028"))
     write(report, tmp_path / "report.json", to_stdout=False)
     assert json.loads((tmp_path / "report.json").read_bytes())["error"]["message"] == "\udcff \0 \u2028"
 

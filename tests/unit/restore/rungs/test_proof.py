@@ -96,7 +96,7 @@ def test_a_proof_in_a_report() -> None:
         seconds=1.23456,
         complete=False,
     )
-    assert json.loads(json.dumps(found.to_json())) == {
+    assert json.loads(json.dumps(found.summary.to_json())) == {
         "verdict": "partial",
         "entries": 3,
         "used": 2,
@@ -113,7 +113,7 @@ def test_a_proof_in_a_report() -> None:
 
 def test_a_report_names_some_of_many() -> None:
     keys = " ".join(f"K{number:03}" for number in range(100))
-    document = proof((TRITON, keys, keys, "")).to_json()
+    document = proof((TRITON, keys, keys, "")).summary.to_json()
     assert (document["entries"], document["used"], len(document["used_entries"])) == (100, 100, 20)
 
 
@@ -136,6 +136,6 @@ def test_a_cache_in_its_place_is_watched(tmp_path: Path) -> None:
         write(tmp_path / "one/NEW/k.json", b"12345")
         found = watched.proof(Compiled())
     assert found.verdict == "partial"
-    document = found.to_json()
+    document = found.summary.to_json()
     assert (document["entries"], document["used_entries"]) == (3, ["triton: KEY"])
     assert (document["made_entries"], document["made_bytes"]) == (["triton: NEW"], 5)
