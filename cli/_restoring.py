@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, command: Sequence[str], cell: Cell | None) -> 
         command=tuple(command),
         rung=args.rung,
         require=args.require or Rung.COLD,
-        publish=args.publish,
+        publish=tuple(args.publish),
         ready_url=args.ready_url,
         ready_file=args.ready_file,
         process_deadline=args.process_deadline,

@@ -102,7 +102,7 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
         "engine": record.engine.name,
         "command": replay(record.command),
         "directory": record.directory,
-        "listens on": str(record.endpoint),
+        "listens on": ", ".join(map(str, record.listeners or [record.endpoint])),
         "made on": f"{record.node.cpu_model}, {record.node.architecture}, Linux {record.node.kernel}",
         "runs": f"{record.process.tasks} threads, {record.process.network} network",
         "memory": f"{record.dump.dump_bytes:,} bytes dumped, {record.dump.stored_bytes:,} without zero pages",

@@ -27,36 +27,14 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
         "--publish",
-        metavar="[HOST:]PORT",
-        help="publish the server at this address of the host (default: the address that it listens on)",
+        metavar="[HOST:]PORT[:SERVERPORT]",
+        action="append",
+        default=[],
+        help="publish the server at this address of the host, or SERVERPORT of one with several ports; "
+        "may be given more than once (default: the addresses that it listens on)",
     )
-    parser.add_argument(
-        "--rung",
-        type=Rung,
-        choices=list(Rung),
-        default=Rung.PROCESS,
-        help="first rung to try (default: process)",
-    )
-    parser.add_argument(
-        "--require",
-        type=Rung,
-        choices=[Rung.PROCESS, Rung.CACHE],
-        help="lowest rung to take; fail rather than go below it",
-    )
+    _add_rungs(parser)
     parser.add_argument("--plan", action="store_true", help="print what would be done, and exit")
-    parser.add_argument(
-        "--process-deadline",
-        type=_seconds,
-        metavar="S",
-        help="try the next rung unless the process serves within S seconds (default: from the estimate)",
-    )
-    parser.add_argument(
-        "--cache-deadline",
-        type=_seconds,
-        metavar="S",
-        help="try the next rung unless the kernel cache is in place within S seconds "
-        "(default: from the estimate)",
-    )
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -91,6 +69,35 @@ def main(words: Sequence[str]) -> int:
         from cli._restoring import run
 
         return run(args, command, cell)
+
+
+def _add_rungs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rung",
+        type=Rung,
+        choices=list(Rung),
+        default=Rung.PROCESS,
+        help="first rung to try (default: process)",
+    )
+    parser.add_argument(
+        "--require",
+        type=Rung,
+        choices=[Rung.PROCESS, Rung.CACHE],
+        help="lowest rung to take; fail rather than go below it",
+    )
+    parser.add_argument(
+        "--process-deadline",
+        type=_seconds,
+        metavar="S",
+        help="try the next rung unless the process serves within S seconds (default: from the estimate)",
+    )
+    parser.add_argument(
+        "--cache-deadline",
+        type=_seconds,
+        metavar="S",
+        help="try the next rung unless the kernel cache is in place within S seconds "
+        "(default: from the estimate)",
+    )
 
 
 def _seconds(text: str) -> float:

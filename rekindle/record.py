@@ -33,6 +33,7 @@ RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
 _GPUS_LIMIT = 1024
+LISTENERS_LIMIT = 1024
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
 _RANGES_LIMIT = 1 << 17  # twice the mappings that Linux lets a process have by default
 _TOPS = ("criu", "memory", "shm")
@@ -204,8 +205,9 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     `start_seconds` is the time that the server took to become ready before the snapshot, 0 if unknown.
     `weights` describes the model's files, and `loaded` what else the server has read. `proved` tells whether
     the image was restored, and answered, before it was published. `environment` holds the variables that
-    choose kernels, `variables` all others without their values. Older records have none of these but
-    `environment`, which holds more in them.
+    choose kernels, `variables` all others without their values. `listeners` are all TCP addresses that the
+    server listened on, `endpoint` first. Older records have none of these but `environment`, which holds more
+    in them.
     """
 
     created: str
@@ -215,6 +217,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     directory: str
     environment: Mapping[str, str]
     endpoint: Endpoint
+    listeners: Annotated[tuple[Endpoint, ...], Meta(max_length=LISTENERS_LIMIT)] = ()
     oracle: Oracle
     node: Fingerprint
     criu: RecordedCriu

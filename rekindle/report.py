@@ -229,6 +229,26 @@ class Failure(Struct, frozen=True, kw_only=True):
         return {name: text for name, text in found.items() if text is not None}
 
 
+class ServerAddress(Struct, frozen=True, kw_only=True):
+    """An address that the server listens on, and the one on which clients reach it.
+
+    `published` is None if they do not; `problem` says why, if it was to be published.
+    """
+
+    server: str
+    published: str | None = None
+    problem: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The published address, for people."""
+        return str(self.published) + (f" for {self.server}" if self.published != self.server else "")
+
+    def to_json(self) -> dict[str, JSON]:
+        found: dict[str, JSON] = {"server": self.server, "published": self.published}
+        return {**found, "problem": self.problem} if self.problem else found
+
+
 class Report(Struct, kw_only=True):
     """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
@@ -245,6 +265,7 @@ class Report(Struct, kw_only=True):
     cache: CacheUse | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
+    addresses: list[ServerAddress] = field(default_factory=list)
     pid: int | None = None
     error: Failure | None = None
     trusted_by: str | None = None
@@ -306,6 +327,7 @@ class Report(Struct, kw_only=True):
             "oracle": self.oracle.to_json() if self.oracle else {},
             "cache": self.cache.to_json() if self.cache else None,
             "endpoint": self.endpoint,
+            "addresses": [address.to_json() for address in self.addresses],
             "pid": self.pid,
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),

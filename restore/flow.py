@@ -7,20 +7,21 @@ import os
 import threading
 
 from oci import store
-from rekindle.cell import Cell
+from rekindle.cell import Cell, Network
 from rekindle.criu import Criu, kernel_facts
 from rekindle.errors import Interrupted
 from rekindle.home import Home
-from rekindle.report import Outcome, Report, Rung
+from rekindle.report import Outcome, Report, Rung, ServerAddress
 from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
+from restore.decide.publications import unpublished
 from restore.listener import Listener
 from restore.options import Options
 from restore.rungs import ladder
 from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
 from restore.serve import notify
-from restore.serve.address import Address
+from restore.serve.address import Addresses
 from restore.serve.announce import Announcer
 from restore.signals import Signals
 
@@ -87,14 +88,15 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             prepares=cell is not None,
             with_cache=options.rung is Rung.CACHE,
         )
-        address = stack.enter_context(Address(decision.endpoint))
-    take = functools.partial(_take, run, decision, address, cell)
+        addresses = stack.enter_context(Addresses(decision.publications))
+    take = functools.partial(_take, run, decision, addresses, cell)
     taken = ladder.descend(decision.plan, take, report, stack, require=options.require)
     connections.close()
     source = decision.source
     report.bytes.written = report.bytes.written or 0
     report.bytes.fetched = source.tally.fetched_bytes if source and source.tally else 0
-    report.endpoint = str(decision.endpoint) if decision.endpoint else None
+    report.endpoint = str(addresses.main) if addresses.main else None
+    report.addresses = _addresses(decision, addresses, taken.rung)
     report.pid = os.getpid()
     if taken.status is None:
         report.outcome, report.error = _OUTCOMES[taken.rung], None
@@ -103,7 +105,12 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
 
 
 def _take(
-    run: Run, decision: Decision, address: Address, cell: Cell | None, step: Step, stack: contextlib.ExitStack
+    run: Run,
+    decision: Decision,
+    addresses: Addresses,
+    cell: Cell | None,
+    step: Step,
+    stack: contextlib.ExitStack,
 ) -> TakenRung:
     try:
         with os_errors_as_capability():
@@ -112,18 +119,30 @@ def _take(
                     from restore.rungs import process
 
                     assert cell is not None
-                    return process.take(run, decision, address, cell, step, stack)
+                    return process.take(run, decision, addresses, cell, step, stack)
                 case Rung.CACHE:
                     from restore.rungs import cache
 
-                    return cache.take(run, decision, address, cell, step, stack)
+                    return cache.take(run, decision, addresses, cell, step, stack)
                 case Rung.COLD:
                     from restore.rungs import cold
 
-                    return cold.take(run, decision, address, cell, stack)
+                    return cold.take(run, decision, addresses, cell, stack)
     except Interrupted as interrupted:
         run.announcer.asked_to_end(interrupted.signum)  # before the clean-up, which may take a while
         raise
+
+
+def _addresses(decision: Decision, addresses: Addresses, rung: Rung) -> list[ServerAddress]:
+    """Return where the server listens and where clients reach it, as far as that is known."""
+    record = decision.facts.image.record if decision.facts.image else None
+    if rung is not Rung.PROCESS or record is None:
+        return addresses.published(decision.engine.endpoint if decision.engine else None)
+    if record.process.network is Network.HOST:
+        return [ServerAddress(server=str(each), published=str(each)) for each in record.listeners]
+    return addresses.published(record.endpoint) + [
+        ServerAddress(server=str(each)) for each in unpublished(decision.publications, record)
+    ]
 
 
 def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:

@@ -34,7 +34,8 @@ class Options(Struct, frozen=True, kw_only=True):
     `image` is a reference as users write it. `command` is the server that the process replaces and that a
     lower rung starts; empty for the recorded one. `rung` is the first rung to try, `require` the lowest to
     take. Deadlines are in seconds, for the process from the start of rekindle, for the cache from the start
-    of its rung; None derives them from an estimate. `publish` is `[HOST:]PORT`; None for the address that
+    of its rung; None derives them from an estimate. `publish` are addresses of this host, `[HOST:]PORT`, or
+    `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
     the server listens on. `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's.
     """
@@ -43,7 +44,7 @@ class Options(Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     rung: Rung = Rung.PROCESS
     require: Rung = Rung.COLD
-    publish: str | None = None
+    publish: str | tuple[str, ...] | None = None
     ready_url: str | None = None
     ready_file: Path | None = None
     process_deadline: float | None = None
@@ -62,3 +63,8 @@ class Options(Struct, frozen=True, kw_only=True):
             raise UsageError(f"--rung {self.rung} is below --require {self.require}")
         if self.ready_url and not self.command:
             raise UsageError("--ready-url needs a COMMAND", hint="omit it: the image records its own server")
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The addresses to publish; empty for those that the server listens on."""
+        return (self.publish,) if isinstance(self.publish, str) else self.publish or ()

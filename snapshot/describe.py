@@ -11,7 +11,7 @@ from rekindle.cell.settings import ProcessSettings
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node.mapped import MappedFile, describe
-from rekindle.record import Record
+from rekindle.record import LISTENERS_LIMIT, Record
 
 
 class Dumped(Struct, frozen=True, kw_only=True):
@@ -24,23 +24,36 @@ class Dumped(Struct, frozen=True, kw_only=True):
 class RunningServer(Struct, frozen=True, kw_only=True):
     """A server just before its dump.
 
-    `endpoint` is where it listens. `server_pid` is the PID in the cell that gets its signals. `threads` is
-    the number of its threads. `opened` are the paths that its processes have mapped or open, without its
-    own logs. `settings` are those that its processes have set for themselves.
+    `listeners` are where it listens, the main address first. `server_pid` is the PID in the cell that gets
+    its signals. `threads` is the number of its threads. `opened` are the paths that its processes have
+    mapped or open, without its own logs. `settings` are those that its processes have set for themselves.
     """
 
-    endpoint: Endpoint
+    listeners: tuple[Endpoint, ...]
     server_pid: int
     threads: int
     opened: set[str]
     settings: tuple[ProcessSettings, ...]
 
 
-def listened_endpoint(cell: Cell, engine: Engine) -> Endpoint:
+def listened_endpoint(engine: Engine, listeners: Sequence[Endpoint]) -> Endpoint:
     """Return where the server really listens, which its command need not say: on all addresses or on one."""
-    hosts = [each.host for each in processes.listeners(cell) if each.port == engine.endpoint.port]
+    hosts = [each.host for each in listeners if each.port == engine.endpoint.port]
     host = engine.endpoint.host if engine.endpoint.host in hosts or not hosts else hosts[0]
     return Endpoint(host=host, port=engine.endpoint.port)
+
+
+def listened_endpoints(cell: Cell, pids: Sequence[int]) -> list[Endpoint]:
+    """Return every TCP address on which the processes listen, IPv4 before IPv6."""
+    inodes = processes.socket_inodes(cell, pids)
+    found = {(each.port, each.host) for each in processes.listeners(cell) if each.inode in inodes}
+    ordered = sorted(found, key=lambda each: (each[0], ":" in each[1], each[1]))
+    return [Endpoint(host=host, port=port) for port, host in ordered]
+
+
+def main_first(main: Endpoint, listeners: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
+    """Return what to record of the addresses: the main one, and the others up to the limit."""
+    return (main, *(each for each in listeners if each != main))[:LISTENERS_LIMIT]
 
 
 def opened_files(cell: Cell, pids: Sequence[int]) -> set[str]:

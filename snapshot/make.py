@@ -40,6 +40,8 @@ from snapshot.describe import (
     Dumped,
     RunningServer,
     listened_endpoint,
+    listened_endpoints,
+    main_first,
     mapped_files,
     opened_files,
     readable_path,
@@ -134,7 +136,8 @@ def make(
         directory=str(Path.cwd()),
         environment=values,
         variables=variables,
-        endpoint=running.endpoint,
+        endpoint=running.listeners[0],
+        listeners=running.listeners,
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
@@ -193,8 +196,9 @@ def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work:
     gpus = spec.find_backend is not None
     require_dumpable(cell, server.root_pid, spec.network, own=own, work=work, gpus=gpus)
     pids = processes.tree(cell, server.root_pid)
+    listeners = listened_endpoints(cell, pids)
     running = RunningServer(
-        endpoint=listened_endpoint(cell, engine),
+        listeners=main_first(listened_endpoint(engine, listeners), listeners),
         server_pid=server.server_pid,
         threads=sum(processes.threads(cell, pid) for pid in pids),
         opened=opened_files(cell, pids) - {str(path) for path in own},

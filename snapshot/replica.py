@@ -40,7 +40,7 @@ from rekindle.report import ImageName, Report
 from restore import delta, dumps
 from restore.options import Output
 from snapshot import secret_search
-from snapshot.describe import mapped_files, opened_files
+from snapshot.describe import listened_endpoints, main_first, mapped_files, opened_files
 from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
@@ -191,7 +191,9 @@ def _describe(replica: RunningReplica, tool: Criu) -> dict[str, Any]:
     opened = opened_files(replica.cell, pids) - {str(path) for path in _outputs(replica)}
     known = {file.path: file for file in base.mapped_files}
     still = [file for path, file in known.items() if path in opened]
+    listeners = listened_endpoints(replica.cell, pids)
     return {
+        "listeners": main_first(base.endpoint, listeners),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "made_by": f"rekindle {__version__}",
         "node": msgspec.structs.replace(Fingerprint.probe(), packages=base.node.packages),

@@ -112,7 +112,7 @@ def _outside(cell: Cell, root: int, work: Path) -> dict[int, Finding]:
     A peer that no process has open may be on its way to one of them. It is outside if a process outside has
     it, or else if it was accepted under a name on which no process inside listens.
     """
-    inside = _socket_inodes(cell, processes.tree(cell, root))
+    inside = processes.socket_inodes(cell, processes.tree(cell, root))
     listed = {each["inode"]: each for each in _unix_sockets(cell, work)}
     queued = {inode for each in listed.values() if each["inode"] in inside for inode in each["queued"]}
     listening = {listed[inode]["name"] for inode in inside & listed.keys()}
@@ -155,16 +155,6 @@ def _unix_sockets(cell: Cell, work: Path) -> list[unix_diag.UnixSocket]:
         return []
     found: list[unix_diag.UnixSocket] = json.loads(listing.read_bytes())
     return found
-
-
-def _socket_inodes(cell: Cell, pids: Sequence[int]) -> set[int]:
-    """Return the inodes of the sockets that processes have open."""
-    return {
-        int(target[8:-1])
-        for pid in pids
-        for _, target in processes.descriptors(cell, pid)
-        if target.startswith("socket:[")
-    }
 
 
 def _owners(inodes: set[int], *, without: set[int]) -> Iterator[tuple[int, str]]:

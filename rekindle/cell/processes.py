@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -16,10 +16,11 @@ from rekindle.proc import children
 
 
 class ListeningSocket(Struct, frozen=True, kw_only=True):
-    """A listening TCP socket."""
+    """A listening TCP socket, with its inode."""
 
     host: str
     port: int
+    inode: int
 
 
 def proc(cell: Cell) -> Path:
@@ -115,15 +116,25 @@ def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
                 yield fields[5]
 
 
+def socket_inodes(cell: Cell, pids: Iterable[int]) -> set[int]:
+    """Return the inodes of the sockets that processes have open."""
+    return {
+        int(target[8:-1])
+        for pid in pids
+        for _, target in descriptors(cell, pid)
+        if target.startswith("socket:[")
+    }
+
+
 def listeners(cell: Cell) -> Iterator[ListeningSocket]:
     """List the listening TCP sockets of the cell's network."""
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{cell.init_pid}/net/{name}").read_text().splitlines()[1:]:
-                local, state = line.split()[1], line.split()[3]
-                if state == "0A":
-                    host, port = address(local)
-                    yield ListeningSocket(host=host, port=port)
+                fields = line.split()
+                if fields[3] == "0A":
+                    host, port = address(fields[1])
+                    yield ListeningSocket(host=host, port=port, inode=int(fields[9]))
 
 
 def address(text: str) -> tuple[str, int]:

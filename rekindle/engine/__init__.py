@@ -48,6 +48,8 @@ class Engine(Protocol):
     endpoint: Endpoint
     compiles: bool
     """Whether its servers use the kernel caches' default paths where no variable is set."""
+    serves_one_port: bool
+    """Whether clients use only `endpoint`, and all other ports are for the server's own processes."""
 
     def environment(self) -> Mapping[str, str]:
         """Return the variables that a server needs so that it can be snapshotted."""

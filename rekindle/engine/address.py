@@ -61,5 +61,5 @@ def parse_endpoint(text: str, default_host: str) -> Endpoint:
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not port.isdecimal() or not 0 < int(port) < 65536 or (colon and not host):
-        raise UsageError(f"invalid --publish {text!r}", hint="write [HOST:]PORT")
+        raise UsageError(f"invalid --publish {text!r}", hint="write [HOST:]PORT[:SERVERPORT]")
     return Endpoint(host=host or default_host, port=int(port))

@@ -32,6 +32,7 @@ class HttpEngine(Engine):
 
     name = "http"
     compiles = False
+    serves_one_port = False
 
     def __init__(self, *, endpoint: Endpoint, options: Mapping[str, JSON]) -> None:
         self.endpoint = endpoint

@@ -54,6 +54,7 @@ class VllmEngine(Engine):
 
     name = "vllm"
     compiles = True
+    serves_one_port = True
 
     def __init__(self, *, endpoint: Endpoint, api_keys: Sequence[str] | None = None) -> None:
         """`api_keys` are the keys of which the server requires one; None if only the environment can tell."""

@@ -13,7 +13,7 @@ from oci.trust.verifier import Verified
 from rekindle import os_errors
 from rekindle.cell import Network
 from rekindle.cuda.search import begin_search
-from rekindle.engine import Endpoint, Engine, parse_endpoint
+from rekindle.engine import Engine
 from rekindle.engine.choose import for_command, from_record
 from rekindle.errors import CapabilityError, RekindleError, UsageError
 from rekindle.home import Home
@@ -24,6 +24,7 @@ from restore.decide import facts as gathering
 from restore.decide import plan as planning
 from restore.decide.match_process import starts_recorded
 from restore.decide.plan import Facts, Plan
+from restore.decide.publications import Publication, publications
 from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
 from restore.options import Memory, Options
@@ -37,8 +38,8 @@ class Decision(Struct, frozen=True, kw_only=True):
     """The plan, what it was made from, and how to reach its server.
 
     `source` and `home` are None if the image could not be read and a cold start replaces it. `engine` talks
-    to the command that a lower rung starts; None if no engine knows it. `endpoint` is the address on this
-    host where the server will be reached; None if it is unknown.
+    to the command that a lower rung starts; None if no engine knows it. `publications` are the addresses on
+    this host where the server will be reached; none if they are unknown.
     """
 
     facts: Facts
@@ -46,7 +47,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     source: Source | None
     home: Home | None
     engine: Engine | None
-    endpoint: Endpoint | None
+    publications: tuple[Publication, ...]
 
     @property
     def image(self) -> Verified[Image]:
@@ -103,7 +104,7 @@ def decide(
         source=source,
         home=home,
         engine=engine,
-        endpoint=_endpoint(plan, facts, engine, options),
+        publications=_publications(plan, facts, engine, options),
     )
 
 
@@ -217,21 +218,16 @@ def _with_recorded_answer(engine: Engine, known: Record | None) -> Engine:
     return from_record(known.engine.name, engine.endpoint, options)
 
 
-def _endpoint(plan: Plan, facts: Facts, engine: Engine | None, options: Options) -> Endpoint | None:
-    """Return the host's address of the server; None if nothing says where it will listen."""
-    image = facts.image
-    listens = engine.endpoint if engine else None
-    if listens is None and image and plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible:
-        listens = image.record.endpoint
-    if options.publish is None:
-        return listens
-    if image and image.record.process.network is Network.HOST:
+def _publications(
+    plan: Plan, facts: Facts, engine: Engine | None, options: Options
+) -> tuple[Publication, ...]:
+    """Return what to publish; nothing if it is unknown where the server will listen."""
+    record = facts.image.record if facts.image else None
+    if options.published and record and record.process.network is Network.HOST:
         raise UsageError(
             "--publish cannot be combined with a snapshot on the host's network",
-            hint=f"omit it: the server listens on {image.record.endpoint} itself",
+            hint=f"omit it: the server listens on {record.endpoint} itself",
         )
-    if listens is None:
-        raise UsageError(
-            "--publish cannot be used: it is unknown where the command listens", hint="add --ready-url URL"
-        )
-    return parse_endpoint(options.publish, listens.host)
+    restored = record if plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible else None
+    main = engine.endpoint if engine else restored.endpoint if restored else None
+    return tuple(publications(options.published, main, restored))

@@ -16,13 +16,13 @@ from restore.rungs.ladder import TakenRung
 from restore.rungs.proof import WatchedCache
 from restore.rungs.run import Run
 from restore.rungs.start import start_server
-from restore.serve.address import Address
+from restore.serve.address import Addresses
 
 
 def take(
     run: Run,
     decision: Decision,
-    address: Address,
+    addresses: Addresses,
     cell: Cell | None,
     step: Step,
     stack: contextlib.ExitStack,
@@ -37,7 +37,7 @@ def take(
         environment, where = place_cache.place(run, decision, step, stack)
     with WatchedCache(source.roots(step), where) as watched:
         command = _as_compiled(decision)
-        return start_server(run, decision, address, cell, stack, Rung.CACHE, command, environment, watched)
+        return start_server(run, decision, addresses, cell, stack, Rung.CACHE, command, environment, watched)
 
 
 def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:

@@ -41,7 +41,7 @@ from restore.rungs.ladder import TakenRung
 from restore.rungs.memory import restore_with_memory
 from restore.rungs.run import Run
 from restore.rungs.same_secrets import require_same_secrets
-from restore.serve.address import Address
+from restore.serve.address import Addresses
 
 if TYPE_CHECKING:
     from rekindle.cuda.search import Search
@@ -66,12 +66,12 @@ class CudaRestore(Struct, frozen=True, kw_only=True):
 def take(
     run: Run,
     decision: Decision,
-    address: Address,
+    addresses: Addresses,
     cell: Cell,
     step: Step,
     stack: contextlib.ExitStack,
 ) -> TakenRung:
-    """Fetch the dump, restore it into a booted cell, ask the oracle, and publish the address.
+    """Fetch the dump, restore it into a booted cell, ask the oracle, and publish its addresses.
 
     Pushes onto `stack` what ends the server again. Raises RekindleError or DeadlinePassed.
     """
@@ -85,7 +85,7 @@ def take(
         work = stack.enter_context(home.work("restore"))
         _check_weights(record, report)
         if record.process.network is Network.HOST:
-            address.release()  # the server binds the address itself; binding it only checked that it is free
+            addresses.release()  # the server binds them itself; binding only checked that they are free
         if step.roots:
             with report.phase("extract"):
                 _extract_mapped_files(run, source, step, stack)
@@ -130,10 +130,10 @@ def take(
     from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
 
     replica = RestoredServer(cell, record.process)
-    serving = stack.enter_context(Serving(replica, record.endpoint, run.signals, run.announcer.asked_to_end))
+    serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
-            _publish(address, serving, _gate(record, decision.facts.api_keys))
+            _publish(addresses, serving, record, _gate(record, decision.facts.api_keys))
     return TakenRung(rung=Rung.PROCESS, serving=serving)
 
 
@@ -149,13 +149,12 @@ def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":
     return functools.partial(ApiKeyGate, guard, str(record.endpoint))
 
 
-def _publish(address: Address, serving: "Serving", new_gate: "NewGate | None") -> None:
+def _publish(addresses: Addresses, serving: "Serving", record: Record, new_gate: "NewGate | None") -> None:
     try:
-        sock = address.listen()
+        for sock, target in addresses.listen(record.endpoint):
+            serving.publish(sock, target, new_gate if target.port == record.endpoint.port else None)
     except PortError as error:
         raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
-    if sock is not None:
-        serving.publish(sock, new_gate)
 
 
 def _seconds_left(run: Run, step: Step) -> float | None:

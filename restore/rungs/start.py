@@ -20,7 +20,7 @@ from restore.rungs.child import ChildServer
 from restore.rungs.ladder import TakenRung
 from restore.rungs.readiness import ReadinessWait, Ready
 from restore.rungs.run import Run
-from restore.serve.address import Address, bind
+from restore.serve.address import Addresses, bind
 from restore.serve.foreground import Serving
 from restore.signals import Signals
 
@@ -68,8 +68,7 @@ def bring_up(
             listen=listen,
         )
     )
-    endpoint = engine.endpoint if engine else None
-    serving = stack.enter_context(Serving(child, endpoint, signals, asked_to_end))
+    serving = stack.enter_context(Serving(child, signals, asked_to_end))
     if engine is None:
         return StartedServer(serving=serving, child=child, ready=None, status=None)
     with ReadinessWait(engine, oracle) as waiting:
@@ -84,7 +83,7 @@ def bring_up(
 def start_server(
     run: Run,
     decision: Decision,
-    address: Address,
+    addresses: Addresses,
     cell: Cell | None,
     stack: contextlib.ExitStack,
     rung: Rung,
@@ -104,11 +103,8 @@ def start_server(
         cell.end()
     report.oracle, report.first_token_seconds = None, None  # those of a failed process rung
     listens = engine.endpoint if engine else None
-    forwarded = address.is_forwarded(listens)
-    if not forwarded:
-        address.release()  # the server binds it itself
-    elif listens is not None:
-        bind(listens).close()  # if this raises, another server is there and could be mistaken for ours
+    for target in addresses.release_own(listens):
+        bind(target).close()  # if this raises, another server is there and could be mistaken for ours
     known = image and engine and image.record.engine.name == engine.name
     oracle = image.record.oracle if image and known else None
     run.signals.check()
@@ -137,8 +133,8 @@ def start_server(
         _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
         report.cache = watched.proof(engine.compiled(up.child.first_output)).summary
-    if forwarded and (sock := address.listen()) is not None:
-        up.serving.publish(sock)
+    for sock, target in addresses.listen(listens):
+        up.serving.publish(sock, target)
     return TakenRung(rung=rung, serving=up.serving)
 
 

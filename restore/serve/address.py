@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published address: bound before the server starts, opened once it is ready."""
+"""The published addresses: bound before the server starts, opened once it is ready."""
 
+import contextlib
 import socket
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from msgspec import Struct
+
 from rekindle.engine import Endpoint
 from rekindle.errors import PortError
+from rekindle.report import ServerAddress
+from restore.decide.publications import Publication
 
 _BACKLOG = 1024
 
 
-def bind(endpoint: Endpoint) -> socket.socket:
-    """Bind an address without listening: connections are refused until `listen`. Raises PortError."""
+def bind(endpoint: Endpoint, *, only_ipv6: bool = False) -> socket.socket:
+    """Bind an address without listening: connections are refused until `listen`. Raises PortError.
+
+    With `only_ipv6`, `::` does not take the port of IPv4, too.
+    """
     family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
     try:
         if not endpoint.host.replace(".", "").isdigit() and family is socket.AF_INET:
@@ -22,6 +31,8 @@ def bind(endpoint: Endpoint) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if only_ipv6 and family is socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((address, endpoint.port))
         except BaseException:
             sock.close()
@@ -39,35 +50,88 @@ def listen(sock: socket.socket, endpoint: Endpoint) -> None:
         raise _port_error(endpoint, error) from error
 
 
-class Address:
-    """The published address of a restore: bound by us, or released for the server to bind.
+class Bound(Struct, kw_only=True):
+    """A publication, with its socket while that is bound."""
 
-    `endpoint` is None if it is unknown where the server will listen; nothing is bound then.
-    """
+    publication: Publication
+    sock: socket.socket | None = None
+    problem: str = ""
 
-    def __init__(self, endpoint: Endpoint | None) -> None:
-        """Bind the address. Raises PortError if it is taken."""
-        self.endpoint = endpoint
-        self._bound = bind(endpoint) if endpoint is not None else None
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
 
-    def is_forwarded(self, listens: Endpoint | None) -> bool:
-        """Return whether a server that listens at `listens` must be forwarded to this address."""
-        if listens is None or self.endpoint is None or self.endpoint == listens:
-            return False
-        return not (self.endpoint.port == listens.port and listens.host in {"", "0.0.0.0", "::"})
 
-    def listen(self) -> socket.socket | None:
-        """Listen on the address and return its socket; None if none is bound. Raises PortError."""
-        if self._bound is None or self.endpoint is None:
-            return None
-        listen(self._bound, self.endpoint)
-        return self._bound
+class Addresses:
+    """The published addresses of a restore: bound by us, or released for the server to bind."""
+
+    def __init__(self, publications: Sequence[Publication]) -> None:
+        """Bind the addresses. Raises PortError if one that is required is taken."""
+        self.all: list[Bound] = []
+        ipv4 = {each.at.port for each in publications if ":" not in each.at.host}
+        try:
+            for each in publications:
+                bound = Bound(publication=each)
+                self.all.append(bound)
+                with _noting(bound):
+                    bound.sock = bind(each.at, only_ipv6=each.at.port in ipv4)
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def main(self) -> Endpoint | None:
+        """The address of this host that leads to the server's main port; None if none does."""
+        return next((each.publication.at for each in self.all if each.publication.listens is None), None)
+
+    def release_own(self, main: Endpoint | None) -> list[Endpoint]:
+        """Release what a server on this host, whose main address is `main`, binds itself.
+
+        Returns the server's addresses to which the others lead.
+        """
+        targets = []
+        for each in self.all:
+            target = each.publication.listens or main
+            if target is None or _is_same(each.publication.at, target):
+                each.close()
+            elif each.sock is not None:
+                targets.append(target)
+        return targets
+
+    def listen(self, main: Endpoint | None) -> list[tuple[socket.socket, Endpoint]]:
+        """Listen on the addresses that are bound. Returns each with the server's.
+
+        Raises PortError.
+        """
+        found = []
+        for each in self.all:
+            target = each.publication.listens or main
+            if each.sock is not None and target is not None:
+                with _noting(each):
+                    listen(each.sock, each.publication.at)
+                    found.append((each.sock, target))
+        return found
+
+    def published(self, main: Endpoint | None) -> list[ServerAddress]:
+        """Return the addresses at which clients reach the server, or should, for the report.
+
+        A server that binds an address itself, although it is not its main one, may not do so.
+        """
+        return [
+            ServerAddress(
+                server=str(each.publication.listens or main or each.publication.at),
+                published=None if each.problem else str(each.publication.at),
+                problem=each.problem,
+            )
+            for each in self.all
+            if each.publication.required or each.sock is not None or each.problem
+        ]
 
     def release(self) -> None:
-        """Close the socket, so that the server can bind the address. Idempotent."""
-        if self._bound is not None:
-            self._bound.close()
-            self._bound = None
+        """Close the sockets, so that the server can bind the addresses. Idempotent."""
+        for each in self.all:
+            each.close()
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +140,25 @@ class Address:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _is_same(published: Endpoint, listens: Endpoint) -> bool:
+    """Return whether a server that listens at `listens` on this host needs no forwarding to `published`."""
+    if published == listens:
+        return True
+    return published.port == listens.port and listens.host in {"", "0.0.0.0", "::"}
+
+
+@contextlib.contextmanager
+def _noting(bound: Bound) -> Iterator[None]:
+    """Note that an address cannot be bound, unless it is required. Raises PortError."""
+    try:
+        yield
+    except PortError as error:
+        if bound.publication.required:
+            raise
+        bound.close()
+        bound.problem = error.cause
 
 
 def _port_error(endpoint: Endpoint, error: Exception) -> PortError:

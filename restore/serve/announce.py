@@ -26,13 +26,30 @@ class Announcer:
         report = self._report
         first = report.first_token_seconds
         after = f" after {first:.2f} s to the first token" if first else ""
-        report.say(f"ready ({_HOW[rung]}) on {report.endpoint or 'its address'}{after}")
+        published = [report.endpoint, *(each.published for each in report.addresses)]
+        where = next((each for each in published if each), "its address")
+        report.say(f"ready ({_HOW[rung]}) on {where}{after}")
+        self._say_addresses()
         if report.cache is not None:
             cache = report.cache
             report.say(
                 f"kernel cache: {cache.verdict}; {cache.used} of {cache.entries} entries used, "
                 f"{cache.made} compiled again"
             )
+
+    def _say_addresses(self) -> None:
+        """Print which further ports of the server are published, and which are not."""
+        report = self._report
+        further = [
+            each for each in report.addresses if not each.published or each.published != report.endpoint
+        ]
+        for each in further:
+            if each.problem:
+                report.say(f"WARNING: the server's {each.server} is not published: {each.problem}")
+        if also := [each.shown for each in further if each.published]:
+            report.say(f"also on {', '.join(also)}")
+        if left := [each.server for each in further if not each.published and not each.problem]:
+            report.say(f"not published: {', '.join(left)} of the server (--publish PORT:SERVERPORT)")
 
     def ready(self) -> None:
         """Tell the platform that the server is ready."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a server in the foreground: pass signals on to it, publish its port, wait for its exit."""
+"""Run a server in the foreground: pass signals on to it, publish its ports, wait for its exit."""
 
 import contextlib
 import os
@@ -76,18 +76,16 @@ class Serving:
     def __init__(
         self,
         replica: Replica,
-        endpoint: Endpoint | None,
         signals: Signals,
         asked_to_end: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Serve a replica that listens at `endpoint`.
+        """Serve a replica.
 
         `asked_to_end` is called with every signal that asks the server to end, after it was passed on.
         """
         self.signalled: int | None = None
         self._status: int | None = None
         self._replica = replica
-        self._endpoint = endpoint
         self._signals = signals
         self._asked_to_end = asked_to_end
         self._forwarder: Forwarder | None = None
@@ -114,17 +112,20 @@ class Serving:
         """Stop watching a descriptor."""
         self._selector.unregister(fd)
 
-    def publish(self, sock: socket.socket, new_gate: "NewGate | None" = None) -> None:
-        """Forward connections from a listening socket to the server, each through a gate if one is needed."""
-        assert self._endpoint is not None
-        # A connection takes two descriptors. A server that runs already keeps its own limit.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        self._forwarder = Forwarder(self._selector, self._replica, self._endpoint, new_gate)
-        self._stack.callback(self._forwarder.close)
-        self._forwarder.accept_from(sock)
+    def publish(self, sock: socket.socket, target: Endpoint, new_gate: "NewGate | None" = None) -> None:
+        """Forward connections from a listening socket to the server, each through a gate if one is needed.
+
+        `target` is where the server listens.
+        """
+        if self._forwarder is None:
+            # A connection takes two descriptors. A server that runs already keeps its own limit.
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            self._forwarder = Forwarder(self._selector, self._replica)
+            self._stack.callback(self._forwarder.close)
+        self._forwarder.accept_from(sock, target, new_gate)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
         """Serve until the server exits; return its exit status. Return None as soon as `until` holds."""

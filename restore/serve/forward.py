@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward connections from a published address of the host to the server."""
+"""Forward connections from published addresses of the host to the server."""
 
 import contextlib
 import errno
+import functools
 import os
 import selectors
 import socket
@@ -48,30 +49,23 @@ class Dialer(Protocol):
 
 
 class Forwarder:
-    """Forwards connections within a selector loop. Buffers at most 512 KiB per direction.
+    """Forwards connections within a selector loop. Buffers at most 512 KiB per direction."""
 
-    With `new_gate`, each connection gets a gate, which sees all its bytes and decides what is passed on.
-    """
-
-    def __init__(
-        self,
-        selector: selectors.BaseSelector,
-        network: Dialer,
-        target: Endpoint,
-        new_gate: "NewGate | None" = None,
-    ) -> None:
-        self._new_gate = new_gate
+    def __init__(self, selector: selectors.BaseSelector, network: Dialer) -> None:
         self._selector = selector
         self._network = network
-        self._target = target
-        self._listener: socket.socket | None = None
+        self._listeners: list[socket.socket] = []
         self._sides: set[_Side] = set()
 
-    def accept_from(self, sock: socket.socket) -> None:
-        """Accept connections from a listening socket from now on."""
+    def accept_from(self, sock: socket.socket, target: Endpoint, new_gate: "NewGate | None" = None) -> None:
+        """Forward connections from a listening socket to the server's address `target` from now on.
+
+        With `new_gate`, each connection gets a gate, which sees all its bytes and decides what is passed on.
+        """
         sock.setblocking(False)
-        self._listener = sock
-        self._selector.register(sock, selectors.EVENT_READ, self._accept)
+        self._listeners.append(sock)
+        accept = functools.partial(self._accept, sock, target, new_gate)
+        self._selector.register(sock, selectors.EVENT_READ, lambda _: accept())
 
     def drain(self) -> None:
         """Deliver what a server that has ended wrote to its clients, as the kernel would without a forwarder.
@@ -99,20 +93,19 @@ class Forwarder:
             self._drop(side)
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
+        for sock in self._listeners:
+            self._selector.unregister(sock)
+            sock.close()
+        self._listeners.clear()
 
-    def _accept(self, _: int) -> None:
-        assert self._listener is not None
+    def _accept(self, sock: socket.socket, target: Endpoint, new_gate: "NewGate | None") -> None:
         try:
-            client, _address = self._listener.accept()
+            client, _address = sock.accept()
         except OSError as error:
             if error.errno in {errno.EMFILE, errno.ENFILE}:
                 time.sleep(_PAUSE_SECONDS)  # the connection stays in the queue and would wake us at once
             return
-        host = self._target.reachable_host
+        host = target.reachable_host
         try:
             server = self._network.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError:
@@ -120,13 +113,13 @@ class Forwarder:
             return
         near, far = _Side(client), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
-        near.gate = far.gate = self._new_gate() if self._new_gate else None
+        near.gate = far.gate = new_gate() if new_gate else None
         for side in (near, far):
             side.sock.setblocking(False)
             with contextlib.suppress(OSError):
                 side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sides.add(side)
-        number = server.connect_ex((host, self._target.port))
+        number = server.connect_ex((host, target.port))
         if number not in {0, errno.EINPROGRESS}:
             self._drop(near)
             return

@@ -14,7 +14,8 @@
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
 file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
-uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more).
+uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more),
+also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6 address).
 """
 
 import contextlib
@@ -352,6 +353,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class AlsoServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        super().server_bind()
+
+
+def listen_also(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    AlsoServer.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    threading.Thread(target=AlsoServer((host, int(port)), Handler).serve_forever, daemon=True).start()
+
+
 def main() -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler)
     server.daemon_threads = True
@@ -366,6 +383,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     for _ in range(4):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
+    for address in filter(None, BEHAVIOURS.get("also", "").split(",")):
+        listen_also(address)
     held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
     if "cuda" in BEHAVIOURS:
         claim_cuda()

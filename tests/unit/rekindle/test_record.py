@@ -130,6 +130,7 @@ FIELDS = [
 ANY_FORM = {"engine.options", "oracle.request", "oracle.answer"}
 # Records that were made before have none of these.
 ADDED = (
+    "listeners",
     "weights",
     "loaded",
     "proved",

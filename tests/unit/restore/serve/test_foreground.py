@@ -93,8 +93,8 @@ def test_connections_do_not_make_it_ask_for_the_status(server: Server) -> None:
             server.end(4)
 
         listens = Endpoint(host="127.0.0.1", port=target.getsockname()[1])
-        with meanwhile(threading.Thread(target=talk)), Serving(server, listens, signals) as serving:
-            serving.publish(published)
+        with meanwhile(threading.Thread(target=talk)), Serving(server, signals) as serving:
+            serving.publish(published, listens)
             assert serving.run() == 4
     assert server.asked <= 3
 
@@ -102,7 +102,7 @@ def test_connections_do_not_make_it_ask_for_the_status(server: Server) -> None:
 def test_a_server_that_has_ended_before_is_not_waited_for(server: Server) -> None:
     """The event was taken by somebody who asked before."""
     server.exit_status = 5
-    with Signals() as signals, Serving(server, None, signals) as serving:
+    with Signals() as signals, Serving(server, signals) as serving:
         assert serving.run() == 5
 
 
@@ -110,7 +110,7 @@ def test_signals_that_came_before_are_passed_on(server: Server) -> None:
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         server.exit_status = 0
-        with Serving(server, None, signals) as serving:
+        with Serving(server, signals) as serving:
             assert serving.run() == 0
         assert server.heard == [signal.SIGTERM]
         assert serving.signalled == signal.SIGTERM
@@ -127,13 +127,13 @@ def test_each_signal_is_passed_on_when_it_comes(server: Server) -> None:
         server.end(0)
 
     with Signals() as signals, meanwhile(threading.Thread(target=send)):
-        with Serving(server, None, signals) as serving:
+        with Serving(server, signals) as serving:
             assert serving.run() == 0
         assert server.heard == expected
 
 
 def test_a_condition_is_asked_at_once_and_after_each_event(server: Server) -> None:
-    with Signals() as signals, Serving(server, None, signals) as serving:
+    with Signals() as signals, Serving(server, signals) as serving:
         assert serving.run(until=lambda: True) is None
         answers = iter([False, True])
         reader, writer = os.pipe()

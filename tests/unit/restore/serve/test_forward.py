@@ -62,12 +62,12 @@ class Setting:
         self.turns = 0
         self._selector = selectors.DefaultSelector()
         target = Endpoint(host=host, port=self.server.getsockname()[1])
-        self._forwarder = Forwarder(self._selector, cast("Cell", self.cell), target)
+        self._forwarder = Forwarder(self._selector, cast("Cell", self.cell))
         published = bind(Endpoint(host=host, port=0))
         shrink(published, buffer_bytes)
         self.address = published.getsockname()
         listen(published, target)
-        self._forwarder.accept_from(published)
+        self._forwarder.accept_from(published, target)
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._failure: BaseException | None = None

@@ -38,8 +38,8 @@ def forwarded(target: Endpoint, guard: Guard) -> Iterator[int]:
     woken, wake = socket.socketpair()
     with selectors.DefaultSelector() as selector, woken, wake:
         selector.register(woken, selectors.EVENT_READ, None)
-        forwarder = Forwarder(selector, Here(), target, lambda: ApiKeyGate(guard, str(target)))
-        forwarder.accept_from(listener)
+        forwarder = Forwarder(selector, Here())
+        forwarder.accept_from(listener, target, lambda: ApiKeyGate(guard, str(target)))
 
         def loop() -> None:
             while True:
