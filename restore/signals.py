@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from rekindle.cell.relay import SIGNALS
 from rekindle.errors import Interrupted
 
 ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 """The signals that ask a process to end."""
-
-_KEPT = (*sorted(ENDING), signal.SIGUSR1, signal.SIGUSR2)
 
 
 class DeadlinePassed(BaseException):
@@ -49,7 +48,7 @@ class Signals:
             for fd in (self._reader, writer):
                 stack.callback(os.close, fd)
                 os.set_blocking(fd, False)
-            for signum in _KEPT:
+            for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     stack.callback(self._reset, signum, signal.signal(signum, self._handle))
             for signum in (signal.SIGALRM, signal.SIGCHLD):  # SIGCHLD only makes the descriptor readable
@@ -102,7 +101,7 @@ class Signals:
             raise self._raised
 
     def _handle(self, signum: int, _: object) -> None:
-        if signum in _KEPT:
+        if signum in SIGNALS:
             self._pending.append(signum)
         error: BaseException = DeadlinePassed(self._seconds)
         if signum in ENDING:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rekindle.cell import Cell, Command, exit_status, hook, processes
+from rekindle.cell.relay import SIGNALS
 from rekindle.errors import UsageError, WorkloadError
 from rekindle.proc import children
 
@@ -15,7 +16,8 @@ from rekindle.proc import children
 # of all others: with a root that has next to none, the server's memory is restored in parallel with theirs.
 # It outlives signals to a whole control group, since the server may drain first. The server does not inherit
 # traps, as it would ignored signals.
-_ROOT = ["/bin/sh", "-c", 'trap : HUP INT QUIT TERM USR1 USR2; "$@"; exit $?', "sh"]
+_TRAPPED = " ".join(sorted(signum.name.removeprefix("SIG") for signum in SIGNALS))
+_ROOT = ["/bin/sh", "-c", f'trap : {_TRAPPED}; "$@"; exit $?', "sh"]
 TEMPORARY = Path("/dev/shm/tmp")  # noqa: S108 - in the cell's private file system, and kept in the snapshot
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOG_TAIL_BYTES = 4000

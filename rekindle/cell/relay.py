@@ -24,11 +24,12 @@ import sys
 import time
 from collections.abc import Callable
 from select import POLLIN, poll
+from typing import Final
 
-SIGNALS = frozenset(
+SIGNALS: Final = frozenset(
     {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 )
-"""The signals that are passed on."""
+"""The signals that reach the server: init and we pass them on, and the root shell outlives them."""
 
 # Whoever signals a control group goes through its processes one after the other, in less than a millisecond.
 _HOLD_SECONDS = 0.05
