@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from rekindle.node import instructions
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.gpu import Gpu
 from rekindle.node.mapped import describe_recorded
@@ -173,8 +174,8 @@ def plain_command(command: Sequence[str], without: frozenset[str] = frozenset())
 
 
 def missing_features(code: str, recorded: Fingerprint, here: Fingerprint) -> Iterator[Difference]:
-    """Yield a difference if this node's processor lacks recorded features."""
-    if missing := recorded.cpu_features - here.cpu_features:
+    """Yield a difference if this node's processor lacks recorded features that programs may use."""
+    if missing := instructions.of(recorded.architecture, recorded.cpu_features - here.cpu_features):
         missing_here = f"missing on {here.cpu_model}"
         yield Difference(code, "processor features", " ".join(sorted(missing)), missing_here)
 

@@ -43,9 +43,10 @@ RULES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=True,
         why="Libraries choose their code once, at their start, by the features of the processor. An "
-        "instruction that is missing here kills the process. Additional features do no harm.",
+        "instruction that is missing here kills the process. Additional features do no harm, and features "
+        "that are no instructions (`hypervisor`, `vmx`, `md_clear`) are not compared.",
         source="glibc's indirect functions; oneDNN developer guide, CPU dispatcher control; CRIU wiki, "
-        "Cpuinfo",
+        "Cpuinfo; rekindle/node/instructions.py",
         advice="make the snapshot on the oldest processor of the fleet, or one for each kind of node",
     ),
     "cpu-vendor": Rule(

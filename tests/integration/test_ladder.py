@@ -466,6 +466,16 @@ OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
+def test_an_image_of_another_hypervisor_is_restored(scene: Scene) -> None:
+    features = ["hypervisor", "vmx", "ht", "tsc_known_freq", "md_clear", "arch_capabilities", "new_bug_fix"]
+    image = scene.doctored(node__cpu_features=lambda old: [*old, *features])
+    running = scene.restore(image=image)
+    running.until_ready("restored")
+    assert running.reasons == []
+    running.process.terminate()
+    assert running.process.wait(30) == 7
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_image_of_another_node_is_served_on_its_cache(scene: Scene, name: str) -> None:
     change, codes = OTHERS[name]

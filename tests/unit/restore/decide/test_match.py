@@ -52,6 +52,33 @@ def test_a_server_must_have_the_memory_that_it_had(
     assert [(each.code, each.hard) for each in reasons] == ([] if fits else [("memory", True)])
 
 
+INSTRUCTIONS = "avx512_fp16 amx_tile sse4_2 ssse3 popcnt rdrand clwb gfni ospke waitpkg amx_of_tomorrow"
+NO_INSTRUCTIONS = """
+    hypervisor vmx svm ht tsc_known_freq constant_tsc md_clear arch_capabilities ibrs stibp smap nx erms fsrm
+    hle x2apic pdpe1gb la57 umip arat xsaves invpcid monitor wbnoinvd flush_l1d kernel_cpu_flag_of_tomorrow
+"""
+
+
+@pytest.mark.parametrize("feature", NO_INSTRUCTIONS.split())
+def test_a_feature_that_is_no_instruction_may_be_missing(feature: str) -> None:
+    recorded = structs.replace(NODE, cpu_features=NODE.cpu_features | {feature})
+    assert process(structs.replace(RECORD, node=recorded), NODE, ABLE, {}) == []
+
+
+@pytest.mark.parametrize("feature", INSTRUCTIONS.split())
+def test_an_instruction_may_not_be_missing(feature: str) -> None:
+    recorded = structs.replace(NODE, cpu_features=NODE.cpu_features | {feature})
+    (reason,) = process(structs.replace(RECORD, node=recorded), NODE, ABLE, {})
+    assert (reason.code, reason.recorded, reason.hard) == ("cpu-feature", feature, True)
+
+
+def test_other_architectures_name_hardly_anything_but_instructions() -> None:
+    arm = structs.replace(NODE, architecture="aarch64", cpu_features=frozenset({"asimd"}))
+    recorded = structs.replace(arm, cpu_features=frozenset({"asimd", "evtstrm", "sve2"}))
+    (reason,) = process(structs.replace(RECORD, node=recorded), arm, ABLE, {})
+    assert reason.recorded == "sve2"
+
+
 CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
     "the same node": ({}, []),
     "another name of the processor": ({"cpu_model": "Other CPU"}, []),
@@ -71,6 +98,10 @@ CASES: dict[str, tuple[dict[str, object], list[tuple[str, str, str, bool]]]] = {
     "one more and one less": (
         {"cpu_features": frozenset({"avx2", "fpu", "new"}), "cpu_model": "Other CPU"},
         [("cpu-feature", "avx512f", "missing on Other CPU", True)],
+    ),
+    "an instruction that no list knows yet": (
+        {"cpu_features": NODE.cpu_features - {"avx2"} | {"avx10_9"}},
+        [("cpu-feature", "avx2", "missing on Example CPU", True)],
     ),
     "another architecture": (
         {"architecture": "aarch64"},
