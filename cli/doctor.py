@@ -151,14 +151,15 @@ def _criu(home: Home) -> Iterator[Check]:
     yield Check(name="criu", ok=False, detail="no working CRIU", remedy=remedy)
 
 
-def _amx(home: Home) -> Iterator[Check]:
+def _amx(_: Home) -> Iterator[Check]:
     if not amx.present():
         yield Check(name="amx", ok=True, detail="not needed: this processor has no AMX")
         return
     try:
-        yield Check(name="amx", ok=True, detail=f"permission requested by {amx.compiled(home.tools)}")
+        os.close(amx.open_object())
+        yield Check(name="amx", ok=True, detail="CRIU requests the permission for restored processes")
     except CapabilityError as error:
-        yield Check(name="amx", ok=False, detail=error.message, remedy=error.hint)
+        yield Check(name="amx", ok=False, detail=f"{error.message}: {error.cause}")
 
 
 def _shell(_: Home) -> Iterator[Check]:

@@ -29,6 +29,8 @@ _INSTALL_HINT = "run `hack/get-criu` to install one that works, or set REKINDLE_
 # Higher levels cost time: at -v4 a vLLM tree logs 30,000 lines.
 _RESTORE_VERBOSITY = "-v1"
 _OUTPUT = "criu.out"
+# Descriptors of a restoring CRIU.
+_AMX_FD, _FIRST_FD = 9, 10
 
 _COMMON = [
     "--tcp-established",  # the processes of a server talk to each other over loopback
@@ -254,7 +256,7 @@ def restore(
     anything is restored. Raises RestoreError; end the cell then, since some processes may exist already.
     """
     log_directory = log_directory or directory
-    fds = {10 + number: fd for number, fd in enumerate((inherit or {}).values())}
+    fds = {_FIRST_FD + number: fd for number, fd in enumerate((inherit or {}).values())}
     argv = [
         str(criu.path),
         "restore",
@@ -266,11 +268,16 @@ def restore(
         *_COMMON,
     ]
     for number, path in enumerate(inherit or {}):
-        argv += ["--inherit-fd", f"fd[{10 + number}]:{str(path).lstrip('/')}"]
-    env = amx.environment(home.tools) if home else {}
+        argv += ["--inherit-fd", f"fd[{_FIRST_FD + number}]:{str(path).lstrip('/')}"]
     needed = [directory, log_directory, *([memory.directory] if memory else [])]
     facts = kernel_facts.known(home, criu.path, *needed) if home else None
-    status = cell.run(_command(argv, log_directory, env, fds, memory, facts), timeout)
+    env = {}
+    with contextlib.ExitStack() as opened:
+        if amx.present():
+            fds[_AMX_FD] = amx.open_object()
+            opened.callback(os.close, fds[_AMX_FD])
+            env["LD_PRELOAD"] = f"/proc/self/fd/{_AMX_FD}"
+        status = cell.run(_command(argv, log_directory, env, fds, memory, facts), timeout)
     if status != 0:
         failure = RestoreError("CRIU could not restore the server")
         raise failed(failure, argv, log_directory, "restore.log", status, timeout)

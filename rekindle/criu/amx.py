@@ -3,26 +3,33 @@
 
 A process must ask the OS kernel before its first tile instruction (arch_prctl(ARCH_REQ_XCOMP_PERM)). The
 permission is inherited by fork, cleared by exec and unknown to CRIU 4.2.1: after a restore the first
-tile instruction kills the task with SIGILL. We preload a shared object into CRIU whose constructor asks
-for the permission, so that the tasks that CRIU forks inherit it. It is compiled before the first restore
-on a processor with AMX, and links no library, so that every loader accepts it.
+tile instruction kills the task with SIGILL. We preload a shared object into CRIU whose initializer asks for
+the permission, so that the tasks that CRIU forks inherit it.
+
+The object is written here, byte by byte, since a node that restores need not have a compiler. It is handed to
+CRIU as a descriptor: the dynamic loader splits LD_PRELOAD at blanks and colons, which paths may contain.
 """
 
-import hashlib
 import os
+import struct
 from pathlib import Path
 
-from rekindle.errors import CapabilityError, UsageError
+from rekindle.errors import CapabilityError
 
-SOURCE = """
-__attribute__((constructor)) static void ask(void) {
-    long result = 158 /* arch_prctl */;
-    __asm__ volatile("syscall" : "+a"(result)
-                     : "D"(0x1023L) /* ARCH_REQ_XCOMP_PERM */, "S"(18L) /* XFEATURE_XTILE_DATA */
-                     : "rcx", "r11", "memory");
-    (void)result;
-}
-"""
+_ASK = bytes.fromhex(
+    "f30f1efa"  # endbr64
+    "b89e000000"  # mov eax, 158: arch_prctl
+    "bf23100000"  # mov edi, 0x1023: ARCH_REQ_XCOMP_PERM
+    "be12000000"  # mov esi, 18: XFEATURE_XTILE_DATA
+    "0f05"  # syscall
+    "c3"  # ret
+)
+_PAGE_BYTES = 4096
+_HEADER_BYTES, _SEGMENT_BYTES, _SYMBOL_BYTES = 64, 56, 24
+_PT_LOAD, _PT_DYNAMIC, _PT_GNU_STACK = 1, 2, 0x6474E551
+_EXECUTE, _WRITE, _READ = 1, 2, 4
+_DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_STRSZ, _DT_SYMENT, _DT_INIT = 4, 5, 6, 10, 11, 12
+_MFD_NOEXEC_SEAL = 8  # linux/memfd.h, since 6.3; where vm.memfd_noexec is 2, none is made without it
 
 
 def present() -> bool:
@@ -30,50 +37,66 @@ def present() -> bool:
     return "amx_tile" in Path("/proc/cpuinfo").read_text().split()
 
 
-def environment(tools: Path) -> dict[str, str]:
-    """Return the variables that CRIU needs so that restored tasks may use AMX; {} without AMX.
+def open_object() -> int:
+    """Return a descriptor of the shared object, for LD_PRELOAD=/proc/self/fd/N.
 
-    Raises UsageError for a directory that LD_PRELOAD cannot name, and as `compiled` does.
+    Raises CapabilityError if the OS kernel makes no file in memory.
     """
-    if not present():
-        return {}
-    helper = str(compiled(tools))
-    if any(character in helper for character in " \t\n:"):  # these separate the entries of LD_PRELOAD
-        raise UsageError(
-            f"cannot preload {helper!r} into CRIU",
-            hint="set REKINDLE_HOME to a path without blanks and colons",
-        )
-    return {"LD_PRELOAD": helper}
-
-
-def compiled(tools: Path) -> Path:
-    """Return the path of the shared object, compiled if it does not exist yet.
-
-    Raises CapabilityError if there is no C compiler or it fails.
-    """
-    from rekindle.run import replay, run
-
-    target = tools / f"amx-{hashlib.sha256(SOURCE.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    import shutil  # it loads compressors that a restore does not need
-
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise CapabilityError(
-            "restoring on a processor with AMX needs a C compiler, and none is installed",
-            hint="apt-get install gcc",
-        )
-    source = tools / f"{target.stem}.{os.getpid()}.c"
-    staged = source.with_suffix(".so")
-    source.write_text(SOURCE)
-    argv = [compiler, "-O2", "-fPIC", "-shared", "-nostdlib", "-o", str(staged), str(source)]
     try:
-        done = run(argv, timeout=60)
-        if done.status != 0:
-            raise CapabilityError("cannot compile the AMX helper", cause=done.output, hint=replay(argv))
-        staged.replace(target)
-    finally:
-        source.unlink(missing_ok=True)
-        staged.unlink(missing_ok=True)
-    return target
+        try:
+            fd = os.memfd_create("rekindle-amx", os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+        except OSError:
+            fd = os.memfd_create("rekindle-amx", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise CapabilityError("cannot make the object that asks for AMX", cause=str(error)) from error
+    os.write(fd, shared_object())
+    return fd
+
+
+def shared_object() -> bytes:
+    """Return an ELF shared object for x86-64 whose initializer asks for AMX's permission.
+
+    It needs no library, exports nothing and has no section. The one page of the file is mapped twice: to be
+    run, and to be written, since loaders write addresses into the dynamic section (glibc before 2.35).
+    """
+    code = _HEADER_BYTES + 4 * _SEGMENT_BYTES
+    table = code + len(_ASK) + -len(_ASK) % 8
+    names = struct.pack("<4I", 1, 1, 0, 0)  # a hash table with one empty bucket, for the symbol 0
+    symbols = table + len(names)
+    dynamic = symbols + _SYMBOL_BYTES + 8
+    entries = {
+        _DT_HASH: table,
+        _DT_STRTAB: symbols + _SYMBOL_BYTES,
+        _DT_SYMTAB: symbols,
+        _DT_STRSZ: 1,
+        _DT_SYMENT: _SYMBOL_BYTES,
+        _DT_INIT: code,
+        0: 0,
+    }
+    size = dynamic + 16 * len(entries)
+    segments = [
+        (_PT_LOAD, _READ | _EXECUTE, 0, 0, size, _PAGE_BYTES),
+        (_PT_LOAD, _READ | _WRITE, 0, _PAGE_BYTES, size, _PAGE_BYTES),
+        (_PT_DYNAMIC, _READ | _WRITE, dynamic, _PAGE_BYTES + dynamic, 16 * len(entries), 8),
+        (_PT_GNU_STACK, _READ | _WRITE, 0, 0, 0, 16),
+    ]
+    header = b"\x7fELF\2\1\1".ljust(16, b"\0") + struct.pack(  # 64 bits, little-endian, version 1
+        "<HHIQQQIHHHHHH",
+        *(3, 62, 1, 0),  # ET_DYN, EM_X86_64, version 1, no entry
+        *(_HEADER_BYTES, 0, 0),
+        *(_HEADER_BYTES, _SEGMENT_BYTES, len(segments), 0, 0, 0),
+    )
+    content = bytearray(size)
+    content[:_HEADER_BYTES] = header
+    for number, (kind, flags, offset, address, length, align) in enumerate(segments):
+        struct.pack_into(
+            "<IIQQQQQQ",
+            content,
+            _HEADER_BYTES + number * _SEGMENT_BYTES,
+            *(kind, flags, offset, address, address, length, length, align),
+        )
+    content[code : code + len(_ASK)] = _ASK
+    content[table : table + len(names)] = names
+    for number, entry in enumerate(entries.items()):
+        struct.pack_into("<QQ", content, dynamic + 16 * number, *entry)
+    return bytes(content)
