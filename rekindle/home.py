@@ -30,6 +30,10 @@ from rekindle.journal import CUDA_JOURNAL, unfinished
 from rekindle.os_errors import naming_full_disk
 
 _LOGS_KEPT = 20
+_ALWAYS_THERE = {"store", "dumps", "run", "tools", "logs"}
+_OURS = {*_ALWAYS_THERE, "compared", "caches", "machine.key", "machine.pub"}
+_OURS |= {"policy.toml", "config.toml", "seen.json", "lock"}
+_OF_FILE_SYSTEMS = {"lost+found"}
 _STALE_SECONDS = 3600.0
 
 
@@ -154,7 +158,7 @@ class Home:
 def _make_private(root: Path) -> None:
     """Create the directory and make it private, since we run programs in it.
 
-    Raises UsageError if it belongs to another user.
+    Raises UsageError if it belongs to another user, or is used for something else: then it stays as it is.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = root.stat()
@@ -164,8 +168,26 @@ def _make_private(root: Path) -> None:
             cause=f"its owner has the UID {status.st_uid}, and ours is {os.geteuid()}",
             hint="set REKINDLE_HOME to a directory of yours",
         )
+    if problem := _other_use(root):
+        raise UsageError(
+            f"cannot use {root} as REKINDLE_HOME",
+            cause=problem,
+            hint="set REKINDLE_HOME to a directory that is empty or does not exist yet",
+        )
     if status.st_mode & 0o077:
         root.chmod(0o700)
+
+
+def _other_use(root: Path) -> str:
+    """Return what shows that a directory is for something else than rekindle; "" if nothing does."""
+    temporary = {"/tmp", "/var/tmp", os.environ.get("TMPDIR") or "/tmp"}  # noqa: S108
+    if any(os.path.realpath(each) == str(root) for each in temporary):  # also if it is empty
+        return "it is for temporary files of all users"
+    names = {path.name for path in root.iterdir()}
+    if names >= _ALWAYS_THERE:
+        return ""
+    others = sorted(names - _OURS - _OF_FILE_SYSTEMS)
+    return f"it contains {', '.join(map(repr, others[:3]))}" if others else ""
 
 
 def _remove_if_possible(directory: Path) -> bool:

@@ -97,8 +97,8 @@ def die_with_parent(parent: int) -> None:
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     check(
         libc.mount(
-            source.encode(),
-            target.encode(),
+            os.fsencode(source),
+            os.fsencode(target),
             None if kind is None else kind.encode(),
             ctypes.c_ulong(flags),
             None if data is None else data.encode(),
@@ -427,7 +427,7 @@ def spawn(request: dict, fds: list, prepare: Callable[[], None] | None = None) -
             check(libc.personality(ADDR_NO_RANDOMIZE), "personality")
         os.execvpe(request["argv"][0], request["argv"], request["env"])  # noqa: S606
     except OSError as error:
-        os.write(2, f"{request['argv'][0]}: {error}\n".encode())
+        os.write(2, os.fsencode(f"{request['argv'][0]}: {error}\n"))
     os._exit(127)
 
 

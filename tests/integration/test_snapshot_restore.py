@@ -3,6 +3,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -203,12 +204,12 @@ def test_requests_from_a_file_warm_the_server(
     assert restore("horse", port).ask("/count", {}) == "6"
 
 
-def test_a_home_behind_a_symbolic_link(
+def test_a_home_with_an_odd_name_behind_a_symbolic_link(
     rekindle: Rekindle, restore: Restore, port: int, tmp_path: Path
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    rekindle.home = tmp_path / "link" / "home"
+    rekindle.home = tmp_path / "link" / os.fsdecode(b"a:h me\xff")
     assert rekindle.snapshot_workhorse("horse", port).status == 0
     assert restore("horse", port).ask("/count", {}) == "1"
 

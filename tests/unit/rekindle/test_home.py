@@ -35,6 +35,51 @@ def test_a_home_is_private(home: Home) -> None:
         assert directory.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o755, 0o700], ids=oct)
+@pytest.mark.parametrize("name", ["file", "bin", ".bashrc", "of them"])
+def test_a_directory_for_something_else_is_refused_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, name: str
+) -> None:
+    place = tmp_path / "place"
+    for directory in (place, place / name, place / "run", place / "run" / "daemon"):
+        directory.mkdir()
+    place.chmod(mode)
+    monkeypatch.setenv("REKINDLE_HOME", str(place))
+    with pytest.raises(UsageError, match="place") as caught:
+        Home.from_environment()
+    assert name in caught.value.cause
+    assert place.stat().st_mode & 0o7777 == mode
+    assert {path.name for path in place.rglob("*")} == {name, "run", "daemon"}
+
+
+def test_a_directory_for_temporary_files_is_refused_even_if_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/")
+    with pytest.raises(UsageError, match="cannot use") as caught:
+        Home(tmp_path)
+    assert "temporary files" in caught.value.cause
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=oct)
+@pytest.mark.parametrize("names", [[], ["lost+found"], ["policy.toml", "config.toml"], ["store"]])
+def test_an_empty_directory_becomes_a_home(tmp_path: Path, names: list[str], mode: int) -> None:
+    """Also a volume that all may write, as Kubernetes and tmpfs make them, and one that is half made."""
+    for name in names:
+        (tmp_path / name).mkdir()
+    tmp_path.chmod(mode)
+    assert Home(tmp_path).root.stat().st_mode & 0o7777 == 0o700
+
+
+def test_a_home_may_hold_files_of_its_owner(home: Home) -> None:
+    (home.root / "notes").touch()
+    home.root.chmod(0o755)
+    assert Home(home.root).root.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_home_is_opened_again(home: Home) -> None:
     (home.store / "file").touch()
     assert (Home(home.root).store / "file").exists()
@@ -270,12 +315,6 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(UsageError, match="another user"):
         Home(tmp_path)
-
-
-def test_a_directory_that_others_may_write_to_is_made_private(tmp_path: Path) -> None:
-    tmp_path.chmod(0o1777)
-    Home(tmp_path)
-    assert tmp_path.stat().st_mode & 0o7777 == 0o700
 
 
 def test_a_user_without_a_home_is_told_to_set_rekindle_home(
