@@ -2,6 +2,7 @@
 """`rekindle extract`: extract the kernel cache of an image, for example in an init container."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,13 @@ from cli import _arguments, _progress, _report, _trust
 from oci import resolve
 from oci.cache import extract
 from oci.cache import image as cache_image
+from oci.cache.staging import Owner
 from oci.reference import parse
 from rekindle.engine.caches import CacheKind
 from rekindle.home import Home
 from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
+
+_ID_LIMIT = (1 << 32) - 2
 
 
 def main(words: Sequence[str]) -> int:
@@ -42,6 +46,13 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace existing entries whose content differs"
     )
+    parser.add_argument(
+        "--owner",
+        type=_owner,
+        metavar="USER[:GROUP]",
+        help="give what is extracted to this user, by name or number (root only): the one that the server "
+        "runs as, so that it can add kernels",
+    )
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
@@ -54,6 +65,22 @@ def main(words: Sequence[str]) -> int:
         for name, value in done.environment.items():
             print(f"export {name}={shlex.quote(value)}")
     return 0
+
+
+def _owner(text: str) -> Owner:
+    """Parse USER[:GROUP], as chown takes it: without a group, that stays as it is."""
+    import grp
+    import pwd
+
+    user, colon, group = text.partition(":")
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if colon else -1
+        if max(uid, gid) > _ID_LIMIT:
+            raise KeyError
+        return Owner(uid=uid, gid=gid)
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no such user or group here: {text}") from None
 
 
 def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
@@ -69,7 +96,13 @@ def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
         report.image = ImageName(reference=args.image, digest=source.root.digest)
         with report.phase("extract"), _progress.progress(source.tally, quiet=args.quiet):
             done = extract.extract(
-                image, args.to, limits=source.limits, kinds=args.kind, overwrite=args.overwrite
+                image,
+                args.to,
+                limits=source.limits,
+                kinds=args.kind,
+                overwrite=args.overwrite,
+                own=os.environ,
+                owner=args.owner,
             )
         # Nothing is fetched from the store or a layout.
         fetched = source.tally.fetched_bytes if source.tally else 0

@@ -166,7 +166,9 @@ def _make_private(root: Path) -> None:
         raise UsageError(
             f"{root} belongs to another user",
             cause=f"its owner has the UID {status.st_uid}, and ours is {os.geteuid()}",
-            hint="set REKINDLE_HOME to a directory of yours",
+            hint=f"set REKINDLE_HOME to a directory of yours, such as {root / 'rekindle'}"
+            if os.access(root, os.W_OK | os.X_OK)  # a volume of a container, with a group for all
+            else "set REKINDLE_HOME to a directory of yours",
         )
     if problem := _other_use(root):
         raise UsageError(

@@ -312,6 +312,20 @@ def nothing_left(rekindle: Rekindle) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def bound(source: Path, place: Path, *options: str) -> Iterator[None]:
+    """Mount a directory in another place, both made if they are missing; `ro` makes that one read-only."""
+    for path in (source, place):
+        path.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "--bind", str(source), str(place)], check=True)
+    try:
+        for option in options:
+            subprocess.run(["mount", "-o", f"remount,bind,{option}", str(place)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[None]:
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)

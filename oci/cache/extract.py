@@ -23,6 +23,7 @@ from oci.cache.staging import (
     FILES_LIMIT,
     ExtractedRoot,
     Job,
+    Owner,
     _remove_if_empty,
     refuse_too_large,
     staging,
@@ -69,6 +70,8 @@ def extract(
     limits: Limits,
     kinds: Collection[CacheKind] | None = None,
     overwrite: bool = False,
+    own: Mapping[str, str] | None = None,
+    owner: Owner | None = None,
     workers: int = 0,
 ) -> Extraction:
     """Write the caches of an image to `to/KIND/…`, or if `to` is None, to where each was recorded.
@@ -77,6 +80,9 @@ def extract(
     already gets the entries it lacks; an entry with other content is kept, unless `overwrite`. Modes and
     times are as packed, but without write permission for others; directories without files are not made.
     Idempotent.
+
+    A recorded place is used only if it looks like one of such a cache, or if `own`, the environment of
+    today, names it (`oci.cache.places`). What is written is given to `owner`, for which one must be root.
 
     Raises IntegrityError if bytes do not match their digest, FormatError for a malformed layer, NotFoundError
     if the image has no cache of the kinds, UsageError for a destination that cannot be used, SpaceError.
@@ -89,7 +95,9 @@ def extract(
     ]
     if not roots:
         raise NotFoundError(f"{image.manifest.digest} has no kernel cache of that kind")
-    targets = [target_of(root, to) for root in roots]
+    targets = [target_of(root, to, own or {}) for root in roots]
+    if owner is not None and os.geteuid() != 0:
+        raise UsageError("only root can give what is extracted to another user")
     real = [os.path.realpath(target) for target in targets]
     nested = any(one != other and is_within(one, other) for one in real for other in real)
     if nested or len(set(real)) != len(real):
@@ -103,7 +111,12 @@ def extract(
     while True:
         with contextlib.ExitStack() as stack, naming_full_disk(targets[0], hint=_FULL_HINT):
             jobs = [
-                Job(root=root, target=target, staging=stack.enter_context(staging(target)))
+                Job(
+                    root=root,
+                    target=target,
+                    staging=stack.enter_context(staging(target, owner)),
+                    owner=owner,
+                )
                 for root, target in zip(roots, targets, strict=True)
             ]
             try:

@@ -84,7 +84,14 @@ class StoredRoot(Struct, frozen=True, kw_only=True):
     entries: Annotated[Sequence[Entry], Meta(max_length=ENTRIES_LIMIT + _TARGETS_LIMIT)]
 
     def __post_init__(self) -> None:
-        """Require an absolute path in canonical form, short enough to have something below it."""
+        """Require an absolute path in canonical form, short enough to have something below it.
+
+        Its directory is named after its kind, so that `--to DIR` writes to no other than `DIR/KIND`.
+        """
+        if not re.fullmatch(rf"{self.kind}(-[0-9]+)?", self.name):
+            raise FormatError(
+                f"the inventory calls a {self.kind} cache by another name", cause=f"{self.name!r:.120}"
+            )
         path = PurePosixPath(self.recorded)
         if (
             not path.is_absolute()

@@ -1,12 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file names that a cache image may have, so that every file system accepts them unchanged."""
 
+import re
 import unicodedata
 from pathlib import PurePosixPath
 
 _NAME_LIMIT_BYTES = 255
 _PATH_LIMIT_BYTES = 2048  # below the directory that it goes to
 _DEPTH_LIMIT = 64
+
+# What logins, shells, cron, systemd, Python and tools run or trust wherever they find it. No cache has such
+# names, so nothing is lost, and a signer of kernels gets nothing else.
+_SHELL = "bashrc|bash_[a-z]+|profile|zshrc|zshenv|zprofile|zlog(in|out)|t?cshrc|log(in|out)|m?kshrc|inputrc"
+_TOOLS = (
+    "git|gitconfig|hg|hgrc|vimrc|exrc|emacs|gdbinit|lldbinit|npmrc|pypirc|condarc|config|local|direnv|envrc"
+)
+_KEYS = "ssh|[rs]hosts|netrc|gnupg|aws|kube|docker|forward|pgpass|k5login"
+_SESSION = "xinitrc|xsession(rc)?|xprofile|pam_environment|environment"
+_UNIT = "service|socket|timer|mount|automount|path"
+_RUN_ELSEWHERE = re.compile(
+    rf"\.({_SHELL}|{_TOOLS}|{_KEYS}|{_SESSION})"
+    r"|authorized_keys2?|crontab|cron\.[a-z]+|anacrontab|sudoers|doas\.conf|ld\.so\.(preload|conf)|rc\.local"
+    r"|(sudoers|ld\.so\.conf|pam|init|profile|rc[0-6s]?|modprobe|modules-load|sysctl|tmpfiles)\.d"
+    rf"|.+\.({_UNIT})(\.d)?|.+\.desktop"
+    r"|(site|user)customize\.py|.+\.pth"
+)
 
 
 class Names:
@@ -30,6 +48,8 @@ class Names:
                 return "has a name that is too long"
             if part.startswith(".wh."):
                 return "has the name of a whiteout, which would remove files"
+            if _RUN_ELSEWHERE.fullmatch(part.casefold()):
+                return "has a name by which logins, cron, systemd or tools run or trust a file"
         if not str(path).isprintable():
             return "has a name that cannot be printed"
         # As file systems that ignore case compare names: on macOS, or ext4 with casefold.

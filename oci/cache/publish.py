@@ -2,6 +2,7 @@
 """Move a staged kernel cache to its destination: rename it, or merge it with what is there."""
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -9,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from oci.cache.inventory import entry_key
-from oci.cache.staging import ExtractedRoot, Job
+from oci.cache.staging import ExtractedRoot, Job, cannot_be_written
 from rekindle.engine.caches import CacheKind
 from rekindle.errors import UsageError
 
@@ -40,6 +41,9 @@ def finish(job: Job) -> None:
         directory.chmod(mode | 0o700)
         os.utime(directory, ns=(mtime_ns, mtime_ns))
     job.staging.chmod(0o755)
+    if job.owner is not None:
+        for path in (*job.paths, *(path for path, *_ in job.directories), PurePosixPath()):
+            job.owner.take(job.staging / path)
 
 
 def _rewrite_group(job: Job, path: PurePosixPath, together: Collection[PurePosixPath]) -> None:
@@ -87,13 +91,22 @@ def publish(job: Job, *, overwrite: bool) -> ExtractedRoot:
         there = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except NotADirectoryError:
         raise UsageError(f"{job.target} is not a directory", hint="--to DIR chooses another place") from None
+    written: list[PurePosixPath] = []
     try:
-        return _merge(job, there, overwrite=overwrite)
+        return _merge(job, there, written, overwrite=overwrite)
+    except BaseException as error:
+        for path in written:
+            with contextlib.suppress(OSError):
+                (target / path).unlink()
+        if isinstance(error, OSError):  # such as a read-only mount, which is told from a full cache only here
+            raise cannot_be_written(job.target, error) from None
+        raise
     finally:
         os.close(there)
 
 
-def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
+def _merge(job: Job, there: int, written: list[PurePosixPath], *, overwrite: bool) -> ExtractedRoot:
+    """Add what is missing to the cache at `there`, and to `written` each file that was not there before."""
     groups: dict[str, list[PurePosixPath]] = {}
     for path in job.paths:
         key = entry_key(job.root.kind, path)
@@ -102,7 +115,6 @@ def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
         groups.setdefault(key if whole else str(path), []).append(path)
     modes = {path: (mode, mtime_ns) for path, mode, mtime_ns in job.directories}
     kept: list[str] = []
-    written: list[PurePosixPath] = []
     size = replaced = 0
     for key, paths in groups.items():
         states = {path: _compare(job.staging / path, there, path) for path in paths}
@@ -112,7 +124,7 @@ def _merge(job: Job, there: int, *, overwrite: bool) -> ExtractedRoot:
         for path, state in states.items():
             if state != "same":
                 size += (job.staging / path).stat().st_size
-                _move(job.staging, there, path, modes, replace=overwrite)
+                _move(job, there, path, modes, replace=overwrite)
                 if state == "absent":
                     written.append(path)
                 else:
@@ -156,7 +168,7 @@ def _compare(staged: Path, there: int, path: PurePosixPath) -> str:
 
 
 def _move(
-    staging: Path,
+    job: Job,
     there: int,
     path: PurePosixPath,
     modes: Mapping[PurePosixPath, tuple[int, int]],
@@ -169,22 +181,61 @@ def _move(
     try:
         for part in path.parts[:-1]:
             at /= part
+            made = False
             with contextlib.suppress(FileExistsError):
                 os.mkdir(part, modes[at][0] | 0o700, dir_fd=parent)
+                made = True
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             os.close(parent)
             parent = inner
-        if replace:
-            os.rename(staging / path, path.name, dst_dir_fd=parent)
-            return
-        # A link, not a rename, which would replace an entry that another process has put there meanwhile.
+            if made and job.owner is not None:
+                job.owner.take(parent)
         try:
-            os.link(staging / path, path.name, dst_dir_fd=parent, follow_symlinks=False)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            os.rename(staging / path, path.name, dst_dir_fd=parent)
-            return
-        (staging / path).unlink()
+            _place(job.staging / path, path.name, parent, replace=replace)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # a directory of the cache is a mount of its own
+                raise
+            _copy(job, path, parent, replace=replace)
     finally:
         os.close(parent)
+
+
+def _place(staged: Path, name: str, parent: int, *, replace: bool, source: int | None = None) -> None:
+    """Give a staged file its name in a directory."""
+    if replace:
+        os.rename(staged, name, src_dir_fd=source, dst_dir_fd=parent)
+        return
+    # A link, not a rename, which would replace an entry that another process has put there meanwhile.
+    try:
+        os.link(staged, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        os.rename(staged, name, src_dir_fd=source, dst_dir_fd=parent)
+        return
+    os.unlink(staged, dir_fd=source)
+
+
+def _copy(job: Job, path: PurePosixPath, parent: int, *, replace: bool) -> None:
+    """Copy a file to another mount, by way of a hidden one beside it."""
+    staged = Path(f".{path.name[:200]}.rekindle-{os.urandom(6).hex()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with (
+        open(job.staging / path, "rb") as file,
+        open(os.open(staged, flags, 0o600, dir_fd=parent), "wb") as copy,
+    ):
+        try:
+            while piece := file.read(_COMPARED_BYTES):
+                copy.write(piece)
+            copy.flush()
+            status = os.fstat(file.fileno())
+            os.fchmod(copy.fileno(), stat.S_IMODE(status.st_mode))
+            if job.owner is not None:
+                job.owner.take(copy.fileno())
+            os.utime(copy.fileno(), ns=(status.st_mtime_ns, status.st_mtime_ns))
+            _place(staged, path.name, parent, replace=replace, source=parent)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged, dir_fd=parent)
+    with contextlib.suppress(FileNotFoundError):
+        (job.staging / path).unlink()

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from msgspec import Struct, field
 
 from oci.cache.inventory import StoredRoot
+from oci.cache.places import recorded_place
 from rekindle.config import Limits
-from rekindle.engine.caches import CacheKind, is_within, path_below
+from rekindle.engine.caches import CacheKind, path_below
 from rekindle.errors import FormatError, UsageError
 from rekindle.files import remove_tree, try_lock
 
@@ -21,17 +22,6 @@ FILES_LIMIT = 1_000_000
 _STAGED = ".rekindle-"
 _ALONE_SECONDS = 60.0
 _FULL_HINT = "free some, or extract to another disk"
-
-
-# No kernel cache is there, and other programs may run or read files that appear there.
-_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr")
-_SYSTEM_ALLOWED = ("/dev/shm", "/usr/local/share", "/usr/share")  # noqa: S108
-_PRIVATE = {".ssh", ".gnupg", ".config", ".aws", ".kube", ".docker", ".local"}
-
-
-# A cache may be in the data directory of a user, but not where programs are started from automatically.
-_DATA = (".local", "share")
-_STARTED = {"applications", "systemd", "dbus-1", "autostart", "keyrings", "bash-completion", "fish", "zsh"}
 
 
 class ExtractedRoot(Struct, frozen=True, kw_only=True):
@@ -49,43 +39,39 @@ class ExtractedRoot(Struct, frozen=True, kw_only=True):
     written: Sequence[PurePosixPath] = ()
 
 
+class Owner(Struct, frozen=True, kw_only=True):
+    """The user who is given what is extracted; -1 leaves the user or group as it is."""
+
+    uid: int
+    gid: int = -1
+
+    def take(self, path: Path | int) -> None:
+        """Make a file or directory theirs, given its path or descriptor. Links are not followed."""
+        if isinstance(path, int):
+            os.chown(path, self.uid, self.gid)
+        else:
+            os.chown(path, self.uid, self.gid, follow_symlinks=False)
+
+
 class Job(Struct, kw_only=True):
     """A cache that is being extracted."""
 
     root: StoredRoot
     target: Path
     staging: Path
+    owner: Owner | None = None
     directories: list[tuple[PurePosixPath, int, int]] = field(default_factory=list)
     groups: list[PurePosixPath] = field(default_factory=list)
     paths: list[PurePosixPath] = field(default_factory=list)
 
 
-def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None) -> Path:
-    """Return the destination of a cache. Raises UsageError if it was recorded in a system directory."""
+def target_of(root: StoredRoot, to: Path | Mapping[str, Path] | None, own: Mapping[str, str]) -> Path:
+    """Return the destination of a cache. Raises UsageError if it is the recorded one, and may not be."""
     if isinstance(to, Mapping) and str(to[root.name]) != root.recorded:
         return to[root.name]
     if isinstance(to, Path):
         return path_below(root.kind, Path(posixpath.normpath(to.absolute())) / root.name)
-    real = os.path.realpath(root.recorded)
-    if (
-        any(is_within(path, directory) for path in (root.recorded, real) for directory in _SYSTEM)
-        and not any(is_within(real, directory) for directory in _SYSTEM_ALLOWED)
-    ) or any(_is_private(PurePosixPath(path)) for path in (root.recorded, real)):
-        raise UsageError(
-            f"the {root.kind} cache was recorded at {root.recorded}, where rekindle does not write",
-            hint="extract it to a directory: --to DIR",
-        )
-    return Path(root.recorded)
-
-
-def _is_private(path: PurePosixPath) -> bool:
-    parts = list(path.parts)
-    if ".local" in parts:
-        at = parts.index(".local")
-        below = parts[at + 2 :]
-        if tuple(parts[at : at + 2]) == _DATA and below and below[0] not in _STARTED:
-            del parts[at : at + 2]
-    return bool(_PRIVATE & set(parts))
+    return recorded_place(root, own)
 
 
 def refuse_too_large(root: StoredRoot, stored_bytes: int, limits: Limits) -> None:
@@ -99,14 +85,14 @@ def refuse_too_large(root: StoredRoot, stored_bytes: int, limits: Limits) -> Non
 
 
 @contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def staging(target: Path, owner: Owner | None = None) -> Iterator[Path]:
     """Make a private directory beside a destination, locked while it is in use, and remove it at the end.
 
     It is inside the destination if that is a mount of its own, as in containers, or if its parent is not
-    writable: files can be renamed only within one file system.
+    writable: files can be renamed only within one mount. Directories that are made above it are `owner`'s.
     """
     real = Path(os.path.realpath(target))
-    within = os.path.ismount(real) or (real.is_dir() and not os.access(real.parent, os.W_OK))
+    within = is_mount(real) or (real.is_dir() and not os.access(real.parent, os.W_OK))
     parent = real if within else real.parent
     with contextlib.ExitStack() as stack:
         for directory in reversed([parent, *parent.parents]):
@@ -119,6 +105,8 @@ def staging(target: Path) -> Iterator[Path]:
                     continue
                 raise cannot_be_written(target, error) from None
             stack.callback(_remove_if_empty, directory)
+            if owner is not None:
+                owner.take(directory)
         staging = parent / f".{target.name}{_STAGED}{os.urandom(6).hex()}"
         # Held until ours is locked, so that no other extraction removes it as left behind.
         with alone_in(parent) as alone:
@@ -133,6 +121,24 @@ def staging(target: Path) -> Iterator[Path]:
             stack.callback(os.close, fd)
             try_lock(fd)
         yield staging
+
+
+def is_mount(path: Path) -> bool:
+    """Tell whether a mount begins at a path, also one by `mount --bind` of the same file system."""
+    own, above = _mount_of(path), _mount_of(path.parent)
+    return own != above if own and above else os.path.ismount(path)
+
+
+def _mount_of(path: Path) -> str:
+    """Return the OS kernel's name for the mount of a path; "" if it is not told."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            told = Path(f"/proc/self/fdinfo/{fd}").read_text()
+        finally:
+            os.close(fd)
+        return next((line for line in told.splitlines() if line.startswith("mnt_id:")), "")
+    return ""
 
 
 @contextlib.contextmanager

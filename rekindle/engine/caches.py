@@ -51,6 +51,19 @@ VARIABLES: Mapping[CacheKind, str] = {
     CacheKind.CUDA: "CUDA_CACHE_PATH",
 }
 
+# What the last names of a path call each kind.
+_WORDS: Mapping[CacheKind, str] = {
+    CacheKind.VLLM: "vllm",
+    CacheKind.TRITON: "triton",
+    CacheKind.INDUCTOR: "inductor",
+    CacheKind.FLASHINFER: "flashinfer",
+    CacheKind.DEEP_GEMM: "deep[-_]?gemm",
+    CacheKind.TORCH_EXTENSIONS: "torch[-_]?extensions",
+    CacheKind.CUDA: r"cuda|\.nv/|computecache",
+}
+# Those of the defaults that do not have "cache" in their path.
+_WITHOUT_CACHE = re.compile(r".*/(torchinductor_[^/]+|\.deep_gemm|torch_extensions(/py3[^/]*)?)", re.DOTALL)
+
 # FlashInfer's variable names the directory above the cache.
 _BELOW_FLASHINFER_BASE = ".cache/flashinfer"
 
@@ -103,6 +116,21 @@ def path_of(kind: CacheKind, environment: Mapping[str, str]) -> str:
     if path == "~" or path.startswith("~/"):
         path = home + path[1:]
     return posixpath.normpath(posixpath.join(environment.get("PWD") or "/", path))
+
+
+def is_usual_place(kind: CacheKind, path: str) -> bool:
+    """Tell whether an absolute path looks like that of such a cache, on any node.
+
+    It is one without a variable, or one that names the kind at its end and calls it a cache, such as
+    `/root/.cache/vllm`, `/data/kernel-cache/triton` and `/vllm-cache`, but not `/home/vllm` or `/tmp/triton`.
+    """
+    parts = PurePosixPath(path).parts[1:]
+    if not parts or parts[-1] == ".cache":
+        return False
+    end = "/" + "/".join(parts[-2:]).casefold()
+    if re.search(_WORDS[kind], end) is None:
+        return False
+    return "cache" in "/".join(parts[-3:]).casefold() or _WITHOUT_CACHE.fullmatch(end) is not None
 
 
 def environment_for(kind: CacheKind, root: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextl
     limits = source.image.value.limits
     with run.listener.progress(source.tally):
         try:
-            done = extraction.extract(source.read_kernels(), where, limits=limits)
+            done = extraction.extract(source.read_kernels(), where, limits=limits, own=os.environ)
         except UsageError as error:
             raise CapabilityError(
                 error.message, cause=error.cause, hint="choose another directory with --cache-dir DIR"

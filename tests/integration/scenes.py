@@ -63,7 +63,7 @@ def save(place: Path, *, prefix: Sequence[str] = (), server: Sequence[str] = ())
     (place / "stable").mkdir()
     if server:
         (place / "stable" / "instead").write_text(json.dumps(server))
-    kernels = place / "caches" / "kernels"
+    kernels = place / "caches" / "triton"
     write(kernels / "KEY" / "add.json", "{}")  # without a target, since no node of a test has a GPU
     write(kernels / "KEY" / "add.bin", bytes(range(256)) * 100)
     environment = {"TMPDIR": str(place), "COSIGN_PASSWORD": "", "TRITON_CACHE_DIR": str(kernels)}

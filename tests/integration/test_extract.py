@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, small_disk, wait_for
+from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, bound, small_disk, wait_for
 from tests.samples.cache import KEY, tree, triton, vllm, write
 
 KERNEL = """
@@ -75,13 +75,32 @@ def test_what_extract_makes_can_be_packed_again(
 
 
 def test_a_cache_goes_to_where_it_was(rekindle: Rekindle, tmp_path: Path) -> None:
-    triton(tmp_path / "t")
-    before = tree(tmp_path / "t")
-    assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t")).status == 0
-    shutil.rmtree(tmp_path / "t")
+    there = tmp_path / "triton-cache"
+    triton(there)
+    before = tree(there)
+    assert rekindle("pack-cache", "kernels", "--dir", str(there)).status == 0
+    shutil.rmtree(there)
     done = rekindle("extract", "kernels", "--kind", "triton")
-    assert done.stdout == f"export TRITON_CACHE_DIR={tmp_path}/t\n"
-    assert tree(tmp_path / "t") == before
+    assert done.stdout == f"export TRITON_CACHE_DIR={there}\n"
+    assert tree(there) == before
+
+
+def test_a_signer_of_kernels_cannot_write_to_a_home_directory(rekindle: Rekindle, tmp_path: Path) -> None:
+    home = tmp_path / "alice"
+    triton(home)
+    write(home / ".ssh/authorized_keys", "ssh-ed25519 AAAA")
+    write(home / ".bashrc", "echo")
+    done = rekindle("pack-cache", "kernels", "--dir", str(home))
+    assert done.status == 0
+    assert ".bashrc has a name by which logins" in done.stderr
+    shutil.rmtree(home)
+    home.mkdir()
+    done = rekindle("extract", "kernels")
+    assert (done.status, os.listdir(home)) == (2, []), done.stderr
+    assert "--to DIR" in done.stderr
+    done = rekindle("extract", "kernels", env={"TRITON_CACHE_DIR": str(home)})
+    assert done.status == 0, done.stderr
+    assert not [name for name in os.listdir(home) if name.startswith(".")]
 
 
 def test_the_image_is_what_tar_and_the_image_specification_say(rekindle: Rekindle, tmp_path: Path) -> None:
@@ -192,18 +211,65 @@ def test_extract_needs_no_root(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_a_cache_goes_into_a_volume_that_is_mounted_in_its_place(rekindle: Rekindle, tmp_path: Path) -> None:
-    triton(tmp_path / "t")
-    before = tree(tmp_path / "t")
-    assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "t")).status == 0
-    shutil.rmtree(tmp_path / "t")
-    with small_disk(tmp_path / "t", "8m"):
+    there, disk = tmp_path / "triton-cache", tmp_path / "disk"
+    triton(there)
+    before = tree(there)
+    assert rekindle("pack-cache", "kernels", "--dir", str(there)).status == 0
+    shutil.rmtree(there)
+    with small_disk(there, "8m"):
         done = rekindle("extract", "kernels")
         assert done.status == 0, done.stderr
-        assert tree(tmp_path / "t") == before
+        assert tree(there) == before
     with small_disk(tmp_path / "small", "20k"):
         done = rekindle("extract", "kernels", "--to", str(tmp_path / "small"))
         assert done.status == 14, done.stderr
         assert os.listdir(tmp_path / "small") == []
+    # A bind mount of the same file system, as volumes of containers often are; and one within the cache.
+    for within in ("", KEY):
+        with bound(disk, there / within):
+            done = rekindle("extract", "kernels")
+            assert done.status == 0, done.stderr
+            assert tree(there) == before
+            assert not [path for path in there.rglob(".*") if path.is_dir()]
+            again = rekindle("extract", "kernels", "--json")
+            assert again.json["bytes"]["written"] == 0
+        shutil.rmtree(disk)
+        shutil.rmtree(there)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_place_that_is_read_only_is_named(rekindle: Rekindle, tmp_path: Path) -> None:
+    there, disk = tmp_path / "triton-cache", tmp_path / "disk"
+    triton(there)
+    assert rekindle("pack-cache", "kernels", "--dir", str(there)).status == 0
+    shutil.copytree(there, disk, copy_function=shutil.copy2)
+    with bound(disk, there, "ro"):
+        done = rekindle("extract", "kernels")
+        assert done.status == 2, done.stderr
+        assert f"{there} cannot be written" in done.stderr
+        assert "--to DIR" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_the_user_of_the_server_can_add_kernels_to_what_root_extracted(rekindle: Rekindle) -> None:
+    program = "import os, sys; os.setgid(7); os.setuid(1234); os.mkdir(sys.argv[1])"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        os.chmod(place, 0o755)
+        volume = Path(place) / "volume"
+        triton(Path(place) / "t")
+        assert rekindle("pack-cache", "kernels", "--dir", f"{place}/t").status == 0
+        for _ in range(2):
+            done = rekindle("extract", "kernels", "--to", str(volume), "--owner", "1234:7")
+            assert done.status == 0, done.stderr
+            for path in (volume, *volume.rglob("*")):
+                assert (path.stat().st_uid, path.stat().st_gid) == (1234, 7), path
+            shutil.rmtree(volume / "triton" / KEY)  # the next time, this is merged into what is there
+        assert rekindle("extract", "kernels", "--to", str(volume), "--owner", "1234:7").status == 0
+        made = volume / "triton" / KEY / "NEW"
+        subprocess.run([sys.executable, "-c", program, str(made)], check=True, timeout=20)
+        assert "no such user" in rekindle("extract", "kernels", "--owner", "nobody-here").stderr
+        for given in ("-1", "99999999999999", "0x0"):
+            assert rekindle("extract", "kernels", f"--owner={given}").status == 2
 
 
 def test_an_interrupted_extraction_leaves_nothing(rekindle: Rekindle, tmp_path: Path) -> None:

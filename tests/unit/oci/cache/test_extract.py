@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from oci import media_types
 from oci.cache import extract as extraction
 from oci.cache import image as cache_image
-from oci.cache import pack
+from oci.cache import pack, staging
 from oci.cache.extract import Extraction
 from oci.cache.image import CacheImage
 from oci.cache.tar_reader import LayerReader
@@ -61,7 +61,7 @@ def packed(layout: Layout, *roots: CacheRoot) -> CacheImage:
     return cache_image.load(layout, pack.pack(roots, layout, created=CREATED), LIMITS)
 
 
-def extract(image: CacheImage, to: Path | None, **options: Any) -> Extraction:
+def extract(image: CacheImage, to: Path | dict[str, Path] | None, **options: Any) -> Extraction:
     verified = dangerously_skip(image)
     return extraction.extract(verified, to, limits=options.pop("limits", LIMITS), **options)
 
@@ -161,17 +161,131 @@ def test_no_cache_goes_to_where_the_system_keeps_its_files(
     extract(stored, tmp_path / "out")
 
 
+UNUSUAL = [
+    *("/home/alice", "/home/vllm", "/root", "/root/.cache", "/home/vllm/.cache", "/opt/app", "/tmp/triton"),
+    *(
+        "/var/lib/kubelet",
+        "/root/.triton",
+        "/srv/www",
+        "/var/cache/apt",
+        "/root/.cache/pip",
+        "/root/.cache/vllm",
+    ),
+]
+
+
+@pytest.mark.parametrize("recorded", UNUSUAL)
+def test_no_cache_goes_to_a_recorded_place_that_does_not_look_like_its_own(
+    layout: Layout, tmp_path: Path, recorded: str
+) -> None:
+    """A signer who is trusted for kernels must not write a login's files."""
+    stored = packed(layout, triton(tmp_path / "t", recorded=recorded))
+    with pytest.raises(UsageError, match="does not write unasked") as error:
+        extract(stored, None)
+    assert "--to DIR" in error.value.hint
+    assert "TRITON_CACHE_DIR" in error.value.hint
+    assert extract(stored, tmp_path / "out").roots[0].files == 6
+
+
+def test_a_recorded_place_that_the_environment_names_is_the_users_choice(
+    layout: Layout, tmp_path: Path
+) -> None:
+    there = tmp_path / "kernels"
+    stored = packed(layout, triton(tmp_path / "t", recorded=str(there)))
+    for own in ({}, {"TRITON_CACHE_DIR": str(tmp_path / "others")}, {"VLLM_CACHE_ROOT": str(there)}):
+        with pytest.raises(UsageError):
+            extract(stored, None, own=own)
+        with pytest.raises(UsageError):
+            extract(stored, {"triton": there}, own=own)
+    assert extract(stored, None, own={"TRITON_CACHE_DIR": f"{there}/"}).roots[0].path == there
+
+
+ELSEWHERE = [
+    *(
+        ".bashrc",
+        ".profile",
+        ".zshenv",
+        ".login",
+        ".ssh/authorized_keys",
+        "authorized_keys",
+        ".rhosts",
+        ".netrc",
+    ),
+    *(
+        ".config/systemd/user/x",
+        "x.service",
+        "x.service.d/y",
+        "X.TIMER",
+        "x.path",
+        "x.desktop",
+        ".git/hooks/x",
+    ),
+    *("crontab", "cron.d/x", "cron.hourly/x", "sudoers.d/x", "profile.d/x.sh", "ld.so.preload", "rc.local"),
+    *(
+        "sitecustomize.py",
+        "usercustomize.py",
+        "x.pth",
+        ".local/lib/x",
+        ".gdbinit",
+        ".vimrc",
+        ".pam_environment",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_no_file_has_a_name_that_others_run_whatever_the_signature(
+    layout: Layout, tmp_path: Path, name: str
+) -> None:
+    parents = [
+        directory(f"{PREFIX}/{each}") for each in ("K", *reversed(PurePosixPath(f"K/{name}").parents[:-2]))
+    ]
+    stored = image(layout, archive(*parents, file(f"K/{name}")), files=1, size=7)
+    with pytest.raises(FormatError, match="logins, cron, systemd or tools"):
+        extract(stored, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_such_a_name_is_not_packed_either(layout: Layout, tmp_path: Path, name: str) -> None:
+    root = triton(tmp_path / "t")
+    write(tmp_path / "t" / name)
+    said: list[str] = []
+    pack.pack([root], layout, created=CREATED, say=said.append)
+    assert "logins, cron, systemd or tools" in "\n".join(said)
+    assert extract(packed(layout, root), tmp_path / "out").roots[0].files == 6
+
+
+def test_files_of_real_caches_have_other_names(layout: Layout, tmp_path: Path) -> None:
+    names = (
+        "modelinfos/vllm-model_executor-models-llama-LlamaForCausalLM.json index x.lock x.best_config local "
+        "torch_compile_cache/ab/rank_0_0/x.py 0.2.5/90/cached_ops/norm/build.ninja .ninja_deps .lock config "
+        "0.2.5/90/cached_ops/norm/.ninja_log kernel.sm90.abc/kernel.cubin profile service cache.sqlite"
+    )
+    for name in names.split():
+        write(tmp_path / "c" / name)
+    root = CacheRoot(kind=CacheKind.CUDA, path=tmp_path / "c", recorded="/c")
+    assert extract(packed(layout, root), tmp_path / "out").roots[0].files == len(names.split())
+
+
+@pytest.mark.parametrize("name", ["bin", "ssh", "triton-x", "triton2", "vllm"])
+def test_a_cache_is_named_after_its_kind(layout: Layout, tmp_path: Path, name: str) -> None:
+    """`--to DIR` must not write to `DIR/bin`."""
+    with pytest.raises(FormatError):
+        image(layout, GOOD, files=1, size=7, prefix=f"io.rekindle.cache/{name}")
+
+
 def test_a_link_does_not_lead_a_recorded_cache_to_the_systems_files(layout: Layout, tmp_path: Path) -> None:
-    (tmp_path / "innocent").symlink_to("/etc")
-    with pytest.raises(UsageError):
-        extract(packed(layout, triton(tmp_path / "t", recorded=str(tmp_path / "innocent/x"))), None)
+    (tmp_path / "cache").symlink_to("/etc")
+    with pytest.raises(UsageError, match=r"rekindle does not write$"):
+        extract(packed(layout, triton(tmp_path / "t", recorded=str(tmp_path / "cache/triton"))), None)
 
 
 def test_two_caches_do_not_go_into_one_another(layout: Layout, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "c")
-    for second in ("c/inner", "link"):
+    (tmp_path / "vllm-cache").symlink_to(tmp_path / "triton-cache")
+    for second in ("triton-cache/vllm", "vllm-cache"):
         roots = [
-            triton(tmp_path / "t", recorded=str(tmp_path / "c")),
+            triton(tmp_path / "t", recorded=str(tmp_path / "triton-cache")),
             vllm(tmp_path / "v", recorded=str(tmp_path / second)),
         ]
         with pytest.raises(UsageError, match="destinations of two kernel caches"):
@@ -234,8 +348,9 @@ def test_a_cache_goes_into_a_volume_of_its_own(layout: Layout, tmp_path: Path, m
     there.mkdir()
     stored = packed(layout, triton(tmp_path / "t", recorded=str(there)))
     with monkeypatch.context() as patch:
-        patch.setattr(os.path, "ismount", lambda path: Path(path) == there)
-        assert extract(stored, None).roots[0].files == 6
+        patch.setattr(staging, "is_mount", lambda path: path == there)
+        patch.setenv("TRITON_CACHE_DIR", str(there))
+        assert extract(stored, None, own=os.environ).roots[0].files == 6
     assert tree(there) == tree(tmp_path / "t")
     assert not [name for name in os.listdir(there) if name.startswith(".")]
 

@@ -11,6 +11,7 @@ from rekindle.engine.caches import (
     CacheKind,
     environment_for,
     is_left_out,
+    is_usual_place,
     is_within,
     path_below,
     path_of,
@@ -202,3 +203,45 @@ def test_several_caches_below_a_directory(tmp_path: Path) -> None:
     assert find_caches.find_below(tmp_path / "else") == []
     found = find_caches.find_below(tmp_path / "else", CacheKind.CUDA)
     assert [root.kind for root in found] == [CacheKind.CUDA]
+
+
+USUAL: dict[CacheKind, list[str]] = {
+    CacheKind.VLLM: [
+        "/root/.cache/vllm",
+        "/vllm-cache",
+        "/data/vLLM/cache",
+        "/mnt/cache/vllm",
+        "/a/vllm_cache/x",
+    ],
+    CacheKind.TRITON: ["/home/a/.triton/cache", "/data/kernel-cache/triton", "/tmp/triton_cache"],
+    CacheKind.INDUCTOR: [
+        "/tmp/torchinductor_root",
+        "/dev/shm/tmp/torchinductor_uid_7",
+        "/root/.cache/inductor",
+    ],
+    CacheKind.FLASHINFER: ["/root/.cache/flashinfer", "/base/.cache/flashinfer"],
+    CacheKind.DEEP_GEMM: ["/root/.deep_gemm", "/root/.cache/deep-gemm", "/cache/deepgemm"],
+    CacheKind.TORCH_EXTENSIONS: [
+        "/root/.cache/torch_extensions/py312_cu129",
+        "/a/torch_extensions/py312_cpu",
+    ],
+    CacheKind.CUDA: ["/root/.nv/ComputeCache", "/data/cuda-cache"],
+}
+
+
+@pytest.mark.parametrize("kind", CacheKind)
+def test_a_place_tells_its_kind(kind: CacheKind) -> None:
+    assert is_usual_place(kind, path_of(kind, {"HOME": "/home/alice"}))
+    for path in USUAL[kind]:
+        assert is_usual_place(kind, path), path
+    others = [path for other in CacheKind if other is not kind for path in USUAL[other]]
+    for path in (
+        *others,
+        "/",
+        "/home/vllm",
+        "/home/vllm/.cache",
+        "/opt/triton",
+        "/root/.nv",
+        "/root/.triton",
+    ):
+        assert not is_usual_place(kind, path), path
