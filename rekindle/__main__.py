@@ -148,6 +148,7 @@ def _print_error(error: RekindleError) -> None:
     lines = [f"rekindle: error: {error.message}"]
     if error.cause:
         lines.append("  cause: " + "\n         ".join(error.cause.splitlines()))
+    lines += [f"  server: {error.server}"] if error.server else []
     lines += [f"  hint:  {error.hint}"] if error.hint else []
     lines += [f"  log:   {error.log}"] if error.log else []
     if error.command:

@@ -37,7 +37,8 @@ class RekindleError(Exception):
     """Base class of the errors.
 
     `message` says what failed, `cause` why, in the words of the tool or system, and `hint` what to do about
-    it. `log` is a file with details, and `command` the command to replay.
+    it. `log` is a file with details, and `command` the command to replay. `server` says what became of the
+    server, where the failure leaves that open.
     """
 
     exit_status: ClassVar[int]
@@ -59,10 +60,12 @@ class RekindleError(Exception):
         self.hint = hint
         self.log = log
         self.command = tuple(command)
+        self.server = ""
 
     def to_json(self) -> dict[str, str]:
         """Return the error in the form of reports and other documents."""
-        return {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
+        found = {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
+        return {**found, "server": self.server} if self.server else found
 
 
 class UsageError(RekindleError):

@@ -202,19 +202,26 @@ class CacheUse(Struct, frozen=True, kw_only=True):
 
 
 class Failure(Struct, frozen=True, kw_only=True):
-    """Why a command failed: a stable code, and text. `cause` and `hint` are None where there can be none."""
+    """Why a command failed: a stable code, and text. `cause`, `hint` and `server` may be None."""
 
     code: str
     message: str
     cause: str | None = None
     hint: str | None = None
+    server: str | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> Self:
         known = from_os_error(error) if isinstance(error, OSError) else error
         match known:
             case RekindleError():
-                return cls(code=known.code, message=known.message, cause=known.cause, hint=known.hint)
+                return cls(
+                    code=known.code,
+                    message=known.message,
+                    cause=known.cause,
+                    hint=known.hint,
+                    server=known.server or None,
+                )
             case Interrupted():
                 return cls.by_signal(known.signum)
             case _:
@@ -225,7 +232,7 @@ class Failure(Struct, frozen=True, kw_only=True):
         return cls(code="interrupted", message=f"ended by signal {signum}")
 
     def to_json(self) -> dict[str, JSON]:
-        found = {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}
+        found = {name: getattr(self, name) for name in self.__struct_fields__}
         return {name: text for name, text in found.items() if text is not None}
 
 

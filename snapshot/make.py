@@ -35,6 +35,7 @@ from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, Recorde
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command
 from snapshot import secret_search
+from snapshot.aftermath import telling_server
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
     Dumped,
@@ -101,9 +102,10 @@ def make(
         with OpenedFiles(cell) as reads:
             server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
             hooked = before_snapshot(cell, server, report)
-            with report.phase("check"):
+            with report.phase("check"), telling_server(cell, server.root_pid, engine, ends=True):
                 running = _inspect(cell, server, spec, engine, work)
         with (
+            telling_server(cell, server.root_pid, engine, ends=True),
             checkpointed(cell, spec.find_backend, work, report) as cuda,
             report.phase("dump"),
             naming_full_disk(work),

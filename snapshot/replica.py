@@ -40,6 +40,7 @@ from rekindle.report import ImageName, Report
 from restore import delta, dumps
 from restore.options import Output
 from snapshot import secret_search
+from snapshot.aftermath import telling_server
 from snapshot.describe import listened_endpoints, main_first, mapped_files, opened_files
 from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
@@ -88,7 +89,11 @@ def save_replica(
     access = resolve.access(options.registry, home)
     require_writable(reference, access)
     credentials = secret_search.KnownSecrets.of(os.environ, base.command, options.secrets)
-    with contextlib.ExitStack() as stack:
+    engine = from_record(base.engine.name, base.endpoint, base.engine.options)
+    with (
+        telling_server(replica.cell, base.process.root_pid, engine, ends=False),
+        contextlib.ExitStack() as stack,
+    ):
         work = stack.enter_context(home.work("snapshot"))
         stack.enter_context(credentials.kept_out_of_errors())
         with report.phase("find criu"):
@@ -114,7 +119,6 @@ def save_replica(
             image = _pack(record, dumped.directory, replica.image, shared, Layout.create(work / "layout"))
         staging = Layout(work / "layout")
         if record.proved:
-            engine = from_record(record.engine.name, record.endpoint, record.engine.options)
             image = prove(home, work, staging, image, tool, engine, report)
         with report.phase("sign"):
             attested = signer.predicate(image.record)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -395,6 +396,29 @@ def test_an_interruption_changes_nothing(
         assert runs.ask("/count") == 3
 
 
+@contextlib.contextmanager
+def debugger(pid: int) -> Iterator[None]:
+    """Traces a process meanwhile, so that CRIU cannot."""
+    program = f"import ctypes; print(ctypes.CDLL(None).ptrace(0x4206, {pid}, 0, 0), flush=True); input()"
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == b"0\n"
+        yield
+        tracer.kill()
+
+
+def test_a_replica_that_cannot_be_dumped_serves_on(image: str, rekindle: Rekindle, tmp_path: Path) -> None:
+    with running(image, tmp_path) as runs:
+        before = runs.ask("/count")
+        with debugger(processes.host_pids(runs.replica.cell)[-1]):
+            with pytest.raises(DumpError, match="CRIU could not dump") as caught:
+                runs.save("never")
+            assert caught.value.server == "it serves on"
+        assert runs.ask("/count") == before + 1
+        assert rekindle("restore", "never", "--plan").status == 12
+
+
 def test_a_killed_criu_ends_the_replica(
     image: str, rekindle: Rekindle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,8 +432,9 @@ def test_a_killed_criu_ends_the_replica(
 
     monkeypatch.setattr(delta, "copy_sparse_tree", kills)
     with running(image, tmp_path) as runs:
-        with pytest.raises(DumpError, match="ended, too"):
+        with pytest.raises(DumpError, match="ended, too") as caught:
             runs.save("never", runs_on=True)
+        assert caught.value.server == "it has ended"
         assert runs.replica.cell.wait(runs.replica.image.record.process.root_pid, 5.0) is not None
         assert rekindle("restore", "never", "--plan").status == 12
 

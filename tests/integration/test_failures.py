@@ -99,6 +99,8 @@ def test_a_full_disk(
         done = rekindle.snapshot_workhorse("horse", port)
         assert done.status == 14, done.stderr
         assert "no space left" in done.stderr
+        failed_dumping = "rekindle: check" in done.stderr and "rekindle: dump" not in done.stderr
+        assert ("server: it still answered" in done.stderr) == failed_dumping
         assert rekindle("inspect", "horse").status == 12
         assert not list((rekindle.home / "run").iterdir())
     rekindle.home = tmp_path / "none"
@@ -304,6 +306,7 @@ exec {real} "$@"
     done = rekindle.snapshot_workhorse("horse", port)
     assert done.status == 33, done.stderr
     assert "the dog ate it" in done.stderr
+    assert "server: it still answered, and was ended, since this command had started it" in done.stderr
     assert "ran:" in done.stderr, "the command to replay is missing"
     log = next(line for line in done.stderr.splitlines() if "log:" in line).split()[-1]
     assert "the dog ate it" in Path(log).read_text()
