@@ -18,6 +18,8 @@ STEP_SECONDS = 600.0
 INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED = 1, 2, 3
 OPERATING_SYSTEM, ILLEGAL_STATE, NOT_READY, NOT_SUPPORTED = 304, 401, 600, 801
 
+# cuInit names a thread of its process so, after two pipes: libcuda 555.
+_RESTORE_THREAD = re.compile(r"cuda[0-9a-f]{11}")
 _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -144,15 +146,24 @@ def holds_none(pid: int, number: int, *, proc: Path = Path("/proc")) -> bool:
     The driver then returns INVALID_VALUE, or NOT_INITIALIZED if the process has loaded it without calling
     cuInit. It also returns NOT_INITIALIZED while CUDA starts or ends, when a dump would miss the GPU's
     state and be worthless. Only cuInit opens /dev/nvidia-uvm, so that tells the two apart.
+
+    cuda-checkpoint does not tell the result (`number` 0): then the process must not have a thread that is
+    named as a restore thread, either. A checkpointed process has one, and no device.
     """
-    if number != NOT_INITIALIZED:
+    if number not in {0, NOT_INITIALIZED}:
         return number == INVALID_VALUE
+    process = proc / str(pid)
     try:
-        descriptors = list((proc / str(pid) / "fd").iterdir())
+        descriptors = list((process / "fd").iterdir())
+        threads = list((process / "task").iterdir()) if not number else []
     except OSError:
-        return not (proc / str(pid)).exists()
+        return not process.exists()
     for descriptor in descriptors:
-        with contextlib.suppress(FileNotFoundError):  # it was just closed
+        with contextlib.suppress(OSError):  # it was just closed
             if str(descriptor.readlink()).startswith("/dev/nvidia-uvm"):
+                return False
+    for thread in threads:
+        with contextlib.suppress(OSError):  # it just ended
+            if _RESTORE_THREAD.fullmatch((thread / "comm").read_text().strip()):
                 return False
     return True

@@ -46,10 +46,10 @@ def find(home: Home) -> "Backend":
 
 
 def candidates(home: Home) -> list[BackendCandidate]:
-    """Try every backend now."""
+    """Try every backend now, each with a start of the driver."""
     with Search(home) as search:
         found: list[BackendCandidate] = []
-        for candidate, backend in search.tried():
+        for candidate, backend in search.tried(start=True):
             first = backend is not None and not any(each.chosen for each in found)
             found.append(candidate._replace(chosen=first))
             if backend is not None:
@@ -129,15 +129,15 @@ class Search:
             problems.append(f"utility: {candidate.problem}")
         return "; ".join(problems)
 
-    def tried(self) -> "Iterator[tuple[BackendCandidate, Backend | None]]":
-        """Yield each candidate, with its backend if it works."""
+    def tried(self, *, start: bool = False) -> "Iterator[tuple[BackendCandidate, Backend | None]]":
+        """Yield each candidate, with its backend if it works. `start` tries the utility with the driver."""
         driver_failed = False
         for name in self._names:
             if name == "driver":
                 candidate, backend = self._try_driver()
                 driver_failed = bool(candidate.problem) and self._was_started()
             else:
-                candidate, backend = self._try_utility(driver_failed=driver_failed)
+                candidate, backend = self._try_utility(driver_failed=driver_failed, start=start)
             yield candidate, backend
 
     def close(self) -> None:
@@ -167,7 +167,9 @@ class Search:
         known = f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}"
         return BackendCandidate(name="driver", detail=f"libcuda.so.1, {known}", problem=""), driver
 
-    def _try_utility(self, *, driver_failed: bool) -> "tuple[BackendCandidate, Backend | None]":
+    def _try_utility(
+        self, *, driver_failed: bool, start: bool = False
+    ) -> "tuple[BackendCandidate, Backend | None]":
         from rekindle.cuda.utility import Utility
 
         try:
@@ -175,8 +177,10 @@ class Search:
         except CapabilityError as error:
             return BackendCandidate(name="utility", detail="", problem=error.message, hint=error.hint), None
         detail = f"{utility.path} {utility.version}"
-        if driver_failed:
-            problem = "it starts the same driver, which failed"
+        problem = "it starts the same driver, which failed" if driver_failed else ""
+        if start and not problem:
+            problem = utility.problem()
+        if problem:
             return BackendCandidate(name="utility", detail=detail, problem=problem, hint=_HINT), None
         return BackendCandidate(name="utility", detail=detail, problem=""), utility
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint CUDA with NVIDIA's `cuda-checkpoint`, for drivers without the API (555 to 565).
 
-Each call starts the driver again, which takes seconds. The exit status is the low eight bits of the
-driver's result, so we read the message instead: `Could not lock on process ID 42: "…"`.
+Each call starts the driver again, which takes seconds. The exit status is 1 after any failure, so we read the
+message instead. libcuda 555 prints these:
+
+    Error initializing CUDA: "…"                             about cuda-checkpoint itself, not the process
+    Error getting process state for process ID 42: "…"
+    Could not find restore thread for process ID 42          the result stays unknown
+    Could not lock on process ID 42: "…"
 """
 
 import contextlib
@@ -36,6 +41,8 @@ _HELP_SECONDS = 20.0
 _START_SECONDS = 60.0  # for cuInit, on a node of many GPUs
 _TIMED_OUT = 124  # from rekindle.run
 _DRIVER_WITH_MAPS = 580
+_NO_THREAD = "Could not find restore thread for process ID"
+_ABOUT_PROCESS = ("Could not ", "Error getting process state for ")
 _HINT = "get it from https://github.com/NVIDIA/cuda-checkpoint, or set REKINDLE_CUDA_CHECKPOINT to yours"
 
 # cuGetErrorString's texts for the results that checkpointing can return.
@@ -85,6 +92,14 @@ class Utility(Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         return "utility"
 
+    def problem(self) -> str:
+        """Return why the driver does not start in cuda-checkpoint; "" if it does. Takes seconds."""
+        try:
+            self.restore_thread(os.getpid(), timeout_seconds=_START_SECONDS)
+        except CudaError as error:
+            return error.cause
+        return ""
+
     def state(self, pid: int, *, timeout_seconds: float = ANSWER_SECONDS) -> State:
         output = self._call(Action.STATE, pid, ["--get-state"], timeout_seconds)
         for line in reversed(output.splitlines()):  # messages of the driver may come first
@@ -96,7 +111,7 @@ class Utility(Struct, frozen=True, kw_only=True):
         try:
             output = self._call(Action.RESTORE_THREAD, pid, ["--get-restore-tid"], timeout_seconds)
         except CudaError as error:
-            if holds_none(pid, error.number):
+            if _NO_THREAD in error.cause and holds_none(pid, 0):
                 return None
             raise
         for line in reversed(output.splitlines()):
@@ -149,12 +164,10 @@ class Utility(Struct, frozen=True, kw_only=True):
             return done.output
         output = done.output.strip()
         quoted = re.search(r': "([^"]+)"\s*$', output)
-        number, name = _RESULTS.get(quoted[1] if quoted else "", (0, ""))
+        about_process = output.rpartition("\n")[2].startswith(_ABOUT_PROCESS)
+        number, name = _RESULTS.get(quoted[1], (0, "")) if quoted and about_process else (0, "")
         if done.status == _TIMED_OUT and not number:
             raise timed_out(step, pid, seconds, "cuda-checkpoint was still running and was killed")
-        # `Error initializing CUDA: "…"` is about cuda-checkpoint itself, not about the process.
-        if number and not output.startswith("Could not"):
-            number, name = 0, ""
         text = quoted[1] if quoted and number else output or f"it exited with status {done.status}"
         refused = failure(step, pid, number, name, text)
         refused.command = tuple(argv)

@@ -25,13 +25,15 @@ _STATES = Path("/dev/shm")
 
 
 def claim(mib: int = 0, *, uuids: Sequence[str] = (UUID,), pid: int = 0) -> Path:
-    """Makes this process, or another one beside it, one that holds CUDA.
+    """Makes this process, or another one beside it that has the restore thread, one that holds CUDA.
 
     Returns the file that says so, to be removed at the end. Nothing is allocated.
     """
-    pid = pid or os.getpid()
+    if not pid:
+        cuda_engine.begin_restore_thread()
+        pid = os.getpid()
     path = _STATES / f"fake-cuda-{pid}"
-    content = {"state": "running", "tid": pid, "device_bytes": mib << 20, "uuids": list(uuids)}
+    content = {"state": "running", "device_bytes": mib << 20, "uuids": list(uuids)}
     staged = path.with_name(f".{path.name}")
     staged.write_text(json.dumps(content))
     staged.rename(path)
@@ -132,15 +134,26 @@ class FakeCuda:
         return dict(cuda_engine.read_state(pid) or {})
 
     @contextlib.contextmanager
-    def processes(self, count: int, *, uuids: Sequence[str] = (UUID,)) -> Iterator[list[int]]:
-        """Processes that hold CUDA and do nothing; they are gone afterwards, and so are their states."""
+    def processes(
+        self, count: int, *, uuids: Sequence[str] = (UUID,), idle: bool = False
+    ) -> Iterator[list[int]]:
+        """Processes that hold CUDA and do nothing; they are gone afterwards, and so are their states.
+
+        Those that are idle have called cuInit and have no context.
+        """
+        argv = [sys.executable, "-IS", cuda_engine.__file__, "--process"]
         with contextlib.ExitStack() as stack:
-            pids = []
+            started = []
             for _ in range(count):
-                process = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
-                stack.callback(_end, process, claim(1, uuids=uuids, pid=process.pid))
-                pids.append(process.pid)
-            yield pids
+                process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+                stack.callback(_end, process, _STATES / f"fake-cuda-{process.pid}")
+                started.append(process)
+            for process in started:
+                assert process.stdout
+                assert process.stdout.readline() == b"ready\n"
+                if not idle:
+                    claim(1, uuids=uuids, pid=process.pid)
+            yield [process.pid for process in started]
 
     def put(self, pid: int, state: str) -> None:
         """Makes the state of a process another one, past all laws."""
@@ -150,6 +163,8 @@ class FakeCuda:
 def _end(process: "subprocess.Popen[bytes]", state: Path) -> None:
     process.kill()
     process.wait()
+    if process.stdout:
+        process.stdout.close()
     state.unlink(missing_ok=True)  # last: a call that is under way could write it anew
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA driver that is not there, as far as checkpointing goes. Run as `cuda-checkpoint`, and by cuda.c.
 
-A process holds CUDA if /dev/shm/fake-cuda-PID is there for it, PID being its own view of itself; the file is
-its state, as JSON: `state`, `tid`, `device_bytes`, `uuids`. So in a cell the state is in the cell's private
-/dev/shm, and goes where that goes.
+As with the real one, cuInit starts a thread whose name tells the ends of two pipes: `begin_restore_thread`.
+The driver finds a process by that thread and reaches it by those pipes, so both must outlive a dump.
+
+A process also holds CUDA contexts if /dev/shm/fake-cuda-PID is there for it, PID being its own view of
+itself; the file is its state, as JSON: `state`, `device_bytes`, `uuids`. So in a cell the state is in the
+cell's private /dev/shm, and goes where that goes. Without it, the process has called cuInit only.
 
 The file that FAKE_CUDA names is what this driver is like; all of it may be missing:
 
@@ -13,6 +16,9 @@ The file that FAKE_CUDA names is what this driver is like; all of it may be miss
     seconds         {STEP: how long it takes}
     busy            [PID]: never come to rest, so a lock of them times out
     coordinators    [PID]: hold no CUDA, and have a state all the same
+    last_user_of    PATH: a device. If no process has it open after a checkpoint, the GPU is shut down and the
+                    process dies, as without persistence mode
+    lock_of_idle    the result of a lock of a process without a context; 3 (NOT_INITIALIZED) by default
     faults          [{"step", "pid" or "nth" or neither, "code", "hang", "seconds", "state", "times"}]
 
 Steps are init, state, restore-thread, lock, checkpoint, restore and unlock. The nth is that of the step,
@@ -23,8 +29,11 @@ since the log began. A fault's `state` is what the process is in afterwards. The
 import fcntl
 import json
 import os
+import re
 import signal
+import stat
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -38,10 +47,11 @@ CODES = {
     304: ("CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS"),
     401: ("CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"),
     600: ("CUDA_ERROR_NOT_READY", "device not ready"),
+    800: ("CUDA_ERROR_NOT_PERMITTED", "operation not permitted"),
     801: ("CUDA_ERROR_NOT_SUPPORTED", "operation not supported"),
     999: ("CUDA_ERROR_UNKNOWN", "unknown error"),
 }
-INVALID_VALUE, ILLEGAL_STATE, NOT_READY, UNKNOWN = 1, 401, 600, 999
+INVALID_VALUE, NOT_INITIALIZED, ILLEGAL_STATE, NOT_READY, NOT_PERMITTED, UNKNOWN = 1, 3, 401, 600, 800, 999
 STATES = ["running", "locked", "checkpointed", "failed"]
 LAWFUL = {
     "lock": ("running", "locked"),
@@ -61,6 +71,14 @@ Options:
 --pid|-p <pid>
 \tThe pid upon which to perform the operation
 """
+# What the real tool prints, in the words of libcuda 555; its exit status is then 1, whatever the result.
+NO_START = 'Error initializing CUDA: "%s"'
+NO_STATE = 'Error getting process state for process ID %d: "%s"'
+NO_THREAD = "Could not find restore thread for process ID %d"
+NOT_DONE = 'Could not %s on process ID %d: "%s"'
+UNKNOWN_OPTION = "Invalid option(s) or option(s) not supported by this CUDA Driver"
+TEXTS = (NO_START, NO_STATE, NO_THREAD, NOT_DONE, UNKNOWN_OPTION)
+_THREAD = re.compile(r"cuda([0-9a-f]{6})([0-9a-f]{5})")
 PARENT = os.getppid()
 
 # As in the files, which tests write.
@@ -114,13 +132,56 @@ def write_state(pid: int, state: JSON) -> None:
     os.rename(staged, path)
 
 
-def host_thread(pid: int, tid: int) -> int:
-    """The thread of a process that it calls `tid`, as it is called here."""
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with suppress(OSError), open(f"/proc/{pid}/task/{thread}/status") as file:
-            if any(line.startswith("NSpid:") and line.split()[-1] == str(tid) for line in file):
-                return int(thread)
+def begin_restore_thread() -> int:
+    """Start the thread that cuInit starts, in this process; return its ID.
+
+    libcuda 555 names it after its pipes: `cuda`, four times the number of the end that requests are written
+    to, as six hexadecimal digits, and the number of the end that answers are read from, as five.
+    """
+    requests, to_thread = os.pipe()
+    answers, from_thread = os.pipe()
+    started = threading.Event()
+    ids = []
+
+    def serve() -> None:
+        ids.append(threading.get_native_id())
+        with open(f"/proc/self/task/{ids[0]}/comm", "w") as comm:
+            comm.write(f"cuda{to_thread << 2:06x}{answers:05x}")
+        started.set()
+        while request := os.read(requests, 1):
+            os.write(from_thread, request)
+
+    threading.Thread(target=serve, daemon=True).start()
+    started.wait()
+    return ids[0]
+
+
+def find_restore_thread(pid: int) -> int:
+    """The restore thread of a process, as it is called here; 0 if there is none. Its pipes must answer."""
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/comm") as comm:
+                if found := _THREAD.fullmatch(comm.read().strip()):
+                    return int(thread) if answers(pid, int(found[1], 16) >> 2, int(found[2], 16)) else 0
     return 0
+
+
+def answers(pid: int, request_end: int, answer_end: int) -> bool:
+    """Whether the restore thread of a process answers at its pipes."""
+    with suppress(OSError):
+        request = os.open(f"/proc/{pid}/fd/{request_end}", os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            answer = os.open(f"/proc/{pid}/fd/{answer_end}", os.O_RDONLY)
+            try:
+                if not stat.S_ISFIFO(os.fstat(request).st_mode):
+                    return False
+                os.write(request, b"?")
+                return os.read(answer, 1) == b"?"
+            finally:
+                os.close(answer)
+        finally:
+            os.close(request)
+    return False
 
 
 def wait(seconds: float, *, even_alone: bool) -> bool:
@@ -162,6 +223,8 @@ def perform(
     if busy and not wait(timeout_ms / 1000 if timeout_ms else HANG_SECONDS, even_alone=alone):
         sys.exit(1)
     with Log() as log:
+        if os.getppid() != PARENT and not alone:
+            sys.exit(1)
         before = (read_state(pid) or {}).get("state")
         if "code" in fault:
             code, value = fault["code"], 0
@@ -177,15 +240,17 @@ def perform(
 
 
 def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) -> tuple[int, int]:
-    held = read_state(pid)
-    if held is None:
+    held, thread = read_state(pid), find_restore_thread(pid)
+    if not thread:
         if step == "state" and pid in config.get("coordinators", []):
             return 0, 0
         return INVALID_VALUE, 0
+    if step == "restore-thread":
+        return 0, thread
+    if held is None:
+        return (0, 0) if step == "state" else (config.get("lock_of_idle", NOT_INITIALIZED), 0)
     if step == "state":
         return 0, STATES.index(held["state"])
-    if step == "restore-thread":
-        return 0, host_thread(pid, held["tid"])
     lawful, target = LAWFUL[step]
     if held["state"] != lawful:
         return ILLEGAL_STATE, 0
@@ -204,11 +269,27 @@ def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) ->
         if len(set(new)) != len(new) or not (there is None or set(new) <= set(there)):
             return INVALID_VALUE, 0
         held["uuids"] = new
+    device = config.get("last_user_of")
+    if step == "checkpoint" and device and not is_open(device):
+        write_state(pid, {**held, "state": "failed"})
+        os.kill(pid, signal.SIGKILL)
+        return NOT_PERMITTED, 0
     try:
         write_state(pid, {**held, "state": target})
     except OSError:  # it ended just now
         return INVALID_VALUE, 0
     return 0, 0
+
+
+def is_open(path: str) -> bool:
+    """Whether a process has a file open."""
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{process}/fd"):
+                with suppress(OSError):
+                    if os.readlink(f"/proc/{process}/fd/{descriptor}") == path:
+                        return True
+    return False
 
 
 def initialise(backend: str) -> int:
@@ -262,7 +343,7 @@ def as_utility(words: list[str]) -> int:
         name = {"-p": "--pid", "-h": "--help", "-t": "--timeout", "-d": "--device-map"}.get(rest[0], rest[0])
         rest.pop(0)
         if name not in known:
-            print(f"cuda-checkpoint: unrecognized option '{name}'", file=sys.stderr)
+            print(UNKNOWN_OPTION, file=sys.stderr)
             return 1
         takes = name in {"--pid", "--action", "--timeout", "--device-map"}
         options[name] = rest.pop(0) if takes else ""
@@ -270,16 +351,15 @@ def as_utility(words: list[str]) -> int:
         print(HELP.format(version=config.get("driver", "580.65.06"), operations=operations), end="")
         return 0
     if code := initialise("utility"):
-        print(f'Error initializing CUDA: "{CODES[code][1]}"', file=sys.stderr)
-        return code & 0xFF
+        print(NO_START % CODES[code][1], file=sys.stderr)
+        return 1
     pid = int(options["--pid"])
     if "--get-state" in options:
-        step, what = "state", "get state of"
+        step = "state"
     elif "--get-restore-tid" in options:
-        step, what = "restore-thread", "get restore thread ID of"
+        step = "restore-thread"
     else:
         step = options["--action"]
-        what = f"{step} on"
     code, value = perform(
         step,
         pid,
@@ -288,8 +368,9 @@ def as_utility(words: list[str]) -> int:
         device_map=parse_map(options.get("--device-map", "")),
     )
     if code:
-        print(f'Could not {what} process ID {pid}: "{CODES[code][1]}"', file=sys.stderr)
-        return code & 0xFF
+        failures = {"state": NO_STATE % (pid, CODES[code][1]), "restore-thread": NO_THREAD % pid}
+        print(failures.get(step, NOT_DONE % (step, pid, CODES[code][1])), file=sys.stderr)
+        return 1
     if step == "state":
         print(STATES[value])
     elif step == "restore-thread":
@@ -297,7 +378,17 @@ def as_utility(words: list[str]) -> int:
     return 0
 
 
+def be_process() -> None:
+    """For tests.fakes.cuda: a process with a restore thread, which does nothing."""
+    begin_restore_thread()
+    print("ready", flush=True)
+    while True:
+        signal.pause()
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--process"]:
+        be_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     as_what = as_driver if sys.argv[1:2] == ["--driver"] else as_utility
     sys.exit(as_what(sys.argv[2:] if as_what is as_driver else sys.argv[1:]))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.fakes import cuda_engine
+
 _PACKAGE = Path(__file__).parents[1] / "servers" / "fake_vllm" / "vllm"
 _WITH_SNAPSHOT_SERVER = (0, 31)
 
@@ -29,6 +31,7 @@ class FakeVllm:
         (self.place / "bin/python").symlink_to(base)
         (self.place / "pyvenv.cfg").write_text(f"home = {base.parent}\n")
         shutil.copytree(_PACKAGE, packages / "vllm", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(cuda_engine.__file__, packages / "vllm/cuda_engine.py")
         if tuple(map(int, self.version.split(".")[:2])) < _WITH_SNAPSHOT_SERVER:
             shutil.rmtree(packages / "vllm/snapshot")
         (packages / f"vllm-{self.version}.dist-info").mkdir()

@@ -517,9 +517,10 @@ def test_the_gpus_are_all_of_the_nodes_where_nobody_tells_which_are_held(
         f"nvmlDeviceGet{kind}RunningProcesses_v{n}": 3 for kind in ("Compute", "Graphics") for n in (2, 3)
     }
     node.nvml.describe(TWO, fails=fails)
-    done = rekindle.snapshot_workhorse("horse", port, *CUDA, flags=["--no-prove"])
+    done = rekindle.snapshot_workhorse("horse", port, *CUDA, "cuda-idle", flags=["--no-prove"])
     assert done.status == 0, done.stderr
     assert process_of(rekindle)["gpus"] == [gpu.uuid for gpu in TWO.gpus]
+    assert len(process_of(rekindle)["cuda_pids"]) == 2, "a process that has only called cuInit is none"
 
 
 def test_a_device_that_a_libcuda_made_is_no_gpu(rekindle: Rekindle, tmp_path: Path) -> None:

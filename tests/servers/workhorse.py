@@ -14,8 +14,9 @@
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
 file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
-uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more),
-also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6 address).
+uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more), cuda-idle (a
+process that has called cuInit, and no more), also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6
+address).
 """
 
 import contextlib
@@ -57,8 +58,18 @@ deleted.flush()
 os.unlink(deleted.name)
 
 
+def begin_restore_thread() -> object:
+    """Start what libcuda starts in cuInit; return anything."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+    from tests.fakes.cuda_engine import begin_restore_thread
+
+    return begin_restore_thread()
+
+
 def child(reader: int) -> None:
     """A process of its own, which shares pages with its parent and has cleared some of them."""
+    if "cuda-child" in BEHAVIOURS:
+        begin_restore_thread()
     zeros[:] = bytes(len(zeros))
     random[: 1 << 20] = bytes(1 << 20)
     while os.read(reader, 1):
@@ -255,8 +266,8 @@ def claim_cuda() -> None:
     from tests.fakes.cuda import UUID, claim
 
     uuids = BEHAVIOURS.get("cuda-uuids", UUID).split(",")
-    others = [fork(object) for _ in range(int(BEHAVIOURS.get("cuda-others", 0)))]
-    for pid in [*[os.getpid(), child_pid][: 1 + ("cuda-child" in BEHAVIOURS)], *others]:
+    others = [fork(begin_restore_thread) for _ in range(int(BEHAVIOURS.get("cuda-others", 0)))]
+    for pid in [*[0, child_pid][: 1 + ("cuda-child" in BEHAVIOURS)], *others]:
         cuda_states.append(claim(int(BEHAVIOURS["cuda"] or 0), uuids=uuids, pid=pid))
 
 
@@ -388,6 +399,8 @@ def main() -> None:
     held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
     if "cuda" in BEHAVIOURS:
         claim_cuda()
+    if "cuda-idle" in BEHAVIOURS:
+        fork(begin_restore_thread)
     if "uid" in BEHAVIOURS:
         os.setresuid(*[int(BEHAVIOURS["uid"])] * 3)
     print("workhorse: serving", flush=True)

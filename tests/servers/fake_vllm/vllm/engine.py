@@ -122,9 +122,13 @@ class Core:
         """What is on the GPU now, for tests/fakes/cuda_engine.py."""
         if self._state is None:
             return
-        known = {"state": "running", "tid": os.getpid(), "uuids": os.environ["FAKE_VLLM_GPUS"].split(",")}
+        known = {"state": "running", "uuids": os.environ["FAKE_VLLM_GPUS"].split(",")}
         if self._state.exists():
             known = json.loads(self._state.read_bytes())
+        else:
+            from vllm.cuda_engine import begin_restore_thread  # type: ignore  # tests/fakes/vllm.py puts it here
+
+            begin_restore_thread()
         device_bytes = CONTEXT_BYTES + len(self._weights or b"")
         device_bytes += 0 if "kv_cache" in self._asleep else KV_BYTES
         staged = self._state.with_suffix(".new")

@@ -206,6 +206,7 @@ def test_a_process_that_holds_no_cuda(fake: FakeCuda, backend: Backend) -> None:
 def test_a_failure_is_not_taken_for_a_process_without_cuda(
     fake: FakeCuda, backend: Backend, code: int
 ) -> None:
+    """Nor by the utility, which tells no result: the process has a restore thread."""
     with fake.processes(1) as (pid,):
         fake.describe(faults=[{"step": "restore-thread", "code": code}])
         with pytest.raises(CudaError, match="restore thread"):
@@ -213,7 +214,6 @@ def test_a_failure_is_not_taken_for_a_process_without_cuda(
 
 
 def test_a_driver_that_fails_to_start_says_nothing_of_a_process(fake: FakeCuda, home: Home) -> None:
-    """cuda-checkpoint ends with the status of cuInit then, which could be that of an answer."""
     utility = Utility.find(home)
     for code in (1, 3, 304):
         fake.describe(init=code)
@@ -221,6 +221,8 @@ def test_a_driver_that_fails_to_start_says_nothing_of_a_process(fake: FakeCuda, 
             utility.restore_thread(os.getpid())
         assert caught.value.number == 0
         assert "Error initializing CUDA" in caught.value.cause
+        (only,) = [each for each in search.candidates(home) if each.name == "utility"]
+        assert "Error initializing CUDA" in only.problem or "which failed" in only.problem
         assert caught.value.command[0] == str(utility.path)
 
 
@@ -238,6 +240,28 @@ def test_a_process_that_is_starting_the_driver(tmp_path: Path) -> None:
     (tmp_path / "42/fd/4").symlink_to("/dev/nvidia-uvm")
     assert not holds_none(42, NOT_INITIALIZED, proc=tmp_path)
     assert not holds_none(42, 999, proc=tmp_path)
+
+
+def test_a_checkpointed_process_is_known_by_the_name_of_its_thread(tmp_path: Path) -> None:
+    """cuda-checkpoint only says that it has found no thread; and no device is open."""
+    for thread, name in (("42", "python3"), ("43", "cuda-EvtHandlr")):
+        (tmp_path / "42/task" / thread).mkdir(parents=True)
+        (tmp_path / "42/task" / thread / "comm").write_text(f"{name}\n")
+    (tmp_path / "42/fd").mkdir()
+    assert holds_none(42, 0, proc=tmp_path)
+    (tmp_path / "42/task/43/comm").write_text("cuda00001400006\n")
+    assert not holds_none(42, 0, proc=tmp_path)
+    assert holds_none(42, NOT_INITIALIZED, proc=tmp_path)
+
+
+def test_doctor_finds_out_that_the_driver_does_not_start_in_the_utility(
+    fake: FakeCuda, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REKINDLE_CUDA_BACKEND", "utility")
+    fake.describe(init=100)
+    (only,) = search.candidates(home)
+    assert not only.chosen
+    assert only.problem == 'Error initializing CUDA: "no CUDA-capable device is detected"'
 
 
 def test_a_utility_that_says_more_than_it_should(
