@@ -93,11 +93,12 @@ class ImageName(Struct, frozen=True, kw_only=True):
 class ByteCounts(Struct, kw_only=True):
     """The numbers of bytes that a command moved; None where it does not apply.
 
-    `dump` is the size of CRIU's dump, `packed` that of a GPU kernel cache before compression; `written` went
-    to this machine's disk.
+    `dump` is the size of CRIU's dump, `device` that of what its processes held on GPUs, by NVML; `packed` is
+    the size of a GPU kernel cache before compression; `written` went to this machine's disk.
     """
 
     dump: int | None = None
+    device: int | None = None
     packed: int | None = None
     fetched: int | None = None
     sent: int | None = None

@@ -2,11 +2,11 @@
 """Move the CUDA state of a server into host memory before its dump, and check that the dump holds it."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, field, structs
 
 from rekindle.cell import Cell, descendants, processes
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
@@ -20,22 +20,31 @@ if TYPE_CHECKING:
 _LOCK_SECONDS = 60.0  # for a GPU to finish the work it was given
 _BYTES_PER_SECOND = 500e6  # of GPU memory through the slowest bus
 _CHECKPOINT_SECONDS = 600.0  # if the amount of GPU memory is unknown
-# What a CUDA context takes on its GPU in addition to the program's memory; it is not part of its state.
-_CONTEXT_BYTES = 1 << 30
+# NVML also counts what is not moved into host memory: a process's contexts, loaded kernels and workspaces
+# (0.5 to 1.5 GiB), and rounding. This much, or this share of what it holds, may be missing from the dump.
+_LEAST_SLACK_BYTES = 2 << 30
+_SLACK = 0.2
 
 
 class CudaState(Struct, frozen=True, kw_only=True):
     """The CUDA state of a server.
 
-    `pids` are the processes with CUDA state, by their PIDs in the cell; `gpus` their GPUs, by UUID.
-    `device_bytes` is their GPU memory, 0 if it is unknown; `host_bytes` their anonymous memory before the
-    GPU memory is moved there.
+    `held_bytes` has the GPU memory of each process with CUDA state, by its PID in the cell, 0 if it is
+    unknown; `gpus` are their GPUs, by UUID. `host_bytes` is their anonymous memory before the GPU memory is
+    moved there.
     """
 
-    pids: Sequence[int] = ()
+    held_bytes: Mapping[int, int] = field(default_factory=dict)
     gpus: Sequence[str] = ()
-    device_bytes: int = 0
     host_bytes: int = 0
+
+    @property
+    def pids(self) -> list[int]:
+        return sorted(self.held_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.held_bytes.values())
 
 
 @contextlib.contextmanager
@@ -51,30 +60,40 @@ def checkpointed(
     if find_backend is None:
         yield CudaState()
         return
+    from rekindle.cuda.keep import kept_initialized
     from rekindle.cuda.session import Session
 
     with contextlib.ExitStack() as stack:
         with report.phase("cuda"):
             backend = _open_backend(cell, find_backend, stack)
-            holders, state = _find_holders(cell, backend) if backend else ([], CudaState())
+            inside, state = _find_holders(cell, backend) if backend else ({}, CudaState())
             _require_none(_device_holders(cell, except_for=state.pids))
-            if backend and holders:
+            if backend and inside:
                 _require_supported(state.gpus)
                 _require_memory(state.device_bytes)
                 seconds = state.device_bytes / _BYTES_PER_SECOND or _CHECKPOINT_SECONDS
-                session = stack.enter_context(Session(backend, holders, work / CUDA_JOURNAL))
-                session.checkpoint_all(_LOCK_SECONDS + seconds)
+                stack.enter_context(kept_initialized())
+                session = stack.enter_context(Session(backend, list(inside), work / CUDA_JOURNAL))
+                maybe_idle = [pid for pid, inner in inside.items() if not state.held_bytes[inner]]
+                idle = session.checkpoint_all(_LOCK_SECONDS + seconds, maybe_idle=maybe_idle)
+                state = _without(state, [inside[pid] for pid in idle])
                 _require_none(_device_holders(cell))
+            report.bytes.device = state.device_bytes or None
         yield state
 
 
 def require_state(state: CudaState, dump_bytes: int) -> None:
-    """Raise DumpError if the dump is too small to hold the GPU memory."""
-    contexts = _CONTEXT_BYTES * len(state.pids) * max(1, len(state.gpus))
-    if dump_bytes < state.host_bytes + state.device_bytes - contexts:
+    """Raise DumpError if the dump is too small to hold the GPU memory.
+
+    That every process was `checkpointed` and holds no device any more proves more; this finds a driver that
+    reports a checkpoint without making one.
+    """
+    moved = sum(held - max(_LEAST_SLACK_BYTES, int(held * _SLACK)) for held in state.held_bytes.values())
+    if moved > 0 and dump_bytes < state.host_bytes + moved:
         raise DumpError(
             "the dump lacks the state of the GPU",
-            cause=f"the GPU held {state.device_bytes:,} bytes, but the dump has only {dump_bytes:,}",
+            cause=f"the GPU held {state.device_bytes:,} bytes and host memory {state.host_bytes:,}, "
+            f"but the dump has only {dump_bytes:,}",
             hint="is the driver 580 or newer? See `rekindle doctor --check cuda`",
         )
 
@@ -91,23 +110,31 @@ def _open_backend(
         return None
 
 
-def _find_holders(cell: Cell, backend: "Backend") -> tuple[list[int], CudaState]:
-    """Return the processes with CUDA state, by their PIDs on the host, and that state."""
+def _find_holders(cell: Cell, backend: "Backend") -> tuple[dict[int, int], CudaState]:
+    """Return the processes with CUDA state, and that state.
+
+    The processes are by their PIDs on the host, with those in the cell.
+    """
     from rekindle.cuda.session import holders
 
-    inside = {pid: descendants.inner_pid(pid) for pid in processes.host_pids(cell)}
-    found = holders(backend, inside)
-    pids = sorted(inside[pid] for pid in found)
-    if not found:
-        return found, CudaState()
-    every = tuple(each.uuid for each in gpu.probe().gpus if each.vendor == "nvidia")
+    every = {pid: descendants.inner_pid(pid) for pid in processes.host_pids(cell)}
+    inside = {pid: every[pid] for pid in holders(backend, every)}
+    if not inside:
+        return {}, CudaState()
+    held = gpu.memory_held(inside)
+    gpus = tuple(each.uuid for each in gpu.probe().gpus if each.vendor == "nvidia")
     state = CudaState(
-        pids=pids,
-        gpus=gpu.held_by(found) or every,
-        device_bytes=gpu.memory_held_bytes(found),
-        host_bytes=sum(processes.anonymous_bytes(cell, pid) for pid in pids),
+        held_bytes={inner: held.get(pid, 0) for pid, inner in inside.items()},
+        gpus=gpu.held_by(inside) or gpus,
+        host_bytes=sum(processes.anonymous_bytes(cell, pid) for pid in inside.values()),
     )
-    return found, state
+    return inside, state
+
+
+def _without(state: CudaState, idle: Sequence[int]) -> CudaState:
+    """Return the state without processes that turned out to have none."""
+    held = {pid: held for pid, held in state.held_bytes.items() if pid not in idle}
+    return structs.replace(state, held_bytes=held) if held else CudaState()
 
 
 def _require_supported(gpus: Collection[str]) -> None:
@@ -165,5 +192,6 @@ def _require_none(holders: Sequence[str]) -> None:
             "processes hold an NVIDIA device that is not part of their CUDA state",
             cause="\n".join(holders),
             hint="forked children inherit their parent's devices: set VLLM_WORKER_MULTIPROC_METHOD=spawn; a "
-            "process that used NVML keeps the device open until nvmlShutdown",
+            "process that used NVML without CUDA keeps /dev/nvidiactl open until nvmlShutdown; one that has "
+            "only called cuInit keeps its devices until it ends",
         )

@@ -8,6 +8,7 @@
     driver      the driver's own API (570 or newer), called by client, a program that loads it
     utility     NVIDIA's cuda-checkpoint (555 or newer)
     search      find the backend that works here
+    keep        keep GPUs initialized while no server holds them
     session     act on all processes of a server or on none; repair what a killed command left
 
 docs/adr/0009-cuda-backends.md gives the reasons. Only `search` is imported on a node without such a GPU.

@@ -16,7 +16,15 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from rekindle import journal as journals
-from rekindle.cuda.backend import STEP_SECONDS, Action, Backend, State, failure, timed_out
+from rekindle.cuda.backend import (
+    NOT_INITIALIZED,
+    STEP_SECONDS,
+    Action,
+    Backend,
+    State,
+    failure,
+    timed_out,
+)
 from rekindle.errors import CudaError, RekindleError
 from rekindle.journal import FoundProcess, start_ticks
 
@@ -59,8 +67,11 @@ class Session:
         self._found: tuple[FoundProcess, ...] = ()
         self._rolled_back = False
 
-    def checkpoint_all(self, timeout_seconds: float) -> None:
-        """Checkpoint every process, then check that each is `checkpointed`.
+    def checkpoint_all(self, timeout_seconds: float, *, maybe_idle: Collection[int] = ()) -> list[int]:
+        """Checkpoint every process, then check that each is `checkpointed`; return those that were left out.
+
+        Left out are processes of `maybe_idle` in which CUDA says that it is not initialized: they have called
+        cuInit and have no context, so there is nothing to checkpoint (NVIDIA/cuda-checkpoint#10).
 
         Raises CudaError after a rollback; if that fails for a process, the error's cause says so.
         """
@@ -68,7 +79,14 @@ class Session:
             deadline = _Deadline(timeout_seconds)
             states = self._read_states(deadline)
             running = [pid for pid, state in states.items() if state is State.RUNNING]
-            _do_all(running, lambda pid: self._backend.lock(pid, deadline.left(Action.LOCK, pid)))
+            failures = _collect_failures(
+                running, lambda pid: self._backend.lock(pid, deadline.left(Action.LOCK, pid))
+            )
+            idle = [pid for pid, error in failures.items() if pid in maybe_idle and _has_no_context(error)]
+            _raise_first([error for pid, error in failures.items() if pid not in idle])
+            for pid in idle:
+                del states[pid]
+            self._pids = tuple(states)
             ready = [pid for pid, state in states.items() if state is not State.CHECKPOINTED]
             _do_all(
                 ready,
@@ -79,6 +97,7 @@ class Session:
             for pid, state in self._query_states(deadline).items():
                 if state is not State.CHECKPOINTED:
                     raise failure(Action.CHECKPOINT, pid, 0, "", f"it is still {state}")
+        return idle
 
     def restore_all(
         self,
@@ -310,9 +329,16 @@ class _Deadline:
 
 def _do_all(pids: Sequence[int], action: Callable[[int], None]) -> None:
     """Act on all processes in parallel; raise the first failure, with the others in its cause."""
-    failures = _collect_failures(pids, action)
+    _raise_first(list(_collect_failures(pids, action).values()))
+
+
+def _has_no_context(error: Exception) -> bool:
+    return isinstance(error, CudaError) and error.number == NOT_INITIALIZED
+
+
+def _raise_first(failures: Sequence[Exception]) -> None:
     if failures:
-        first, *others = failures.values()
+        first, *others = failures
         if others and isinstance(first, RekindleError):
             first.cause = "; ".join([first.cause, *(str(error) for error in others)])
         raise first

@@ -108,18 +108,19 @@ def held_by(pids: Collection[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def memory_held_bytes(pids: Collection[int]) -> int:
-    """Return the bytes that these processes hold on NVIDIA's GPUs, including those of CUDA itself.
+def memory_held(pids: Collection[int]) -> dict[int, int]:
+    """Return the bytes that each of these processes holds on NVIDIA's GPUs, including those of CUDA itself.
 
-    It is 0 if the driver does not report them, as in a container with its own PIDs.
+    Processes of which the driver reports nothing are left out: all, in a container with its own PIDs.
     """
-    total = 0
+    found: dict[int, int] = {}
     with contextlib.suppress(_UnavailableError), _nvml() as nvml:
         for _, handle in _handles(nvml, []):
             with contextlib.suppress(nvml.NVMLError, ValueError):
-                held = _processes(nvml, handle, "Compute")
-                total += sum(size for pid, size in held.items() if pid in pids)
-    return total
+                for pid, size in _processes(nvml, handle, "Compute").items():
+                    if pid in pids:
+                        found[pid] = found.get(pid, 0) + size
+    return found
 
 
 @contextlib.contextmanager

@@ -288,6 +288,7 @@ def _reseed(cell: Cell, hooked: Sequence[int]) -> None:
 
 def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> None:
     """Restore the CUDA state of the processes with these PIDs in the cell."""
+    from rekindle.cuda.keep import kept_initialized
     from rekindle.cuda.session import Session
 
     if cuda is None:
@@ -296,7 +297,7 @@ def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> 
     if missing := [pid for pid in pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in pids]
-    with contextlib.closing(cuda.search.backend()) as backend:
+    with kept_initialized(), contextlib.closing(cuda.search.backend()) as backend:
         # No roll-back: if this fails, the processes end with the cell.
         Session(backend, holders).restore_all(cuda.device_map, roll_back=False)
 

@@ -19,6 +19,7 @@ from rekindle.cell import Cell, Command, Network
 from rekindle.cell.processes import host_pids
 from rekindle.cuda import search
 from rekindle.cuda.backend import Backend, State
+from rekindle.cuda.keep import kept_initialized
 from rekindle.cuda.session import Session, holders, repair
 from rekindle.errors import CapabilityError, CudaError
 from rekindle.home import Home
@@ -106,6 +107,44 @@ def test_who_holds_cuda_is_told_by_the_restore_thread(
             assert holders(backend, [coordinator.pid, *pids, os.getpid(), 2**22 - 1]) == pids
         finally:
             coordinator.kill()
+
+
+def test_a_process_that_has_only_called_cu_init_is_left_out(
+    fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
+) -> None:
+    """It has a restore thread, but its lock says that CUDA is not initialized (NVIDIA/cuda-checkpoint#10)."""
+    with fake.processes(1, idle=True) as (idle,):
+        assert holders(backend, [idle, *pids]) == [idle, *pids]
+        with Session(backend, [idle, *pids], journal) as session:
+            assert session.checkpoint_all(20, maybe_idle=[idle, pids[0]]) == [idle]
+            assert states(fake, pids) == {"checkpointed"}
+            assert session.rollback() == []
+        assert states(fake, pids) == {"running"}
+        with pytest.raises(CudaError, match=f"could not lock process {idle}") as caught:
+            Session(backend, [idle, *pids]).checkpoint_all(20)  # as NVML says, it holds memory
+        assert caught.value.number == 3
+        assert states(fake, pids) == {"running"}
+
+
+def test_gpus_are_kept_initialized_while_no_process_holds_them(
+    fake: FakeCuda, backend: Backend, pids: list[int], tmp_path: Path
+) -> None:
+    """Without persistence mode, the last user of a GPU dies with it (NVIDIA/cuda-checkpoint#25)."""
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    (dev / "nvidia0").touch()
+    fake.describe(last_user_of=str(dev / "nvidia0"))
+    with kept_initialized(dev):
+        with Session(backend, pids[:3]) as session:
+            session.checkpoint_all(20)
+        assert states(fake, pids[:3]) == {"checkpointed"}
+    with pytest.raises(CudaError, match=f"could not checkpoint process {pids[3]}"):
+        Session(backend, pids[3:]).checkpoint_all(20)
+    assert not is_alive(pids[3])
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_a_lock_that_times_out_leaves_every_process_running(
@@ -578,7 +617,8 @@ def test_a_server_in_a_cell_holds_its_state_there(
         assert inside not in pids
         assert (cell.root / f"dev/shm/fake-cuda-{inside}").exists()
         assert not Path(f"/dev/shm/fake-cuda-{inside}").exists()
-        assert backend.restore_thread(pids[0]) == pids[0]  # as it is called here
+        thread = backend.restore_thread(pids[0])  # as it is called here
+        assert Path(f"/proc/{pids[0]}/task/{thread}/comm").read_text().startswith("cuda")
         assert fake.held(pids[0])["device_bytes"] == 100 << 20
         with Session(backend, pids) as session:
             session.checkpoint_all(20)
