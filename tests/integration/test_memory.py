@@ -12,9 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,73 +22,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rekindle.cell import MEMORY_PLACE, Cell, Command, MappingRefused, MemoryFiles, Network, processes
 from rekindle.cell import init as cell_init
+from rekindle.cell import processes
 from rekindle.cell.memory import FILTER
-from tests.conftest import SERVERS
-from tests.servers.memory_actor import PAGE, START
+from tests.samples.mapped_memory import (
+    AREAS,
+    DONTNEED,
+    DONTNEED_LOCKED,
+    DONTUNMAP,
+    FIXED,
+    FREE,
+    GUARD_INSTALL,
+    GUARD_REMOVE,
+    MAYMOVE,
+    REMOVE,
+    WIPEONFORK,
+    Actor,
+    actor,
+    write_memory_file,
+)
+from tests.servers.memory_actor import PAGE
 
 pytestmark = pytest.mark.criu
 
-DONTNEED, FREE, REMOVE, DONTNEED_LOCKED = 4, 8, 9, 24
-WIPEONFORK, COLLAPSE, GUARD_INSTALL, GUARD_REMOVE = 18, 25, 102, 103
-MAYMOVE, FIXED, DONTUNMAP = 1, 2, 4
 
-# In pages: where, how many, from where in the file. The kernel makes one mapping of the first three.
-AREAS = [[0, 32, 0], [32, 32, 32], [64, 16, 64], [96, 32, 80]]
-FILE_PAGES, FILE_HOLE = 112, range(64, 80)
 GAP = 80
+
+
 FREE_PLACE = 200  # of the arena, where nothing is at first
+
+
 FAR = 1 << 26  # pages from its start: 256 GiB
-
-
-@dataclass
-class Actor:
-    """A process in a cell that does as it is told: tests/servers/memory_actor.py."""
-
-    cell: Cell
-    channel: socket.socket
-    path: Path
-
-    def do(self, *operation: Any) -> Any:
-        self.channel.sendall(json.dumps(operation).encode() + b"\n")
-        answer = b""
-        while not answer.endswith(b"\n"):
-            part = self.channel.recv(1 << 20)
-            assert part, "the process died"
-            answer += part
-        return json.loads(answer)
-
-
-@contextlib.contextmanager
-def actor(directory: Path, log: Path, *, supervised: bool) -> Iterator[Actor]:
-    ranges = [(START + page * PAGE, START + (page + count) * PAGE) for page, count, _ in AREAS]
-    ours, theirs = socket.socketpair()
-    with ours, theirs, Cell() as cell:
-        cell.enter(Network.PRIVATE)
-        cell.spawn(
-            Command(
-                argv=[sys.executable, "-I", "-S", "-B", str(SERVERS / "memory_actor.py"), "3"],
-                env={},
-                cwd=Path("/"),
-                files={0: Path(os.devnull), 1: log, 2: log},
-                fds={3: theirs.fileno()},
-                memory=MemoryFiles(directory=directory, ranges=ranges) if supervised else None,
-            )
-        )
-        theirs.close()
-        ours.settimeout(60)
-        yield Actor(cell, ours, (MEMORY_PLACE if supervised else directory) / "1")
-
-
-def write_memory_file(directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    with open(directory / "1", "wb") as file:
-        for page in range(FILE_PAGES):
-            if page not in FILE_HOLE:
-                file.seek(page * PAGE)
-                file.write(f"page {page}\n".encode() * (PAGE // 16))
-        file.truncate(FILE_PAGES * PAGE)
 
 
 @dataclass
@@ -165,9 +126,6 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def pair(both: Pair) -> Pair:
     both.start()
     return both
-
-
-# --- madvise ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("advice", [DONTNEED, DONTNEED_LOCKED])
@@ -275,6 +233,8 @@ UNLIKE = {
     REMOVE: ([-1, errno.EINVAL], [-1, errno.EACCES]),
     WIPEONFORK: ([0, 0], [-1, errno.EINVAL]),
 }
+
+
 POISON = {100, 101}
 
 
@@ -308,9 +268,6 @@ def test_process_madvise_answers_as_a_kernel_that_has_it_for_others_only(pair: P
 def test_process_madvise_does_all_else(pair: Pair) -> None:
     cold = 20
     pair.do("advise_other", 0, 4, cold)
-
-
-# --- mremap -------------------------------------------------------------------------------------------
 
 
 def test_memory_shrinks(pair: Pair) -> None:
@@ -378,9 +335,6 @@ def test_nothing_stays_mapped_where_memory_was_moved_from(pair: Pair) -> None:
     assert pair.do("remap", FREE_PLACE, 4, 4, flags, 400) == [400, 0]
 
 
-# --- The rest of memory -------------------------------------------------------------------------------
-
-
 def test_other_calls_need_no_help(pair: Pair) -> None:
     pair.do("protect", 4, 8, 1)
     pair.do("protect", 6, 2, 0)
@@ -423,69 +377,6 @@ memory.resize(2 << 20)
 print(memory.rfind(b"x", 0), memory.find(b"x", 0), len(memory))
 """
     assert pair.do("run", program).split() == [str((1 << 20) - 1), str(4 * PAGE), str(2 << 20)]
-
-
-def test_a_process_without_privileges_is_served(tmp_path: Path) -> None:
-    directory = tmp_path / "files"
-    write_memory_file(directory)
-    with actor(directory, tmp_path / "log", supervised=True) as mapped:
-        mapped.do("set", str(mapped.path), AREAS)
-        mapped.do("become", 65534)
-        assert mapped.do("advise", 4, 1, DONTNEED) == [0, 0]
-        assert mapped.do("read", 4, 4) == "00000000"
-        assert mapped.do("remap", 4, 1, 2, MAYMOVE) == [-1, errno.ENOMEM]
-
-
-@pytest.mark.parametrize("kind", ["tmpfs", "overlay"])
-def test_memory_files_may_be_on(kind: str, tmp_path: Path) -> None:
-    """overlayfs tells other devices and inodes by stat than in /proc/PID/maps."""
-    tops = [tmp_path / name for name in ("below", "above", "work", "files")]
-    for top in tops:
-        top.mkdir()
-    below, above, work, directory = tops
-    write_memory_file(below)
-    options = f"lowerdir={below},upperdir={above},workdir={work}" if kind == "overlay" else "size=8m"
-    subprocess.run(["mount", "-t", kind, "-o", options, "none", str(directory)], check=True)
-    try:
-        if kind == "tmpfs":
-            write_memory_file(directory)
-        with actor(directory, tmp_path / "log", supervised=True) as mapped:
-            mapped.do("set", str(mapped.path), AREAS)
-            mapped.do("write", 66, "mine")
-            assert mapped.do("advise", 0, 80, DONTNEED) == [0, 0]
-            for page in (0, 63, 66):
-                assert mapped.do("read", page, 4) == "00000000"
-            assert mapped.do("read", 96, 7) == b"page 80".hex()
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-CODE = {"x86_64": "b82a000000c3", "aarch64": "40058052c0035fd6"}  # return 42
-
-
-def test_memory_can_be_made_code_although_its_files_are_on_a_noexec_mount(tmp_path: Path) -> None:
-    directory = tmp_path / "noexec"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(directory)], check=True)
-    try:
-        write_memory_file(directory)
-        with open(directory / "1", "r+b") as file:
-            file.write(bytes.fromhex(CODE[os.uname().machine]))
-        with actor(directory, tmp_path / "log", supervised=True) as mapped:
-            mapped.do("set", str(mapped.path), AREAS)
-            assert mapped.do("protect", 0, 4, 5) == [0, 0]
-            assert mapped.do("call", 0) == 42
-            (mount,) = (line for line in (cell_mounts(mapped.cell)) if line.split()[4] == str(MEMORY_PLACE))
-            assert set(mount.split()[5].split(",")) >= {"ro", "nosuid", "nodev"}
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-def cell_mounts(cell: Cell) -> list[str]:
-    return Path(f"/proc/{cell.init_pid}/mountinfo").read_text().splitlines()
-
-
-# --- Many calls at once -------------------------------------------------------------------------------
 
 
 def test_calls_of_a_thousand_threads_are_answered(pair: Pair) -> None:
@@ -539,10 +430,12 @@ def test_signals_do_not_show(pair: Pair) -> None:
         assert pair.do("interrupted", page, count, DONTNEED, 2000) == [[0, 0]]
 
 
-# --- Anything in any order ----------------------------------------------------------------------------
-
 page = st.integers(0, 140)
+
+
 count = st.integers(1, 40)
+
+
 operation = st.one_of(
     st.tuples(st.just("advise"), page, count, st.sampled_from([DONTNEED, DONTNEED, DONTNEED_LOCKED, 20, 22])),
     st.tuples(st.just("write"), page, st.sampled_from(["a", "b", "c"]), st.integers(1, 8)),
@@ -590,66 +483,3 @@ def test_the_filter_is_seen_in_a_process_by_its_first_bytes(both: Pair) -> None:
         assert program.raw.startswith(FILTER)
     finally:
         libc.ptrace(detach, pid, None, None)
-
-
-# --- Without the filter, and where it cannot be had ---------------------------------------------------
-
-
-def test_without_the_filter_the_files_bytes_come_back(tmp_path: Path) -> None:
-    """The tests above would fail."""
-    directory = tmp_path / "files"
-    write_memory_file(directory)
-    with actor(directory, tmp_path / "log", supervised=False) as unhelped:
-        unhelped.do("set", str(unhelped.path), AREAS)
-        unhelped.do("write", 4, "mine")
-        assert unhelped.do("advise", 4, 1, DONTNEED) == [0, 0]
-        assert bytes.fromhex(unhelped.do("read", 4, 6)) == b"page 4"
-        assert unhelped.do("remap", 96, 32, 40, MAYMOVE) == [96, 0]
-        beyond = [checksum for page, _, checksum in unhelped.do("look") if page >= 128]
-        assert beyond == [-errno.EIO] * 8  # a touch is SIGBUS
-
-
-def test_a_listener_that_another_has_is_a_reason_to_copy(tmp_path: Path) -> None:
-    """As in a container whose runtime watches calls itself."""
-    program = """
-import ctypes, struct, sys
-from pathlib import Path
-from rekindle.cell import Cell, Command, MappingRefused, MemoryFiles, Network, memory
-memory.install(struct.pack("HBBI", 6, 0, 0, 0x7fff0000))  # allows everything
-with Cell() as cell:
-    cell.enter(Network.PRIVATE)
-    command = {"argv": ["true"], "env": {}, "cwd": Path("/")}
-    try:
-        cell.spawn(Command(**command, memory=MemoryFiles(directory=Path(sys.argv[1]), ranges=[])))
-    except MappingRefused as refused:
-        print(refused, [path.name for path in (cell.root / "dev/shm").iterdir()])
-    print(cell.run(Command(**command), 30))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.splitlines() == [
-        "[Errno 16] seccomp filter with a listener: Device or resource busy []",
-        "0",
-    ]
-
-
-def test_memory_files_that_are_refused_leave_a_cell_that_goes_on(tmp_path: Path) -> None:
-    directory = tmp_path / "files"
-    write_memory_file(directory)
-
-    def command(memory: MemoryFiles | None) -> Command:
-        return Command(argv=["true"], env={}, cwd=Path("/"), memory=memory)
-
-    with Cell() as cell:
-        cell.enter(Network.PRIVATE)
-        before = cell_mounts(cell)
-        with pytest.raises(MappingRefused, match="No such file"):
-            cell.spawn(command(MemoryFiles(directory=tmp_path / "missing", ranges=[])))
-        assert os.listdir(cell.root / "dev/shm") == []
-        assert cell_mounts(cell) == before
-        assert cell.run(command(None), 30) == 0
-        assert cell.run(command(MemoryFiles(directory=directory, ranges=[])), 30) == 0
-        with pytest.raises(MappingRefused, match="File exists"):
-            cell.spawn(command(MemoryFiles(directory=directory, ranges=[])))
-        assert cell.run(command(None), 30) == 0

@@ -3,8 +3,6 @@
 
 import contextlib
 import os
-import random
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,80 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.errors import DumpError, SecretError, WorkloadError
-from rekindle.secrets.forms import FORMS, is_secret_value
-from rekindle.secrets.redact import redact_command, redact_environment
+from rekindle.secrets.forms import FORMS
 from snapshot import secret_search
 from snapshot.secret_search import KnownSecrets, require_no_secrets, search
 from tests.samples.dump import BASE, ONE, PAGE, entry, mapping, write_dump
 from tests.samples.gauges import memory_peak
+from tests.samples.tokens import EVERY, TOKENS, drawn
 
 KEY = "Zq8-vixen-41-Lark"
-ALNUM = string.ascii_letters + string.digits
-DRAWN = random.Random(4)
 
-
-def drawn(count: int, letters: str = ALNUM) -> str:
-    return "".join(DRAWN.choice(letters) for _ in range(count))
-
-
-TOKENS = {
-    "hugging-face-token": [
-        "hf_" + drawn(34),
-        "hf_" + drawn(34, string.ascii_letters),
-        "api_org_" + drawn(34),
-    ],
-    "github-token": [*(f"gh{kind}_{drawn(36)}" for kind in "pousr"), f"github_pat_{drawn(22)}_{drawn(59)}"],
-    "aws-access-key": ["AKIA" + drawn(14, string.ascii_uppercase) + "37", "ASIA" + drawn(15).upper() + "7"],
-    "aws-secret-key": [
-        f"aws_secret_access_key = {drawn(40)}",
-        f"AWS_SECRET_ACCESS_KEY={drawn(40, ALNUM + '+/')}",
-        f'"SecretAccessKey": "{drawn(40)}"',
-        f'\\"SecretAccessKey\\": \\"{drawn(40)}\\"',
-    ],
-    "google-api-key": ["AIza" + drawn(35)],
-    "azure-storage-key": [f"AccountName=me;AccountKey={drawn(86)}=="],
-    "azure-client-secret": ["aB3" + "8Q~" + drawn(34)],
-    "api-key": [
-        "sk-" + drawn(48),
-        "sk-proj-" + drawn(60) + "-" + drawn(60) + "_" + drawn(20),
-        "sk-ant-api03-" + drawn(40) + "_" + drawn(40),
-        "sk-or-v1-" + drawn(64, "0123456789abcdef"),
-        "sk-" + drawn(32, "0123456789abcdef"),
-    ],
-    "slack-token": [
-        "xoxb-" + drawn(12, "0123456789") + "-" + drawn(24),
-        "xapp-1-" + drawn(20) + "-" + drawn(64),
-        "xoxd-" + drawn(80),
-    ],
-    "gitlab-token": ["glpat-" + drawn(20), "glrt-" + drawn(20, ALNUM + "_-") + "q7", "glptt-" + drawn(40)],
-    "npm-token": ["npm_" + drawn(36)],
-    "pypi-token": ["pypi-AgEIcHlwaS5vcmc" + drawn(120, ALNUM + "_-") + "z"],
-    "stripe-key": ["sk_live_" + drawn(24), "rk_live_" + drawn(99), "sk_test_" + drawn(24)],
-    "vault-token": ["hvs." + drawn(95), "hvb." + drawn(130)],
-    "docker-token": ["dckr_pat_" + drawn(27)],
-    "nvidia-api-key": ["nvapi-" + drawn(64)],
-    "json-web-token": [
-        f"eyJhbGciOiJIUzI1NiJ9.eyJ{drawn(40)}.{drawn(43)}",
-        f"eyJhbGciOiJSUzI1NiIsImtpZCI6Ing{drawn(40)}.eyJ{drawn(1200)}.{drawn(342)}",
-    ],
-    "webhook-url": [
-        f"https://hooks.slack.com/services/T02{drawn(8).upper()}/B02{drawn(8).upper()}/{drawn(24)}",
-        f"https://hooks.slack.com/triggers/T02{drawn(8).upper()}/7012345678901/{drawn(32)}",
-        f"https://discord.com/api/webhooks/112233445566778899/{drawn(68)}",
-        f"https://ptb.discordapp.com/api/webhooks/112233445566778899/{drawn(68)}",
-        "https://acme.webhook.office.com/webhookb2/0b7c1a52-1111-2222-3333-0123456789ab@0b7c1a52-1111-2222"
-        f"-3333-0123456789ab/IncomingWebhook/{drawn(32, '0123456789abcdef')}"
-        "/0b7c1a52-1111-2222-3333-0123456789ab",
-        "https://prod-00.westeurope.logic.azure.com:443/workflows/0b7c1a521111/triggers/manual/paths/invoke"
-        f"?api-version=2016-06-01&sp=%2Ftriggers%2Fmanual%2Frun&sv=1.0&sig={drawn(43)}",
-    ],
-    "private-key": [
-        f"-----BEGIN {kind}PRIVATE KEY-----{end}{drawn(64, ALNUM + '+/')}"
-        for kind in ("", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED SIGSTORE ")
-        for end in ("\n", "\r\n", "\\n", "\\\\n", "\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES,00\n\n")
-    ],
-}
-EVERY = [(name, token) for name, tokens in TOKENS.items() for token in tokens]
 
 HARMLESS = [
     rb"hf_[a-zA-Z0-9]{34} ghp_[a-zA-Z0-9]{36} sk-[a-zA-Z0-9]{48} AKIA[0-9A-Z]{16}",
@@ -136,9 +69,6 @@ def names(
     allow: Sequence[str] = (),
 ) -> list[str]:
     return [each.name for each in search(tree, KnownSecrets.of(environment or {}, argv, allow))]
-
-
-# What the server was given
 
 
 @pytest.mark.parametrize(
@@ -242,9 +172,6 @@ def test_an_allowed_private_key_does_not_allow_another(tree: Path) -> None:
     assert names(tree, {"TLS_KEY": one}, allow=["TLS_KEY"]) == []
 
 
-# Tokens by their form
-
-
 @pytest.mark.parametrize(("name", "token"), EVERY)
 def test_a_token_is_found_by_its_form(tree: Path, name: str, token: str) -> None:
     for around in ("\0{}\0", 'x="{}"', "Bearer {} and more", "\1{}\1"):
@@ -273,9 +200,6 @@ def test_any_bytes_can_stand_around_a_token(noise: bytes, each: tuple[str, str])
     content = noise + b"\0" + token.encode() + b"\0" + noise
     starts = [content.find(anchor, len(noise)) for anchor in form.anchors]
     assert any(form.token_at(content, start) for start in starts if start >= 0)
-
-
-# Where it lies
 
 
 @pytest.mark.parametrize("offset", [PAGE - 1, PAGE - 8, PAGE - len(KEY) + 1, 5 * PAGE - 3, 9 * PAGE - 17])
@@ -365,9 +289,6 @@ def test_links_and_fifos_in_shm_are_passed_over(tree: Path) -> None:
     assert names(tree, {"A_KEY": KEY}) == []
 
 
-# Values in values, and tokens in values
-
-
 def test_a_token_within_a_value_is_told_by_the_name_of_the_value(tree: Path) -> None:
     token = TOKENS["api-key"][0]
     for value in (token, f"key:{token}", "x" * 300 + token):
@@ -412,9 +333,6 @@ def test_with_nothing_to_search_for_nothing_is_found(tree: Path) -> None:
     assert names(tree, allow=[form.name for form in FORMS]) == []
 
 
-# What is told
-
-
 def test_a_refusal_names_all_and_shows_nothing(tree: Path) -> None:
     token = TOKENS["github-token"][0]
     hold(tree, f"{KEY}\0{token}".encode())
@@ -451,50 +369,6 @@ def test_values_stay_out_of_errors_and_their_logs(tmp_path: Path) -> None:
     assert log.read_text() == "key is REDACTED\n"
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
-
-
-@given(
-    st.dictionaries(st.sampled_from(["A_KEY", "URL", "X", "DB_PASSWORD"]), WORDS), st.lists(WORDS, max_size=6)
-)
-@settings(max_examples=200)
-def test_a_record_never_holds_what_is_searched_for(environment: dict[str, str], argv: list[str]) -> None:
-    credentials = KnownSecrets.of(environment, argv)
-    shown = [
-        *redact_command(argv, credentials.values),
-        *redact_environment(environment, credentials.values).values(),
-    ]
-    for value in credentials.values:
-        assert not [word for word in shown if value in word.replace("REDACTED", "\0")]
-
-
-@pytest.mark.parametrize(("name", "token"), EVERY)
-def test_a_record_never_holds_a_token(name: str, token: str) -> None:
-    core = token[-16:]
-    assert core not in str(redact_environment({"X": f"a {token}"}))
-    assert core not in str(redact_command(["serve", token, f"--x={token}"]))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "wanted"),
-    [
-        ("A_KEY", "abc", True),
-        ("A_KEY", "123456", False),
-        ("A_PASSWORD", "123456", True),
-        ("A_PASSWORD", "12", False),
-        ("A_KEY", " True ", False),
-        ("A_KEY", "/aB3dE5gH7", True),
-        ("A_KEY", "/usr/share/no-such-file", False),
-        ("A_KEY_FILE", "/aB3dE5gH7", False),
-    ],
-)
-def test_which_values_are_secrets(name: str, value: str, wanted: bool) -> None:
-    assert is_secret_value(name, value) is wanted
-
-
-# What must not pass
-
-
 def test_a_dump_that_is_cut_off_is_no_pass(tree: Path) -> None:
     hold(tree, b"\1" * (4 << 20))
     os.truncate(tree / "criu/pages-1.img", (4 << 20) - 1)
@@ -527,9 +401,6 @@ def test_hyperscan_raises_what_its_callback_raised() -> None:
 
     with pytest.raises(MemoryError):
         database.scan(b"a sk- b", match_event_handler=fail)
-
-
-# What it costs
 
 
 def test_a_gigabyte_without_a_zero_byte_takes_little_memory(tree: Path) -> None:

@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,50 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rekindle.node.packages import versions
-from tests.conftest import VLLM_BIN
-
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def executable(path: Path, content: str = "\x7fELF") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    path.chmod(0o755)
-    return path
-
-
-def install(directory: Path, *names: str) -> Path:
-    """Distributions, as far as they are looked at."""
-    for name in names:
-        (directory / f"{name}.dist-info").mkdir(parents=True)
-    return directory
+from tests.samples.python_environments import executable, install, python_at, site, venv_at
 
 
 def torch_for(directory: Path, text: str) -> None:
     (directory / "torch").mkdir(parents=True)
     (directory / "torch" / "version.py").write_text(text)
-
-
-def python_at(prefix: Path, version: str = "3.11") -> Path:
-    """An interpreter as distributions have it: links, up to one that says its version."""
-    executable(prefix / "bin" / f"python{version}")
-    for name, target in [("python3", f"python{version}"), ("python", "python3")]:
-        (prefix / "bin" / name).symlink_to(target)
-    return prefix / "bin" / "python"
-
-
-def site(prefix: Path, version: str = "3.11") -> Path:
-    return prefix / "lib" / f"python{version}" / "site-packages"
-
-
-def venv_at(prefix: Path, base: Path, *, system: bool | None = False, extra: str = "") -> Path:
-    """A virtual environment whose interpreter is a link to that of `base`."""
-    (prefix / "bin").mkdir(parents=True)
-    python = prefix / "bin" / "python"
-    python.symlink_to(base / "bin" / "python3.11")
-    include = "" if system is None else f"include-system-site-packages = {str(system).lower()}\n"
-    (prefix / "pyvenv.cfg").write_text(f"home = {base / 'bin'}\n{include}{extra}")
-    return python
 
 
 @pytest.fixture
@@ -453,90 +413,3 @@ def timed(argv: Sequence[str]) -> float:
     start = time.perf_counter()
     versions(argv, {})
     return time.perf_counter() - start
-
-
-ASK = """
-import importlib.metadata, json, sys
-found = {"python": "%d.%d" % sys.version_info[:2]}
-for name in ("vllm", "torch", "triton"):
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-print(json.dumps(found))
-"""
-
-
-def asked(python: Path, *options: str, environment: Mapping[str, str], cwd: Path) -> dict[str, str]:
-    """What that Python itself says, but for the working directory, which -c would add."""
-    command = [str(python), *options, "-P", "-c", ASK]
-    done = subprocess.run(
-        command, env=dict(environment), cwd=cwd, capture_output=True, text=True, check=True, timeout=60
-    )
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["own", "system"])
-def real_venv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    top = tmp_path_factory.mktemp("real")
-    flags = ["--system-site-packages"] if request.param else []
-    command = [sys.executable, "-m", "venv", "--without-pip", *flags, str(top / "venv")]
-    subprocess.run(command, check=True, timeout=60)
-    places = {
-        site(top / "venv", PYTHON): ["vllm-0.1", "torch-2.1"],
-        site(top / "home/.local", PYTHON): ["vllm-0.2", "torch-2.2", "triton-3.2"],
-        site(top / "user", PYTHON): ["vllm-0.3", "triton-3.3"],
-        top / "added": ["vllm-0.4"],
-        top / "more": ["torch-2.5", "vllm-0.5"],
-        top / "here": ["triton-3.6"],
-    }
-    for directory, names in places.items():
-        for name in names:
-            install(directory, name)
-            title, _, version = name.partition("-")
-            metadata = f"Metadata-Version: 2.1\nName: {title}\nVersion: {version}\n"
-            (directory / f"{name}.dist-info" / "METADATA").write_text(metadata)
-    return top
-
-
-@pytest.mark.parametrize(
-    ("options", "variables"),
-    [
-        ([], {}),
-        ([], {"PYTHONPATH": "{top}/added:{top}/more"}),
-        ([], {"PYTHONPATH": "{top}/more:relative:{top}/added"}),
-        ([], {"PYTHONPATH": "{top}/added:"}),
-        ([], {"PYTHONPATH": "../more"}),
-        ([], {"PYTHONUSERBASE": "{top}/user"}),
-        ([], {"PYTHONUSERBASE": "{top}/user", "PYTHONNOUSERSITE": "1"}),
-        (["-s"], {"PYTHONPATH": "{top}/added"}),
-        (["-E"], {"PYTHONPATH": "{top}/added", "PYTHONUSERBASE": "{top}/user"}),
-        (["-E"], {"PYTHONNOUSERSITE": "1"}),
-        (["-I"], {"PYTHONPATH": "{top}/added"}),
-        (["-X", "utf8", "-uE"], {"PYTHONPATH": "{top}/added"}),
-    ],
-)
-def test_it_is_what_python_says(
-    real_venv: Path, options: list[str], variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = {"HOME": str(real_venv / "home"), "PATH": "/usr/bin:/bin"}
-    environment |= {name: value.format(top=real_venv) for name, value in variables.items()}
-    python = real_venv / "venv" / "bin" / "python"
-    monkeypatch.chdir(real_venv / "here")
-    found = versions([str(python), *options], environment)
-    assert {name: found[name] for name in ("python", "vllm", "torch", "triton") if name in found} == asked(
-        python, *options, environment=environment, cwd=real_venv / "here"
-    )
-
-
-@pytest.mark.vllm
-def test_it_is_what_vllms_python_says() -> None:
-    environment = {"PATH": f"{VLLM_BIN}:/usr/bin:/bin", "HOME": "/nonexistent"}
-    found = versions(["vllm", "serve", "model"], environment)
-    said = asked(VLLM_BIN / "python", environment=environment, cwd=VLLM_BIN)
-    assert said["vllm"].endswith("+cpu")
-    assert {name: found.get(name) for name in said} == said
-    start = time.perf_counter()
-    versions(["vllm", "serve", "model"], environment)
-    assert time.perf_counter() - start < 0.1  # 0.7 ms on a machine with nothing else to do
