@@ -156,6 +156,19 @@ def copy_sparse_tree(source: Path, target: Path, *, without: Collection[str] = (
     return written
 
 
+def copy_path(source: Path, target: Path) -> None:
+    """Copy a file, or a directory with its content, to a path that does not exist, as `copy_sparse_tree`."""
+    status = source.lstat()
+    if stat.S_ISDIR(status.st_mode):
+        target.mkdir(mode=0o700)
+        copy_sparse_tree(source, target)
+    elif stat.S_ISFIFO(status.st_mode):
+        os.mkfifo(target)
+    else:
+        _copy_sparse_file(source, target, status.st_size)
+    copy_attributes(target, status)
+
+
 def copy_attributes(path: Path, status: os.stat_result) -> None:
     """Set the owner, mode and times of a file to those in `status`."""
     os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)

@@ -4,6 +4,7 @@
 import itertools
 import json
 import os
+import posixpath
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import PurePosixPath
@@ -36,6 +37,8 @@ _GPUS_LIMIT = 1024
 LISTENERS_LIMIT = 1024
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
 _RANGES_LIMIT = 1 << 17  # twice the mappings that Linux lets a process have by default
+_PRIVATE_LIMIT = 10_000
+_NOT_PRIVATE = ("/dev/", "/proc/", "/sys/")
 _TOPS = ("criu", "memory", "shm")
 _Pid = Annotated[int, Meta(ge=2, le=(1 << 22) - 1)]
 _Owner = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
@@ -151,13 +154,26 @@ def numbered(files: Sequence[StoredFile]) -> dict[int, StoredFile]:
     return {position if file.number is None else file.number: file for position, file in enumerate(files)}
 
 
+class NeededDirectory(Struct, frozen=True, kw_only=True):
+    """A directory outside the cell that a restore needs.
+
+    If the server `made` it, a restore makes it where it is missing. It must be writable if it is `written`:
+    CRIU makes deleted files there, for a moment.
+    """
+
+    path: AbsolutePath
+    made: bool = False
+    written: bool = False
+
+
 class Process(Struct, frozen=True, kw_only=True):
     """The processes in their cell.
 
     PIDs are those inside the cell. `gpus` are the UUIDs of the GPUs that they held, and `cuda_pids` the
     processes with CUDA state. `settings` are those of every process but the root; None if it is not known
     what they set, and everything stays as it was at the dump. `hooked` are the processes to reseed after a
-    restore (rekindle/cell/hook.py).
+    restore (rekindle/cell/hook.py). `private` are paths outside the cell of which each replica gets a copy
+    (rekindle/cell/private.py), `directories` those that it needs.
     """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -172,6 +188,19 @@ class Process(Struct, frozen=True, kw_only=True):
     cuda_pids: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     settings: Annotated[tuple[ProcessSettings, ...], Meta(max_length=_FILES_LIMIT)] | None = None
     hooked: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
+    private: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
+    directories: Annotated[tuple[NeededDirectory, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
+
+    def __post_init__(self) -> None:
+        """Require that what is private lies where the cell shows the node's own files."""
+        for path in (*self.private, *(each.path for each in self.directories)):
+            plain = posixpath.normpath(path) == path and not path.startswith("//")
+            if (
+                not plain
+                or f"{path}/".startswith(_NOT_PRIVATE)
+                or len(_encoded(path)) > _PATH_LIMIT_BYTES // 2
+            ):
+                raise FormatError("the record names an invalid private path", cause=f"{path!r:.120}")
 
     @property
     def clocks(self) -> Clocks:

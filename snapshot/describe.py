@@ -12,6 +12,7 @@ from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import LISTENERS_LIMIT, Record
+from snapshot.private_paths import PrivatePaths
 
 
 class Dumped(Struct, frozen=True, kw_only=True):
@@ -26,7 +27,8 @@ class RunningServer(Struct, frozen=True, kw_only=True):
 
     `listeners` are where it listens, the main address first. `server_pid` is the PID in the cell that gets
     its signals. `threads` is the number of its threads. `opened` are the paths that its processes have
-    mapped or open, without its own logs. `settings` are those that its processes have set for themselves.
+    mapped or open, without its own logs. `settings` are those that its processes have set for themselves,
+    `private` the paths of which each replica gets a copy.
     """
 
     listeners: tuple[Endpoint, ...]
@@ -34,6 +36,7 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     threads: int
     opened: set[str]
     settings: tuple[ProcessSettings, ...]
+    private: PrivatePaths
 
 
 def listened_endpoint(engine: Engine, listeners: Sequence[Endpoint]) -> Endpoint:

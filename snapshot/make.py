@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from rekindle import __version__, criu
-from rekindle.cell import Cell, Clocks, Network, processes, untraced
+from rekindle.cell import Cell, Clocks, Network, private, processes, untraced
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
 from rekindle.criu import Criu, inherited, zero_pages
@@ -20,7 +20,6 @@ from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
-from rekindle.engine.caches import CacheRoot
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify, locate, recorded
 from rekindle.environment import describe_environment
@@ -52,11 +51,16 @@ from snapshot.loaded import Sources
 from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
 from snapshot.opened import OpenedFiles
+from snapshot.private_paths import PrivatePaths
+from snapshot.private_paths import find as find_private
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
 if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
+
+
+_TOLD = 5  # paths
 
 
 class ServerSpec(Struct, frozen=True, kw_only=True):
@@ -103,7 +107,8 @@ def make(
             server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
             hooked = before_snapshot(cell, server, report)
             with report.phase("check"), telling_server(cell, server.root_pid, engine, ends=True):
-                running = _inspect(cell, server, spec, engine, work)
+                running = _inspect(cell, server, spec, engine, work, began_ns)
+            _tell_private(running.private, report)
         with (
             telling_server(cell, server.root_pid, engine, ends=True),
             checkpointed(cell, spec.find_backend, work, report) as cuda,
@@ -113,6 +118,7 @@ def make(
             criu.dump(tool, cell, server.root_pid, tree / "criu")
             clocks = cell.clocks()
             copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
+            kept = _keep_private(cell, running.private, tree)
     with report.phase("compact"):
         dump_bytes = _size_bytes(tree / "criu")
         require_state(cuda, dump_bytes)
@@ -120,7 +126,7 @@ def make(
             keep_untouched(tree)
         memory = _compact(tree, server.root_pid)
         files = scan(tree)
-        mapped = mapped_files(running.opened)
+        mapped = mapped_files({path for path in running.opened if not kept.holds(path)})
     with report.phase("search for secrets"):
         secret_search.require_no_secrets(tree, spec.credentials)
     with report.phase("find caches"):
@@ -128,7 +134,8 @@ def make(
         roots = find_caches.find(server.environment, running.opened, readable, usual_places=engine.compiles)
     weights = _weights(engine, spec, report)
     with report.phase("describe files"):
-        read = _loaded(spec, server, reads, began_ns, weights, roots, mapped, work, report)
+        beside = [*(f"{each.recorded}/" for each in roots), *(f"{each}/" for each in kept.copied), f"{work}/"]
+        read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, kept.copied)
     values, variables = describe_environment(spec.environment, engine, spec.credentials.values, spec.withheld)
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -143,7 +150,7 @@ def make(
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
-        process=_process(spec, server, running, hooked, clocks, cuda),
+        process=_process(spec, server, running, hooked, clocks, cuda, kept),
         mapped_files=mapped,
         dump=Dump(
             dump_bytes=dump_bytes,
@@ -192,22 +199,41 @@ def _bring_up(
     return server, start_seconds, oracle
 
 
-def _inspect(cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path) -> RunningServer:
+def _inspect(
+    cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path, began_ns: int
+) -> RunningServer:
     """Describe the server's processes and remove its disposable files. Raise if it cannot be dumped."""
-    own = (server.stdout, server.stderr)
+    own = {str(server.stdout), str(server.stderr)}
     gpus = spec.find_backend is not None
-    require_dumpable(cell, server.root_pid, spec.network, own=own, work=work, gpus=gpus)
     pids = processes.tree(cell, server.root_pid)
+    private = find_private(cell, pids, since_ns=began_ns, environment=server.environment, own=own)
+    require_dumpable(cell, server.root_pid, spec.network, private=private, work=work, gpus=gpus)
     listeners = listened_endpoints(cell, pids)
     running = RunningServer(
         listeners=main_first(listened_endpoint(engine, listeners), listeners),
         server_pid=server.server_pid,
         threads=sum(processes.threads(cell, pid) for pid in pids),
-        opened=opened_files(cell, pids) - {str(path) for path in own},
+        opened=opened_files(cell, pids) - own,
+        private=private,
         settings=read_settings(cell, server.root_pid),
     )
     _drop_disposable(cell, pids, engine.disposable())
     return running
+
+
+def _tell_private(private: PrivatePaths, report: Report) -> None:
+    if private.copied:
+        more = f" and {len(private.copied) - _TOLD} more" if len(private.copied) > _TOLD else ""
+        report.say(
+            "each replica gets a copy of its own, in memory, of what the server writes to: "
+            f"{', '.join(private.copied[:_TOLD])}{more}"
+        )
+
+
+def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
+    """Copy what is private into the dump; return it without what is gone by now."""
+    kept = private.keep(cell, found.copied, [each.path for each in found.directories], tree / "shm")
+    return structs.replace(found, copied=kept)
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:
@@ -226,6 +252,7 @@ def _process(
     hooked: tuple[int, ...],
     clocks: Clocks,
     cuda: CudaState,
+    kept: PrivatePaths,
 ) -> Process:
     return Process(
         root_pid=server.root_pid,
@@ -240,6 +267,8 @@ def _process(
         cuda_pids=tuple(cuda.pids),
         settings=running.settings,
         hooked=hooked,
+        private=kept.copied,
+        directories=kept.directories,
     )
 
 
@@ -249,12 +278,12 @@ def _loaded(
     reads: OpenedFiles,
     began_ns: int,
     weights: Mapping[str, JSON],
-    caches: Sequence[CacheRoot],
+    beside: Sequence[str],
     mapped: Sequence[MappedFile],
-    work: Path,
     report: Report,
+    private: Sequence[str],
 ) -> Loaded:
-    """Describe what the server has read since it was started."""
+    """Describe what the server has read since it was started, without what is `beside` or `private`."""
     if reads.problem:
         report.say(
             "WARNING: it is unknown what the server has read, so a restore will notice neither other modules "
@@ -270,9 +299,12 @@ def _loaded(
         watched=not reads.problem,
         written=reads.written,
         since_ns=began_ns,
-        left_out=[f"{each.recorded}/" for each in caches] + [f"{work}/"],
+        left_out=beside,
         mapped={file.path for file in mapped},
-        described={os.path.realpath(place / file.name) for file in model.files} if model else set(),
+        described={
+            *private,
+            *(os.path.realpath(place / file.name) for file in (model.files if model else ())),
+        },
     )
     described, left_out = describe_loaded(sources)
     if left_out:

@@ -13,7 +13,7 @@ import re
 import resource
 import stat
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -22,6 +22,7 @@ from rekindle.cell import Cell, Command, Network, descendants, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
+from snapshot.private_paths import PrivatePaths
 from snapshot.socket_obstacles import Finding, Sockets
 from snapshot.watch_obstacles import of_watcher
 
@@ -92,14 +93,20 @@ _NAMED = {
 
 
 def require_dumpable(
-    cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path, gpus: bool = False
+    cell: Cell,
+    root: int,
+    network: Network,
+    *,
+    private: PrivatePaths,
+    work: Path,
+    gpus: bool = False,
 ) -> None:
     """Raise NotDumpableError, which names every obstacle, if there is any.
 
-    `own` are the server's logs, which a restore replaces. With `gpus`, NVIDIA devices are no obstacles: the
-    CUDA checkpoint that follows closes them.
+    `private` tells what replicas do not share. With `gpus`, NVIDIA devices are no obstacles: the CUDA
+    checkpoint that follows closes them.
     """
-    found = [*obstacles(cell, root, network, own=own, work=work, gpus=gpus), *_system_v(cell, work)]
+    found = [*obstacles(cell, root, network, private=private, work=work, gpus=gpus), *_system_v(cell, work)]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -109,10 +116,10 @@ def require_dumpable(
 
 
 def obstacles(
-    cell: Cell, root: int, network: Network, *, own: Collection[Path], work: Path, gpus: bool = False
+    cell: Cell, root: int, network: Network, *, private: PrivatePaths, work: Path, gpus: bool = False
 ) -> Iterator[Obstacle]:
     """Yield every obstacle in the cell, process by process, but for those of the cell as a whole."""
-    sockets = Sockets(cell, root, network, work)
+    sockets = Sockets(cell, root, network, private, work)
     strays = processes.strays(cell, root)
     host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     for pid in processes.pids(cell):
@@ -128,8 +135,8 @@ def obstacles(
             continue
         findings = [
             *_of_process(cell, pid, root, host_pids.get(pid, 0)),
-            *_of_descriptors(cell, pid, sockets, own, gpus=gpus),
-            *_of_mappings(cell, pid),
+            *_of_descriptors(cell, pid, sockets, private, gpus=gpus),
+            *_of_mappings(cell, pid, private),
         ]
         for where, (what, remedy) in findings:
             yield Obstacle(pid=pid, command=name, where=where, what=what, remedy=remedy)
@@ -178,7 +185,7 @@ def _may_read_limits(host_pid: int) -> bool:
 
 
 def _of_descriptors(
-    cell: Cell, pid: int, sockets: Sockets, own: Collection[Path], *, gpus: bool
+    cell: Cell, pid: int, sockets: Sockets, private: PrivatePaths, *, gpus: bool
 ) -> Iterator[tuple[str, Finding]]:
     process = processes.proc(cell) / str(pid)
     for fd, target in processes.descriptors(cell, pid):
@@ -186,16 +193,15 @@ def _of_descriptors(
         if gpus and target.startswith(_NVIDIA) and not named:
             continue
         finding = named or _of_descriptor(process / "fd" / str(fd), target, sockets)
-        finding = finding or of_watcher(cell, pid, fd, target)
-        if not finding and Path(target) not in own:
-            finding = _of_writing(cell, pid, fd, target)
+        finding = finding or of_watcher(cell, pid, fd, target) or private.refused.get(target)
         if finding:
             yield f"descriptor {fd} ({target})", finding
 
 
-def _of_mappings(cell: Cell, pid: int) -> Iterator[tuple[str, Finding]]:
+def _of_mappings(cell: Cell, pid: int, private: PrivatePaths) -> Iterator[tuple[str, Finding]]:
+    opened = {target for _, target in processes.descriptors(cell, pid)}
     for path in processes.mapped_paths(cell, pid):
-        if finding := _of_mapping(path):
+        if finding := _of_mapping(path) or (private.refused.get(path) if path not in opened else None):
             yield f"mapping {path}", finding
 
 
@@ -236,28 +242,6 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
         return "is a deleted file with other hard links", "keep such files below $TMPDIR"
     if not status.st_nlink and (stored := status.st_blocks * 512) > GHOST_LIMIT_BYTES:
         return f"is a deleted file of {stored:,} bytes on the disk, more than CRIU stores", "do not delete it"
-    return None
-
-
-def _of_writing(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
-    """Return a finding for a file that is open for writing.
-
-    It may change after the snapshot, which then does not fit it, and replicas would all write to it.
-    """
-    if target.startswith(("/dev/", "/proc/", "/memfd:")) or not target.startswith("/"):
-        return None
-    process = processes.proc(cell) / str(pid)
-    with contextlib.suppress(OSError):
-        status = (process / "fd" / str(fd)).stat()
-        fields = (process / "fdinfo" / str(fd)).read_text().split()
-        flags = int(fields[fields.index("flags:") + 1], 8)
-        if (
-            stat.S_ISREG(status.st_mode)
-            and status.st_nlink
-            and status.st_size  # an empty file is a lock
-            and flags & os.O_ACCMODE != os.O_RDONLY
-        ):
-            return "is open for writing", "log to stdout or stderr, and keep other files below $TMPDIR"
     return None
 
 

@@ -45,6 +45,7 @@ from snapshot.describe import listened_endpoints, main_first, mapped_files, open
 from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
+from snapshot.private_paths import PrivatePaths
 from snapshot.publish import prove, publish, require_writable
 
 _MANIFEST_LIMIT_BYTES = 4 << 20
@@ -177,8 +178,8 @@ def _dumped(replica: RunningReplica, work: Path, tool: Criu) -> Iterator[delta.D
             )
             dumped = stack.enter_context(dump)
         except DumpError as error:
-            network, own = replica.image.record.process.network, _outputs(replica)
-            found = obstacles(replica.cell, root, network, own=own, work=work)
+            network = replica.image.record.process.network
+            found = obstacles(replica.cell, root, network, private=_private(replica), work=work)
             error.cause = "\n".join([error.cause, *map(str, found)])
             raise
         yield dumped
@@ -188,6 +189,11 @@ def _outputs(replica: RunningReplica) -> list[Path]:
     return [Path(f"/proc/self/fd/{fd}").readlink() for fd in (replica.output.stdout, replica.output.stderr)]
 
 
+def _private(replica: RunningReplica) -> PrivatePaths:
+    process = replica.image.record.process
+    return PrivatePaths(copied=process.private, directories=process.directories)
+
+
 def _describe(replica: RunningReplica, tool: Criu) -> dict[str, Any]:
     """Return the fields of the record that have changed since the replica's image was made."""
     base = replica.image.record
@@ -195,6 +201,7 @@ def _describe(replica: RunningReplica, tool: Criu) -> dict[str, Any]:
     opened = opened_files(replica.cell, pids) - {str(path) for path in _outputs(replica)}
     known = {file.path: file for file in base.mapped_files}
     still = [file for path, file in known.items() if path in opened]
+    opened = {path for path in opened if not _private(replica).holds(path)}
     listeners = listened_endpoints(replica.cell, pids)
     return {
         "listeners": main_first(base.endpoint, listeners),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rekindle.cell import Cell, Command, Network, processes
 from snapshot import unix_diag
+from snapshot.private_paths import PrivatePaths, socket_paths
 
 Finding = tuple[str, str]
 """What is wrong, and the remedy."""
@@ -35,14 +36,15 @@ _KNOWN_PROTOCOLS = {
 _CONNECTED_STATES = {"01", "02", "03", "04", "05", "08", "09", "0B"}
 _SEND_QUEUE_BYTES = 1 << 20  # more than a restored socket takes back at once
 _MPTCP_REMEDY = "turn it off; Go programs do with GODEBUG=multipathtcp=0"
+_PLACES = "put it below $TMPDIR, or into a directory that the server makes"
 _UNREAD = ("has messages that were not read", "read them, or snapshot again")
 
 
 class Sockets:
     """The sockets of a cell's network, and what CRIU cannot dump of them."""
 
-    def __init__(self, cell: Cell, root: int, network: Network, work: Path) -> None:
-        self._listed = _listed(cell, root, network)
+    def __init__(self, cell: Cell, root: int, network: Network, private: PrivatePaths, work: Path) -> None:
+        self._listed = _listed(cell, root, network, private)
         self._outside = _outside(cell, root, work)
 
     def finding(self, link: Path, inode: int) -> Finding | None:
@@ -64,14 +66,21 @@ def _of_protocol(link: Path) -> Finding | None:
     return None
 
 
-def _listed(cell: Cell, root: int, network: Network) -> dict[int, Finding]:
+def _listed(cell: Cell, root: int, network: Network, private: PrivatePaths) -> dict[int, Finding]:
     """Return the findings about sockets in the tables of /proc/net, by inode."""
     found: dict[int, Finding] = {}
+    pids = processes.tree(cell, root)
     for table, column in _TABLES.items():
         with contextlib.suppress(OSError):
             lines = (processes.proc(cell) / str(root) / "net" / table).read_text().splitlines()[1:]
             for fields in (line.split(maxsplit=column + 1) for line in lines):
-                if len(fields) > column and (finding := _of_row(table, fields, network)):
+                if len(fields) <= column:
+                    continue
+                if table == "unix" and len(fields) > 7:
+                    places = list(socket_paths(cell, fields[7], pids))
+                    if places and all(private.holds(place) for place in places):
+                        continue
+                if finding := _of_row(table, fields, network):
                     found[int(fields[column])] = finding
     return found
 
@@ -89,7 +98,7 @@ def _of_row(table: str, fields: Sequence[str], network: Network) -> Finding | No
 def _of_unix_path(path: str) -> Finding | None:
     if path.startswith(("@", "/dev/shm/")):  # noqa: S108 - both are private to the cell
         return None
-    return f"is bound to {path}, which replicas would take from each other", "put it below $TMPDIR"
+    return f"is bound to {path}, which replicas would take from each other", _PLACES
 
 
 def _of_connection(fields: Sequence[str]) -> Finding | None:

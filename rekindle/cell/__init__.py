@@ -105,7 +105,7 @@ class Cell:
         """Start the launcher, which takes some 20 ms to boot; `enter` creates the namespaces."""
         self._exits: dict[int, int] = {}
         self._spawned: list[int] = []
-        self._adjusted: list[str] | None = None
+        self._problems: list[str] | None = None
         self._untraced: set[tuple[int, str]] = set()
         self._init = 0
         self._ready = False
@@ -299,13 +299,20 @@ class Cell:
 
         `settings` are those of `rekindle.cell.settings.to_apply`. Returns what could not be set.
         """
-        self._adjusted = None
-        self._send_file("adjust", settings)
+        return self._carry_out("adjust", settings)
+
+    def bind(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+        """Show the first path of each pair at the second, in the cell. Return what could not be shown."""
+        return self._carry_out("bind", pairs)
+
+    def _carry_out(self, op: str, request: object) -> list[str]:
+        self._problems = None
+        self._send_file(op, request)
         deadline = time.monotonic() + _START_SECONDS
-        while self._adjusted is None:
+        while self._problems is None:
             if not self._receive(deadline - time.monotonic()):
-                raise RestoreError(f"the cell did not adjust the server within {_START_SECONDS:.0f} s")
-        return self._adjusted
+                raise RestoreError(f"the cell did not {op} within {_START_SECONDS:.0f} s")
+        return self._problems
 
     def relay(self, pid: int, signum: int) -> None:
         """Pass on a signal that we got, unless its sender has signalled everything in our control group."""
@@ -398,8 +405,8 @@ class Cell:
                 self._spawned.append(pid)
             case {"untraced": str(kind), "pid": int(pid)}:
                 self._untraced.add((pid, kind))
-            case {"adjusted": list(problems)}:
-                self._adjusted = problems
+            case {"problems": list(problems)}:
+                self._problems = problems
             case {"init": int(pid)}:
                 self._init = pid
             case {"ready": True}:

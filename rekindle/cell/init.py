@@ -18,7 +18,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
      for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}, with "thread" to      -
      one of its threads
-    {"op": "adjust"} + a file with what `settings.py` lists  {"adjusted": [what could not be set]}
+    {"op": "adjust"} + a file with what `settings.py` lists  {"problems": [what could not be done]}
+    {"op": "bind"} + a file with pairs of paths              {"problems": [what could not be done]}
     {"op": "relay", "pid", "signal"}                         -
     -                                                        {"exited": PID, "status": wait status}
     -                                                        {"untraced": kind, "pid": PID}: see untraced.py
@@ -297,12 +298,13 @@ def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ig
             for fd in rest:
                 os.close(fd)
             send(control, reply)
-        case "adjust":
-            from rekindle.cell.adjust import adjust
+        case "adjust" | "bind" as op:
+            from rekindle.cell import adjust, binding
 
             with open(fds[0], "rb") as file:
                 file.seek(0)
-                send(control, {"adjusted": adjust(json.load(file))})
+                carry_out = {"adjust": adjust.adjust, "bind": binding.bind}[op]
+                send(control, {"problems": carry_out(json.load(file))})
         case "signal":
             if thread := request.get("thread"):
                 libc.syscall(TGKILL[os.uname().machine], request["pid"], thread, request["signal"])
@@ -381,6 +383,7 @@ def load_neighbours() -> None:
         sys.modules[name] = package = type(sys)(name)
         package.__path__ = [path]
     import rekindle.cell.adjust
+    import rekindle.cell.binding
     import rekindle.cell.relay
     import rekindle.cell.supervisor  # noqa: F401
 

@@ -126,6 +126,15 @@ def socket_inodes(cell: Cell, pids: Iterable[int]) -> set[int]:
     }
 
 
+def written_mappings(cell: Cell, pid: int) -> Iterator[str]:
+    """List the paths of the files that a process writes to by shared mappings."""
+    with contextlib.suppress(OSError):
+        for line in (proc(cell) / str(pid) / "maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[1].startswith("rw") and fields[1].endswith("s"):
+                yield fields[5]
+
+
 def listeners(cell: Cell) -> Iterator[ListeningSocket]:
     """List the listening TCP sockets of the cell's network."""
     for name in ("tcp", "tcp6"):

@@ -19,7 +19,7 @@ from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
-from restore.decide import abilities, match_api_key, match_environment, match_loaded
+from restore.decide import abilities, match_api_key, match_directories, match_environment, match_loaded
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
 from restore.decide.remembered import Findings
@@ -62,7 +62,10 @@ def gather(
         cache=kernels.value if kernels else None,
         cache_unread=found.cache is not None and not read,
         different=different,
-        loaded=match_loaded.compare(record, given, os.environ, findings) if with_abilities else (),
+        loaded=[
+            *(match_loaded.compare(record, given, os.environ, findings) if with_abilities else ()),
+            *match_directories.compare(record),
+        ],
         local=isinstance(reference, LayoutReference),
         unpacked=unpacked,
         has_memory=not unpacked and dumps.has_memory(home, found),

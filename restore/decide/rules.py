@@ -104,6 +104,15 @@ RULES: Mapping[str, Rule] = {
         source="criu(8), --file-validation; checkpoint-restore/criu#1049",
         advice="start from the container image that the snapshot was made in",
     ),
+    "directory": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The process works in this directory, has it open, or has a file in it that was deleted, which "
+        "CRIU makes there again for a moment. A directory or a file that the server made itself is made "
+        "where it is missing, which needs a place that is not read-only.",
+        source="docs/snapshots.md; CRIU, criu/files-reg.c: create_ghost",
+        advice="make the directory, mount its volume, or make it writable",
+    ),
     "package": Rule(
         rung=Rung.PROCESS,
         hard=True,

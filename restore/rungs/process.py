@@ -27,7 +27,7 @@ from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Record
-from rekindle.report import MemoryMode, OracleAnswer, Report, Rung
+from rekindle.report import MemoryMode, MemoryUse, OracleAnswer, Report, Rung
 from restore import dumps
 from restore.decide import match_loaded
 from restore.decide.decision import Decision
@@ -220,11 +220,49 @@ def restore(
     Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
     process = record.process
-    with report.phase("cell"):
-        cell.enter(process.network, process.clocks)
-        with naming_full_disk("the cell's /dev/shm", hint="the node is out of memory"):
-            copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
-            hook.renew_generation(cell.root)
+    with contextlib.ExitStack() as undo:
+        with report.phase("cell"):
+            cell.enter(process.network, process.clocks)
+            with naming_full_disk("the cell's /dev/shm", hint="the node is out of memory"):
+                copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
+                hook.renew_generation(cell.root)
+            if process.private or process.directories:
+                from rekindle.cell import private
+
+                made = [each.path for each in process.directories if each.made]
+                undo.push(private.give(cell, process.private, made))
+        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
+        if check is not None:
+            check()
+        if process.hooked:
+            with report.phase("reseed"):
+                _reseed(cell, process.hooked)
+        engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
+        if process.cuda_pids:
+            with report.phase("cuda"):
+                _restore_cuda(cell, process.cuda_pids, cuda)
+        if engine.options().get("asleep"):
+            _wake(cell, record, engine, report)
+        with report.phase("oracle"):
+            _ask_oracle(cell, record, engine, report)
+            own, files = processes.memory_bytes(cell)
+            report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
+        undo.pop_all()
+
+
+def _call_criu(
+    cell: Cell,
+    record: Record,
+    dump: Path,
+    tool: Criu,
+    home: Home,
+    work: Path,
+    output: Output,
+    report: Report,
+    memory: Memory,
+) -> MemoryUse:
+    """Let CRIU restore the processes; return how they got their memory."""
+    process = record.process
     # Importing the HTTP client takes 30 ms: do it while CRIU works.
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
     with report.phase("restore"), contextlib.ExitStack() as opened:
@@ -235,21 +273,7 @@ def restore(
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory)
         _adjust(cell, record, report)
-    if check is not None:
-        check()
-    if process.hooked:
-        with report.phase("reseed"):
-            _reseed(cell, process.hooked)
-    engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
-    if process.cuda_pids:
-        with report.phase("cuda"):
-            _restore_cuda(cell, process.cuda_pids, cuda)
-    if engine.options().get("asleep"):
-        _wake(cell, record, engine, report)
-    with report.phase("oracle"):
-        _ask_oracle(cell, record, engine, report)
-        own, files = processes.memory_bytes(cell)
-        report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
+    return used
 
 
 def _adjust(cell: Cell, record: Record, report: Report) -> None:

@@ -449,3 +449,24 @@ def test_a_secret_in_a_replica_is_found(image: str, tmp_path: Path, monkeypatch:
             runs.save("never")
         assert runs.lives
         runs.save("allowed", secrets=("MY_API_KEY",))
+
+
+def test_a_saved_replica_keeps_its_own_files(
+    rekindle: Rekindle, port: int, tmp_path: Path, restore: Callable[..., Replica]
+) -> None:
+    (tmp_path / "room").mkdir()
+    command = [sys.executable, str(SERVERS / "keeper.py"), str(port), str(tmp_path / "room")]
+    command.append(str(tmp_path / "room" / "place"))
+    done = rekindle("snapshot", "keeper", *workhorse_flags(port), "--no-prove", "--", *command)
+    assert done.status == 0, done.stderr
+    with running("keeper", tmp_path) as runs:
+        runs.ask("/write?1")
+        runs.save("monday")
+    shutil.rmtree(tmp_path / "room" / "place")
+    replica = restore("monday", free_port())
+    replica.ask("/write?2", {})
+    found = json.loads(replica.ask("/check"))
+    assert (found["log"], found["log by name"]) == (["began", "1", "2"], ["began", "1", "2"])
+    assert (found["map"], found["new"]) == ("2", ["new-1", "new-2"])
+    assert found["locked"]
+    assert (tmp_path / "room" / "log").read_text() == "began\n"

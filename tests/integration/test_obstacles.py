@@ -20,7 +20,13 @@ NothingLeft = Callable[[], None]
         ("vsock", "family unknown to CRIU"),
         ("loop", "device unknown to CRIU"),
         ("perf", "kernel object unknown to CRIU; end the profiler"),
-        ("log", "is open for writing"),
+        ("log", "is open for writing, and was there before the server"),
+        ("large", "bytes on the disk, more than are copied for a replica"),
+        ("sqlite", "is a database of SQLite, whose journal replicas would share"),
+        ("direct", "is open for writing past the page cache (O_DIRECT)"),
+        ("pipe", "is open for writing, and was there before the server"),
+        ("locked", "is locked for this process alone"),
+        ("locked-directory", "is locked for this process alone"),
         ("sysv", "System V semaphores"),
         ("unix", "which replicas would take from each other"),
         ("link", "is a deleted file with other hard links"),
@@ -44,7 +50,10 @@ NothingLeft = Callable[[], None]
 def test_what_cannot_be_dumped_is_named(
     rekindle: Rekindle, port: int, tmp_path: Path, held: str, words: str, nothing_left: NothingLeft
 ) -> None:
-    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={tmp_path / 'held'}")
+    (tmp_path / "before").write_text("there before the server\n")
+    os.mkfifo(tmp_path / "before-pipe")
+    path = tmp_path / ("held" if held in {"unix", "link"} else "before")
+    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={path}")
     assert done.status == 32, done.stderr
     assert words in done.stderr
     nothing_left()

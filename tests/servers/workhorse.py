@@ -21,6 +21,7 @@ address).
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import http.server
 import json
@@ -31,6 +32,7 @@ import platform
 import select
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -166,6 +168,23 @@ def hold(what: str) -> object:
         file.write("began\n")
         file.flush()
         return file
+    if what == "large":
+        file = open(BEHAVIOURS["path"] + "-new", "w")
+        os.posix_fallocate(file.fileno(), 0, 65 << 20)
+        return file
+    if what == "sqlite":
+        database = sqlite3.connect(BEHAVIOURS["path"] + "-new")
+        database.execute("CREATE TABLE kept (number)")
+        return database
+    if what == "direct":
+        return os.open(BEHAVIOURS["path"] + "-new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    if what == "pipe":
+        return os.open(BEHAVIOURS["path"] + "-pipe", os.O_RDWR)
+    if what in ("locked", "locked-directory"):
+        locked = pathlib.Path(BEHAVIOURS["path"])
+        locked_fd = os.open(locked if what == "locked" else locked.parent, os.O_RDONLY)
+        fcntl.flock(locked_fd, fcntl.LOCK_EX)
+        return locked_fd
     if what == "sysv":
         return libc.semget(0, 1, 0o600)
     if what == "unix":

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the files outside the cell that a server shares with the world, and decide which are copied.
+
+A file that is open or mapped for writing, or locked for one alone, would be shared by all replicas. Each gets
+a copy of its own if the server made it itself since its start, if it is empty, or if it is in a runtime
+directory, and if it is small. A directory that the server made is copied with its content, unless that is
+large. Everything else is refused.
+"""
+
+import contextlib
+import ctypes
+import os
+import posixpath
+import re
+import stat
+import struct
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from rekindle.cell import Cell, processes
+from rekindle.record import NeededDirectory
+
+FILE_LIMIT_BYTES = 64 << 20
+"""The largest file that is copied, and the largest content of a directory, in bytes on the disk."""
+
+_ENTRIES_LIMIT = 1000  # of a directory
+_INSIDE = ("/dev/", "/proc/", "/sys/", "/memfd:", "/SYSV")
+_O_PATH = 0o10000000
+_SLACK_NS = 10_000_000  # a file's time is that of the OS kernel's last tick
+_STATX_BTIME = 0x800
+_RUNTIME_VARIABLES = ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY")
+_HSPERFDATA = re.compile(r"/tmp/hsperfdata_[^/]+/[0-9]+")  # noqa: S108 - where every JVM has its counters
+_SQLITE = b"SQLite format 3\0"
+_REMEDY = "log to stdout or stderr, and keep other files below $TMPDIR"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class PrivatePaths(Struct, frozen=True, kw_only=True):
+    """The paths of which each replica gets a copy, the directories that a restore needs, and what is refused.
+
+    `refused` gives for a path what is wrong and the remedy.
+    """
+
+    copied: tuple[str, ...] = ()
+    directories: tuple[NeededDirectory, ...] = ()
+    refused: Mapping[str, tuple[str, str]] = {}
+
+    def holds(self, path: str) -> bool:
+        """Return whether a path is one of those that are copied, or below one."""
+        return any(path == each or path.startswith(f"{each}/") for each in self.copied)
+
+
+class _Used(Struct):
+    """How processes use a path: `how` says in words why replicas would share it; "" if they would not."""
+
+    status: os.stat_result
+    how: str = ""
+    direct: bool = False
+
+
+def find(
+    cell: Cell,
+    pids: Sequence[int],
+    *,
+    since_ns: int,
+    environment: Mapping[str, str],
+    own: Collection[str] = (),
+) -> PrivatePaths:
+    """Sort what the processes use outside the cell. They began after `since_ns`; `own` are their logs."""
+    used, deleted = _used(cell, pids, own)
+    made = _Made(cell, since_ns - _SLACK_NS, environment)
+    working = {path for path, each in used.items() if stat.S_ISDIR(each.status.st_mode)}
+    shared = {path: each for path, each in used.items() if each.how}
+    parents = {posixpath.dirname(path) for path in {*shared, *_bound(cell, pids)}}
+    candidates = working | parents | deleted
+    whole = _outermost(path for path in candidates if made.directory(path) and _is_small(cell, path))
+    refused = {}
+    files = []
+    for path, each in shared.items():
+        if PrivatePaths(copied=tuple(whole)).holds(path):
+            continue
+        if problem := _problem(cell, path, each, made):
+            refused[path] = problem
+        else:
+            files.append(path)
+    copied = tuple(sorted([*whole, *files]))
+    return PrivatePaths(
+        copied=copied, directories=tuple(_needed(copied, working, deleted, made)), refused=refused
+    )
+
+
+def _used(cell: Cell, pids: Sequence[int], own: Collection[str]) -> tuple[dict[str, _Used], set[str]]:
+    """Return the files, pipes and directories that processes use, and the directories of deleted files."""
+    used: dict[str, _Used] = {}
+    deleted: set[str] = set()
+    for pid in pids:
+        process = processes.proc(cell) / str(pid)
+        with contextlib.suppress(OSError):
+            _add(used, deleted, str((process / "cwd").readlink()), (process / "cwd").stat())
+        for fd, target in processes.descriptors(cell, pid):
+            if target.startswith("/") and target not in own:
+                with contextlib.suppress(OSError):
+                    status = (process / "fd" / str(fd)).stat()
+                    info = (process / "fdinfo" / str(fd)).read_text()
+                    _add(used, deleted, target, status, _how(status, info), direct=_is_direct(info))
+        for path in processes.written_mappings(cell, pid):
+            with contextlib.suppress(OSError):
+                gone = path.endswith(" (deleted)")
+                status = (cell.root / (posixpath.dirname(path) if gone else path).lstrip("/")).stat()
+                _add(used, deleted, path, status, "is mapped for writing")
+    return used, deleted
+
+
+def _add(
+    used: dict[str, _Used],
+    deleted: set[str],
+    path: str,
+    status: os.stat_result,
+    how: str = "",
+    *,
+    direct: bool = False,
+) -> None:
+    if not path.startswith("/") or f"{path}/".startswith(_INSIDE):
+        return
+    if path.endswith(" (deleted)"):
+        deleted.add(posixpath.dirname(path))
+        return
+    known = used.setdefault(path, _Used(status))
+    known.how, known.direct = known.how or how, known.direct or direct
+
+
+def _how(status: os.stat_result, info: str) -> str:
+    """Say why replicas would share an open file, from its /proc/PID/fdinfo (proc_pid_fdinfo(5))."""
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return ""
+    flags = _flags(info)
+    if flags & os.O_ACCMODE != os.O_RDONLY and not flags & _O_PATH:
+        return "is open for writing"
+    # "lock:	1: FLOCK  ADVISORY  WRITE 1002 08:01:1234 0 EOF"
+    for line in info.splitlines():
+        if line.startswith("lock:") and " WRITE " in line:
+            return "is locked for this process alone"
+    return ""
+
+
+def _flags(info: str) -> int:
+    fields = info.split()
+    return int(fields[fields.index("flags:") + 1], 8)
+
+
+def _is_direct(info: str) -> bool:
+    return bool(_flags(info) & os.O_DIRECT)
+
+
+def _bound(cell: Cell, pids: Sequence[int]) -> set[str]:
+    """Return the paths of unix sockets outside the cell, relative ones as seen from each process."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for line in (processes.proc(cell) / str(pids[0]) / "net/unix").read_text().splitlines()[1:]:
+            fields = line.split(maxsplit=7)
+            if len(fields) > 7 and not fields[7].startswith("@"):
+                found |= set(socket_paths(cell, fields[7], pids))
+    return {path for path in found if not path.startswith(_INSIDE)}
+
+
+def socket_paths(cell: Cell, name: str, pids: Sequence[int]) -> Iterator[str]:
+    """Yield where a unix socket's name may lead: a relative one starts at a process's directory."""
+    if name.startswith("/"):
+        yield name
+        return
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            path = posixpath.normpath(f"{(processes.proc(cell) / str(pid) / 'cwd').readlink()}/{name}")
+            if stat.S_ISSOCK((cell.root / path.lstrip("/")).lstat().st_mode):
+                yield path
+
+
+class _Made:
+    """Tells what a server made itself: by the time of birth, or by its place in a runtime directory."""
+
+    def __init__(self, cell: Cell, since_ns: int, environment: Mapping[str, str]) -> None:
+        self._cell, self._since_ns = cell, since_ns
+        named = [path for name in _RUNTIME_VARIABLES for path in environment.get(name, "").split(":")]
+        self._runtime = tuple(f"{path.rstrip('/')}/" for path in named if path.strip("/"))
+
+    def directory(self, path: str) -> bool:
+        return path != "/" and _birth_ns(self._cell.root / path.lstrip("/")) >= self._since_ns
+
+    def file(self, path: str) -> bool:
+        if path.startswith(self._runtime) or _HSPERFDATA.fullmatch(path):
+            return True
+        return _birth_ns(self._cell.root / path.lstrip("/")) >= self._since_ns
+
+
+def _birth_ns(path: Path) -> int:
+    """Return when a file was made (statx(2), stx_btime); 0 if its file system does not tell."""
+    buffer = ctypes.create_string_buffer(256)
+    at_fdcwd, nofollow = -100, 0x100
+    if _libc.statx(at_fdcwd, os.fsencode(path), nofollow, _STATX_BTIME, buffer):
+        return 0
+    (mask,) = struct.unpack_from("=I", buffer)
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)
+    return int(seconds * 10**9 + nanoseconds) if mask & _STATX_BTIME else 0
+
+
+def _is_small(cell: Cell, path: str) -> bool:
+    """Return whether a directory with its content can be copied."""
+    root = cell.root / path.lstrip("/")
+    size = count = 0
+    device = root.stat().st_dev
+    for place, directories, names in os.walk(root):
+        for name in (*directories, *names):
+            try:
+                status = Path(place, name).lstat()
+            except OSError:
+                continue
+            size += status.st_blocks * 512
+            count += 1
+            special = stat.S_ISBLK(status.st_mode) or stat.S_ISCHR(status.st_mode)
+            if special or status.st_dev != device or size > FILE_LIMIT_BYTES or count > _ENTRIES_LIMIT:
+                return False
+    return True
+
+
+def _problem(cell: Cell, path: str, used: _Used, made: _Made) -> tuple[str, str] | None:
+    """Return what keeps a shared file from being copied, and the remedy; None if nothing does."""
+    status = used.status
+    if stat.S_ISDIR(status.st_mode):
+        return used.how, "lock a file that the server makes, or one below $TMPDIR"
+    if status.st_blocks * 512 > FILE_LIMIT_BYTES:
+        many = f"has {status.st_blocks * 512:,} bytes on the disk, more than are copied for a replica"
+        return f"{used.how}, and {many}", _REMEDY
+    if used.direct:
+        return f"{used.how} past the page cache (O_DIRECT)", "turn that off"
+    if (status.st_size or stat.S_ISFIFO(status.st_mode)) and not made.file(path):
+        return f"{used.how}, and was there before the server, or it is unknown since when", _REMEDY
+    if stat.S_ISREG(status.st_mode) and _is_sqlite(cell.root / path.lstrip("/")):
+        whose = "is a database of SQLite, whose journal replicas would share"
+        return f"{used.how}, and {whose}", "keep it in a directory that the server makes, or below $TMPDIR"
+    return None
+
+
+def _is_sqlite(path: Path) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+    return False
+
+
+def _outermost(paths: Iterator[str]) -> list[str]:
+    found: list[str] = []
+    for path in sorted(paths):
+        if not any(path.startswith(f"{each}/") for each in found):
+            found.append(path)
+    return found
+
+
+def _needed(
+    copied: Sequence[str], working: set[str], deleted: set[str], made: _Made
+) -> Iterator[NeededDirectory]:
+    """Yield the directories that must be there, those above others first."""
+    below = PrivatePaths(copied=tuple(copied))
+    wanted = {path for path in working | deleted if not below.holds(path)}
+    for path in {*wanted, *(posixpath.dirname(each) for each in copied)}:
+        while path != "/":
+            wanted.add(path)
+            if not made.directory(path):
+                break
+            path = posixpath.dirname(path)
+    for path in sorted(wanted - {"/"}):
+        written = path in deleted
+        own = made.directory(path)
+        if written or own or path in working or any(posixpath.dirname(each) == path for each in copied):
+            yield NeededDirectory(path=path, made=own, written=written)
