@@ -109,16 +109,7 @@ def make(
             with report.phase("check"), telling_server(cell, server.root_pid, engine, ends=True):
                 running = _inspect(cell, server, spec, engine, work, began_ns)
             _tell_private(running.private, report)
-        with (
-            telling_server(cell, server.root_pid, engine, ends=True),
-            checkpointed(cell, spec.find_backend, work, report) as cuda,
-            report.phase("dump"),
-            naming_full_disk(work),
-        ):
-            criu.dump(tool, cell, server.root_pid, tree / "criu")
-            clocks = cell.clocks()
-            copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
-            kept = _keep_private(cell, running.private, tree)
+        cuda, clocks, kept = _dump(cell, server, spec, engine, running, tool, work, report)
     with report.phase("compact"):
         dump_bytes = _size_bytes(tree / "criu")
         require_state(cuda, dump_bytes)
@@ -234,6 +225,31 @@ def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
     """Copy what is private into the dump; return it without what is gone by now."""
     kept = private.keep(cell, found.copied, [each.path for each in found.directories], tree / "shm")
     return structs.replace(found, copied=kept)
+
+
+def _dump(
+    cell: Cell,
+    server: Server,
+    spec: ServerSpec,
+    engine: Engine,
+    running: RunningServer,
+    tool: Criu,
+    work: Path,
+    report: Report,
+) -> tuple[CudaState, Clocks, PrivatePaths]:
+    """Dump the server with what is in /dev/shm or private; return what the record says of that."""
+    tree = work / "dump"
+    with (
+        telling_server(cell, server.root_pid, engine, ends=True),
+        checkpointed(cell, spec.find_backend, work, report) as cuda,
+        report.phase("dump"),
+        naming_full_disk(work),
+    ):
+        criu.dump(tool, cell, server.root_pid, tree / "criu")
+        clocks = cell.clocks()
+        copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
+        kept = _keep_private(cell, running.private, tree)
+    return cuda, clocks, kept
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:
