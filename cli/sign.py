@@ -5,8 +5,8 @@ import argparse
 from collections.abc import Sequence
 
 from cli import _arguments, _report, _signing
+from oci import attached, media_types, resolve, store
 from oci import image as images
-from oci import media_types, resolve, store, transfer
 from oci.cache import image as cache_image
 from oci.descriptor import Descriptor
 from oci.layout import Layout
@@ -18,6 +18,7 @@ from oci.trust.bundle import SimpleSignature
 from oci.trust.keys import PrivateKey
 from rekindle.digest import Digest
 from rekindle.errors import UsageError
+from rekindle.fields import Fields
 from rekindle.report import ImageName, Outcome, Report
 
 
@@ -68,7 +69,7 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
         with report.phase("sign"):
             made = signer.sign(staging, signed, by, attested=attested)
         with report.phase("attach"):
-            _attach(source, reference, staging, made, key if args.legacy_tag else None)
+            _attach(source, reference, staging, signed, made, key if args.legacy_tag else None)
         return source.root.digest
 
 
@@ -76,6 +77,7 @@ def _attach(
     source: resolve.FoundImage,
     reference: Reference,
     staging: Layout,
+    subjects: Sequence[Descriptor],
     made: Sequence[Descriptor],
     legacy: PrivateKey | None,
 ) -> None:
@@ -84,11 +86,20 @@ def _attach(
         source.blobs.attach(staging, made)
         return
     assert isinstance(source.blobs, Repository)
-    tagged: list[tuple[Descriptor, str | None]] = [(each, None) for each in made]
+    staging.attach(staging, made)
+    found, left_out = attached.find(staging, [each.digest for each in subjects], {}, source.limits)
+    assert not left_out
+    done: set[Digest] = set()
+    for each in found:
+        attached.copy(each, staging, source.blobs, done=done, tally=Tally())
+    source.blobs.settle()
     if legacy is not None:
         simple = SimpleSignature.sign(source.root.digest, reference.policy_name, legacy)
+        image = attachments.store_simple(staging, [simple])
+        content = staging.read(image, limit_bytes=image.size)
+        for blob in attached.children(
+            Fields.parse(content, "manifest", limit_bytes=image.size), source.limits
+        ):
+            source.blobs.upload(blob, staging)
         tag = attachments.simple_tag(source.root.digest)
-        tagged.append((attachments.store_simple(staging, [simple]), tag))
-    for each, name in tagged:
-        tree = transfer.explore(staging, each, source.limits)
-        transfer.copy(staging, tree, source.blobs, tag=name, jobs=1, tally=Tally())
+        attached.put_simple(source.blobs, tag, attached.simple_layers(content))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Descriptors (OCI image specification 1.1), and the protocol for reading the blobs that they name."""
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct, field
@@ -61,6 +62,15 @@ class Descriptor(Struct, frozen=True, kw_only=True):
         )
 
 
+def readable(values: Iterable[JSON]) -> list[Descriptor]:
+    """Return the descriptors among the values of a list to which anyone may add; others are left out."""
+    found = []
+    for value in values:
+        with contextlib.suppress(FormatError):
+            found.append(Descriptor.from_json(value, "entry"))
+    return found
+
+
 def _texts_of(platform: JSON) -> dict[str, str]:
     """Return the text fields of a platform. Others, such as the list `os.features`, are not used."""
     if not isinstance(platform, dict):
@@ -86,19 +96,24 @@ def cache_among(manifests: Sequence[Descriptor], index: Digest) -> Descriptor | 
     return caches[0] if caches else None
 
 
-class Blobs(Protocol):
-    """A place to read blobs from: a layout, or a repository of a registry."""
-
-    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
-        """Return a small blob, checked against its digest. Raises IntegrityError, FormatError."""
+class BlobSource(Protocol):
+    """A place to read whole blobs from."""
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """Open a blob as a stream of *unchecked* bytes; see `open_verified`."""
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+
+class Blobs(BlobSource, Protocol):
+    """A place to read images from: a layout, or a repository of a registry."""
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        """Return a small blob, checked against its digest. Raises IntegrityError, FormatError."""
+
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         """Return the manifests listed as referring to this one, such as signatures.
 
-        The caller must check the `subject` of each.
+        With an `artifact_type`, only those that may be of that type. The caller must check the `subject` of
+        each. Raises FormatError if there are too many, or the list is malformed.
         """
 
     def cancel(self) -> None:
@@ -117,6 +132,6 @@ def verified(stream: io.RawIOBase, descriptor: Descriptor, *, kind: str = "blob"
     return VerifiedStream(stream, digest=descriptor.digest, size=descriptor.size, name=name)
 
 
-def open_verified(blobs: Blobs, descriptor: Descriptor, *, kind: str = "blob") -> VerifiedStream:
+def open_verified(blobs: BlobSource, descriptor: Descriptor, *, kind: str = "blob") -> VerifiedStream:
     """Open a blob as a stream that checks it while it is read."""
     return verified(blobs.open_blob(descriptor), descriptor, kind=kind)

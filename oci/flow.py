@@ -2,20 +2,20 @@
 """The public operations on images: copy one, and find out who signed it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from oci import resolve, store
-from oci.descriptor import Blobs
 from oci.options import RegistryOptions, TrustOptions
 from oci.reference import LayoutReference, RegistryReference, parse
 from rekindle.digest import Digest
 from rekindle.home import Home
-from rekindle.report import ByteCounts, ImageName, Report
+from rekindle.report import AttachmentResult, ByteCounts, ImageName, Report
 
 if TYPE_CHECKING:
+    from oci.layout import Layout
     from oci.progress import Tally
     from oci.trust.verifier import Trust
 
@@ -24,11 +24,15 @@ Show = Callable[["Tally"], contextlib.AbstractContextManager[None]]
 
 
 class Copied(Struct, frozen=True, kw_only=True):
-    """The result of a copy: the digest, the bytes moved, and the digest of the image that was replaced."""
+    """The result of a copy: the digest, the bytes moved, and the digest of the image that was replaced.
+
+    `attachments` tells which signatures and other attachments were copied, and why others were not.
+    """
 
     digest: Digest
     tally: "Tally"
     replaced: Digest | None = None
+    attachments: "Sequence[AttachmentResult]" = ()
 
 
 def copy(
@@ -38,12 +42,14 @@ def copy(
     registry: RegistryOptions | None = None,
     report: Report | None = None,
     show: "Show | None" = None,
+    attachments: bool = True,
 ) -> Copied:
     """Copy an image with its signatures between the local store, OCI layouts and registries.
 
     Digests do not change, and everything is checked against them on the way. Blobs that the target has are
-    not sent, and its tag is set last. Raises NotFoundError, RegistryError, CredentialsError, IntegrityError,
-    SpaceError.
+    not sent, and its tag is set last. If the target does not take a signature, the copy fails and the tag is
+    not set; without `attachments`, the image is copied alone. Raises NotFoundError, RegistryError,
+    CredentialsError, IntegrityError, SpaceError.
     """
     from oci import transfer
     from oci.registry.repository import Repository
@@ -55,7 +61,7 @@ def copy(
     replaced: Digest | None = None
     with contextlib.ExitStack() as stack:
         with report.phase("resolve"):
-            blobs: Blobs
+            blobs: Layout | Repository
             if isinstance(origin, LayoutReference):
                 layout = store.layout_of(origin, home)
                 stack.enter_context(layout.reading())
@@ -63,7 +69,9 @@ def copy(
             else:
                 blobs = stack.enter_context(Repository(origin, access))
                 root = blobs.resolve()
-            tree = transfer.explore(blobs, root, access.config.limits)
+            tree = transfer.explore(
+                blobs, root, access.config.limits, tagged=blobs.tagged, attachments=attachments
+            )
         report.image = ImageName(reference=target, digest=root.digest)
         stack.enter_context(_counted(report, access.tally))
         with report.phase("transfer"), show(access.tally) if show else contextlib.nullcontext():
@@ -71,15 +79,16 @@ def copy(
                 same = isinstance(origin, RegistryReference) and origin.host == goal.host
                 # The registry can mount these blobs itself.
                 mount_from = [origin.repository] if isinstance(origin, RegistryReference) and same else []
-                transfer.into_registry(blobs, tree, goal, access, mount_from=mount_from)
+                results = transfer.into_registry(blobs, tree, goal, access, mount_from=mount_from)
             else:
                 layout = store.layout_of(goal, home, create=True)
                 before = layout.tags().get(goal.tag)
                 with store.collecting(layout, goal):
-                    transfer.into_layout(blobs, tree, layout, goal.tag, access)
+                    results = transfer.into_layout(blobs, tree, layout, goal.tag, access)
                 if before is not None and before.digest != root.digest:
                     replaced = before.digest
-    return Copied(digest=root.digest, tally=access.tally, replaced=replaced)
+    report.attachments = results
+    return Copied(digest=root.digest, tally=access.tally, replaced=replaced, attachments=results)
 
 
 def verify(

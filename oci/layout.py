@@ -26,7 +26,7 @@ from typing import BinaryIO
 from msgspec import structs
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor, open_verified
+from oci.descriptor import BlobSource, Descriptor, open_verified
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import JSON, Fields
@@ -237,7 +237,7 @@ class Layout:
             return True
         return False
 
-    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+    def upload(self, descriptor: Descriptor, source: BlobSource) -> None:
         """Store a blob from elsewhere. It appears once its digest has matched. Raises IntegrityError."""
         buffer = memoryview(bytearray(READ_BYTES))
         with open_verified(source, descriptor) as stream, self.staging() as (staged, finish):
@@ -252,13 +252,29 @@ class Layout:
             document = self._document()
             self._write_index({**document, "manifests": _with_attached(document["manifests"], attached)})
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+    def tagged(self, tag: str) -> Descriptor | None:
+        """Return the manifest that was attached under a tag of its own, or that others gave this tag."""
+        for each in self._entries():
+            if tag in {each.annotations.get(media_types.SIMPLE_TAG), each.annotations.get(TAG_ANNOTATION)}:
+                return each
+        return None
+
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         """Return the entries of the index without a tag that refer to a manifest. See `Blobs`."""
-        return [each for each in self._entries() if self._subject(each) == digest]
+        wanted = {artifact_type, media_types.EMPTY, ""}
+        return [
+            each
+            for each in self._entries()
+            if (not artifact_type or each.artifact_type in wanted) and self._subject(each) == digest
+        ]
 
     def _subject(self, entry: Descriptor) -> Digest | None:
         """Return what an entry without a tag refers to, or None."""
         if TAG_ANNOTATION in entry.annotations or entry.media_type not in media_types.DOCUMENTS:
+            return None
+        if tag := entry.annotations.get(media_types.SIMPLE_TAG):
+            with contextlib.suppress(ValueError):
+                return Digest.parse("sha256:" + tag.removeprefix("sha256-").removesuffix(".sig"))
             return None
         with contextlib.suppress(FormatError, IntegrityError):
             content = self.read(entry, limit_bytes=_MANIFEST_LIMIT_BYTES)
@@ -370,9 +386,10 @@ class Layout:
 
 
 class Arrival:
-    """An image that is being fetched into a layout. Implements `oci.transfer.Destination`."""
+    """An image that is being fetched into a layout. Implements `oci.destination.Destination`."""
 
     def __init__(self, layout: Layout, incoming: Layout, lock: Path) -> None:
+        self._own_tags: dict[str, Descriptor] = {}
         self._layout = layout
         self._incoming = incoming
         self._lock = lock
@@ -387,21 +404,35 @@ class Arrival:
         """Return False: a layout has no other repositories."""
         return False
 
-    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+    def upload(self, descriptor: Descriptor, source: BlobSource) -> None:
         """Copy a blob. See `Destination`."""
         self._incoming.upload(descriptor, source)
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """Store a manifest. Its name is set by `publish`."""
-        assert name is None
-        return self._incoming.put(content, media_type).digest
+        """Store a manifest. The image's name is set by `publish`; `name` is one for an attachment."""
+        put = self._incoming.put(content, media_type)
+        if name is not None:
+            self._own_tags[name] = structs.replace(put, annotations={media_types.SIMPLE_TAG: name})
+        return put.digest
+
+    def tagged(self, tag: str) -> Descriptor | None:
+        """Return the manifest of attachments under a tag of their own, or None."""
+        return self._own_tags.get(tag) or self._layout.tagged(tag)
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        """See `Blobs.read`."""
+        place = self._incoming if self._incoming.contains(descriptor) else self._layout
+        return place.read(descriptor, limit_bytes=limit_bytes)
+
+    def settle(self) -> None:
+        """Do nothing: `publish` lists attachments under a lock. See `Destination`."""
 
     def cancel(self) -> None:
         """Do nothing: writes to files are short. See `Destination`."""
 
     def publish(self, root: Descriptor, tag: str, attached: Sequence[Descriptor] = ()) -> None:
         """Move the image and its attachments into the layout, and tag it last."""
-        self._layout.publish(self._incoming, root, tag, attached)
+        self._layout.publish(self._incoming, root, tag, [*attached, *self._own_tags.values()])
         _remove_incoming(self._lock)
 
 
@@ -421,14 +452,23 @@ def _not_a_file(descriptor: Descriptor, what: str) -> IntegrityError:
     )
 
 
-def _is_tagged(entry: JSON, tag: str) -> bool:
-    return bool(entry.get("annotations", {}).get(TAG_ANNOTATION) == tag)
+def _is_tagged(entry: JSON, tag: str, annotation: str = TAG_ANNOTATION) -> bool:
+    return bool(entry.get("annotations", {}).get(annotation) == tag)
 
 
 def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> list[JSON]:
-    """Return the entries of an index with the attachments that are not listed yet."""
-    known = {entry.get("digest") for entry in entries}
-    return [*entries, *(each.to_json() for each in attached if each.digest not in known)]
+    """Return the entries of an index with the attachments that are not listed yet.
+
+    Attachments under a tag of their own replace those that had it.
+    """
+    tags = [each.annotations[media_types.SIMPLE_TAG] for each in attached if _has_own_tag(each)]
+    kept = [e for e in entries if not any(_is_tagged(e, tag, media_types.SIMPLE_TAG) for tag in tags)]
+    known = {entry.get("digest") for entry in kept}
+    return [*kept, *(each.to_json() for each in attached if each.digest not in known)]
+
+
+def _has_own_tag(attached: Descriptor) -> bool:
+    return media_types.SIMPLE_TAG in attached.annotations
 
 
 def _move(source: Path, target: Path) -> None:

@@ -13,6 +13,8 @@ DOCUMENTS = frozenset(
     }
 )
 
+EMPTY = "application/vnd.oci.empty.v1+json"  # of a config that says nothing
+
 SNAPSHOT = "application/vnd.rekindle.snapshot.v1"
 PROCESS = "application/vnd.rekindle.process.v1"
 RECORD = "application/vnd.rekindle.record.v1+json"
@@ -25,6 +27,12 @@ TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
 MEMORY_ROLE = "memory"  # of a layer with memory files alone
+
+# Signatures: Sigstore's bundles, and the form of cosign before 2.6, whose image is found by its tag.
+BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+SIMPLE_SIGNATURE = "application/vnd.dev.cosign.simplesigning.v1+json"
+PREDICATE = "dev.sigstore.bundle.predicateType"  # of the statement in a bundle
+SIMPLE_TAG = "vnd.rekindle.simple-signatures"  # that tag, of an image in the index of a layout
 
 # Marks a signature by this machine's own key in the index of the local store; it is never copied elsewhere.
 SIGNER = "vnd.rekindle.signer"

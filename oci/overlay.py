@@ -22,9 +22,9 @@ class Overlay:
         """See `Blobs`."""
         return self._place(descriptor).open_blob(descriptor)
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         """See `Blobs`."""
-        return self._layout.referrers(digest)
+        return self._layout.referrers(digest, artifact_type=artifact_type)
 
     def cancel(self) -> None:
         """See `Blobs`."""

@@ -61,7 +61,8 @@ def source(reference: Reference, home: Home, options: RegistryOptions) -> Iterat
         layout = layout_of(reference, home)
         with layout.reading():
             limits = Config.read(home.root).limits
-            yield FoundImage(blobs=layout, root=layout.resolve(reference.tag), limits=limits)
+            root = layout.resolve(reference.tag)
+            yield FoundImage(blobs=layout, root=root, limits=limits, tagged=layout.tagged)
         return
     # Not imported for a restore from the local store, which needs no HTTP client.
     from oci.registry.repository import Repository

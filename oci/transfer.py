@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copy images between places: only missing blobs, many at once, the tag last."""
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Protocol
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from oci import media_types
+from oci import attached, media_types
+from oci.attached import Attachment, Tagged, children
 from oci.descriptor import Blobs, Descriptor
+from oci.destination import Destination, Node
 from oci.layout import Layout
 from oci.progress import Tally
 from oci.reference import RegistryReference
@@ -18,65 +17,39 @@ from oci.registry.access import Access
 from oci.registry.repository import Repository
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, IntegrityError, NotFoundError, UsageError
+from rekindle.errors import FormatError, IntegrityError, UsageError
 from rekindle.fields import Fields
+from rekindle.report import AttachmentResult
 
 _DEPTH_LIMIT = 4
 _NODES_LIMIT = 1000
 _NODES_BYTES = 64 << 20  # of all manifests together: they are held in memory
-_ATTACHMENTS_LIMIT = 64
-_LISTED_LIMIT = 1000  # how many attachments of an image are read
-
-
-class Destination(Protocol):
-    """A place to copy images to: a layout, or a repository of a registry."""
-
-    def has(self, descriptor: Descriptor) -> bool:
-        """Tell whether a blob or manifest is there already."""
-
-    def mount(self, descriptor: Descriptor) -> bool:
-        """Take a blob from another repository of the destination. False if it must be uploaded."""
-
-    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
-        """Copy a blob. It appears when all of it was received and its digest matched."""
-
-    def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """Store a manifest under its digest or a tag. Everything that it lists must be there."""
-
-    def cancel(self) -> None:
-        """Abort the transfers of other threads, where they could take long."""
-
-
-class Node(Struct, frozen=True, kw_only=True):
-    """A manifest or index of an image, with the bytes to store."""
-
-    descriptor: Descriptor
-    content: bytes
-
-
-class Attachment(Struct, frozen=True, kw_only=True):
-    """A small manifest that refers to an image, such as a signature, and its blobs."""
-
-    node: Node
-    blobs: Sequence[Descriptor]
 
 
 class Tree(Struct, frozen=True, kw_only=True):
     """Everything that an image consists of. A node comes after those that it lists; the last is the root.
 
-    `attached` is not part of the image, and is copied with it where possible.
+    `attached` is not part of the image, and is copied with it where possible. `left_out` is what cannot be.
     """
 
     nodes: Sequence[Node]
     blobs: Sequence[Descriptor]
     attached: Sequence[Attachment] = ()
+    left_out: Sequence[AttachmentResult] = ()
 
 
-def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
-    """Read the manifests of an image, each checked against its digest.
+def explore(
+    source: Blobs,
+    root: Descriptor,
+    limits: Limits,
+    *,
+    tagged: Tagged | None = None,
+    attachments: bool = True,
+) -> Tree:
+    """Read the manifests of an image, each checked against its digest, and those of its attachments.
 
-    Attachments that are malformed or exceed the limits are left out. Raises FormatError if the image itself
-    is or does.
+    `tagged` finds older signatures. Attachments that are malformed or exceed the limits are left out. Raises
+    FormatError if the image itself is or does.
     """
     nodes: dict[Digest, Node] = {}
     blobs: dict[Digest, Descriptor] = {}
@@ -98,93 +71,44 @@ def explore(source: Blobs, root: Descriptor, limits: Limits) -> Tree:
             raise FormatError(f"{root.digest} has more than {_NODES_BYTES} bytes of manifests")
         content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
         fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
-        for child in _children(fields, limits):
+        for child in children(fields, limits):
             visit(child, depth + 1)
         nodes[descriptor.digest] = Node(descriptor=descriptor, content=content)
 
     visit(root, 0)
-    return Tree(
-        nodes=tuple(nodes.values()),
-        blobs=tuple(blobs.values()),
-        attached=tuple(itertools.islice(_attached(source, list(nodes), sizes, limits), _ATTACHMENTS_LIMIT)),
-    )
+    tree = Tree(nodes=tuple(nodes.values()), blobs=tuple(blobs.values()))
+    if not attachments:
+        return tree
+    found, left_out = attached.find(source, list(nodes), sizes, limits, tagged)
+    return structs.replace(tree, attached=found, left_out=left_out)
 
 
-def _attached(
-    source: Blobs, image: Sequence[Digest], sizes: Mapping[Digest, int], limits: Limits
-) -> Iterator[Attachment]:
-    """Yield the valid attachments of an image's manifests.
+def into_layout(
+    source: Blobs, tree: Tree, layout: Layout, tag: str, access: Access
+) -> list[AttachmentResult]:
+    """Copy an image to a layout. After an interruption, the next attempt continues.
 
-    Invalid ones are skipped: anyone who can attach something must not be able to make the image unusable.
+    Returns the results for its attachments.
     """
-    seen = set(image)
-    listed_left, bytes_left = _LISTED_LIMIT, _NODES_BYTES
-    for digest in image:
-        listed: Sequence[Descriptor] = ()
-        with contextlib.suppress(FormatError):
-            listed = source.referrers(digest)
-        for each in listed:
-            if each.digest in seen or each.annotations.get(media_types.SIGNER) == media_types.MACHINE:
-                continue
-            listed_left -= 1
-            if listed_left < 0:
-                return
-            with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-                attachment = _attachment(source, each, digest, sizes, limits)
-                bytes_left -= len(attachment.node.content)
-                if bytes_left < 0:
-                    return
-                seen.add(each.digest)
-                yield attachment
-
-
-def _attachment(
-    source: Blobs, descriptor: Descriptor, subject: Digest, sizes: Mapping[Digest, int], limits: Limits
-) -> Attachment:
-    """Read an attachment. Its manifest must be small and refer to `subject`: the list of referrers may lie.
-
-    Raises FormatError, IntegrityError, NotFoundError.
-    """
-    content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
-    fields = Fields.parse(content, "manifest", limit_bytes=limits.manifest_bytes)
-    if not fields.has("subject") or fields.inner("subject").text("digest") != subject:
-        raise FormatError(f"{descriptor.digest} does not refer to {subject}")
-    blobs: dict[Digest, Descriptor] = {}
-    for child in _children(fields, limits):
-        if child.media_type in media_types.DOCUMENTS:
-            raise FormatError(f"the attachment {descriptor.digest} lists manifests")
-        expected = blobs.setdefault(child.digest, child).size
-        if {expected, sizes.get(child.digest, expected)} != {child.size}:
-            raise FormatError(f"{descriptor.digest} lists {child.digest} with another size")
-    if sum(blob.size for blob in blobs.values()) > limits.record_bytes:
-        raise FormatError(f"the attachment {descriptor.digest} is larger than {limits.record_bytes} bytes")
-    return Attachment(node=Node(descriptor=descriptor, content=content), blobs=tuple(blobs.values()))
-
-
-def _children(fields: Fields, limits: Limits) -> Iterator[Descriptor]:
-    if fields.has("manifests"):
-        yield from fields.list_of("manifests", Descriptor.from_json, at_most=limits.layers)
-    if fields.has("config"):
-        yield Descriptor.from_json(fields.json("config"), "manifest.config")
-    if fields.has("layers"):
-        yield from fields.list_of("layers", Descriptor.from_json, at_most=limits.layers)
-
-
-def into_layout(source: Blobs, tree: Tree, layout: Layout, tag: str, access: Access) -> None:
-    """Copy an image to a layout. After an interruption, the next attempt continues."""
     root = tree.nodes[-1].descriptor
     with layout.incoming(root.digest) as arrival:
         jobs = access.config.transfer.jobs
-        attached = copy(source, tree, arrival, tag=None, jobs=jobs, tally=access.tally)
-        arrival.publish(root, tag, attached)
+        results = copy(source, tree, arrival, tag=None, jobs=jobs, tally=access.tally)
+        copied = {each.digest for each in results if not each.problem}
+        listed = [
+            a.node.descriptor for a in tree.attached if not a.tag and a.node.descriptor.digest in copied
+        ]
+        arrival.publish(root, tag, listed)
+    return [*results, *tree.left_out]
 
 
 def into_registry(
     source: Blobs, tree: Tree, target: RegistryReference, access: Access, *, mount_from: Sequence[str] = ()
-) -> None:
+) -> list[AttachmentResult]:
     """Copy an image to a registry. `mount_from` are repositories of it that may have the blobs.
 
-    Raises UsageError if the target names another digest than the image's.
+    Returns the results for its attachments. Raises UsageError if the target names another digest than the
+    image's, and RegistryError or CredentialsError if the registry does not take a signature.
     """
     digest = tree.nodes[-1].descriptor.digest
     if target.digest not in {None, digest}:
@@ -193,7 +117,10 @@ def into_registry(
     with Repository(target, access, mount_from=mount_from) as repository:
         # Log in once before all connections are used: failing on all at once might lock an account.
         repository.has(tree.nodes[-1].descriptor)
-        copy(source, tree, repository, tag=tag, jobs=access.config.transfer.jobs, tally=access.tally)
+        results = copy(
+            source, tree, repository, tag=tag, jobs=access.config.transfer.jobs, tally=access.tally
+        )
+    return [*results, *tree.left_out]
 
 
 def copy(
@@ -204,11 +131,11 @@ def copy(
     tag: str | None,
     jobs: int,
     tally: Tally,
-) -> list[Descriptor]:
-    """Copy an image; store its root last, under `tag` if that is given.
+) -> list[AttachmentResult]:
+    """Copy an image, then what is attached to it; store its root last, under `tag` if that is given.
 
-    Returns the attachments that were copied; invalid ones are left out. Raises what the source and the target
-    raise; what was copied until then stays there for the next attempt.
+    Returns the results for its attachments. Raises what the source and the target raise, also if the target
+    does not take a signature; what was copied until then stays there for the next attempt.
     """
     of_attached = [blob for each in tree.attached for blob in each.blobs]
     for blob in {blob.digest: blob for blob in (*tree.blobs, *of_attached)}.values():
@@ -228,31 +155,18 @@ def copy(
     for node in tree.nodes[:-1]:
         if not target.has(node.descriptor):
             target.put_manifest(node.content, node.descriptor.media_type)
-    attached = []
-    for each in tree.attached:
-        blobs = [blob for blob in each.blobs if blob.digest not in done]
-        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-            _copy_attached(blobs, copy_blob, source)
-            if not target.has(each.node.descriptor):
-                target.put_manifest(each.node.content, each.node.descriptor.media_type)
-            attached.append(each.node.descriptor)
     root = tree.nodes[-1]
-    target.put_manifest(root.content, root.descriptor.media_type, tag)
-    return attached
-
-
-def _copy_attached(
-    blobs: Sequence[Descriptor], copy_blob: Callable[[Descriptor], None], source: Blobs
-) -> None:
-    """Copy a few small blobs, one by one. If one fails, nothing else is aborted."""
-    for blob in blobs:
-        while True:
-            try:
-                copy_blob(blob)
-                break
-            except IntegrityError:
-                if not source.fall_back_to_origin():
-                    raise
+    if tree.attached or tag is None:  # some registries take nothing whose subject is not there
+        target.put_manifest(root.content, root.descriptor.media_type)
+    hint = "the tag was not written; --no-attachments copies the image without its signatures"
+    results = [
+        attached.copy(each, source, target, done=done, tally=tally, hint=hint) for each in tree.attached
+    ]
+    if tag is not None:
+        target.settle()
+        target.put_manifest(root.content, root.descriptor.media_type, tag)
+    target.settle()
+    return results
 
 
 def _copy_all(

@@ -257,6 +257,27 @@ class ServerAddress(Struct, frozen=True, kw_only=True):
         return {**found, "problem": self.problem} if self.problem else found
 
 
+class AttachmentResult(Struct, frozen=True, kw_only=True):
+    """The result of copying an attachment of an image: `problem` says why it was not copied, "" if it was.
+
+    `digest` is "" for a list of attachments that could not be read.
+    """
+
+    digest: str
+    subject: str
+    artifact_type: str = ""
+    problem: str = ""
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "digest": self.digest,
+            "subject": self.subject,
+            "artifact_type": self.artifact_type,
+            "copied": not self.problem,
+            "problem": self.problem,
+        }
+
+
 class Report(Struct, kw_only=True):
     """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
@@ -278,6 +299,7 @@ class Report(Struct, kw_only=True):
     error: Failure | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
+    attachments: Sequence[AttachmentResult] | None = None
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
 
     def __post_init__(self) -> None:
@@ -340,5 +362,6 @@ class Report(Struct, kw_only=True):
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
+            "attachments": self.attachments and [each.to_json() for each in self.attachments],
             "error": self.error.to_json() if self.error else None,
         }

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from oci.descriptor import Blobs, Descriptor, open_verified
+from oci.descriptor import BlobSource, Descriptor, open_verified
 from oci.registry.access import Access
 from oci.registry.host import REDIRECTS, Host
 from oci.registry.hosts import Hosts
@@ -71,7 +71,7 @@ class BlobBody:
     blob. `pieces` raises IntegrityError.
     """
 
-    def __init__(self, descriptor: Descriptor, source: Blobs, access: Access) -> None:
+    def __init__(self, descriptor: Descriptor, source: BlobSource, access: Access) -> None:
         self._descriptor = descriptor
         self._source = source
         self._access = access

@@ -136,7 +136,7 @@ class Host:
             return is_first_contact() and not isinstance(error, TryAgainError) and is_waited_for(error)
 
         try:
-            return with_retries(attempt, policy, pause=self._pause, is_final=is_final, is_free=is_free)
+            return with_retries(attempt, policy, pause=self.pause, is_final=is_final, is_free=is_free)
         except TryAgainError as error:
             raise error.error from None
         except OSError as error:
@@ -156,7 +156,7 @@ class Host:
                 return answer.read(limit_bytes), answer.headers
 
         try:
-            return with_retries(attempt, self._policy, pause=self._pause)
+            return with_retries(attempt, self._policy, pause=self.pause)
         except OSError as error:
             raise RegistryError(f"{self.name} fails", cause=str(error)) from None
 
@@ -278,7 +278,7 @@ class Host:
             )
         return asked
 
-    def _pause(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         """Wait before another attempt; raises RegistryError if the connections are closed meanwhile."""
         if self._closing.wait(seconds):
             raise RegistryError(f"the connections to {self.name} were closed")

@@ -9,7 +9,7 @@ from typing import Self
 from msgspec import structs
 
 from oci import media_types
-from oci.descriptor import Blobs, Descriptor
+from oci.descriptor import BlobSource, Descriptor
 from oci.reference import RegistryReference
 from oci.registry import referrers
 from oci.registry.access import Access, base_of
@@ -35,7 +35,7 @@ _END_SECONDS = 1.0
 
 
 class Repository:
-    """Implements `Blobs` and `transfer.Target`. For many threads; its context ends all that is under way."""
+    """Implements `Blobs` and `Destination`. For many threads; its context ends all that is under way."""
 
     def __init__(
         self, reference: RegistryReference, access: Access, *, mount_from: Sequence[str] = ()
@@ -51,6 +51,12 @@ class Repository:
         self._lock = threading.Lock()
         self._kept: dict[Digest, bytes] = {}
         self._kept_bytes = 0
+        self._fallback = referrers.FallbackIndexes(
+            self._fallback_index,
+            lambda content, tag: self.put_manifest(content, media_types.INDEX, tag),
+            self.has,
+            lambda seconds: self._origin.pause(seconds),
+        )
         settings = access.settings(reference.host)
         self._base = base_of(reference.api_host, settings.plain_http)
         self._open(settings.mirrors)
@@ -130,16 +136,17 @@ class Repository:
         except NotFoundError:
             return None
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         """See `Blobs.referrers`.
 
         Anything but an index means that the registry does not have the API: then the fallback tag counts.
-        Raises RegistryError if it cannot be told, and FormatError if there are too many.
+        So it does if the API knows none of a type: the registry may have got it only later. Raises
+        RegistryError if it cannot be told, and FormatError if there are too many.
         """
         failure: RegistryError | None = None
         try:
-            found = referrers.ask(self._origin, self._name, digest)
-            if found is not None:
+            found = referrers.ask(self._origin, self._name, digest, artifact_type)
+            if found or (found is not None and not artifact_type):
                 return found
         except CredentialsError:  # some refuse what they do not know; the tag tells
             pass
@@ -153,7 +160,7 @@ class Repository:
             return []
         if fallback.media_type != media_types.INDEX or fallback.digest == digest:
             return []
-        return referrers.listed(content)
+        return referrers.listed(content, artifact_type)
 
     def _fetch_manifest(self, host: Host, name: str) -> tuple[Descriptor, bytes]:
         path = f"{self._name}/manifests/{name}"
@@ -205,7 +212,7 @@ class Repository:
     # Writing, to the origin alone.
 
     def has(self, descriptor: Descriptor) -> bool:
-        """See `Target.has`."""
+        """See `Destination.has`."""
         kind = "manifests" if descriptor.media_type in media_types.DOCUMENTS else "blobs"
         headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
         path = f"{self._name}/{kind}/{descriptor.digest}"
@@ -217,7 +224,7 @@ class Repository:
             return there and (answer.status != 200 or not length or length == str(descriptor.size))
 
     def mount(self, descriptor: Descriptor) -> bool:
-        """See `Target.mount`."""
+        """See `Destination.mount`."""
         return any(self._mount(descriptor, repository) for repository in self._mount_from)
 
     def _mount(self, descriptor: Descriptor, repository: str) -> bool:
@@ -234,8 +241,8 @@ class Repository:
         except (RegistryError, NotFoundError, CredentialsError):
             return False
 
-    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
-        """See `Target.upload`. Raises IntegrityError for other bytes than those of the digest."""
+    def upload(self, descriptor: Descriptor, source: BlobSource) -> None:
+        """See `Destination.upload`. Raises IntegrityError for other bytes than those of the digest."""
 
         def begin() -> Url:
             path = f"{self._name}/blobs/uploads/"
@@ -258,11 +265,14 @@ class Repository:
             raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
-        """See `Target.put_manifest`. Raises FormatError for what is not a manifest."""
+        """See `Destination.put_manifest`. Raises FormatError for what is not a manifest."""
         digest = Digest.of_bytes(content)
         if media_type not in media_types.DOCUMENTS:
             raise FormatError(f"{digest} is not a manifest or index", cause=f"{media_type!r:.80}")
         fields = Fields.parse(content, "the manifest", limit_bytes=self._limits.manifest_bytes)
+        subject = None
+        if fields.has("subject") and fields.json("subject") is not None:
+            subject = Descriptor.from_json(fields.json("subject"), "subject").digest
         with self._origin.ask(
             "PUT",
             f"{self._name}/manifests/{name or digest}",
@@ -272,22 +282,22 @@ class Repository:
             body=Bytes(content),
         ) as answer:
             said = answer.headers.get("Docker-Content-Digest", digest)
-            knows_referrers = "OCI-Subject" in answer.headers
+            listed_for = answer.headers.get("OCI-Subject")
         if said != digest:
             raise IntegrityError(f"{self._origin.name} stored {said} for {digest}")
-        if fields.has("subject") and fields.json("subject") is not None and not knows_referrers:
-            self._list_referrer(fields, media_type, digest, len(content))
+        if subject is not None and listed_for != subject:
+            self._fallback.add(subject, referrers.entry(fields, media_type, digest, len(content)))
         return digest
 
-    def _list_referrer(self, fields: Fields, media_type: str, digest: Digest, size: int) -> None:
-        """Add a manifest to the fallback tag of its subject, as the specification asks of clients."""
-        subject = Descriptor.from_json(fields.json("subject"), "subject")
-        ours = referrers.entry(fields, media_type, digest, size)
-        tag = referrers.fallback_tag(subject.digest)
+    def settle(self) -> None:
+        """See `Destination.settle`."""
+        self._fallback.settle()
+
+    def _fallback_index(self, tag: str) -> bytes | None:
+        """Return the index of referrers under a tag, or None."""
         try:
             there, content = self._fetch_manifest(self._origin, tag)
-            others = referrers.listed(content) if there.media_type == media_types.INDEX else []
         except NotFoundError:
-            others = []
-        entries = [*(each for each in others if each.digest != digest), ours]
-        self.put_manifest(referrers.index_of(entries), media_types.INDEX, tag)
+            return None
+        is_list = there.media_type == media_types.INDEX and referrers.fallback_tag(there.digest) != tag
+        return content if is_list else None

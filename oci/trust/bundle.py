@@ -9,15 +9,16 @@ from typing import Self
 
 from msgspec import Struct
 
+from oci import media_types
 from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.statement import COSIGN_SIGN, Envelope, Statement, from_base64
 from rekindle.digest import Digest
 from rekindle.errors import FormatError
 from rekindle.fields import Fields
 
-MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+MEDIA_TYPE = media_types.BUNDLE
 LIMIT_BYTES = 4 << 20
-SIMPLE_MEDIA_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIMPLE_MEDIA_TYPE = media_types.SIMPLE_SIGNATURE
 _SIMPLE_TYPE = "cosign container image signature"
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verify images. Only this module makes a `Verified`."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from types import FunctionType
@@ -15,7 +14,14 @@ from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.policy import TrustRule
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from rekindle.config import Limits
-from rekindle.errors import FormatError, IntegrityError, TrustError
+from rekindle.errors import (
+    CredentialsError,
+    FormatError,
+    IntegrityError,
+    RegistryError,
+    RekindleError,
+    TrustError,
+)
 from rekindle.text import printable
 
 T = TypeVar("T")
@@ -32,6 +38,10 @@ class Fetchable(Protocol):
 F = TypeVar("F", bound=Fetchable)
 
 _SEAL = object()
+_COPY_HINT = (
+    "if it was copied: `rekindle copy` and `oras cp -r` bring signatures along, "
+    "skopeo, crane and `oras cp` do not"
+)
 _SHOWN = 6
 _SHOWN_LETTERS = 80
 _CLOCKS_APART = timedelta(minutes=10)
@@ -91,16 +101,25 @@ def verify(
 ) -> Verified[T]:
     """Return `value` as verified if a key or identity that the rule accepts has signed its root.
 
-    1. Read the bundles attached to the root, and cosign's older signatures by their tag (`tagged`).
+    1. Read the bundles attached to the root; only without a good signature, cosign's older ones by their tag
+       (`tagged`).
     2. Keep the statements whose signature verifies with an accepted key or identity.
     3. Require a signature among them that is about this digest.
     4. Compare the attested creation time with the clock and the rule.
 
-    Only manifests and signatures are read. Raises TrustError, with the reasons why signatures were refused.
+    Only manifests and signatures are read. Raises TrustError, with the reasons why signatures were refused,
+    or, if there is no good one, the error by which some could not be read.
     """
     refused: list[str] = []
+    failures: list[RekindleError] = []
     statements: list[tuple[str, Statement]] = []
-    for by, statement in _accepted(blobs, root, rule, limits, tagged, refused):
+
+    def signers() -> list[str]:
+        return [by for by, statement in statements if statement.predicate_type == COSIGN_SIGN]
+
+    for by, statement in _accepted(
+        blobs, root, rule, limits, tagged, refused, failures, lambda: bool(signers())
+    ):
         if statement.subject != root.digest:
             refused.append(f"{by} signed another image: {statement.subject}")
         elif statement.predicate_type in {COSIGN_SIGN, SNAPSHOT}:
@@ -109,16 +128,18 @@ def verify(
                 refused.append(f"{by} made an attestation, but no signature")
         else:
             refused.append(f"{by} signed an unknown kind of statement: {_shown(statement.predicate_type)}")
-    signers = [by for by, statement in statements if statement.predicate_type == COSIGN_SIGN]
-    if not signers:
+    accepted = signers()
+    if not accepted and failures:
+        raise failures[0]
+    if not accepted:
         cause = "\n".join(list(dict.fromkeys(refused))[:_SHOWN])
         raise TrustError(
             f"{root.digest} has no signature that the policy accepts",
             cause=cause or "it has no signature",
-            hint="docs/trust.md says how to accept a key or an identity",
+            hint="docs/trust.md says how to accept a key or an identity" if cause else _COPY_HINT,
         )
     made = [_created(statement) for _, statement in statements if statement.predicate_type == SNAPSHOT]
-    trust = Trust(by=signers[0], created=max((each for each in made if each), default=None))
+    trust = Trust(by=accepted[0], created=max((each for each in made if each), default=None))
     _require_age(root, rule, trust)
     return Verified(value, trust, _SEAL)
 
@@ -135,17 +156,27 @@ def _accepted(
     limits: Limits,
     tagged: Callable[[str], Descriptor | None] | None,
     refused: list[str],
+    failures: list[RekindleError],
+    is_signed: Callable[[], bool],
 ) -> Iterator[tuple[str, Statement]]:
-    """Yield the statements of accepted signers; add the reasons for refusing others to `refused`."""
-    for bundle in attachments.find(blobs, root.digest, limits):
+    """Yield the statements of accepted signers.
+
+    Adds the reasons for refusing others to `refused`, and what could not be read to `failures`. `is_signed`
+    tells whether a good signature was among those yielded.
+    """
+    for bundle in attachments.find(blobs, root.digest, limits, failures, is_enough=is_signed):
         if bundle.hint is None:
             yield from _keyless(bundle, rule, refused)
         else:
             yield from _by_key(bundle, rule, refused, bundle.hint)
     image = None
-    if tagged is not None:
-        with contextlib.suppress(FormatError, IntegrityError):  # anyone may put anything there
+    if tagged is not None and not is_signed():
+        try:
             image = tagged(attachments.simple_tag(root.digest))
+        except (FormatError, IntegrityError, CredentialsError):
+            pass  # anyone may put anything there, and some refuse what they do not know
+        except RegistryError as error:
+            failures.append(error)
     if image is not None:
         for signature in attachments.find_simple(blobs, image, limits):
             yield from _by_key(signature, rule, refused, "of an older signature")

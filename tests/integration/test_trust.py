@@ -1047,6 +1047,40 @@ def test_what_cosign_signs_we_verify(market: Market, program: Path, tmp_path: Pa
 
 
 @pytest.mark.registry
+def test_older_signatures_of_several_are_kept_and_copied(market: Market, tmp_path: Path) -> None:
+    words = ["sign", "--key", f"{market.stranger}.key", "--tlog-upload=false", "-y", *INSECURE]
+    done = cosign(COSIGN_2, *words, market.image, home=tmp_path)
+    assert done.status == 0, done.stderr
+    done = market.rekindle("sign", market.image, "--sign-key", f"{market.ours}.key", "--legacy-tag")
+    assert done.status == 0, done.stderr
+    repository, digest = market.image.split("@")
+    mirrored = f"{repository}-mirror"
+    done = market.rekindle("copy", market.image, f"{mirrored}:1", "--json")
+    assert done.status == 0, done.stderr
+    assert all(each["copied"] for each in done.json["attachments"])
+    for image in (market.image, f"{mirrored}@{digest}"):
+        for key in (market.ours, market.stranger):
+            done = cosign(COSIGN_2, "verify", "--key", f"{key}.pub", *LOCALLY, image, home=tmp_path)
+            assert done.status == 0, done.stderr
+    assert market.rekindle("pull", market.image, "older").status == 0
+    for key in (market.ours, market.stranger):
+        words = ["verify", "older", "--verify-key", f"{key}.pub", "--allow-rollback"]
+        assert market.rekindle(*words).status == 0
+
+
+@pytest.mark.registry
+def test_signers_at_the_same_time_lose_no_signature(market: Market) -> None:
+    words = ["sign", market.image, "--sign-key"]
+    signers = [
+        market.rekindle.spawn(*words, f"{key}.key", log=market.ours.with_suffix(f".{number}"))
+        for number, key in enumerate((market.ours, market.stranger))
+    ]
+    assert [signer.wait(60) for signer in signers] == [0, 0]
+    for key in (market.ours, market.stranger):
+        assert market.rekindle("verify", market.image, "--verify-key", f"{key}.pub").status == 0
+
+
+@pytest.mark.registry
 def test_a_key_pair_of_cosign_s_signs_for_us(market: Market, tmp_path: Path) -> None:
     done = cosign(COSIGN, "generate-key-pair", "--output-key-prefix", f"{tmp_path}/theirs", home=tmp_path)
     assert done.status == 0, done.stderr

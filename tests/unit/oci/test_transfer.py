@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from oci import media_types, transfer
-from oci.descriptor import Blobs, Descriptor
+from oci import attached, media_types, transfer
+from oci.descriptor import Blobs, BlobSource, Descriptor
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
 from oci.registry.access import Access
 from rekindle.config import Config, Limits
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, IntegrityError, RegistryError, UsageError
+from rekindle.errors import (
+    CredentialsError,
+    FormatError,
+    IntegrityError,
+    NotFoundError,
+    RegistryError,
+    RekindleError,
+    UsageError,
+)
+from rekindle.report import AttachmentResult
 
 LAYER = "application/octet-stream"
 
@@ -152,7 +162,7 @@ class Attached:
         self.read, self.open_blob = layout.read, layout.open_blob
         self.cancel, self.fall_back_to_origin = layout.cancel, layout.fall_back_to_origin
 
-    def referrers(self, _: Digest) -> list[Descriptor]:
+    def referrers(self, _: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         if self._error:
             raise self._error
         return list(self._listed)
@@ -163,17 +173,17 @@ def attach(layout: Layout, root: Descriptor, *blobs: Descriptor, **more: Any) ->
 
 
 def test_what_is_attached_comes_along(layout: Layout, tmp_path: Path, access: Access) -> None:
-    shared, signature = layout.put(b"shared", LAYER), layout.put(b"signature", LAYER)
+    shared, signed = layout.put(b"shared", LAYER), layout.put(b"signature", LAYER)
     root = put_manifest(layout, shared)
-    attached = attach(layout, root, signature, shared)
-    source = Attached(layout, attached, attached, root)
+    referrer = attach(layout, root, signed, shared)
+    source = Attached(layout, referrer, referrer, root)
     tree = transfer.explore(source, root, Limits())
-    assert [each.node.descriptor for each in tree.attached] == [attached]
+    assert [each.node.descriptor for each in tree.attached] == [referrer]
     assert [blob.digest for blob in tree.blobs] == [shared.digest]
     target = Layout.create(tmp_path / "target")
     transfer.into_layout(source, tree, target, "name:1", access)
-    assert [each.digest for each in target.referrers(root.digest)] == [attached.digest]
-    assert target.has(signature)
+    assert [each.digest for each in target.referrers(root.digest)] == [referrer.digest]
+    assert target.has(signed)
     assert (access.tally.expected_bytes, access.tally.reused_bytes) == (15, 0)
 
 
@@ -216,23 +226,136 @@ def test_what_does_not_fit_the_image_is_left_out(layout: Layout) -> None:
     assert [each.node.descriptor for each in tree.attached] == [good]
 
 
-def test_a_list_of_attachments_that_makes_no_sense_is_none(layout: Layout) -> None:
+def test_a_list_of_attachments_that_makes_no_sense_is_told(layout: Layout) -> None:
     root = put_manifest(layout)
-    assert transfer.explore(Attached(layout, error=FormatError("no list")), root, Limits()).attached == ()
+    tree = transfer.explore(Attached(layout, error=FormatError("no list")), root, Limits())
+    assert tree.attached == []
+    [told] = tree.left_out
+    assert (told.digest, told.subject, told.problem) == ("", root.digest, "no list")
     with pytest.raises(RegistryError):
         transfer.explore(Attached(layout, error=RegistryError("down")), root, Limits())
 
 
-def test_many_attachments_are_not_all_looked_at(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_attachments_are_not_all_copied_and_that_is_told(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = put_manifest(layout)
     many = [attach(layout, root, annotations={"n": str(number)}) for number in range(70)]
-    source = Attached(layout, *many)
-    assert len(transfer.explore(source, root, Limits()).attached) == 64
-    monkeypatch.setattr(transfer, "_NODES_LIMIT", 3)
-    monkeypatch.setattr(transfer, "_LISTED_LIMIT", 5)
-    assert len(transfer.explore(source, root, Limits()).attached) == 5
-    monkeypatch.setattr(transfer, "_NODES_BYTES", 2 * many[0].size)
+    reports = [structs.replace(each, artifact_type="application/vnd.report") for each in many]
+    source = Attached(layout, *reports[:-1], structs.replace(many[-1], artifact_type=media_types.BUNDLE))
+    monkeypatch.setattr(attached, "LIMIT", 5)
+    tree = transfer.explore(source, root, Limits())
+    assert [each.node.descriptor.digest for each in tree.attached] == [
+        each.digest for each in (many[-1], *many[:4])
+    ]
+    assert {each.digest for each in tree.left_out} == {each.digest for each in many[4:-1]}
+    assert {each.problem for each in tree.left_out} == {"more than 5 attachments are not copied"}
+    monkeypatch.setattr(attached, "_BYTES_LIMIT", 2 * many[-1].size)
     assert len(transfer.explore(source, root, Limits()).attached) == 2
+
+
+def signature(layout: Layout, root: Descriptor, text: bytes = b"signature") -> Descriptor:
+    return attach(layout, root, layout.put(text, media_types.BUNDLE))
+
+
+def test_what_is_attached_follows_its_subject_and_the_tag_is_last(layout: Layout) -> None:
+    root = put_manifest(layout)
+    signed = signature(layout, root)
+    target = Target()
+    copy_attached(Attached(layout, signed), root, target)
+    manifests = [each for each in target.told if each[0] != "blob"]
+    assert manifests == [("manifest", root.digest), ("manifest", signed.digest), ("1", root.digest)]
+
+
+def copy_attached(source: Attached, root: Descriptor, target: "Target") -> list[AttachmentResult]:
+    tree = transfer.explore(source, root, Limits())
+    return transfer.copy(source, tree, target, tag="1", jobs=1, tally=Tally())
+
+
+ERRORS = [NotFoundError("404"), RegistryError("400"), IntegrityError("other"), CredentialsError("403")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_signature_that_the_target_does_not_take_is_an_error(layout: Layout, error: RekindleError) -> None:
+    root = put_manifest(layout)
+    signed = signature(layout, root)
+    target = Target()
+    target.refuse = lambda digest: raise_if(error, digest == signed.digest)
+    with pytest.raises((RegistryError, CredentialsError), match="does not take the signature") as caught:
+        copy_attached(Attached(layout, signed), root, target)
+    assert caught.value.cause == error.message
+    assert "1" not in target.tags, "what the tag meant before may be signed"
+
+
+def raise_if(error: Exception, condition: bool) -> None:
+    if condition:
+        raise error
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_report_that_the_target_does_not_take_is_told(layout: Layout, error: RekindleError) -> None:
+    root = put_manifest(layout)
+    report = attach(layout, root, layout.put(b"report", LAYER), artifactType="application/vnd.report")
+    target = Target()
+    target.refuse = lambda digest: raise_if(error, digest == report.digest)
+    [fate] = copy_attached(Attached(layout, report), root, target)
+    assert (fate.digest, fate.artifact_type, fate.problem) == (
+        report.digest,
+        "application/vnd.report",
+        error.message,
+    )
+    assert target.tags["1"].digest == root.digest
+
+
+def test_a_signature_that_is_there_is_stored_again(layout: Layout) -> None:
+    """The attempt before may have ended before it was listed."""
+    root = put_manifest(layout)
+    signed = signature(layout, root)
+    target = Target(signed)
+    copy_attached(Attached(layout, signed), root, target)
+    assert ("manifest", signed.digest) in target.told
+
+
+# Older signatures.
+
+
+def simple(layout: Layout, *texts: bytes) -> Descriptor:
+    """An image of older signatures, as cosign before 2.6 makes them."""
+    layers = []
+    for text in texts:
+        put = layout.put(text, media_types.SIMPLE_SIGNATURE).to_json()
+        layers.append({**put, "annotations": {"dev.cosignproject.cosign/signature": "AAAA"}})
+    config = layout.put(b'{"made": "by cosign"}', media_types.IMAGE_CONFIG)
+    return put_manifest(layout, config=config.to_json(), layers=layers)
+
+
+def test_older_signatures_are_added_to_those_of_others(
+    layout: Layout, tmp_path: Path, access: Access
+) -> None:
+    root = put_manifest(layout)
+    tag = attached.simple_tag(root.digest)
+    target = Layout.create(tmp_path / "target")
+    for texts in ((b"theirs", b"both"), (b"both", b"ours"), (b"ours",)):
+        there = simple(layout, *texts)
+        find = {tag: there}.get
+        tree = transfer.explore(layout, root, Limits(), tagged=find)
+        assert [(each.tag, each.is_signature) for each in tree.attached] == [(tag, True)]
+        transfer.into_layout(layout, tree, target, "name:1", access)
+    merged = target.tagged(tag)
+    assert merged is not None
+    layers = attached.simple_layers(target.read(merged, limit_bytes=1 << 20))
+    expected = [Digest.of_bytes(text) for text in (b"theirs", b"both", b"ours")]
+    assert [each["digest"] for each in layers] == expected
+    assert len(target.referrers(root.digest)) == 1
+    target.collect_garbage()
+    assert all(target.contains(layout.put(text, LAYER)) for text in (b"theirs", b"both", b"ours"))
+    target.publish(target, layout_image(target), "name:1")
+    target.collect_garbage()
+    assert target.tagged(tag) is None, "they go with their image"
+
+
+def layout_image(layout: Layout) -> Descriptor:
+    return put_manifest(layout, annotations={"another": "image"})
 
 
 # Bringing.
@@ -247,6 +370,9 @@ class Target:
         self.told: list[tuple[str, str]] = []
         self.cancelled = False
         self.hold: Callable[[], object] = lambda: None
+        self.refuse: Callable[[Digest], object] = lambda _: None
+        self.tags: dict[str, Descriptor] = {}
+        self.content: dict[Digest, bytes] = {}
         self._lock = threading.Lock()
 
     def _tell(self, *what: str) -> None:
@@ -259,7 +385,7 @@ class Target:
     def mount(self, descriptor: Descriptor) -> bool:
         return descriptor.digest in self.mounts
 
-    def upload(self, descriptor: Descriptor, source: Blobs) -> None:
+    def upload(self, descriptor: Descriptor, source: BlobSource) -> None:
         with source.open_blob(descriptor) as stream:
             content = stream.read()
         self.hold()
@@ -270,9 +396,21 @@ class Target:
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
         digest = Digest.of_bytes(content)
+        self.refuse(digest)
         self._tell(name or "manifest", digest)
         self.there.add(digest)
+        self.content[digest] = content
+        if name:
+            self.tags[name] = Descriptor(media_type=media_type, digest=digest, size=len(content))
         return digest
+
+    def tagged(self, tag: str) -> Descriptor | None:
+        return self.tags.get(tag)
+
+    def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+        return self.content[descriptor.digest]
+
+    def settle(self) -> None: ...
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -297,8 +435,8 @@ class Source:
             return io.BytesIO(b"wrong")  # type: ignore[return-value]
         return self._layout.open_blob(descriptor)
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
-        return self._layout.referrers(digest)
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
+        return self._layout.referrers(digest, artifact_type=artifact_type)
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -757,7 +757,7 @@ class OneBlob:
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         return Unseekable(self.content, 100)
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         return []
 
     def cancel(self) -> None:

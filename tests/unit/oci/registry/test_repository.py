@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import pytest
 from oci import media_types, transfer
 from oci.layout import Layout
 from oci.registry import download
+from oci.registry import referrers as listing
 from oci.registry.repository import Repository
 from rekindle.config import RetryPolicy, TransferSettings
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, RegistryError, RekindleError, UsageError
 from tests.conftest import free_port
 from tests.samples.registry import (
+    CALM,
     STRETCH,
     Sample,
     access_to,
@@ -126,7 +129,7 @@ def test_referrers_that_lie_are_given_as_they_are(referred: tuple[Registry, str]
     assert referrers(registry, sample) == [other]  # whoever wants to know opens each
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"manifests": 1}', b'{"manifests": [{}]}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"manifests": 1}'])
 def test_lists_of_referrers_that_are_none(content: bytes, sample: Sample) -> None:
     with Registry() as registry:
         registry.misbehave(wrong.answers(REFERRERS, content, headers={"Content-Type": media_types.INDEX}))
@@ -159,6 +162,163 @@ def test_who_refers_is_listed_by_us_where_the_registry_does_not(knows: bool, sam
         assert {each.digest for each in listed} == found
         assert sorted(each.artifact_type for each in listed) == ["text/0", "text/1", "text/2"]
         assert len(registry.repositories["a/b"].tags) == (1 if knows else 2)
+
+
+ODD = [None, 5, {}, {"digest": f"sha512:{'0' * 128}", "mediaType": media_types.MANIFEST, "size": 5}]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_an_odd_entry_of_a_list_costs_that_entry_only(
+    knows: bool, referred: tuple[Registry, str], sample: Sample
+) -> None:
+    registry, signature = referred
+    there = registry.repositories["a/b"]
+    tag = sample.root.digest.replace(":", "-")
+    index = json.loads(there.manifests[there.tags[tag]][1])
+    index["manifests"] = [*ODD, *index["manifests"]]
+    content = json.dumps(index).encode()
+    registry.add_manifest("a/b", content, tag, media_types.INDEX)
+    registry.misbehave(
+        wrong.answers(REFERRERS, content, headers={"Content-Type": media_types.INDEX})
+        if knows
+        else wrong.no_referrers()
+    )
+    assert referrers(registry, sample) == [signature]
+    if not knows:
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            added = repository.put_manifest(referring(registry, sample, "x/y"), media_types.MANIFEST)
+        entries = json.loads(there.manifests[there.tags[tag]][1])["manifests"]
+        # What others wrote stays, as far as the registry takes it.
+        assert [each["digest"] for each in entries] == [signature, added]
+
+
+def referring(registry: Registry, sample: Sample, kind: str) -> bytes:
+    document = {
+        "schemaVersion": 2,
+        "mediaType": media_types.MANIFEST,
+        "artifactType": kind,
+        "config": {"mediaType": "x/y", "digest": registry.add_blob("a/b", b"{}"), "size": 2},
+        "layers": [],
+        "subject": sample.root.to_json(),
+    }
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [list, lambda: [wrong.no_referrers()], lambda: [ignores_filter()]],
+    ids=["filtered", "fallback tag", "not filtered"],
+)
+def test_a_signature_is_found_among_more_reports_than_are_listed(
+    make: Callable[[], list[Misbehave]], sample: Sample
+) -> None:
+    with Registry(page_size=100, misbehave=make()) as registry:
+        sample.serve(registry)
+        listed = []
+        for number in range(1200):
+            kind = media_types.BUNDLE if number == 1150 else f"application/vnd.report.{number}"
+            content = referring(registry, sample, kind)
+            digest = registry.add_manifest("a/b", content, None, media_types.MANIFEST)
+            listed.append(
+                {
+                    "mediaType": media_types.MANIFEST,
+                    "digest": digest,
+                    "size": len(content),
+                    "artifactType": kind,
+                }
+            )
+        index = {"schemaVersion": 2, "mediaType": media_types.INDEX, "manifests": listed}
+        registry.add_manifest("a/b", index, sample.root.digest.replace(":", "-"))
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            found = repository.referrers(sample.root.digest, artifact_type=media_types.BUNDLE)
+            assert [each.digest for each in found] == [listed[1150]["digest"]]
+            with pytest.raises(FormatError, match="more than 1000"):
+                repository.referrers(sample.root.digest)
+
+
+def ignores_filter() -> Misbehave:
+    def act(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        return proceed(
+            replace(request, query={k: v for k, v in request.query.items() if k != "artifactType"})
+        )
+
+    return wrong.Misbehaviour(on=REFERRERS, act=act)
+
+
+def test_signatures_from_before_a_registry_had_the_api_are_found(
+    referred: tuple[Registry, str], sample: Sample
+) -> None:
+    registry, signature = referred
+    empty = json.dumps({"schemaVersion": 2, "mediaType": media_types.INDEX, "manifests": []}).encode()
+    registry.misbehave(wrong.answers(REFERRERS, empty, headers={"Content-Type": media_types.INDEX}))
+    with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+        found = repository.referrers(sample.root.digest, artifact_type=media_types.BUNDLE)
+    assert [each.digest for each in found] == [signature]
+
+
+def test_a_registry_that_lists_it_for_another_subject_does_not_list_it(sample: Sample) -> None:
+    with Registry() as registry:
+        sample.serve(registry)
+        registry.misbehave(
+            wrong.header(wrong.manifest(None, "PUT"), "OCI-Subject", f"sha256:{'0' * 64}", times=1)
+        )
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            repository.put_manifest(referring(registry, sample, "x/y"), media_types.MANIFEST)
+        assert sample.root.digest.replace(":", "-") in registry.repositories["a/b"].tags
+
+
+def test_signers_at_the_same_time_lose_nothing(sample: Sample) -> None:
+    """Each reads the index before the others write theirs."""
+    barrier = threading.Barrier(5)
+    tag = sample.root.digest.replace(":", "-")
+
+    def wait_for_others(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(1)
+        return proceed(request)
+
+    together = wrong.Misbehaviour(on=wrong.manifest(tag, "PUT"), act=wait_for_others, times=5)
+    with Registry(misbehave=[wrong.no_referrers(), together]) as registry:
+        sample.serve(registry)
+        contents = [referring(registry, sample, f"text/{number}") for number in range(5)]
+
+        def attach(content: bytes) -> Digest:
+            with Repository(named(f"{registry.host}/a/b"), access_to(settings=CALM)) as repository:
+                digest = repository.put_manifest(content, media_types.MANIFEST)
+                repository.settle()
+                return digest
+
+        with ThreadPoolExecutor(5) as pool:
+            attached = set(pool.map(attach, contents))
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            assert {each.digest for each in repository.referrers(sample.root.digest)} == attached
+
+
+def test_an_index_that_others_keep_replacing_is_an_error(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_SETTLE_SECONDS", 0.001)
+    tag = sample.root.digest.replace(":", "-")
+
+    def replace_it(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        answer = proceed(request)
+        index = {"schemaVersion": 2, "mediaType": media_types.INDEX, "manifests": []}
+        registry.add_manifest("a/b", index, tag)
+        return answer
+
+    rude = wrong.Misbehaviour(on=wrong.manifest(tag, "PUT"), act=replace_it)
+    with Registry(misbehave=[wrong.no_referrers(), rude]) as registry:
+        sample.serve(registry)
+        content = referring(registry, sample, "x/y")
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            with pytest.raises(RegistryError, match="does not stay listed"):
+                repository.put_manifest(content, media_types.MANIFEST)
+            registry.misbehaviours[:] = [wrong.no_referrers()]
+            repository.put_manifest(content, media_types.MANIFEST)
+            index = {"schemaVersion": 2, "mediaType": media_types.INDEX, "manifests": []}
+            registry.add_manifest("a/b", index, tag)
+            repository.settle()
+            assert len(repository.referrers(sample.root.digest)) == 1, "written again"
 
 
 @pytest.mark.parametrize("media_type", ["", "text/plain", "a/b\r\nX-Evil: 1", "ä/ö"])

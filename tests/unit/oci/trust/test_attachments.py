@@ -58,7 +58,7 @@ class Blobs:
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         raise AssertionError("nothing is read unchecked")
 
-    def referrers(self, digest: Digest) -> list[Descriptor]:
+    def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         return self.listed
 
     def cancel(self) -> None: ...
@@ -96,8 +96,8 @@ def signed(image: Descriptor) -> Bundle:
     return Bundle.sign(Statement(subject=image.digest, predicate_type=COSIGN_SIGN, predicate={}), KEY)
 
 
-def found(source: Any, image: Descriptor) -> list[Bundle]:
-    return list(attachments.find(source, image.digest, LIMITS))
+def found(source: Any, image: Descriptor, failures: list[RekindleError] | None = None) -> list[Bundle]:
+    return list(attachments.find(source, image.digest, LIMITS, [] if failures is None else failures))
 
 
 def test_what_is_stored_is_found_again(tmp_path: Path) -> None:
@@ -182,10 +182,12 @@ def test_what_cannot_be_read_is_passed_over(source: Blobs, image: Descriptor, er
 
 def test_a_registry_that_fails_is_not_passed_over(source: Blobs, image: Descriptor) -> None:
     """Else it would seem that nobody has signed."""
-    broken = source.attach(image, signed(image).content)
+    broken = source.attach(image, signed(image).content, annotations={"a": "b"})
     source.errors[broken.digest] = RegistryError("x")
-    with pytest.raises(RegistryError):
-        found(source, image)
+    source.attach(image, signed(image).content)
+    failures: list[RekindleError] = []
+    assert len(found(source, image, failures)) == 1, "what comes after it is found"
+    assert failures == [source.errors[broken.digest]]
 
 
 def test_a_bundle_of_any_length_is_not_read(source: Blobs, image: Descriptor) -> None:
@@ -195,19 +197,40 @@ def test_a_bundle_of_any_length_is_not_read(source: Blobs, image: Descriptor) ->
     assert found(source, image) == []
 
 
-def test_no_more_than_a_hundred_are_looked_at(source: Blobs, image: Descriptor) -> None:
+def test_no_more_than_is_sane_are_looked_at_and_that_is_said(
+    source: Blobs, image: Descriptor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachments, "_LIMIT", 100)
     for number in range(99):
         source.attach(image, signed(image).content, annotations={"n": str(number)})
     source.listed = source.listed * 3
     source.reads.clear()
-    assert len(found(source, image)) == 100
+    failures: list[RekindleError] = []
+    assert len(found(source, image, failures)) == 100
     assert len(source.reads) == 200
+    assert "the first 100 were read" in failures[0].cause
+
+
+def test_signatures_are_read_before_statements_of_other_kinds(source: Blobs, image: Descriptor) -> None:
+    for number in range(300):
+        source.attach(image, signed(image).content, annotations={"n": str(number)})
+    reports = [
+        structs.replace(each, annotations={media_types.PREDICATE: "https://slsa.dev/provenance/v1"})
+        for each in source.listed
+    ]
+    ours = source.attach(image, signed(image).content)
+    source.listed = [*reports, structs.replace(ours, annotations={media_types.PREDICATE: COSIGN_SIGN})]
+    source.reads.clear()
+    find = attachments.find(source, image.digest, LIMITS, [], is_enough=lambda: True)
+    assert len(list(find)) == 1
+    assert len(source.reads) == 2
+    assert len(found(source, image)) == 301, "what the list calls a report may be a signature"
 
 
 def test_they_are_read_one_after_the_other(source: Blobs, image: Descriptor) -> None:
     for number in range(5):
         source.attach(image, signed(image).content, annotations={"n": str(number)})
-    assert next(attachments.find(source, image.digest, LIMITS))
+    assert next(attachments.find(source, image.digest, LIMITS, []))
     assert len(source.reads) == 2
 
 

@@ -535,7 +535,7 @@ def test_an_image_signed_by_us_and_by_cosign_is_verified_by_both(
     done = cosign(tmp_path, "sign", *by_cosign(place), name)
     assert done.returncode == 0, done.stderr
     with Repository(reference, access) as repository:
-        found = [place.verify(each) for each in attachments.find(repository, image.digest, Limits())]
+        found = [place.verify(each) for each in attachments.find(repository, image.digest, Limits(), [])]
     (by_them,) = (each for each in found if isinstance(each, Signed))
     assert by_them.statement.subject == image.digest
     assert by_them.statement.predicate_type == COSIGN_SIGN

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Only the verifier makes what is verified, from statements of those whom a rule accepts."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -26,7 +27,7 @@ from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from oci.trust.verifier import Trust, Verified
 from rekindle.config import Limits
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, IntegrityError, TrustError
+from rekindle.errors import FormatError, IntegrityError, RegistryError, TrustError
 
 KEY, OTHER, STRANGER = (PrivateKey.generate() for _ in range(3))
 RULE = TrustRule(name="*", keys=(KEY.public,))
@@ -50,7 +51,13 @@ def put_index(layout: Layout, name: str) -> Descriptor:
 
 
 def attach(layout: Layout, subject: Descriptor, *bundles: Bundle) -> None:
-    layout.attach(layout, [attachments.store(layout, subject, each, "any") for each in bundles])
+    layout.attach(layout, [attachments.store(layout, subject, each, kind_of(each)) for each in bundles])
+
+
+def kind_of(bundle: Bundle) -> str:
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return str(json.loads(bundle.envelope.payload)["predicateType"])
+    return COSIGN_SIGN
 
 
 def bundle(about: Descriptor, by: PrivateKey = KEY, kind: str = COSIGN_SIGN, **predicate: Any) -> Bundle:
@@ -282,6 +289,46 @@ def test_an_older_signature_counts_as_much(layout: Layout, root: Descriptor) -> 
 
     assert verify(layout, root, tagged=tagged).trust == Trust(by=f"key {KEY.public.hint}", created=None)
     assert asked == [f"sha256-{root.digest.hex}.sig"]
+
+
+def failing(_: str) -> Descriptor | None:
+    raise RegistryError("500")
+
+
+def test_an_older_signature_that_cannot_be_read_hides_no_other(layout: Layout, root: Descriptor) -> None:
+    with pytest.raises(RegistryError):  # it may be a good one
+        verify(layout, root, tagged=failing)
+    attach(layout, root, bundle(root))
+    assert verify(layout, root, tagged=failing).trust.by == f"key {KEY.public.hint}"
+
+
+def test_a_signature_is_found_beside_attachments_that_cannot_be_read(
+    layout: Layout, root: Descriptor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach(layout, root, bundle(root, STRANGER), bundle(root))
+    broken, good = layout.referrers(root.digest)
+    read = layout.read
+
+    def read_all_but(unread: Descriptor) -> None:
+        def fails(descriptor: Descriptor, *, limit_bytes: int) -> bytes:
+            if descriptor.digest == unread.digest:
+                raise RegistryError("500")
+            return read(descriptor, limit_bytes=limit_bytes)
+
+        monkeypatch.setattr(layout, "read", fails)
+
+    monkeypatch.setattr(layout, "referrers", lambda *_, **__: [broken, good])
+    read_all_but(broken)
+    assert verify(layout, root).trust.by == f"key {KEY.public.hint}"
+    read_all_but(good)
+    with pytest.raises(RegistryError):
+        verify(layout, root)
+
+
+def test_an_image_that_was_copied_without_its_signatures(layout: Layout, root: Descriptor) -> None:
+    with pytest.raises(TrustError) as caught:
+        verify(layout, root)
+    assert "rekindle copy" in caught.value.hint
 
 
 def test_an_older_signature_of_another_image_or_by_another(layout: Layout, root: Descriptor) -> None:
