@@ -44,8 +44,14 @@ def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="rekindle doctor",
-        description="Check what snapshot and restore need on this node. "
+        description="Check what snapshot and restore need on this node, and what an image needs. "
         "Exits with status 10 if something is missing.",
+    )
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        nargs="?",
+        help="also check what this node lacks for the process of an image",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
@@ -65,6 +71,8 @@ def main(words: Sequence[str]) -> int:
     removed = _sweep(home)
     names = [args.check] if args.check else list(_CHECKS)
     checks = [check for name in names for check in _CHECKS[name](home)]
+    if args.image:
+        checks += _image(args.image, home)
     ok = all(check.ok or not check.needed for check in checks) and not left
     if args.json:
         document = {
@@ -106,6 +114,27 @@ def _sweep(home: Home) -> list[Path]:
     from oci import store
 
     return store.sweep(home)
+
+
+def _image(name: str, home: Home) -> Iterator[Check]:
+    """Yield what this node lacks for the process of an image. Its signature does not matter here."""
+    from oci import image as images
+    from oci import resolve
+    from oci.options import RegistryOptions
+    from oci.reference import parse
+    from restore.decide import abilities, facts, plan
+
+    reference = parse(name)
+    with resolve.source(reference, home, RegistryOptions()) as source:
+        image = images.load(source.blobs, source.root, source.limits)
+        step = plan.make(
+            facts.of_image(image, home, able=abilities.probe(home)), strictness=facts.strictness()
+        ).steps[0]
+    hard = [reason for reason in step.reasons if reason.hard]
+    if not hard:
+        yield Check(name="image", ok=True, detail=f"the process of {name} can be restored here")
+    for reason in hard:
+        yield Check(name="image", ok=False, detail=str(reason), remedy=reason.advice)
 
 
 def _root(_: Home) -> Iterator[Check]:

@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 
 from cli import _arguments, _plan, _report
@@ -18,14 +17,12 @@ from rekindle import documents
 from rekindle.errors import FormatError
 from rekindle.fields import JSON
 from rekindle.home import Home
-from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Rung
 from rekindle.run import replay
 from rekindle.text import printable
 from restore.decide import facts as gathering
-from restore.decide import match_loaded, plan
-from restore.decide.abilities import Abilities
-from restore.decide.plan import Facts, Plan
+from restore.decide import plan
+from restore.decide.plan import Plan
 
 SCHEMA = "rekindle.inspect/1"
 
@@ -39,16 +36,15 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_registry(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
-    reference = parse(args.image)
-    with resolve.source(reference, Home.from_environment(), _arguments.registry(args)) as source:
+    reference, home = parse(args.image), Home.from_environment()
+    with resolve.source(reference, home, _arguments.registry(args)) as source:
         kernels = _cache_image(source)
         if kernels is None:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
                 kernels = cache_image.load(source.blobs, image.cache, source.limits)
-            _show_snapshot(
-                image, kernels, plan.make(_facts_of(image, kernels), strictness=gathering.strictness()), args
-            )
+            made = plan.make(gathering.of_image(image, home, kernels), strictness=gathering.strictness())
+            _show_snapshot(image, kernels, made, args)
         else:
             _show_cache(kernels, args)
     return 0
@@ -62,18 +58,6 @@ def _cache_image(source: FoundImage) -> CacheImage | None:
         return cache_image.load(source.blobs, source.root, source.limits)
     except FormatError:
         return None
-
-
-def _facts_of(image: Image, kernels: CacheImage | None) -> Facts:
-    """Return the facts that are known without trying what this node can do."""
-    return Facts(
-        node=Fingerprint.probe(image.record.command),
-        abilities=Abilities(),
-        image=image,
-        cache=kernels,
-        different=match_loaded.mapped(image.record),
-        loaded=match_loaded.compare(image.record, (), os.environ),
-    )
 
 
 def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: argparse.Namespace) -> None:

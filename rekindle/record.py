@@ -22,6 +22,7 @@ from rekindle.environment import RecordedVariables
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
 from rekindle.node.fingerprint import Fingerprint
+from rekindle.node.huge_pages import HugePages
 from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile
 
@@ -36,6 +37,7 @@ _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
 _GPUS_LIMIT = 1024
 LISTENERS_LIMIT = 1024
 _NAME_LIMIT_BYTES, _PATH_LIMIT_BYTES = 255, 4095
+_SIZES_LIMIT = 16
 _RANGES_LIMIT = 1 << 17  # twice the mappings that Linux lets a process have by default
 _PRIVATE_LIMIT = 10_000
 _NOT_PRIVATE = ("/dev/", "/proc/", "/sys/")
@@ -173,7 +175,8 @@ class Process(Struct, frozen=True, kw_only=True):
     processes with CUDA state. `settings` are those of every process but the root; None if it is not known
     what they set, and everything stays as it was at the dump. `hooked` are the processes to reseed after a
     restore (rekindle/cell/hook.py). `private` are paths outside the cell of which each replica gets a copy
-    (rekindle/cell/private.py), `directories` those that it needs.
+    (rekindle/cell/private.py), `directories` those that it needs. `huge_pages` are those
+    that they have mapped.
     """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -190,6 +193,7 @@ class Process(Struct, frozen=True, kw_only=True):
     hooked: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     private: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
     directories: Annotated[tuple[NeededDirectory, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
+    huge_pages: Annotated[tuple[HugePages, ...], Meta(max_length=_SIZES_LIMIT)] = ()
 
     def __post_init__(self) -> None:
         """Require that what is private lies where the cell shows the node's own files."""

@@ -112,6 +112,22 @@ def has_memory(home: Home, image: Image) -> bool:
         return lender is not None
 
 
+def room(home: Home, image: Image) -> tuple[int, int]:
+    """Return the bytes that an image's dump still takes on the disk, and those that could be freed for it.
+
+    Dumps in use count as if they could be removed.
+    """
+    if is_ready(home, image):
+        return 0, 0
+    with _lender(home.dumps, image) as lender:
+        needed = _room_bytes(image, lender)
+    there = _free_bytes(home.dumps)
+    if needed > there:
+        markers = (_marker(path) for path in home.dumps.iterdir() if path.suffix != ".lock")
+        there = min(there + sum(each.bytes for each in markers if each), _disk_bytes(home.dumps))
+    return needed, there
+
+
 def adopt(home: Home, image: Image, tree: Path) -> None:
     """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
     target = place(home, image)

@@ -10,6 +10,7 @@ from rekindle.cell import Cell, processes
 from rekindle.cell.settings import ProcessSettings
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
+from rekindle.node.huge_pages import HugePages, of_smaps
 from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import LISTENERS_LIMIT, Record
 from snapshot.private_paths import PrivatePaths
@@ -28,7 +29,7 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     `listeners` are where it listens, the main address first. `server_pid` is the PID in the cell that gets
     its signals. `threads` is the number of its threads. `opened` are the paths that its processes have
     mapped or open, without its own logs. `settings` are those that its processes have set for themselves,
-    `private` the paths of which each replica gets a copy.
+    `private` the paths of which each replica gets a copy, `huge_pages` those that they have mapped.
     """
 
     listeners: tuple[Endpoint, ...]
@@ -37,6 +38,7 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     opened: set[str]
     settings: tuple[ProcessSettings, ...]
     private: PrivatePaths
+    huge_pages: tuple[HugePages, ...]
 
 
 def listened_endpoint(engine: Engine, listeners: Sequence[Endpoint]) -> Endpoint:
@@ -57,6 +59,17 @@ def listened_endpoints(cell: Cell, pids: Sequence[int]) -> list[Endpoint]:
 def main_first(main: Endpoint, listeners: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
     """Return what to record of the addresses: the main one, and the others up to the limit."""
     return (main, *(each for each in listeners if each != main))[:LISTENERS_LIMIT]
+
+
+def mapped_huge_pages(cell: Cell, pids: Sequence[int]) -> tuple[HugePages, ...]:
+    """Return the huge pages that processes have mapped."""
+    found = []
+    for pid in pids:
+        resident = processes.status(cell, pid).get("HugetlbPages", "0").split()[0]
+        names = ("/anon_hugepage", "/memfd:")
+        if resident != "0" or any(path.startswith(names) for path in processes.mapped_paths(cell, pid)):
+            found.append(processes.smaps(cell, pid))  # takes long if there are many mappings
+    return of_smaps(found)
 
 
 def opened_files(cell: Cell, pids: Sequence[int]) -> set[str]:

@@ -43,6 +43,7 @@ from snapshot.describe import (
     listened_endpoints,
     main_first,
     mapped_files,
+    mapped_huge_pages,
     opened_files,
     readable_path,
 )
@@ -207,6 +208,7 @@ def _inspect(
         opened=opened_files(cell, pids) - own,
         private=private,
         settings=read_settings(cell, server.root_pid),
+        huge_pages=mapped_huge_pages(cell, pids),
     )
     _drop_disposable(cell, pids, engine.disposable())
     return running
@@ -285,6 +287,7 @@ def _process(
         hooked=hooked,
         private=kept.copied,
         directories=kept.directories,
+        huge_pages=running.huge_pages,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from rekindle.cell import init
+from rekindle.cell import init, surroundings
 
 TMP, SHM = Path("/tmp"), Path("/dev/shm")
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
@@ -35,7 +35,7 @@ def take_own_machine(place: Path, keep: Sequence[Path]) -> tuple[int, int]:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(init.CLONE_NEWNS | init.CLONE_NEWNET) == -1:
         raise OSError(ctypes.get_errno(), "unshare")
-    init.raise_loopback()
+    surroundings.raise_loopback()
     _run("mount", "--make-rprivate", "/")
     own = place / "tmp"
     own.mkdir()

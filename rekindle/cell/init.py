@@ -125,6 +125,8 @@ def launch(control: socket.socket, parent: int) -> int:
     if dial:
         flags |= CLONE_NEWNET
     check(libc.unshare(flags), "unshare")
+    from rekindle.cell.surroundings import set_clock
+
     for clock in ("monotonic", "boottime"):
         if (target_ns := request[clock]) is not None:
             set_clock(clock, target_ns)
@@ -138,26 +140,6 @@ def launch(control: socket.socket, parent: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def set_clock(name: str, target_ns: int) -> None:
-    """Set a clock to `target_ns` in the time namespace that our children will enter.
-
-    /proc/self/timens_offsets counts from the initial namespace, so the offset of our own namespace is
-    added.
-    """
-    clock = {"monotonic": 1, "boottime": 7}[name]
-    with open("/proc/self/timens_offsets") as file:
-        present = {fields[0]: int(fields[1]) * 10**9 + int(fields[2]) for fields in map(str.split, file)}
-    seconds, nanoseconds = divmod(present[name] + target_ns - read_clock(clock), 10**9)
-    with open("/proc/self/timens_offsets", "w") as file:
-        file.write(f"{name} {seconds} {nanoseconds}\n")
-
-
-def read_clock(clock: int) -> int:
-    import time
-
-    return time.clock_gettime_ns(clock)
-
-
 def run_init(control: socket.socket, dial: socket.socket | None) -> None:
     try:
         # Not die_with_parent: getppid() is 0 here, since the launcher is outside the PID namespace.
@@ -169,7 +151,10 @@ def run_init(control: socket.socket, dial: socket.socket | None) -> None:
             mount(f"/proc/self/fd/{shown}", NVIDIA, None, MS_BIND | MS_REC)
             os.close(shown)
         mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")  # noqa: S108
+        mount_own_terminals()
         if dial:
+            from rekindle.cell.surroundings import raise_loopback
+
             raise_loopback()
         serve(control, dial)
     except OSError as error:
@@ -194,12 +179,16 @@ def open_own_mount(path: str) -> int:
     return fd
 
 
-def raise_loopback() -> None:
-    siocgifflags, siocsifflags, iff_up = 0x8913, 0x8914, 1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        request = struct.pack("16sH14x", b"lo", 0)
-        flags = struct.unpack("16sH14x", fcntl.ioctl(sock, siocgifflags, request))[1]
-        fcntl.ioctl(sock, siocsifflags, struct.pack("16sH14x", b"lo", flags | iff_up))
+def mount_own_terminals() -> None:
+    """Number pseudo-terminals from 0 again: a restored one must have the number that it had.
+
+    Where that is not possible, the cell keeps those of the host.
+    """
+    with contextlib.suppress(OSError):
+        mount(
+            "devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5"
+        )
+        mount("/dev/pts/ptmx", "/dev/ptmx", None, MS_BIND)
 
 
 def serve(control: socket.socket, dial: socket.socket | None) -> None:
@@ -385,7 +374,8 @@ def load_neighbours() -> None:
     import rekindle.cell.adjust
     import rekindle.cell.binding
     import rekindle.cell.relay
-    import rekindle.cell.supervisor  # noqa: F401
+    import rekindle.cell.supervisor
+    import rekindle.cell.surroundings  # noqa: F401
 
 
 def make_memory_place(directory: str) -> None:

@@ -116,6 +116,13 @@ def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
                 yield fields[5]
 
 
+def smaps(cell: Cell, pid: int) -> str:
+    """Return /proc/PID/smaps, which lists the mappings of a process in detail; "" if it is gone."""
+    with contextlib.suppress(OSError):
+        return (proc(cell) / str(pid) / "smaps").read_text(errors="replace")
+    return ""
+
+
 def socket_inodes(cell: Cell, pids: Iterable[int]) -> set[int]:
     """Return the inodes of the sockets that processes have open."""
     return {

@@ -17,9 +17,17 @@ from oci.trust.verifier import Verified
 from rekindle.engine.choose import from_record
 from rekindle.errors import UsageError
 from rekindle.home import Home
+from rekindle.node import memory
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
-from restore.decide import abilities, match_api_key, match_directories, match_environment, match_loaded
+from restore.decide import (
+    abilities,
+    match_api_key,
+    match_directories,
+    match_environment,
+    match_loaded,
+    match_needs,
+)
 from restore.decide.abilities import Abilities
 from restore.decide.plan import Facts
 from restore.decide.remembered import Findings
@@ -65,6 +73,7 @@ def gather(
         loaded=[
             *(match_loaded.compare(record, given, os.environ, findings) if with_abilities else ()),
             *match_directories.compare(record),
+            *(match_needs.compare(found, home) if with_abilities else ()),
         ],
         local=isinstance(reference, LayoutReference),
         unpacked=unpacked,
@@ -76,6 +85,31 @@ def gather(
         api_keys=match_api_key.today(record, given, os.environ),
     )
     return facts, kernels
+
+
+def of_image(
+    image: images.Image,
+    home: Home,
+    kernels: "CacheImage | None" = None,
+    able: Abilities | None = None,
+) -> Facts:
+    """Return the facts about an image that need not be trusted, and this node, for who only looks at them.
+
+    Without `able`, nothing is tried.
+    """
+    record = image.record
+    return Facts(
+        node=Fingerprint.probe(record.command),
+        abilities=able or Abilities(memory_bytes=memory.available_bytes()),
+        image=image,
+        cache=kernels,
+        different=match_loaded.mapped(record),
+        loaded=[
+            *match_loaded.compare(record, (), os.environ),
+            *match_directories.compare(record),
+            *match_needs.compare(image, home),
+        ],
+    )
 
 
 def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Abilities:

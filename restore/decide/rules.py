@@ -15,6 +15,7 @@ from rekindle.report import Reason, Rung
 from restore.decide.difference import Difference
 from restore.decide.environment_rules import OF_CACHES, OF_PROCESSES
 from restore.decide.limit_rules import LIMIT_RULES
+from restore.decide.need_rules import NEED_RULES
 from restore.decide.rule import Rule
 from restore.signals import DeadlinePassed
 
@@ -244,6 +245,7 @@ RULES: Mapping[str, Rule] = {
         advice="give the container more memory, or end other processes",
     ),
     **LIMIT_RULES,
+    **NEED_RULES,
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
         hard=True,

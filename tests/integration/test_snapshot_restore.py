@@ -2,9 +2,11 @@
 """Snapshot and restore of a server that is not vLLM, with real CRIU."""
 
 import errno
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +130,18 @@ def test_a_restored_server_writes_to_our_stdout_and_stderr(
     assert "serving" not in replica.log.read_text(), "what was written before the snapshot came again"
 
 
+def test_replicas_have_terminals_of_the_same_number(rekindle: Rekindle, restore: Restore, port: int) -> None:
+    done = rekindle.snapshot_workhorse("terminal", port, "hold=terminal")
+    assert done.status == 0, done.stderr
+    terminals = [os.openpty() for _ in range(3)]
+    try:
+        replicas = [restore("terminal", free_port()) for _ in range(2)]
+        assert [replica.ask("/count", {}) for replica in replicas] == ["1", "1"]
+    finally:
+        for fd in itertools.chain.from_iterable(terminals):
+            os.close(fd)
+
+
 def test_the_hosts_network_can_be_kept(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
     done = rekindle.snapshot_workhorse("horse", port, flags=["--network", "host"])
     assert done.status == 0, done.stderr
@@ -141,6 +155,11 @@ def test_the_hosts_network_can_be_kept(rekindle: Rekindle, port: int, tmp_path: 
         process.kill()
         process.wait()
     assert rekindle("restore", "horse", "--publish", str(free_port())).status == 2
+    assert rekindle("match", "horse").status == 0
+    with socket.create_server(("127.0.0.1", port)):
+        done = rekindle("match", "horse")
+        assert done.status == 3
+        assert f"port: address was 127.0.0.1:{port}, is Address already in use" in done.stdout
 
 
 def test_an_image_in_a_layout_directory(

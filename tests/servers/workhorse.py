@@ -213,6 +213,8 @@ def hold(what: str) -> object:
         threading.Thread(target=subprocess.run, args=(["sleep", "1000"],), daemon=True).start()
         time.sleep(0.2)
         return None
+    if what == "terminal":
+        return os.openpty()
     if what == "fork-storm":
         for _ in range(3):
             threading.Thread(target=storm, daemon=True).start()
