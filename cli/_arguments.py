@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from oci.options import RegistryOptions
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
+REPLICA = "name of a server; see `rekindle ps`"
 READY_URL = "for a COMMAND other than vLLM: URL that answers 2xx when the server is ready"
 ORACLE_REQUEST = "for a COMMAND other than vLLM: request whose answer proves the server"
 
@@ -35,6 +37,17 @@ def _columns() -> int:
             return int(named)
         return os.get_terminal_size(1).columns or 80
     return 80
+
+
+def seconds(text: str) -> float:
+    """Parse a positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"invalid number of seconds '{text}'")
+    return value
 
 
 def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING
 
 from cli import _arguments, _report, _trust
 from rekindle.cell import Cell
+from rekindle.errors import UsageError
+from rekindle.home import Home
+from rekindle.replicas import Registration, register
 from rekindle.report import Report, Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
 from restore.listener import Listener
 from restore.options import Memory, Options, Output
 
 if TYPE_CHECKING:
+    from cli._detach import Detached
     from oci.progress import Tally
 
 
-def run(args: argparse.Namespace, command: Sequence[str], cell: Cell | None) -> int:
+def run(
+    args: argparse.Namespace, command: Sequence[str], cell: Cell | None, detached: "Detached | None" = None
+) -> int:
     """Restore, into a cell that boots, or print the plan; return the exit status."""
     options = Options(
         image=args.image,
@@ -25,6 +31,7 @@ def run(args: argparse.Namespace, command: Sequence[str], cell: Cell | None) -> 
         rung=args.rung,
         require=args.require or Rung.COLD,
         publish=tuple(args.publish),
+        replica_index=detached.index if detached else 0,
         ready_url=args.ready_url,
         ready_file=args.ready_file,
         process_deadline=args.process_deadline,
@@ -41,7 +48,26 @@ def run(args: argparse.Namespace, command: Sequence[str], cell: Cell | None) -> 
     if args.plan:
         return _show_plan(options, as_json=args.json)
     _report.refuse_unwritable(args.report)
-    return restore(options, _Console(args), cell)
+    with contextlib.ExitStack() as stack:
+        registration = detached.registration if detached else _register(args)
+        if registration is not None and detached is None:
+            stack.enter_context(registration)
+        status = restore(options, _Console(args, detached), cell, registration)
+        if registration is not None:
+            registration.end(status)
+    return status
+
+
+def _register(args: argparse.Namespace) -> Registration | None:
+    """Register the replica for `rekindle ps`; return None where nothing can be kept."""
+    try:
+        return register(Home.from_environment(), args.name, args.image)
+    except OSError:
+        return None
+    except UsageError as error:
+        if args.name and not isinstance(error.__cause__, OSError):
+            raise
+        return None  # such as a read-only home: the server can run without an entry
 
 
 def _show_plan(options: Options, *, as_json: bool) -> int:
@@ -58,8 +84,8 @@ def _show_plan(options: Options, *, as_json: bool) -> int:
 class _Console(Listener):
     """Print lines and progress to stderr, and write the report where it was asked for."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, args: argparse.Namespace, detached: "Detached | None") -> None:
+        self._args, self._detached = args, detached
         self._tell = _report.console(quiet=args.quiet)
 
     def say(self, text: str) -> None:
@@ -77,6 +103,8 @@ class _Console(Listener):
             _report.write(report, self._args.report, to_stdout=self._args.json)
         except OSError as error:  # the running server matters more than its report
             report.say(f"WARNING: cannot write the report: {error}")
+        if self._detached is not None and report.error is None:
+            self._detached.ready(report)
 
     def interrupted(self, report: Report) -> None:
         with contextlib.suppress(OSError):
@@ -84,5 +112,7 @@ class _Console(Listener):
 
     def failed(self, report: Report) -> None:
         self.interrupted(report)
+        if self._detached is not None:
+            self._detached.tell(report)
         with contextlib.suppress(OSError):
             _report.write(report, None, to_stdout=self._args.json)

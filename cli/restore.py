@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,30 @@ from rekindle.report import Rung
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
+    args = _parser().parse_args(words)
+    detached = None
+    if (args.detach or args.replicas) and not args.plan:
+        from cli import _detach
+
+        begun = _detach.begin(args)
+        if isinstance(begun, int):
+            return begun
+        detached = begun
+    with contextlib.ExitStack() as stack:
+        if detached is not None:
+            stack.enter_context(detached.registration)
+        cell = None
+        if args.rung is Rung.PROCESS and not args.plan and os.geteuid() == 0:
+            from rekindle.cell import Cell
+
+            cell = stack.enter_context(Cell())  # it boots while we import the rest
+        # Imported late: it takes most of the start-up time, which --help does not need.
+        from cli._restoring import run
+
+        return run(args, command, cell, detached)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rekindle restore",
         formatter_class=_arguments.Formatter,
@@ -54,21 +77,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--paranoid", action="store_true", help="unpack the dump again, which checks every byte of it"
     )
+    _add_replicas(parser)
     _arguments.add_accept_environment(parser)
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
-    args = parser.parse_args(words)
-    with contextlib.ExitStack() as stack:
-        cell = None
-        if args.rung is Rung.PROCESS and not args.plan and os.geteuid() == 0:
-            from rekindle.cell import Cell
-
-            cell = stack.enter_context(Cell())  # it boots while we import the rest
-        # Imported late: it takes most of the start-up time, which --help does not need.
-        from cli._restoring import run
-
-        return run(args, command, cell)
+    return parser
 
 
 def _add_rungs(parser: argparse.ArgumentParser) -> None:
@@ -87,24 +101,39 @@ def _add_rungs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--process-deadline",
-        type=_seconds,
+        type=_arguments.seconds,
         metavar="S",
         help="try the next rung unless the process serves within S seconds (default: from the estimate)",
     )
     parser.add_argument(
         "--cache-deadline",
-        type=_seconds,
+        type=_arguments.seconds,
         metavar="S",
         help="try the next rung unless the kernel cache is in place within S seconds "
         "(default: from the estimate)",
     )
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"invalid number of seconds '{text}'")
-    return seconds
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("replicas")
+    group.add_argument(
+        "--name", metavar="NAME", help="name of this replica for `rekindle ps` (default: after the image)"
+    )
+    group.add_argument(
+        "--detach",
+        action="store_true",
+        help="return once the server is ready, and print its name; it runs on in the background",
+    )
+    group.add_argument(
+        "--replicas",
+        type=_count,
+        metavar="N",
+        help="restore N replicas, published at N consecutive ports from --publish on; needs --detach. Only "
+        "the first goes down the ladder",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"invalid number of replicas '{text}'")
+    return int(text)

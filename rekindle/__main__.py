@@ -17,6 +17,11 @@ from rekindle.text import printable
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
     "restore": "restore a saved server, and serve",
+    "ps": "list the servers that run",
+    "logs": "print what a detached server has written",
+    "stop": "end servers, gracefully or not",
+    "wait": "wait until a server ends",
+    "exec": "run a command in the cell of a server",
     "push": "push an image to a registry",
     "pull": "pull an image from a registry",
     "copy": "copy an image between any two places",
@@ -28,6 +33,7 @@ VERBS = {
     "inspect": "show what an image contains",
     "match": "compare this node with a snapshot, field by field",
     "doctor": "check what this node can do, and what is missing",
+    "completion": "print the completion of commands for a shell",
     "bench": "compare cold starts with restores, by phase",
 }
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -5,6 +5,7 @@
         store/                      the local store, an OCI image layout
         dumps/HEX/                  dumps ready to restore, by the digest of their manifest
         run/VERB-PID-XXXXXX/        the work directory of a running command, which locks it while it lives
+        replicas/NAME/              a server that runs, or has ended: see rekindle/replicas.py
         logs/                       logs of commands that failed, the newest twenty
         compared/                   what comparisons of files with records have found
         tools/                      compiled helpers, and facts about this node
@@ -31,7 +32,7 @@ from rekindle.os_errors import naming_full_disk
 
 _LOGS_KEPT = 20
 _ALWAYS_THERE = {"store", "dumps", "run", "tools", "logs"}
-_OURS = {*_ALWAYS_THERE, "compared", "caches", "machine.key", "machine.pub"}
+_OURS = {*_ALWAYS_THERE, "compared", "replicas", "caches", "machine.key", "machine.pub"}
 _OURS |= {"policy.toml", "config.toml", "seen.json", "lock"}
 _OF_FILE_SYSTEMS = {"lost+found"}
 _STALE_SECONDS = 3600.0
@@ -53,12 +54,14 @@ class Home:
         self.store = root / "store"
         self.dumps = root / "dumps"
         self.run = root / "run"
+        self.replicas = root / "replicas"
         self.compared = root / "compared"
         self.tools = root / "tools"
         self.logs = root / "logs"
         with naming_full_disk(root):
             _make_private(root)
-            for directory in (root, self.store, self.dumps, self.run, self.compared, self.tools, self.logs):
+            below = (self.store, self.dumps, self.run, self.replicas, self.compared, self.tools, self.logs)
+            for directory in (root, *below):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @property

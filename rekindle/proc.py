@@ -4,6 +4,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -48,9 +49,30 @@ def peak_rss_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
+def start_ticks(pid: int | str) -> int:
+    """Return when a process started, in clock ticks since the boot. Raises OSError if there is none."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rsplit(")", 1)[1].split()[19])
+
+
 def process_age() -> float:
     """Return the seconds since this process started, with a resolution of 10 ms."""
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
-    started = ticks / os.sysconf("SC_CLK_TCK")
+    started = start_ticks("self") / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+
+
+def memory_bytes(pids: Iterable[int]) -> tuple[int, int]:
+    """Return the bytes of the anonymous and shared memory of processes, and of their mapped files in memory.
+
+    From the OS kernel's counters per process: memory that two processes share counts twice.
+    """
+    own = files = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in {"RssAnon", "RssShmem"}:
+                    own += int(value.split()[0]) * 1024
+                elif name == "RssFile":
+                    files += int(value.split()[0]) * 1024
+    return own, files

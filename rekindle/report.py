@@ -296,6 +296,7 @@ class Report(Struct, kw_only=True):
     endpoint: str | None = None
     addresses: list[ServerAddress] = field(default_factory=list)
     pid: int | None = None
+    replica: str | None = None
     error: Failure | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
@@ -359,6 +360,7 @@ class Report(Struct, kw_only=True):
             "endpoint": self.endpoint,
             "pid": self.pid,
             "addresses": [address.to_json() for address in self.addresses],
+            "replica": self.replica,
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,

@@ -7,10 +7,12 @@ import os
 import threading
 
 from oci import store
+from rekindle import replicas
 from rekindle.cell import Cell, Network
 from rekindle.criu import Criu, kernel_facts
 from rekindle.errors import Interrupted
 from rekindle.home import Home
+from rekindle.replicas import Registration
 from rekindle.report import Outcome, Report, Rung, ServerAddress
 from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
@@ -31,10 +33,16 @@ LOWER_STATUS = 3
 _OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
 
 
-def restore(options: Options, listener: Listener | None = None, cell: Cell | None = None) -> int:
+def restore(
+    options: Options,
+    listener: Listener | None = None,
+    cell: Cell | None = None,
+    registration: Registration | None = None,
+) -> int:
     """Restore a saved server on the best rung that this node allows, and serve until it exits.
 
     `cell` is one that has not been entered yet, if the caller wanted it to boot earlier; it is ended here.
+    `registration` is the entry of this replica among those of the home, if it has one; it is kept up to date.
 
     Call this in the main thread: signals are passed on to the server. Returns the server's exit status, 128
     + N for signal N, but 3 instead of 0 on a rung below `options.rung`. Raises RekindleError if no rung could
@@ -42,8 +50,9 @@ def restore(options: Options, listener: Listener | None = None, cell: Cell | Non
     """
     listener = listener or Listener()
     report = Report(verb="restore", asked=options.rung, tell=listener.say)
+    report.replica = registration.name if registration else None
     with Signals() as signals, contextlib.ExitStack() as stack:
-        announcer = Announcer(report, listener, options.ready_file)
+        announcer = Announcer(report, listener, options.ready_file, registration)
         run = Run(options=options, report=report, listener=listener, signals=signals, announcer=announcer)
         try:
             decision, taken = _bring_up(run, cell, stack)
@@ -147,6 +156,8 @@ def _addresses(decision: Decision, addresses: Addresses, rung: Rung) -> list[Ser
 
 def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
     """Announce that the server is ready and serve until it exits; return the exit status."""
+    if taken.status is None:
+        run.announcer.register(taken.rung, taken.cell_init)
     run.listener.ready(run.report)
     # Killed commands may have left gigabytes: do not wait for their removal.
     if decision.home is not None:
@@ -163,5 +174,6 @@ def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
 def _tidy(home: Home, criu: Criu | None) -> None:
     """Do for the next restore what this one need not wait for."""
     store.sweep(home)
+    replicas.sweep(home)
     if criu is not None:
         kernel_facts.learn(home, criu.path)

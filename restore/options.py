@@ -37,6 +37,7 @@ class Options(Struct, frozen=True, kw_only=True):
     of its rung; None derives them from an estimate. `publish` are addresses of this host, `[HOST:]PORT`, or
     `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
     the server listens on. `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
+    `replica_index` is that of one of several replicas, whose ports are apart.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's.
     """
 
@@ -45,6 +46,7 @@ class Options(Struct, frozen=True, kw_only=True):
     rung: Rung = Rung.PROCESS
     require: Rung = Rung.COLD
     publish: str | tuple[str, ...] | None = None
+    replica_index: int = 0
     ready_url: str | None = None
     ready_file: Path | None = None
     process_deadline: float | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from rekindle import proc as proc_facts
 from rekindle.cell import Cell, descendants
 from rekindle.proc import children
 
@@ -163,17 +164,5 @@ def address(text: str) -> tuple[str, int]:
 
 
 def memory_bytes(cell: Cell) -> tuple[int, int]:
-    """Return the bytes of a cell's anonymous and shared memory, and of its mapped files in memory.
-
-    From the OS kernel's counters per process: memory that two processes share counts twice.
-    """
-    own = files = 0
-    for pid in host_pids(cell):
-        with contextlib.suppress(OSError, ValueError):
-            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in {"RssAnon", "RssShmem"}:
-                    own += int(value.split()[0]) * 1024
-                elif name == "RssFile":
-                    files += int(value.split()[0]) * 1024
-    return own, files
+    """Return the bytes of a cell's anonymous and shared memory, and of its mapped files in memory."""
+    return proc_facts.memory_bytes(host_pids(cell))

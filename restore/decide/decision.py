@@ -24,7 +24,7 @@ from restore.decide import facts as gathering
 from restore.decide import plan as planning
 from restore.decide.match_process import starts_recorded
 from restore.decide.plan import Facts, Plan
-from restore.decide.publications import Publication, publications
+from restore.decide.publications import Publication, moved, publications
 from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
 from restore.options import Memory, Options
@@ -223,11 +223,11 @@ def _publications(
 ) -> tuple[Publication, ...]:
     """Return what to publish; nothing if it is unknown where the server will listen."""
     record = facts.image.record if facts.image else None
-    if options.published and record and record.process.network is Network.HOST:
+    if (options.published or options.replica_index) and record and record.process.network is Network.HOST:
         raise UsageError(
-            "--publish cannot be combined with a snapshot on the host's network",
-            hint=f"omit it: the server listens on {record.endpoint} itself",
+            "--publish and --replicas cannot be combined with a snapshot on the host's network",
+            hint=f"omit them: the server listens on {record.endpoint} itself",
         )
     restored = record if plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible else None
     main = engine.endpoint if engine else restored.endpoint if restored else None
-    return tuple(publications(options.published, main, restored))
+    return moved(publications(options.published, main, restored), options.replica_index)

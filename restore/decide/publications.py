@@ -4,7 +4,7 @@
 import re
 from collections.abc import Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from rekindle.cell import Network
 from rekindle.engine import Endpoint, parse_endpoint
@@ -14,6 +14,9 @@ from rekindle.record import Record
 
 # [HOST:]PORT:SERVERPORT. A host that is a number is none: `9000:8000` are two ports.
 _WITH_SERVER_PORT = re.compile(r"(?:(\[[^\[\]]+\]|[^:\[\]]*[^:\[\]0-9][^:\[\]]*):)?([0-9]{1,5}):([0-9]{1,5})")
+
+
+_PORT_LIMIT = 65535
 
 
 class Publication(Struct, frozen=True, kw_only=True):
@@ -44,6 +47,17 @@ def publications(asked: Sequence[str], main: Endpoint | None, record: Record | N
             if each not in {record.endpoint, main}
         ]
     return found
+
+
+def moved(made: Sequence[Publication], index: int) -> tuple[Publication, ...]:
+    """Return the publications of the replica with this index, at ports that no replica before it has."""
+    ports = [each.at.port for each in made]
+    step = index * (max(ports) - min(ports) + 1) if index and ports else 0
+    if step and max(ports) + step > _PORT_LIMIT:
+        raise UsageError(f"there is no port {max(ports) + step}", hint="--publish a lower one")
+    return tuple(
+        structs.replace(each, at=structs.replace(each.at, port=each.at.port + step)) for each in made
+    )
 
 
 def unpublished(made: Sequence[Publication], record: Record) -> list[Endpoint]:

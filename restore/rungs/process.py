@@ -134,7 +134,7 @@ def take(
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
             _publish(addresses, serving, record, _gate(record, decision.facts.api_keys))
-    return TakenRung(rung=Rung.PROCESS, serving=serving)
+    return TakenRung(rung=Rung.PROCESS, serving=serving, cell_init=cell.init_pid)
 
 
 def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":

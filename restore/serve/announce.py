@@ -4,6 +4,7 @@
 import signal
 from pathlib import Path
 
+from rekindle.replicas import Registration
 from rekindle.report import Failure, Outcome, Report, Rung
 from restore.listener import Listener
 from restore.serve import notify
@@ -15,7 +16,14 @@ _HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: 
 class Announcer:
     """Announces once that the server is ready, and once that it stops."""
 
-    def __init__(self, report: Report, listener: Listener, ready_file: Path | None) -> None:
+    def __init__(
+        self,
+        report: Report,
+        listener: Listener,
+        ready_file: Path | None,
+        registration: Registration | None = None,
+    ) -> None:
+        self._registration = registration
         self._report = report
         self._listener = listener
         self._ready_file = ready_file
@@ -51,6 +59,16 @@ class Announcer:
         if left := [each.server for each in further if not each.published and not each.problem]:
             report.say(f"not published: {', '.join(left)} of the server (--publish PORT:SERVERPORT)")
 
+    def register(self, rung: Rung, cell_init: int | None) -> None:
+        """Note in the replica's entry that the server is ready, and the PID of its cell's init."""
+        if self._registration is not None:
+            self._registration.ready(
+                rung=rung,
+                digest=str(self._report.image.digest) if self._report.image else "",
+                endpoint=self._report.endpoint or "",
+                cell_init=cell_init,
+            )
+
     def ready(self) -> None:
         """Tell the platform that the server is ready."""
         self._is_ready = True
@@ -63,6 +81,8 @@ class Announcer:
         if self._is_ready:
             self._is_ready = False
             notify.stopping(self._ready_file)
+            if self._registration is not None:
+                self._registration.stopping()
 
     def asked_to_end(self, signum: int) -> None:
         """Report a signal at once: the platform that sent it may not wait for the clean-up."""

@@ -8,7 +8,7 @@ from rekindle.cell import Network
 from rekindle.engine import Endpoint
 from rekindle.errors import UsageError
 from rekindle.record import Record, RecordedEngine
-from restore.decide.publications import Publication, publications, unpublished
+from restore.decide.publications import Publication, moved, publications, unpublished
 from tests.samples.record import RECORD
 
 MAIN = RECORD.endpoint
@@ -24,6 +24,18 @@ def test_by_default_every_port_is_where_it_was() -> None:
     assert read() == ["127.0.0.1:8000 main", "0.0.0.0:8001 0.0.0.0:8001", "[::]:8002 [::]:8002"]
     assert [each.required for each in publications((), MAIN, SEVERAL)] == [True, False, False]
     assert unpublished(publications((), MAIN, SEVERAL), SEVERAL) == []
+
+
+def test_replicas_have_ports_of_their_own() -> None:
+    three = publications((), MAIN, SEVERAL)
+    taken = [each.at.port for index in range(4) for each in moved(three, index)]
+    assert taken[:6] == [8000, 8001, 8002, 8003, 8004, 8005]
+    assert len(set(taken)) == len(taken)
+    assert [str(each.at) for each in moved(publications((), MAIN, RECORD), 2)] == ["127.0.0.1:8002"]
+    assert moved(three, 0) == tuple(three)
+    assert moved([], 5) == ()
+    with pytest.raises(UsageError, match="there is no port 65536"):
+        moved(publications(("65535",), MAIN, RECORD), 1)
 
 
 def test_where_the_command_listens_holds_for_the_main_port() -> None:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rekindle ps`: list the servers that run."""
+
+import argparse
+import time
+from collections.abc import Iterable, Sequence
+
+from cli import _arguments, _report
+from rekindle import documents, replicas
+from rekindle.cell import descendants
+from rekindle.fields import JSON
+from rekindle.home import Home
+from rekindle.proc import memory_bytes
+from rekindle.replicas import ReplicaEntry
+from rekindle.text import printable
+
+_SCHEMA = "rekindle.replicas/1"
+_HEAD = ("NAME", "IMAGE", "RUNG", "ENDPOINT", "AGE", "OWN", "SHARED", "STATE")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rekindle ps",
+        formatter_class=_arguments.Formatter,
+        description="List the servers that rekindle runs, with the memory that each has of its own, and "
+        "that of mapped files, which replicas of one image share.",
+    )
+    parser.add_argument(
+        "-a", "--all", action="store_true", help="list also the newest twenty that have ended"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only the names")
+    args = parser.parse_args(words)
+    found = [each for each in replicas.found(Home.from_environment()) if args.all or each.runs]
+    if args.json:
+        _report.print_document({"schema": _SCHEMA, "replicas": [_document(each) for each in found]})
+    elif args.quiet:
+        for each in found:
+            print(each.name)
+    else:
+        _print_table([_HEAD, *map(_row, found)])
+    return 0
+
+
+def _document(replica: ReplicaEntry) -> dict[str, JSON]:
+    status = documents.to_json(replica.status)
+    if not replica.runs:
+        status["exit_status"] = replica.exit_status
+    own, shared = _memory(replica)
+    return {
+        **status,
+        "state": str(replica.state),
+        "age_seconds": round(max(0.0, time.time() - replica.status.created), 3),
+        "memory": {"own_bytes": own, "shared_bytes": shared},
+        "log": str(replica.log) if replica.log.exists() else None,
+    }
+
+
+def _row(replica: ReplicaEntry) -> tuple[str, ...]:
+    status = replica.status
+    own, shared = _memory(replica)
+    state = str(replica.state) if replica.runs else f"{replica.state} ({replica.exit_status})"
+    return (
+        status.name,
+        status.image,
+        str(status.rung or "-"),
+        status.endpoint or "-",
+        _age(time.time() - status.created),
+        _megabytes(own) if replica.runs else "-",
+        _megabytes(shared) if replica.runs else "-",
+        state,
+    )
+
+
+def _memory(replica: ReplicaEntry) -> tuple[int, int]:
+    """Return the bytes of a server's own memory, and of its mapped files."""
+    process = replica.status.cell or replica.status.serving
+    return memory_bytes(descendants.of(process.pid) if replica.runs else ())
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _print_table(rows: Iterable[Sequence[str]]) -> None:
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers in the background: `restore --detach`, `ps`, `logs`, `stop`, `wait` and `exec`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SERVERS, Rekindle, Replica, free_port, listening, wait_for
+
+pytestmark = pytest.mark.criu
+
+HORSE_STATUS = 7
+"""The exit status of a workhorse that was asked to end."""
+
+
+@pytest.fixture(scope="module")
+def at_home(tmp_path_factory: pytest.TempPathFactory) -> Rekindle:
+    """A home with a snapshot of a workhorse."""
+    place = tmp_path_factory.mktemp("operate")
+    rekindle = Rekindle(place / "home", {"TMPDIR": str(place)})
+    done = rekindle.snapshot_workhorse("horse", free_port(), flags=["--no-prove"])
+    assert done.status == 0, done.stderr
+    return rekindle
+
+
+@pytest.fixture
+def rekindle(at_home: Rekindle) -> Iterator[Rekindle]:
+    yield at_home
+    if left := at_home("ps", "--quiet").stdout.split():
+        assert at_home("stop", "--timeout", "1", *left).status == 0
+
+
+def listed(rekindle: Rekindle, *flags: str) -> dict[str, Any]:
+    return {each["name"]: each for each in rekindle("ps", "--json", *flags).json["replicas"]}
+
+
+def ask(port: int, path: str, body: object = None) -> Any:
+    return json.loads(Replica(None, port, Path(), {}).ask(path, body))  # type: ignore[arg-type]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    first = free_port()
+    while any(listening(port) for port in range(first, first + count)):
+        first = free_port()
+    return first
+
+
+def test_a_detached_server_runs_until_it_is_stopped(rekindle: Rekindle) -> None:
+    port = free_port()
+    done = rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port))
+    assert (done.status, done.stdout) == (0, "web\n"), done.stderr
+    assert "ready (restored)" in done.stderr
+
+    assert ask(port, "/count", {}) == 1
+    web = listed(rekindle)["web"]
+    assert (web["state"], web["rung"], web["image"]) == ("ready", "process", "horse")
+    assert web["endpoint"].endswith(f":{port}")
+    assert web["digest"].startswith("sha256:")
+    assert 0 < web["memory"]["own_bytes"] < 100e6
+    assert web["memory"]["shared_bytes"] > 0
+    table = [line.split() for line in rekindle("ps").stdout.splitlines()]
+    assert table[0][:4] == ["NAME", "IMAGE", "RUNG", "ENDPOINT"]
+    assert table[1][:4] == ["web", "horse", "process", web["endpoint"]]
+
+    inside = rekindle("exec", "web", "--", "sh", "-c", "echo $(ls /proc | grep -c '^100.$'); exit 5")
+    assert inside.status == 5, inside.stderr
+    assert int(inside.stdout) >= 4, "it sees the server's processes"
+    assert rekindle("exec", "web", "--", "/no/such").status == 127
+
+    again = rekindle("restore", "horse", "--name", "web")
+    assert again.status == 2
+    assert "rekindle stop web" in again.stderr
+
+    assert rekindle("stop", "web").status == 0
+    assert not listening(port)
+    assert not listed(rekindle)
+    assert listed(rekindle, "--all")["web"]["exit_status"] == HORSE_STATUS
+    assert rekindle("wait", "web").status == HORSE_STATUS
+    assert rekindle("exec", "web", "--", "true").status == 12
+
+
+def test_replicas_are_published_at_ports_in_a_row(rekindle: Rekindle) -> None:
+    first = free_ports(3)
+    done = rekindle(
+        "restore", "horse", "--detach", "--replicas", "3", "--name", "r", "--publish", str(first), "--json"
+    )
+    assert done.status == 0, done.stderr
+    reports = done.json["replicas"]
+    assert [report["replica"] for report in reports] == ["r-1", "r-2", "r-3"]
+    assert len({report["pid"] for report in reports}) == 3
+    for number in range(3):
+        for count in range(number + 1):
+            assert ask(first + number, "/count", {}) == count + 1, "what one writes, no other sees"
+    assert set(listed(rekindle)) == {"r-1", "r-2", "r-3"}
+    assert rekindle("stop", "r-1", "r-2", "r-3").status == 0
+    assert not listed(rekindle)
+
+
+def test_a_killed_one_is_listed_no_more_and_its_name_is_free(rekindle: Rekindle) -> None:
+    port = str(free_port())
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", port).status == 0
+    web = listed(rekindle)["web"]
+    waiting = rekindle.spawn("wait", "web", log=rekindle.home / "wait.log")
+    os.kill(web["serving"]["pid"], signal.SIGKILL)
+    assert waiting.wait(10) == 137
+    assert not listed(rekindle)
+    killed = listed(rekindle, "--all")["web"]
+    assert (killed["state"], killed["exit_status"]) == ("killed", 137)
+    wait_for(lambda: not Path(f"/proc/{web['cell']['pid']}").exists(), 10)
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", port).status == 0
+    assert listed(rekindle)["web"]["serving"]["pid"] != web["serving"]["pid"]
+
+
+def test_a_foreground_server_is_listed(rekindle: Rekindle, restore: Callable[..., Replica]) -> None:
+    replica = restore("horse", free_port(), "--name", "front")
+    assert replica.report["replica"] == "front"
+    assert listed(rekindle)["front"]["serving"]["pid"] == replica.process.pid
+    assert "not started with --detach" in rekindle("logs", "front").stderr
+    assert rekindle("stop", "front").status == 0
+    assert replica.process.wait(10) == HORSE_STATUS
+
+
+def test_a_log_is_followed_until_the_end(rekindle: Rekindle, tmp_path: Path) -> None:
+    port = free_port()
+    mule = [sys.executable, str(SERVERS / "mule.py"), str(port)]
+    flags = ["--rung", "cold", "--name", "mule", "--ready-url", f"http://127.0.0.1:{port}/health"]
+    done = rekindle("restore", "horse", "--detach", *flags, "--", *mule)
+    assert done.status == 0, done.stderr
+    assert listed(rekindle)["mule"]["rung"] == "cold"
+    assert rekindle("exec", "mule", "--", "true").status == 10
+    log = tmp_path / "log"
+    follows = rekindle.spawn("logs", "-f", "mule", log=log)
+    ask(port, "/say", {})
+    wait_for(lambda: b"to stdout" in log.read_bytes(), 10)
+    assert follows.poll() is None
+    assert rekindle("stop", "mule").status == 0
+    assert follows.wait(10) == 0
+    assert b"mule: signal 15" in log.read_bytes()
+
+
+@pytest.mark.parametrize("rung", ["process", "cold"])
+def test_a_server_that_does_not_end_is_killed(rekindle: Rekindle, rung: str) -> None:
+    port = free_port()
+    slow = [sys.executable, str(SERVERS / "mule.py"), "slow-end=60", str(port)]
+    words = ["restore", "horse", "--detach", "--name", "slow"]
+    if rung == "cold":
+        words += ["--rung", "cold", "--ready-url", f"http://127.0.0.1:{port}/health", "--", *slow]
+    else:
+        words += ["--publish", str(port)]
+    assert rekindle(*words).status == 0
+    if rung == "process":  # a stopped process hears no SIGTERM
+        assert rekindle("exec", "slow", "--", "sh", "-c", "kill -STOP 1001 1002").status == 0
+    began = time.monotonic()
+    assert rekindle("stop", "--timeout", "0.5", "slow").status == 0
+    assert time.monotonic() - began < 5
+    ended = listed(rekindle, "--all")["slow"]
+    assert (ended["state"], ended["exit_status"]) == ("ended", 137)
+    assert not listening(port)
+
+
+def test_what_fails_before_it_is_ready_fails_as_in_the_foreground(rekindle: Rekindle) -> None:
+    done = rekindle("restore", "nothing", "--detach", "--json")
+    assert done.status == 12
+    assert done.json["error"]["code"] == "not-found"
+    assert "rekindle: error" in done.stderr
+    assert rekindle("restore", "horse", "--replicas", "2").status == 2
+    assert rekindle("stop", "nobody").status == 12
+    assert not listed(rekindle)
+
+
+def test_a_signal_before_it_is_ready_ends_it(rekindle: Rekindle, tmp_path: Path) -> None:
+    port = free_port()
+    never = [sys.executable, str(SERVERS / "mule.py"), "never-ready", str(port)]
+    flags = ["--rung", "cold", "--name", "never", "--ready-url", f"http://127.0.0.1:{port}/health"]
+    process = rekindle.spawn("restore", "horse", "--detach", *flags, "--", *never, log=tmp_path / "log")
+    wait_for(lambda: listening(port), 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert not listening(port)
+    assert not listed(rekindle)
+
+
+def test_nobody_who_reads_our_output_waits_for_the_server(rekindle: Rekindle) -> None:
+    program = [sys.executable, "-m", "rekindle", "restore", "horse", "--detach"]
+    words = ["sh", "-c", '"$@" 3>&1 2>&1 | cat', "sh", *program, "--publish", str(free_port())]
+    done = subprocess.run(
+        words, env=rekindle.environment(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "horse-1"
