@@ -31,6 +31,7 @@ def run(
         rung=args.rung,
         require=args.require or Rung.COLD,
         publish=tuple(args.publish),
+        listen_early=args.listen_early,
         replica_index=detached.index if detached else 0,
         ready_url=args.ready_url,
         ready_file=args.ready_file,

@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
         help="publish the server at this address of the host, or SERVERPORT of one with several ports; "
         "may be given more than once (default: the addresses that it listens on)",
     )
+    parser.add_argument(
+        "--listen-early",
+        action="store_true",
+        help="open the port before the restore begins: clients that connect early wait, and are answered "
+        "once the server is ready, but a probe that only connects cannot tell whether it is",
+    )
     _add_rungs(parser)
     parser.add_argument("--plan", action="store_true", help="print what would be done, and exit")
     parser.add_argument(

@@ -98,6 +98,8 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             with_cache=options.rung is Rung.CACHE,
         )
         addresses = stack.enter_context(Addresses(decision.publications))
+        if options.listen_early:
+            addresses.listen_early()
     take = functools.partial(_take, run, decision, addresses, cell)
     taken = ladder.descend(decision.plan, take, report, stack, require=options.require)
     connections.close()

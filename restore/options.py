@@ -36,7 +36,8 @@ class Options(Struct, frozen=True, kw_only=True):
     take. Deadlines are in seconds, for the process from the start of rekindle, for the cache from the start
     of its rung; None derives them from an estimate. `publish` are addresses of this host, `[HOST:]PORT`, or
     `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
-    the server listens on. `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
+    the server listens on. With `listen_early`, clients may connect before the server is ready, and wait.
+    `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `replica_index` is that of one of several replicas, whose ports are apart.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's.
     """
@@ -46,6 +47,7 @@ class Options(Struct, frozen=True, kw_only=True):
     rung: Rung = Rung.PROCESS
     require: Rung = Rung.COLD
     publish: str | tuple[str, ...] | None = None
+    listen_early: bool = False
     replica_index: int = 0
     ready_url: str | None = None
     ready_file: Path | None = None

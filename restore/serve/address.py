@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published addresses: bound before the server starts, opened once it is ready."""
+"""The published addresses: bound before the server starts, opened once it is ready, or early if asked for.
+
+An address that is open early accepts connections into its queue, where nothing is answered until the server
+is ready. Why that is not the default: docs/adr/0030-listen-early.md.
+"""
 
 import contextlib
 import socket
@@ -15,6 +19,7 @@ from rekindle.report import ServerAddress
 from restore.decide.publications import Publication
 
 _BACKLOG = 1024
+_UNREAD_BYTES = 1 << 16
 
 
 def bind(endpoint: Endpoint, *, only_ipv6: bool = False) -> socket.socket:
@@ -50,6 +55,22 @@ def listen(sock: socket.socket, endpoint: Endpoint) -> None:
         raise _port_error(endpoint, error) from error
 
 
+def turn_away(sock: socket.socket) -> None:
+    """Close the connections that wait at a listening socket, so that clients see an end rather than an error.
+
+    The OS kernel would reset them, as it does a connection that is closed with something unread.
+    """
+    sock.setblocking(False)
+    with contextlib.suppress(OSError):
+        while True:
+            client, _ = sock.accept()
+            with client, contextlib.suppress(OSError):
+                client.setblocking(False)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(_UNREAD_BYTES):
+                    pass
+
+
 class Bound(Struct, kw_only=True):
     """A publication, with its socket while that is bound."""
 
@@ -57,8 +78,12 @@ class Bound(Struct, kw_only=True):
     sock: socket.socket | None = None
     problem: str = ""
 
+    is_open: bool = False
+
     def close(self) -> None:
         if self.sock is not None:
+            if self.is_open:
+                turn_away(self.sock)
             self.sock.close()
             self.sock = None
 
@@ -99,6 +124,14 @@ class Addresses:
                 targets.append(target)
         return targets
 
+    def listen_early(self) -> None:
+        """Let connections wait until the server is ready. Raises PortError."""
+        for each in self.all:
+            if each.sock is not None:
+                with _noting(each):
+                    listen(each.sock, each.publication.at)
+                    each.is_open = True
+
     def listen(self, main: Endpoint | None) -> list[tuple[socket.socket, Endpoint]]:
         """Listen on the addresses that are bound. Returns each with the server's.
 
@@ -110,6 +143,7 @@ class Addresses:
             if each.sock is not None and target is not None:
                 with _noting(each):
                     listen(each.sock, each.publication.at)
+                    each.is_open = False  # whoever accepts from it closes it
                     found.append((each.sock, target))
         return found
 

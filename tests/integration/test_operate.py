@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rekindle.files import locked
 from tests.conftest import SERVERS, Rekindle, Replica, free_port, listening, wait_for
 
 pytestmark = pytest.mark.criu
@@ -196,3 +198,54 @@ def test_nobody_who_reads_our_output_waits_for_the_server(rekindle: Rekindle) ->
         words, env=rekindle.environment(), capture_output=True, text=True, timeout=30, check=False
     )
     assert done.stdout.splitlines()[-1] == "horse-1"
+
+
+def connected(port: int, seconds: float = 20) -> socket.socket:
+    """A connection, as soon as one is accepted."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=30)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def answered(client: socket.socket) -> bytes:
+    client.sendall(b"GET /health HTTP/1.1\r\nHost: horse\r\nConnection: close\r\n\r\n")
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_who_connects_before_it_is_ready_waits_if_the_port_is_open(
+    rekindle: Rekindle, tmp_path: Path, early: bool
+) -> None:
+    port, report = free_port(), tmp_path / "report"
+    flags = ["--publish", str(port), "--report", str(report), *(["--listen-early"] if early else [])]
+    process = rekindle.spawn("restore", "horse", "--paranoid", *flags, log=tmp_path / "log")
+    with connected(port) as first:
+        was_early = "rekindle: oracle" not in (tmp_path / "log").read_text()
+        assert was_early is early
+        with connected(port) as second:
+            assert b"200 OK" in answered(first)
+            assert b"200 OK" in answered(second)
+    process.terminate()
+    assert process.wait(20) == HORSE_STATUS
+
+
+def test_who_waits_in_vain_sees_the_end_and_the_lower_rung_opens_the_port(
+    rekindle: Rekindle, tmp_path: Path
+) -> None:
+    """Another process unpacks the dump, for longer than the process may take."""
+    image = rekindle("inspect", "horse", "--json").json
+    port, digest = image["record"]["endpoint"]["port"], image["process_image"]["digest"]
+    with locked(rekindle.home / "dumps" / f"{digest.removeprefix('sha256:')}.lock"):
+        words = ["restore", "horse", "--process-deadline", "1.5", "--listen-early"]
+        process = rekindle.spawn(*words, log=tmp_path / "log")
+        with connected(port) as first:
+            assert answered(first) == b""
+    assert "process failed: process was not done" in (tmp_path / "log").read_text()
+    with connected(port) as second:
+        assert b"200 OK" in answered(second)
+    process.terminate()
+    assert process.wait(20)
