@@ -244,6 +244,7 @@ def test_who_waits_in_vain_sees_the_end_and_the_lower_rung_opens_the_port(
         process = rekindle.spawn(*words, log=tmp_path / "log")
         with connected(port) as first:
             assert answered(first) == b""
+    wait_for(lambda: "ready (cold)" in (tmp_path / "log").read_text(), 20)
     assert "process failed: process was not done" in (tmp_path / "log").read_text()
     with connected(port) as second:
         assert b"200 OK" in answered(second)
