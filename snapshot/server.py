@@ -77,7 +77,7 @@ class Server:
                 return found[0]
             self.raise_if_dead(0.01)
             if time.monotonic() > deadline:
-                raise WorkloadError("the server did not start", log=self.stderr)
+                raise WorkloadError("the server did not start", log=self.log)
 
     def raise_if_dead(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the server's exit; raise WorkloadError if it has exited."""
@@ -87,8 +87,21 @@ class Server:
                 f"the server exited with status {exit_status(status)}",
                 cause=self.log_tail(),
                 hint="does the same command run without rekindle?",
-                log=self.stderr,
+                log=self.log,
             )
+
+    @property
+    def log(self) -> Path:
+        """The log that was written last: servers differ in where they write a traceback."""
+
+        def written(path: Path) -> tuple[bool, int]:
+            try:
+                status = path.stat()
+            except OSError:
+                return False, 0
+            return status.st_size > 0, status.st_mtime_ns
+
+        return max((self.stderr, self.stdout), key=written)
 
     def log_tail(self) -> str:
         """Return the end of the server's output."""

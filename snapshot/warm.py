@@ -50,7 +50,7 @@ def wait_ready(
                 f"the server was not ready after {timeout:.0f} s",
                 cause="\n".join(filter(None, (client.last_outcome, server.log_tail()))),
                 hint=_not_ready_hint(client.last_outcome),
-                log=server.stderr,
+                log=server.log,
             )
         if time.monotonic() > say_at:
             say(f"not ready yet: {client.last_outcome or 'it was not asked'}")
@@ -87,14 +87,14 @@ def warm(server: Server, engine: Engine, client: Client, batches: Sequence[Seque
         except OSError as error:
             server.raise_if_dead(1.0)
             raise WorkloadError(
-                "the server closed a connection during warm-up", cause=str(error), log=server.stderr
+                "the server closed a connection during warm-up", cause=str(error), log=server.log
             ) from error
         for response in responses:
             if response.status >= 500:
                 raise WorkloadError(
                     f"the server answered a warm-up request with status {response.status}",
                     cause=response.body[:500].decode(errors="replace"),
-                    log=server.stderr,
+                    log=server.log,
                 )
         sent += len(batch)
     return sent
@@ -109,7 +109,7 @@ def ask_twice(server: Server, engine: Engine, client: Client) -> Oracle:
     except OSError as error:
         server.raise_if_dead(1.0)
         raise WorkloadError(
-            "the server did not answer the oracle's request", cause=str(error), log=server.stderr
+            "the server did not answer the oracle's request", cause=str(error), log=server.log
         ) from error
     if not engine.agree(first, second):
         raise OracleError(

@@ -233,6 +233,8 @@ class Host:
             hint = f"does it ask for a client certificate? See /etc/docker/certs.d/{url.authority}/"
         elif type(error).__name__ == "SSLError":
             hint = "if it does not speak TLS: --plain-http"
+        elif isinstance(error, ConnectionResetError | BrokenPipeError):
+            hint = f"if this happens to large uploads: {_SIZE_HINT}"
         through = ""
         if proxy:
             through = f", through the proxy {proxy}"
@@ -261,6 +263,8 @@ class Host:
                     cause=said,
                     hint=_proxy_password_hint(answer.url),
                 )
+            case 413:
+                return RegistryError(f"{self.name} takes no upload of this size", cause=said, hint=_SIZE_HINT)
             case 400 if "DIGEST_INVALID" in said:
                 return IntegrityError(f"{self.name} got other bytes than those of the digest", cause=said)
         return RegistryError(f"{self.name} fails", cause=said)
@@ -282,6 +286,12 @@ class Host:
         """Wait before another attempt; raises RegistryError if the connections are closed meanwhile."""
         if self._closing.wait(seconds):
             raise RegistryError(f"the connections to {self.name} were closed")
+
+
+_SIZE_HINT = (
+    "raise the limit of the registry or of the proxy before it (nginx: client_max_body_size, "
+    "proxy_read_timeout; ingress-nginx: proxy-body-size)"
+)
 
 
 def _proxy_password_hint(url: Url) -> str:

@@ -253,6 +253,14 @@ def test_a_server_that_dies_before_it_is_ready(rekindle: Rekindle, port: int, tm
     assert "no oats" in done.stderr
 
 
+@pytest.mark.parametrize("last", [1, 2])
+def test_the_log_that_is_named_has_the_last_words(rekindle: Rekindle, port: int, last: int) -> None:
+    script = f"echo first >&{3 - last}; sleep 0.1; echo no oats >&{last}; exit 9"
+    done = rekindle("snapshot", "horse", *workhorse_flags(port), "--", "sh", "-c", script)
+    log = next(line for line in done.stderr.splitlines() if "log:" in line).split()[-1]
+    assert Path(log).read_text() == "no oats\n"
+
+
 def test_a_server_that_dies_while_it_warms(rekindle: Rekindle, port: int, nothing_left: NothingLeft) -> None:
     done = rekindle.snapshot_workhorse("horse", port, "dies-warming")
     assert done.status == 30, done.stderr

@@ -328,6 +328,22 @@ def test_a_damaged_blob_is_not_pushed(tmp_path: Path) -> None:
         assert len(registry.uploads(sample.big.digest)) == 1
 
 
+@pytest.mark.parametrize(
+    ("misbehaviour", "message"),
+    [
+        (lambda: wrong.status(413, on=wrong.upload()), "takes no upload"),
+        (lambda: wrong.resets(wrong.upload()), "reached"),
+    ],
+)
+def test_a_proxy_that_takes_no_large_uploads_is_suspected(
+    misbehaviour: Callable[[], Misbehave], message: str, sample: Sample
+) -> None:
+    with Registry(misbehave=[misbehaviour()]) as registry:
+        with pytest.raises(RegistryError, match=message) as caught:
+            push(sample, f"{registry.host}/a/b:1", access_to())
+        assert "client_max_body_size" in caught.value.hint
+
+
 def test_from_one_registry_to_another(sample: Sample) -> None:
     with Registry() as source, Registry() as mirror, Registry(auth=Auth.TOKEN) as target:
         sample.serve(source)
