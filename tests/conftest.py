@@ -80,6 +80,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         need(VECTORS.is_dir(), "Sigstore's conformance vectors", f"put them at {VECTORS}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a module in one lane, for the fixtures that they share."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def need(there: object, what: str, hint: str = "run `make setup-dev` as root") -> None:
     """Skip the test if what it needs is not there; fail it where everything ought to be."""
     if not there:

@@ -2,16 +2,20 @@
 """These tests look at what a command leaves on a machine, so they have one of their own.
 
 What many of them would do anew, and are not about, is done once: finding out what the node can do, and taking
-a snapshot of a workhorse.
+a snapshot of a workhorse, and one of a real vLLM.
 """
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Done, Rekindle, free_port
+from rekindle.engine import vllm_gate
+from tests.conftest import TINY_MODEL, VLLM_BIN, Done, Rekindle, free_port
+
+VLLM_PORT = 18_200
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -51,3 +55,37 @@ def horse_port(rekindle: Rekindle, _workhorse: Workhorse) -> int:
     ignore = shutil.ignore_patterns("dumps", "logs", "run", "tools")
     shutil.copytree(_workhorse.home, rekindle.home, ignore=ignore, dirs_exist_ok=True)
     return _workhorse.port
+
+
+@pytest.fixture(scope="session")
+def vllm(_own_machine: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, object]]:
+    """A snapshot of a real vLLM server, and the report of its making.
+
+    Two modules use it, one after the other in one lane, by their mark `xdist_group`. It is in development
+    mode behind our gate, as one that sleeps, but that this one cannot: it has no GPU.
+    """
+    home = tmp_path_factory.mktemp("vllm")
+    (home / "gate").mkdir()
+    shutil.copyfile(vllm_gate.__file__, home / "gate/rekindle_gate.py")
+    rekindle = Rekindle(
+        home / "home",
+        {
+            "PATH": f"{VLLM_BIN}:{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_USE_AOT_COMPILE": "0",
+            "VLLM_CACHE_ROOT": str(home / "caches/vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(home / "caches/inductor"),
+            "PYTHONPATH": str(home / "gate"),
+            "VLLM_SERVER_DEV_MODE": "1",
+        },
+    )
+    done = rekindle(
+        *("snapshot", "tiny", "--json", "--", "vllm", "serve", str(TINY_MODEL)),
+        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(VLLM_PORT)),
+        *("--max-model-len", "512", "--gpu-memory-utilization", "0.3"),
+        *("--middleware", "rekindle_gate.Gate"),
+        timeout=600,
+    )
+    assert done.status == 0, done.stderr
+    return rekindle, done.json

@@ -2,7 +2,6 @@
 """The whole job on real vLLM: start, warm, snapshot, kill, restore, compare tokens."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -16,14 +15,19 @@ from typing import Any
 
 import pytest
 
-from rekindle.engine import Endpoint, vllm_gate
+from rekindle.engine import Endpoint
 from rekindle.engine.client import Client
 from rekindle.engine.vllm_asleep import AtBoundary
-from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, Replica, free_port, wait_for
+from tests.conftest import VLLM_BIN, Rekindle, Replica, free_port, wait_for
+from tests.integration.conftest import VLLM_PORT as PORT
 from tests.traces import Traces, adopting_orphans
 
-pytestmark = [pytest.mark.criu, pytest.mark.vllm, pytest.mark.timeout(900)]
-PORT = 18_200
+pytestmark = [
+    pytest.mark.criu,
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("vllm"),
+]
 PROMPT = {
     "model": "tiny",
     "prompt": "Once upon a time",
@@ -31,39 +35,6 @@ PROMPT = {
     "temperature": 0,
     "ignore_eos": True,
 }
-
-
-@pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, object]]:
-    """A snapshot of a real vLLM server, and the report of its making.
-
-    In development mode behind our gate, as one that sleeps, but that this one cannot: it has no GPU.
-    """
-    home = tmp_path_factory.mktemp("vllm")
-    (home / "gate").mkdir()
-    shutil.copyfile(vllm_gate.__file__, home / "gate/rekindle_gate.py")
-    rekindle = Rekindle(
-        home / "home",
-        {
-            "PATH": f"{VLLM_BIN}:{os.environ['PATH']}",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_USE_AOT_COMPILE": "0",
-            "VLLM_CACHE_ROOT": str(home / "caches/vllm"),
-            "TORCHINDUCTOR_CACHE_DIR": str(home / "caches/inductor"),
-            "PYTHONPATH": str(home / "gate"),
-            "VLLM_SERVER_DEV_MODE": "1",
-        },
-    )
-    done = rekindle(
-        *("snapshot", "tiny", "--json", "--", "vllm", "serve", str(TINY_MODEL)),
-        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(PORT)),
-        *("--max-model-len", "512", "--gpu-memory-utilization", "0.3"),
-        *("--middleware", "rekindle_gate.Gate"),
-        timeout=600,
-    )
-    assert done.status == 0, done.stderr
-    return rekindle, done.json
 
 
 @pytest.fixture

@@ -15,40 +15,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_MODEL, VLLM_BIN, Rekindle, free_port, listening, wait_for
+from tests.conftest import TINY_MODEL, Rekindle, free_port, listening, wait_for
+from tests.integration.conftest import VLLM_PORT
 from tests.samples.http_requests import KEY, REQUESTS, STRICTER, statuses, talk
 
-pytestmark = [pytest.mark.criu, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.criu,
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("vllm"),
+]
 # What would change the server for the other requests, or takes too long to refuse.
 LEFT_OUT = {"/scale_elastic_ep", "/pause", "/resume", "/sleep", "/wake_up", "/abort_requests"}
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+def servers(
+    vllm: tuple[Rekindle, dict[str, object]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, int]]:
     """The ports of a cold start with the key, and of a process that was saved without and got it today."""
     place = tmp_path_factory.mktemp("key")
-    rekindle = Rekindle(
-        place / "home",
-        {
-            "PATH": f"{VLLM_BIN}:{os.environ['PATH']}",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_USE_AOT_COMPILE": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": str(place / "caches/vllm"),
-            "TORCHINDUCTOR_CACHE_DIR": str(place / "caches/inductor"),
-        },
-    )
-    ports = free_port(), free_port()
+    rekindle = vllm[0]
+    ports = free_port(), VLLM_PORT
 
     def command(port: int) -> list[str]:
         return [
             *("vllm", "serve", str(TINY_MODEL), "--served-model-name", "tiny", "--host", "127.0.0.1"),
             *("--port", str(port), "--max-model-len", "512", "--gpu-memory-utilization", "0.3"),
+            *("--middleware", "rekindle_gate.Gate"),
         ]
 
-    saved = rekindle("snapshot", "tiny", "--no-prove", "--", *command(ports[1]), timeout=500)
-    assert saved.status == 0, saved.stderr
     report, log = place / "report.json", place / "restore.log"
     words = ["restore", "tiny", "--report", str(report), "--require", "process"]
     restored = rekindle.spawn(*words, "--", *command(ports[1]), "--api-key", KEY, log=log)
