@@ -15,11 +15,27 @@ from rekindle.engine.choose import Weights
 from rekindle.report import Outcome
 from snapshot.flow import snapshot
 from snapshot.options import Progress, SnapshotOptions
+from snapshot.outside_connections import Outside
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
+    args = _parser().parse_args(words)
+    report = _report.begin("snapshot", args)
+    report.allowed_secrets = sorted(set(args.allow_secret))
+    with _report.reporting(report, args):
+        options = _options(args, command)
+        _arguments.require_root()
+        image = snapshot(options, report, _Bar(args))
+        if options.sign is None:
+            _signing.advise(report, parse(args.image), [])
+    saved = f"saved {args.image} {image.index.digest}, {image.size_bytes:,} bytes"
+    _report.finish(report, args, Outcome.SAVED, saved)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rekindle snapshot",
         usage="rekindle snapshot IMAGE [options] -- COMMAND…",
@@ -66,6 +82,14 @@ def main(words: Sequence[str]) -> int:
         "seed itself, all, or none, which also loads no hook (default: none)",
     )
     parser.add_argument(
+        "--outside",
+        type=Outside,
+        choices=list(Outside),
+        default=Outside.REFUSE,
+        help="connections of the server to daemons and other hosts: refuse to snapshot it, or close them in "
+        "the image, so that a restored server finds them broken and makes new ones (default: refuse)",
+    )
+    parser.add_argument(
         "--no-prove", action="store_true", help="publish without restoring the snapshot once as a test"
     )
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
@@ -80,18 +104,7 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_signing(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
-    args = parser.parse_args(words)
-    report = _report.begin("snapshot", args)
-    report.allowed_secrets = sorted(set(args.allow_secret))
-    with _report.reporting(report, args):
-        options = _options(args, command)
-        _arguments.require_root()
-        image = snapshot(options, report, _Bar(args))
-        if options.sign is None:
-            _signing.advise(report, parse(args.image), [])
-    saved = f"saved {args.image} {image.index.digest}, {image.size_bytes:,} bytes"
-    _report.finish(report, args, Outcome.SAVED, saved)
-    return 0
+    return parser
 
 
 def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOptions:
@@ -105,6 +118,7 @@ def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOption
         warm_file=args.warm_requests,
         weights=args.weights,
         reseed=args.reseed,
+        outside=args.outside,
         prove=not args.no_prove,
         with_cache=not args.no_cache,
         secrets=tuple(args.allow_secret),

@@ -176,7 +176,7 @@ class Process(Struct, frozen=True, kw_only=True):
     what they set, and everything stays as it was at the dump. `hooked` are the processes to reseed after a
     restore (rekindle/cell/hook.py). `private` are paths outside the cell of which each replica gets a copy
     (rekindle/cell/private.py), `directories` those that it needs. `huge_pages` are those
-    that they have mapped.
+    that they have mapped. `closed` names the connections to the outside that were closed in the dump.
     """
 
     root_pid: Annotated[int, Meta(ge=2, le=1 << 62)]
@@ -194,6 +194,7 @@ class Process(Struct, frozen=True, kw_only=True):
     private: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
     directories: Annotated[tuple[NeededDirectory, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
     huge_pages: Annotated[tuple[HugePages, ...], Meta(max_length=_SIZES_LIMIT)] = ()
+    closed: Annotated[tuple[str, ...], Meta(max_length=_FILES_LIMIT)] = ()
 
     def __post_init__(self) -> None:
         """Require that what is private lies where the cell shows the node's own files."""

@@ -300,6 +300,7 @@ class Report(Struct, kw_only=True):
     error: Failure | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
     attachments: Sequence[AttachmentResult] | None = None
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
 
@@ -364,6 +365,7 @@ class Report(Struct, kw_only=True):
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
+            "closed": self.closed,
             "attachments": self.attachments and [each.to_json() for each in self.attachments],
             "error": self.error.to_json() if self.error else None,
         }

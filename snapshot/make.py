@@ -15,7 +15,7 @@ from rekindle import __version__, criu
 from rekindle.cell import Cell, Clocks, Network, private, processes, untraced
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
-from rekindle.criu import Criu, inherited, zero_pages
+from rekindle.criu import Criu, connections, inherited, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
@@ -23,9 +23,9 @@ from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify, locate, recorded
 from rekindle.environment import describe_environment
-from rekindle.errors import CapabilityError, UsageError
+from rekindle.errors import CapabilityError, DumpError, UsageError
 from rekindle.fields import JSON
-from rekindle.files import PAGE_BYTES, copy_sparse_tree
+from rekindle.files import PAGE_BYTES, copy_sparse_tree, remove_tree
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile
@@ -52,6 +52,8 @@ from snapshot.loaded import Sources
 from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
 from snapshot.opened import OpenedFiles
+from snapshot.outside_connections import Outside, shut_unaccepted
+from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.private_paths import find as find_private
 from snapshot.server import TEMPORARY, Server, make_temporary
@@ -61,7 +63,8 @@ if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
 
 
-_TOLD = 5  # paths
+_TOLD = 5  # paths or connections
+_ATTEMPTS = 3
 
 
 class ServerSpec(Struct, frozen=True, kw_only=True):
@@ -69,7 +72,8 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
 
     `ready_timeout` is in seconds. `warm_requests` None means the engine's own. `find_backend` returns the
     backend for CUDA checkpoints; None if this node has no NVIDIA GPU. `withheld` are the names of variables
-    that were taken out of `environment`. `reseed` is what to reseed after a restore.
+    that were taken out of `environment`. `reseed` is what to reseed after a restore, `outside` what to do
+    about connections to the outside.
     """
 
     argv: Sequence[str]
@@ -81,6 +85,16 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     reseed: Reseed = Reseed.NONE
     find_backend: "Callable[[], Backend] | None" = None
     withheld: frozenset[str] = frozenset()
+    outside: Outside = Outside.REFUSE
+
+
+class _ProcessState(Struct, frozen=True, kw_only=True):
+    """What belongs to a dump of processes: CUDA state, clocks, private paths, closed connections."""
+
+    cuda: CudaState
+    clocks: Clocks
+    kept: PrivatePaths
+    closed: tuple[str, ...]
 
 
 def make(
@@ -110,7 +124,8 @@ def make(
             with report.phase("check"), telling_server(cell, server.root_pid, engine, ends=True):
                 running = _inspect(cell, server, spec, engine, work, began_ns)
             _tell_private(running.private, report)
-        cuda, clocks, kept = _dump(cell, server, spec, engine, running, tool, work, report)
+        dumped = _dump(cell, server, spec, engine, running, tool, work, report)
+        cuda, kept = dumped.cuda, dumped.kept
     with report.phase("compact"):
         dump_bytes = _size_bytes(tree / "criu")
         require_state(cuda, dump_bytes)
@@ -142,7 +157,7 @@ def make(
         oracle=oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
-        process=_process(spec, server, running, hooked, clocks, cuda, kept),
+        process=_process(spec, server, running, hooked, dumped),
         mapped_files=mapped,
         dump=Dump(
             dump_bytes=dump_bytes,
@@ -199,7 +214,9 @@ def _inspect(
     gpus = spec.find_backend is not None
     pids = processes.tree(cell, server.root_pid)
     private = find_private(cell, pids, since_ns=began_ns, environment=server.environment, own=own)
-    require_dumpable(cell, server.root_pid, spec.network, private=private, work=work, gpus=gpus)
+    require_dumpable(
+        cell, server.root_pid, spec.network, private=private, work=work, outside=spec.outside, gpus=gpus
+    )
     listeners = listened_endpoints(cell, pids)
     running = RunningServer(
         listeners=main_first(listened_endpoint(engine, listeners), listeners),
@@ -216,11 +233,15 @@ def _inspect(
 
 def _tell_private(private: PrivatePaths, report: Report) -> None:
     if private.copied:
-        more = f" and {len(private.copied) - _TOLD} more" if len(private.copied) > _TOLD else ""
         report.say(
             "each replica gets a copy of its own, in memory, of what the server writes to: "
-            f"{', '.join(private.copied[:_TOLD])}{more}"
+            f"{_listed(private.copied)}"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return ", ".join(names[:_TOLD]) + more
 
 
 def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
@@ -238,8 +259,8 @@ def _dump(
     tool: Criu,
     work: Path,
     report: Report,
-) -> tuple[CudaState, Clocks, PrivatePaths]:
-    """Dump the server with what is in /dev/shm or private; return what the record says of that."""
+) -> _ProcessState:
+    """Dump the server with what is in /dev/shm or private."""
     tree = work / "dump"
     with (
         telling_server(cell, server.root_pid, engine, ends=True),
@@ -247,11 +268,40 @@ def _dump(
         report.phase("dump"),
         naming_full_disk(work),
     ):
-        criu.dump(tool, cell, server.root_pid, tree / "criu")
+        closed = _call_criu(cell, server.root_pid, spec, tool, work)
         clocks = cell.clocks()
         copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
         kept = _keep_private(cell, running.private, tree)
-    return cuda, clocks, kept
+    if closed:
+        report.closed = list(closed)
+        report.say(f"closed in the image, since they lead out of the server: {_listed(closed)}")
+    return _ProcessState(cuda=cuda, clocks=clocks, kept=kept, closed=closed)
+
+
+def _call_criu(cell: Cell, root: int, spec: ServerSpec, tool: Criu, work: Path) -> tuple[str, ...]:
+    """Let CRIU dump the server, and close connections to the outside in the dump; return their names.
+
+    A server may connect again while it is dumped. After a failure it runs on, so that this can be repeated.
+    """
+    directory = work / "dump" / "criu"
+    if spec.outside is Outside.REFUSE:
+        criu.dump(tool, cell, root, directory)
+        return ()
+    found = find_outside(cell, root, spec.network, work)
+    for attempt in range(_ATTEMPTS):
+        shut_unaccepted(cell, root, found)
+        sockets = [inode for inode, each in found.items() if each.name.startswith("unix:")]
+        try:
+            criu.dump(tool, cell, root, directory, options=[f"--external=unix[{inode}]" for inode in sockets])
+            break
+        except DumpError:
+            before, found = found, find_outside(cell, root, spec.network, work)
+            if found.keys() <= before.keys() or attempt == _ATTEMPTS - 1:
+                raise
+            remove_tree(directory)
+            directory.mkdir(mode=0o700)
+    tcp = connections.close(directory, sockets, tcp=spec.network is Network.HOST)
+    return (*sorted(found[inode].name for inode in sockets), *sorted(f"tcp:{address}" for address in tcp))
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:
@@ -268,26 +318,25 @@ def _process(
     server: Server,
     running: RunningServer,
     hooked: tuple[int, ...],
-    clocks: Clocks,
-    cuda: CudaState,
-    kept: PrivatePaths,
+    dumped: _ProcessState,
 ) -> Process:
     return Process(
         root_pid=server.root_pid,
         server_pid=running.server_pid,
         tasks=running.threads,
         network=spec.network,
-        monotonic_ns=clocks.monotonic_ns,
-        boottime_ns=clocks.boottime_ns,
+        monotonic_ns=dumped.clocks.monotonic_ns,
+        boottime_ns=dumped.clocks.boottime_ns,
         stdout=str(server.stdout),
         stderr=str(server.stderr),
-        gpus=tuple(cuda.gpus),
-        cuda_pids=tuple(cuda.pids),
+        gpus=tuple(dumped.cuda.gpus),
+        cuda_pids=tuple(dumped.cuda.pids),
         settings=running.settings,
         hooked=hooked,
-        private=kept.copied,
-        directories=kept.directories,
+        private=dumped.kept.copied,
+        directories=dumped.kept.directories,
         huge_pages=running.huge_pages,
+        closed=dumped.closed,
     )
 
 

@@ -22,6 +22,8 @@ from rekindle.cell import Cell, Command, Network, descendants, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
+from snapshot.outside_connections import Outside
+from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.socket_obstacles import Finding, Sockets
 from snapshot.watch_obstacles import of_watcher
@@ -99,14 +101,18 @@ def require_dumpable(
     *,
     private: PrivatePaths,
     work: Path,
+    outside: Outside,
     gpus: bool = False,
 ) -> None:
     """Raise NotDumpableError, which names every obstacle, if there is any.
 
-    `private` tells what replicas do not share. With `gpus`, NVIDIA devices are no obstacles: the CUDA
-    checkpoint that follows closes them.
+    `private` tells what replicas do not share, `outside` whether connections to the outside are obstacles.
+    With `gpus`, NVIDIA devices are none: the CUDA checkpoint that follows closes them.
     """
-    found = [*obstacles(cell, root, network, private=private, work=work, gpus=gpus), *_system_v(cell, work)]
+    found = [
+        *obstacles(cell, root, network, private=private, work=work, outside=outside, gpus=gpus),
+        *_system_v(cell, work),
+    ]
     if found:
         raise NotDumpableError(
             f"the server holds {len(found)} thing{'s' * (len(found) > 1)} that CRIU cannot dump",
@@ -116,10 +122,18 @@ def require_dumpable(
 
 
 def obstacles(
-    cell: Cell, root: int, network: Network, *, private: PrivatePaths, work: Path, gpus: bool = False
+    cell: Cell,
+    root: int,
+    network: Network,
+    *,
+    private: PrivatePaths,
+    work: Path,
+    outside: Outside = Outside.REFUSE,
+    gpus: bool = False,
 ) -> Iterator[Obstacle]:
     """Yield every obstacle in the cell, process by process, but for those of the cell as a whole."""
-    sockets = Sockets(cell, root, network, private, work)
+    leading_out = find_outside(cell, root, network, work) if outside is Outside.REFUSE else {}
+    sockets = Sockets(cell, root, private, leading_out)
     strays = processes.strays(cell, root)
     host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
     for pid in processes.pids(cell):

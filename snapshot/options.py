@@ -12,6 +12,7 @@ from rekindle.cell import Network
 from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
 from rekindle.errors import UsageError
+from snapshot.outside_connections import Outside
 
 if TYPE_CHECKING:
     from oci.progress import Tally
@@ -24,7 +25,8 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     `image` is a reference as users write it, `command` starts the server. A server other than vLLM needs
     `ready_url`, which answers 2xx once it is ready, and `oracle_file`, the request whose answer proves it.
     `ready_seconds` limits its start. `warm_file` holds requests, one JSON object per line. `weights` is for
-    vLLM on a GPU; None chooses. `reseed` is what to reseed after a restore. `secrets` names the secrets that
+    vLLM on a GPU; None chooses. `reseed` is what to reseed after a restore, `outside` what to do about
+    connections that lead out of the server. `secrets` names the secrets that
     the image may hold. `sign` signs the image, in addition to this machine's key. `private_variables` are
     withheld from the server. `keep_dump` is a directory for a copy of CRIU's unmodified dump.
     """
@@ -38,6 +40,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     warm_file: Path | None = None
     weights: Weights | None = None
     reseed: Reseed = Reseed.NONE
+    outside: Outside = Outside.REFUSE
     prove: bool = True
     with_cache: bool = True
     secrets: tuple[str, ...] = ()

@@ -199,12 +199,20 @@ def _expect(got: bytes, wanted: bytes) -> None:
         raise RestoreError(f"the trial process answered {got!r} instead of {wanted!r}")
 
 
-def dump(criu: Criu, cell: Cell, pid: int, directory: Path, *, timeout: float = _TIMEOUT_SECONDS) -> None:
+def dump(
+    criu: Criu,
+    cell: Cell,
+    pid: int,
+    directory: Path,
+    *,
+    options: Sequence[str] = (),
+    timeout: float = _TIMEOUT_SECONDS,
+) -> None:
     """Dump a process of the cell and its descendants into a directory, and kill them.
 
     Raises DumpError; the processes then keep running, unless CRIU had to be killed. See also `frozen`.
     """
-    command = dump_command(criu, pid, directory, timeout)
+    command = dump_command(criu, pid, directory, timeout, options)
     status = cell.run(command, timeout)
     if status != 0:
         raise failed(

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that lead out of a server are refused, or closed in its image with `--outside close`."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SERVERS, Done, Rekindle, Replica, free_port, workhorse_flags
+
+pytestmark = pytest.mark.criu
+
+Restore = Callable[..., Replica]
+
+DAEMON = """
+import socket, sys, threading
+listener = socket.socket(fileno=0)
+def serve(sock):
+    while sock.recv(1): sock.sendall(sys.argv[1].encode())
+while True:
+    threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+"""
+
+
+@contextlib.contextmanager
+def daemon(listener: socket.socket, name: str) -> Iterator[int]:
+    """A process outside that accepts connections and answers with its name."""
+    process = subprocess.Popen([sys.executable, "-c", DAEMON, name], stdin=listener.fileno())
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def snapshot(rekindle: Rekindle, port: int, *server: str, flags: tuple[str, ...] = ()) -> Done:
+    command = [sys.executable, str(SERVERS / "caller.py"), str(port), *server]
+    return rekindle("snapshot", "caller", *workhorse_flags(port), *flags, "--json", "--", *command)
+
+
+def test_a_connection_to_a_daemon_is_closed_and_made_again(
+    rekindle: Rekindle, port: int, tmp_path: Path, restore: Restore
+) -> None:
+    place = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        with daemon(listener, "first"):
+            refused = snapshot(rekindle, port, f"unix:{place}", "waits")
+            assert refused.status == 32, refused.stderr
+            assert "snapshot with --outside close" in refused.stderr
+            done = snapshot(rekindle, port, f"unix:{place}", "waits", flags=("--outside", "close"))
+            assert done.status == 0, done.stderr
+            assert done.json["closed"] == [f"unix:{place}"] * 2
+            assert f"unix:{place}" in done.stderr
+            record = rekindle("inspect", "caller", "--json").json["record"]
+            assert record["process"]["closed"] == done.json["closed"]
+        with daemon(listener, "second"):
+            replicas = [restore("caller", free_port(), "--require", "process") for _ in range(2)]
+            for replica in replicas:
+                found = json.loads(replica.ask("/call"))
+                assert found["calls"] in (["EOF", "second"], ["BrokenPipeError", "second"])
+                assert found["ends"] == ["EOF"]
+                assert json.loads(replica.ask("/call"))["calls"] == ["second"]
+                assert found["inside"] == ["!", "!"], "what is inside stays connected"
+
+
+def test_a_connection_that_was_not_accepted_is_closed(
+    rekindle: Rekindle, port: int, tmp_path: Path, restore: Restore
+) -> None:
+    place = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        done = snapshot(rekindle, port, f"unix:{place}", "silent", flags=("--outside", "close"))
+        assert done.status == 0, done.stderr
+        replica = restore("caller", free_port(), "--require", "process")
+        assert json.loads(replica.ask("/call"))["calls"][1:] == ["connected again"]
+
+
+def test_a_connection_to_another_process_of_the_host_is_closed(
+    rekindle: Rekindle, port: int, restore: Restore
+) -> None:
+    """On the host's network, also the address of this host leads out of the server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+        with daemon(listener, "first"):
+            refused = snapshot(rekindle, port, place, flags=("--network", "host"))
+            assert refused.status == 32, refused.stderr
+            assert "snapshot with --outside close" in refused.stderr
+            done = snapshot(rekindle, port, place, flags=("--network", "host", "--outside", "close"))
+            assert done.status == 0, done.stderr
+            assert done.json["closed"] == [place]
+        with daemon(listener, "second"):
+            report = rekindle.home / "report.json"
+            log = rekindle.home / "log"
+            process = rekindle.spawn(
+                *("restore", "caller", "--require", "process", "--report", str(report)), log=log
+            )
+            try:
+                replica = Replica(process, port, log, {})
+                from tests.conftest import wait_for
+
+                wait_for(lambda: report.exists() or process.poll() is not None, 60)
+                found = json.loads(replica.ask("/call"))
+                assert found["calls"] in (["EOF", "second"], ["BrokenPipeError", "second"])
+                assert found["inside"] == ["!", "!"], "what is inside stays connected"
+            finally:
+                replica.kill()
