@@ -35,6 +35,7 @@ from oci.layout import Layout
 from oci.trust.keys import PrivateKey
 from rekindle import criu
 from rekindle.cell import Cell, Command, Network
+from rekindle.criu import search
 from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, OracleError, WorkloadError
@@ -106,7 +107,7 @@ class Bench:
         self._engine = options.engine
         self._work = work
         self._home = Home(work / "home")
-        self._tool = criu.find(home)
+        self._tool = search.find(home)
         self._environment = {**os.environ, "REKINDLE_HOME": str(self._home.root)}
         self._environment["REKINDLE_CRIU"] = str(self._tool.path)
         self._environment["COSIGN_PASSWORD"] = ""

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rekindle import criu
 from rekindle.cell import Cell, Clocks, Network
 from rekindle.criu import amx
+from rekindle.criu.search import FILTER_HINT, candidates, dump_problem
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
 from rekindle.journal import CUDA_JOURNAL
@@ -161,7 +161,7 @@ def _criu(home: Home) -> Iterator[Check]:
     remedy = "run hack/get-criu, or set REKINDLE_CRIU to a CRIU that works"
     works = False
     try:
-        for candidate in criu.candidates(home):
+        for candidate in candidates(home):
             works = works or not candidate.problem
             problem = f" does not work here: {candidate.problem}" if candidate.problem else ""
             yield Check(
@@ -173,6 +173,8 @@ def _criu(home: Home) -> Iterator[Check]:
                 path=candidate.path,
             )
             if works:
+                if problem := dump_problem():
+                    yield Check(name="criu", ok=False, needed=False, detail=problem, remedy=FILTER_HINT)
                 return
     except CapabilityError as error:
         yield Check(name="criu", ok=False, detail=error.message, remedy=error.hint)

@@ -101,20 +101,27 @@ _CAPABILITIES = [f"--cap-add={name}" for name in ("SYS_ADMIN", "NET_ADMIN", "SYS
 # Without a copy of what is in this machine's /tmp.
 _READ_ONLY = ["--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp:notmpcopyup"]
 _WITH = "`--cap-add=SYS_ADMIN,NET_ADMIN,SYS_TIME`"
+UNFILTERED = Container(
+    name="... and `--security-opt=seccomp=unconfined`",
+    flags=[*_CAPABILITIES, "--security-opt=seccomp=unconfined"],
+)
 PRIVILEGED = Container(name="`--privileged`", flags=["--privileged"])
 CONTAINERS = [
     PRIVILEGED,
     Container(name="`--privileged --read-only`", flags=["--privileged", *_READ_ONLY]),
     Container(name="`--privileged --network=host`", flags=["--privileged", "--network=host"]),
     Container(name=_WITH, flags=_CAPABILITIES),
-    Container(
-        name="... and `--security-opt=seccomp=unconfined`",
-        flags=[*_CAPABILITIES, "--security-opt=seccomp=unconfined"],
-    ),
+    Container(name="... and `--read-only`", flags=[*_CAPABILITIES, *_READ_ONLY]),
+    UNFILTERED,
     Container(name="no flags", flags=[]),
     # DAC_READ_SEARCH: it may read root's files, such as this checkout.
     Container(name="`--user=1000`", flags=["--user=1000", "--cap-add=DAC_READ_SEARCH"], user=1000),
 ]
+# Snapshots that are restored in all of them, by their tags.
+SNAPSHOTS = {
+    "privileged": "one of a privileged container",
+    "few": "one with three capabilities and no seccomp",
+}
 
 
 @dataclass(slots=True)
@@ -197,16 +204,18 @@ def row(tried: ContainerTrial, number: int, container: Container) -> list[str]:
     """Try a container and return its row of the table."""
     status = tried.snapshot(container, f"own-{number}")
     own = f"no snapshot ({status})" if status else tried.rung(container, f"own-{number}")
-    cells = [container.name, own, tried.rung(container, "privileged")]
+    others = [tried.rung(container, tag) for tag in SNAPSHOTS]
+    cells = [container.name, own, *others]
     print(*cells, sep=" | ", file=sys.stderr)
     return cells
 
 
 def main() -> int:
-    head = ["`podman run`", "restores its own snapshot by", "restores one of a privileged container by"]
+    head = ["`podman run`", *(f"restores {what} by" for what in ("its own snapshot", *SNAPSHOTS.values()))]
     with trial() as tried:
-        if status := tried.snapshot(PRIVILEGED, "privileged"):
-            raise RuntimeError(f"no snapshot in a privileged container: status {status}")
+        for container, tag in zip((PRIVILEGED, UNFILTERED), SNAPSHOTS, strict=True):
+            if status := tried.snapshot(container, tag):
+                raise RuntimeError(f"no snapshot in a container with {container.name}: status {status}")
         text = table(head, (row(tried, *each) for each in enumerate(CONTAINERS)))
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)

@@ -18,13 +18,32 @@ def privileges() -> dict[str, str]:
     found = {"kernel": os.uname().release, "boot": boot_id()}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name in {"CapEff", "CapBnd", "Seccomp", "NoNewPrivs"}:
+        if name in {"CapPrm", "CapEff", "CapBnd", "Seccomp", "NoNewPrivs"}:
             found[name] = value.strip()
     for name in ("user", "pid", "cgroup"):
         found[name] = str(Path(f"/proc/self/ns/{name}").readlink())
     with contextlib.suppress(OSError):
         found["label"] = Path("/proc/self/attr/current").read_text().strip("\0\n")
     return found
+
+
+def standing() -> str:
+    """Return what of our privileges is the same in each container of a kind, as one line."""
+    found = privileges()
+    for name in ("kernel", "boot", "user", "pid", "cgroup"):  # the latter are new in each container
+        del found[name]
+    found["users"] = " ".join(Path("/proc/self/uid_map").read_text().split())
+    return " ".join(f"{name}={value}" for name, value in found.items())
+
+
+def has_filter() -> bool:
+    """Tell whether this process has a filter of system calls, as most containers have."""
+    return privileges().get("Seccomp", "0") != "0"
+
+
+def has_capability(number: int) -> bool:
+    """Tell whether this process has a capability, by its number in linux/capability.h."""
+    return bool(int(privileges().get("CapEff", "0"), 16) >> number & 1)
 
 
 def children(process: Path) -> list[int]:

@@ -16,8 +16,9 @@ from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.reference import parse
 from oci.trust import made_here, signer
-from rekindle import criu, dump_tree
+from rekindle import dump_tree
 from rekindle.criu import kernel_facts
+from rekindle.criu.search import find_for_dump
 from rekindle.cuda import search
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, for_command, for_sleep
@@ -73,7 +74,7 @@ def snapshot(
     require_writable(reference, access)
     with home.work("snapshot") as work, credentials.kept_out_of_errors():
         with report.phase("find criu"):
-            tool = criu.find(home)
+            tool = find_for_dump(home)
             kernel_facts.learn(home, tool.path)
         keep = options.keep_dump
         made = make.make(

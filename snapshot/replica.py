@@ -28,9 +28,10 @@ from oci.layout import Layout
 from oci.overlay import Overlay
 from oci.reference import Reference, RegistryReference, parse
 from oci.trust import made_here, signer
-from rekindle import __version__, criu
+from rekindle import __version__
 from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu
+from rekindle.criu.search import find_for_dump
 from rekindle.engine.choose import from_record
 from rekindle.errors import CapabilityError, DumpError, IntegrityError, NotFoundError
 from rekindle.home import Home
@@ -98,7 +99,7 @@ def save_replica(
         work = stack.enter_context(home.work("snapshot"))
         stack.enter_context(credentials.kept_out_of_errors())
         with report.phase("find criu"):
-            tool = criu.find(home)
+            tool = find_for_dump(home)
         shared = stack.enter_context(_shared_blobs(replica, home, options))
         frozen = stack.enter_context(contextlib.ExitStack())
         hooked = frozen.enter_context(around_dump(replica.cell, base.process.hooked, report))

@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Call CRIU inside a cell, after finding one that works on this OS kernel."""
+"""Call CRIU inside a cell. `search` finds one that works on this OS kernel."""
 
 import contextlib
-import json
 import os
-import re
-import socket
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rekindle.cell import Cell, Command, MemoryFiles, Network
+from rekindle.cell import Cell, Command, MemoryFiles
 from rekindle.criu import amx, kernel_facts
-from rekindle.errors import CapabilityError, DumpError, RekindleError, RestoreError
-from rekindle.files import write_atomically
-from rekindle.home import Home, expand_user
+from rekindle.errors import DumpError, RekindleError, RestoreError
+from rekindle.home import Home
 from rekindle.os_errors import full_disk
 
 # Processes that use a GPU take longer to freeze than CRIU's default of ten seconds.
 _TIMEOUT_SECONDS = 600
 # The largest deleted but open file that is copied into the dump. CRIU's default is 1 MiB.
 GHOST_LIMIT_BYTES = 1 << 30
-_PROBE_SECONDS = 20.0
 _LEFTOVER_SECONDS = 0.1
-_INSTALL_HINT = "run `hack/get-criu` to install one that works, or set REKINDLE_CRIU to yours"
 # Higher levels cost time: at -v4 a vLLM tree logs 30,000 lines.
 _RESTORE_VERBOSITY = "-v1"
 _OUTPUT = "criu.out"
@@ -47,156 +40,6 @@ class Criu(NamedTuple):
 
     path: Path
     version: str
-
-
-class CriuCandidate(NamedTuple):
-    """A CRIU that was found and tried. `problem` says why it does not work; "" if it does."""
-
-    path: Path
-    version: str
-    problem: str
-
-
-def find(home: Home) -> Criu:
-    """Return the first CRIU that works: `$REKINDLE_CRIU`, or else one on PATH or from hack/get-criu.
-
-    Remembers that a CRIU works until it or the OS kernel changes; retries one that does not at every
-    call. Raises CapabilityError if none works.
-    """
-    known = home.tools / "criu-that-work.json"
-    remembered = _read_known(known)
-    tried = []
-    for path in _paths():
-        identity = _identity(path)
-        if identity in remembered:
-            return Criu(path=path, version=remembered[identity])
-        candidate = _try(home, path)
-        if not candidate.problem:
-            write_atomically(known, json.dumps({**remembered, identity: candidate.version}).encode())
-            kernel_facts.learn(home, path)
-            return Criu(path=path, version=candidate.version)
-        tried.append(candidate)
-    if not tried:
-        raise CapabilityError("CRIU is not installed", hint=_INSTALL_HINT)
-    last = tried[-1]
-    raise CapabilityError(
-        f"CRIU {last.version} ({last.path}) does not work on Linux {os.uname().release}",
-        cause=last.problem,
-        hint=_INSTALL_HINT,
-    )
-
-
-def candidates(home: Home) -> Iterator[CriuCandidate]:
-    """Find every CRIU and try each now."""
-    return (_try(home, path) for path in _paths())
-
-
-def _paths() -> list[Path]:
-    if chosen := os.environ.get("REKINDLE_CRIU"):
-        return [Path(chosen).absolute()]
-    directories = os.get_exec_path()
-    if prefix := _prefix():
-        directories.append(f"{prefix}/bin")
-    found = (Path(directory or ".", "criu") for directory in dict.fromkeys(directories))
-    # os.access first: is_file raises PermissionError in a directory that we may not read.
-    works = (path.absolute() for path in found if os.access(path, os.X_OK) and path.is_file())
-    return list(dict.fromkeys(works))
-
-
-def _prefix() -> Path | None:
-    """Return the directory into which hack/get-criu installs; None for a user without a home directory."""
-    if prefix := os.environ.get("REKINDLE_PREFIX"):
-        return Path(prefix)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    directory = Path(cache) if cache else expand_user("~/.cache")
-    return directory and directory / "rekindle"
-
-
-def _identity(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError:
-        return f"{path} missing"
-    return f"{path} {status.st_size} {status.st_mtime_ns} on {os.uname().release}"
-
-
-def _read_known(path: Path) -> dict[str, str]:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return {str(key): str(version) for key, version in json.loads(path.read_bytes()).items()}
-    return {}
-
-
-def _try(home: Home, path: Path) -> CriuCandidate:
-    """Try a CRIU: dump and restore a small process with threads and a TCP listener."""
-    from rekindle.run import run
-
-    try:
-        match = re.search(r"Version: (\S+)", run([str(path), "--version"], timeout=10).output)
-    except OSError as error:
-        return CriuCandidate(path=path, version="unknown", problem=str(error))
-    version = match[1] if match else "unknown"
-    if os.geteuid() != 0:
-        raise CapabilityError("CRIU needs root", hint="run rekindle as root (sudo)")
-    problem = ""
-    try:
-        with home.work("probe") as directory:
-            _round_trip(Criu(path=path, version=version), directory)
-    except (DumpError, RestoreError) as error:
-        problem = f"{error.message}: {error.cause}"
-    return CriuCandidate(path=path, version=version, problem=problem)
-
-
-_PROBE_PORT = 1234
-_PROBE_PROGRAM = f"""
-import socket, threading
-for _ in range(3):
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
-server = socket.create_server(("127.0.0.1", {_PROBE_PORT}))
-asked = 0
-while True:
-    peer = server.accept()[0]
-    asked += 1
-    peer.sendall(str(asked).encode())
-    peer.close()
-"""
-
-
-def _round_trip(criu: Criu, directory: Path) -> None:
-    log = directory / "log"
-    program = Command(
-        argv=[sys.executable, "-I", "-S", "-c", _PROBE_PROGRAM],
-        env={},
-        cwd=Path("/"),
-        files={0: Path(os.devnull), 1: log, 2: log},
-        workload=True,
-    )
-    with Cell() as cell:
-        cell.enter(Network.PRIVATE)
-        pid = cell.spawn(program)
-        _expect(_ask(cell), b"1")
-        dump(criu, cell, pid, directory, timeout=_PROBE_SECONDS)
-        clocks = cell.clocks()
-    with Cell() as cell:
-        cell.enter(Network.PRIVATE, clocks)
-        restore(criu, cell, directory, timeout=_PROBE_SECONDS)
-        _expect(_ask(cell), b"2")
-
-
-def _ask(cell: Cell) -> bytes:
-    deadline = time.monotonic() + _PROBE_SECONDS
-    while True:
-        try:
-            with cell.connect("127.0.0.1", _PROBE_PORT, timeout=1.0) as sock:
-                return sock.recv(16, socket.MSG_WAITALL)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise RestoreError("the trial process does not answer") from error
-            time.sleep(0.01)
-
-
-def _expect(got: bytes, wanted: bytes) -> None:
-    if got != wanted:
-        raise RestoreError(f"the trial process answered {got!r} instead of {wanted!r}")
 
 
 def dump(

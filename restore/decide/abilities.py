@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct, field
 
-from rekindle import criu
 from rekindle.cell import Cell, Clocks, Network
-from rekindle.criu import Criu
+from rekindle.criu import Criu, search
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.files import write_atomically
 from rekindle.home import Home
@@ -39,7 +38,7 @@ def probe(home: Home) -> Abilities:
     if problem := _cell_problem(home):
         return Abilities(problems={"privileges": problem})
     try:
-        return Abilities(criu=criu.find(home), memory_bytes=memory.available_bytes())
+        return Abilities(criu=search.find(home), memory_bytes=memory.available_bytes())
     except CapabilityError as error:
         problem = f"{error.message}: {error.cause}" if error.cause else error.message
         return Abilities(problems={"criu": problem})
@@ -50,9 +49,9 @@ def cuda_problem(home: Home) -> str:
 
     Does not start the driver, which takes seconds, and so may miss a problem.
     """
-    from rekindle.cuda import search
+    from rekindle.cuda.search import problem
 
-    return search.problem(home)
+    return problem(home)
 
 
 def _cell_problem(home: Home) -> str:

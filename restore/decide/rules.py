@@ -223,7 +223,8 @@ RULES: Mapping[str, Rule] = {
         hard=True,
         fixed=True,
         why="CRIU restores the process. Its version does not tell whether it works with this OS kernel, so "
-        "that is tried with a small process.",
+        "that is tried with a small process. If it fails, it is tried again after an hour, or by `rekindle "
+        "doctor`.",
         source="docs/measurements.md, CRIU",
         advice="run hack/get-criu, or set REKINDLE_CRIU to a CRIU that works",
     ),

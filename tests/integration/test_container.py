@@ -59,6 +59,11 @@ def lacks(*capabilities: str) -> list[str]:
     return ["setpriv", "--bounding-set", words, "--inh-caps", words]
 
 
+def filtered(*names: str) -> list[str]:
+    """With a filter that forbids these system calls."""
+    return [sys.executable, str(SERVERS / "filtered.py"), ",".join(names)]
+
+
 def mounted(script: str) -> list[str]:
     """As PID 1, after a script has changed the mounts."""
     return [*PID_1, "sh", "-euc", f'{script}\nexec "$@"', "sh"]
@@ -130,6 +135,9 @@ PRIVILEGED = {
     ),
     "without control groups": mounted("mount -t tmpfs -o ro tmpfs /sys/fs/cgroup"),
     "with processes of others hidden": mounted("mount -t proc -o hidepid=2 proc /proc"),
+    "with a filter of system calls": filtered(
+        "kexec_load", "keyctl", "bpf", "open_by_handle_at", "userfaultfd"
+    ),
 }
 
 
@@ -146,6 +154,24 @@ def test_five_capabilities_are_enough_for_a_server_that_had_no_more(
     with container(saved_with_few, tmp_path, [*PID_1, *has(*NEEDED)]) as scene:
         is_restored(scene)
         scene.nothing_is_left()
+
+
+def test_a_filter_of_system_calls_and_few_capabilities_are_enough(
+    saved_with_few: Saved, tmp_path: Path
+) -> None:
+    prefix = [*mounted(MASKED), *has(*NEEDED), *filtered("kexec_load")]
+    with container(saved_with_few, tmp_path, prefix) as scene:
+        is_restored(scene)
+        scene.nothing_is_left()
+
+
+def test_a_snapshot_behind_a_filter_is_refused_before_the_server_starts(scene: Scene) -> None:
+    scene.rekindle.prefix = filtered("kexec_load")
+    started = scene.directory / "started"
+    command = ["sh", "-c", f"touch {started}; exec sleep 60"]
+    done = scene.rekindle("snapshot", "image", "--ready-url", "http://127.0.0.1:9/", "--", *command)
+    assert (done.status, started.exists()) == (10, False), done.stderr
+    assert "seccomp" in done.stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,9 +191,8 @@ LESSER = {
     "without SYS_TIME": Lesser(prefix=lacks("sys_time"), codes=["privileges", "capabilities"]),
     "without SYS_CHROOT": Lesser(prefix=lacks("sys_chroot"), codes=["criu", "capabilities"]),
     "with fewer than the server had": Lesser(prefix=has(*NEEDED), codes=["capabilities"]),
-    "with a filter of system calls": Lesser(
-        prefix=[sys.executable, str(SERVERS / "filtered.py")], codes=["privileges"]
-    ),
+    "without SETPCAP": Lesser(prefix=lacks("setpcap"), codes=["criu", "capabilities"]),
+    "with a filter of system calls that cells need": Lesser(prefix=filtered("unshare"), codes=["privileges"]),
 }
 
 

@@ -24,8 +24,8 @@ from oci.options import RegistryOptions
 from oci.reference import parse
 from oci.trust import signer, verifier
 from oci.trust.keys import PrivateKey
-from rekindle import criu
 from rekindle.cell import Cell, processes
+from rekindle.criu import search
 from rekindle.engine import Request
 from rekindle.engine.client import Client
 from rekindle.errors import DumpError, SecretError
@@ -91,7 +91,7 @@ def running(name: str, work: Path, output: int = -1, memory: Memory = Memory.MAP
             here = stack.enter_context(home.work("restore"))
             dump = stack.enter_context(dumps.ready(home, here, verifier.dangerously_skip(image), report))
         cell = stack.enter_context(Cell())
-        tool = criu.find(home)
+        tool = search.find(home)
         out = Output(stdout=output, stderr=output)
         process.restore(
             cell,

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import criu
 from rekindle.cell import Cell, Command, Network
 from rekindle.cell.init import CRIU_FACTS
-from rekindle.criu import Criu, kernel_facts
+from rekindle.criu import Criu, kernel_facts, search
 from rekindle.home import Home
 
 pytestmark = [
@@ -28,7 +27,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 @pytest.fixture(name="tool")
 def _tool(home: Home) -> Criu:
     """Finding a CRIU tries it, and so learns its facts."""
-    return criu.find(home)
+    return search.find(home)
 
 
 def programs_of(tool: Criu, facts: bytes | None, tmp_path: Path) -> int:

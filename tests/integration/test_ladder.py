@@ -143,6 +143,24 @@ def test_a_criu_that_fails(scene: Scene) -> None:
     assert (reason["code"], reason["field"]) == ("restore-failed", "restore")
 
 
+def test_a_criu_that_fails_its_trial_is_not_tried_at_every_start(scene: Scene) -> None:
+    criu, tried = scene.directory / "criu", scene.directory / "tried"
+    criu.write_text(f"#!/bin/sh\ncase $1 in dump) echo >>{tried}; exit 1;; esac\n")
+    criu.chmod(0o755)
+    scene.rekindle.env["REKINDLE_CRIU"] = str(criu)
+    for _ in range(2):
+        report = serves_on_the_cache(scene)
+        (reason,) = [reason for reason in report["reasons"] if reason["hard"]]
+        assert reason["code"] == "criu"
+        assert tried.read_text() == "\n"
+    assert "rekindle doctor" in reason["here"]
+    assert scene.rekindle("doctor", "--check", "criu").status == 10
+    assert tried.read_text() == "\n" * 2
+    criu.write_text(f"{criu.read_text()}# another one\n")
+    serves_on_the_cache(scene)
+    assert tried.read_text() == "\n" * 3
+
+
 def test_a_criu_that_hangs_is_killed_in_time(scene: Scene) -> None:
     fake_criu(scene, "trap '' TERM INT; sleep 1000")
     report = serves_on_the_cache(scene, "--process-deadline", "3")

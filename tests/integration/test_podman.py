@@ -11,7 +11,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from hack.containers import BEGIN, CONTAINERS, END, PAGE, PORT, PRIVILEGED, Container, ContainerTrial, trial
+from hack.containers import (
+    BEGIN,
+    CONTAINERS,
+    END,
+    PAGE,
+    PORT,
+    PRIVILEGED,
+    UNFILTERED,
+    Container,
+    ContainerTrial,
+    trial,
+)
 from tests.integration.scenes import MULE
 
 pytestmark = [
@@ -19,6 +30,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(not shutil.which("podman"), reason="this test needs podman and crun"),
 ]
+FILTERED = next(each for each in CONTAINERS if each.name == "... and `--read-only`")
 LIMITED = Container(name="", flags=["--privileged", "--memory=200m", "--memory-swap=200m"])
 
 
@@ -43,6 +55,13 @@ def test_a_limit_of_memory_kills_the_server_and_not_us(tried: ContainerTrial) ->
     name, _ = tried.restore(LIMITED, "mule")
     ask(tried, name, "/eat")
     assert tried.podman.status(name) == 137
+
+
+def test_a_read_only_container_with_the_default_filter_restores_the_process(tried: ContainerTrial) -> None:
+    assert tried.snapshot(UNFILTERED, "few") == 0
+    name, report = tried.restore(FILTERED, "few")
+    assert report["outcome"] == "restored", report["reasons"]
+    assert tried.stop(name) == 0
 
 
 def ask(tried: ContainerTrial, name: str, path: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program that may make no namespaces, as runtimes filter system calls: `filtered.py PROGRAM WORDS…`."""
+"""A program that may not make some system calls: `filtered.py unshare,bpf PROGRAM WORDS…`."""
 
 import ctypes
 import errno
@@ -8,27 +8,39 @@ import platform
 import struct
 import sys
 
-UNSHARE = {"x86_64": 272, "aarch64": 97}[platform.machine()]
-PR_SET_SECCOMP, MODE_FILTER, PR_SET_NO_NEW_PRIVS = 22, 2, 38
+NUMBERS = {
+    "x86_64": {
+        "unshare": 272,
+        "keyctl": 250,
+        "kexec_load": 246,
+        "open_by_handle_at": 304,
+        "bpf": 321,
+        "userfaultfd": 323,
+    },
+    "aarch64": {
+        "unshare": 97,
+        "keyctl": 219,
+        "kexec_load": 104,
+        "open_by_handle_at": 265,
+        "bpf": 280,
+        "userfaultfd": 282,
+    },
+}[platform.machine()]
+PR_SET_SECCOMP, MODE_FILTER = 22, 2
 LOAD, JUMP_IF_EQUAL, RETURN, ALLOW, ERROR = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000
 
 
 def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    program = b"".join(
-        struct.pack("HBBI", *instruction)
-        for instruction in (
-            (LOAD, 0, 0, 0),
-            (JUMP_IF_EQUAL, 0, 1, UNSHARE),
-            (RETURN, 0, 0, ERROR | errno.EPERM),
-            (RETURN, 0, 0, ALLOW),
-        )
-    )
+    instructions = [(LOAD, 0, 0, 0)]
+    for name in sys.argv[1].split(","):
+        instructions += [(JUMP_IF_EQUAL, 0, 1, NUMBERS[name]), (RETURN, 0, 0, ERROR | errno.EPERM)]
+    instructions.append((RETURN, 0, 0, ALLOW))
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program)
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
-    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     assert libc.prctl(PR_SET_SECCOMP, MODE_FILTER, header, 0, 0) == 0
-    os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(sys.argv[2], sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import pytest
 
-from rekindle import criu
-from rekindle.criu import Criu
+from rekindle.criu import Criu, search
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
 from restore.decide import abilities
@@ -66,7 +65,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(abilities, "Cell", Cell)
     monkeypatch.setattr(abilities, "privileges", lambda: dict(node.privileges))
-    monkeypatch.setattr(criu, "find", node.find)
+    monkeypatch.setattr(search, "find", node.find)
     return node
 
 

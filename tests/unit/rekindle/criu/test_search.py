@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rekindle import criu
+from rekindle.criu import search
 from rekindle.errors import CapabilityError
 from rekindle.home import Home
 
@@ -29,23 +29,23 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_path_comes_before_the_installed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path = write_program(tmp_path / "bin/criu")
     in_home = write_program(tmp_path / "home/.cache/rekindle/bin/criu")
-    assert criu._paths() == [on_path, in_home]
+    assert search._paths() == [on_path, in_home]
     in_cache = write_program(tmp_path / "cache/rekindle/bin/criu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert criu._paths() == [on_path, in_cache]
+    assert search._paths() == [on_path, in_cache]
     in_prefix = write_program(tmp_path / "prefix/bin/criu")
     monkeypatch.setenv("REKINDLE_PREFIX", str(tmp_path / "prefix"))
-    assert criu._paths() == [on_path, in_prefix]
+    assert search._paths() == [on_path, in_prefix]
     chosen = tmp_path / "chosen"
     monkeypatch.setenv("REKINDLE_CRIU", str(chosen))
-    assert criu._paths() == [chosen]
+    assert search._paths() == [chosen]
 
 
 def test_a_user_without_a_home_has_none_installed_in_it(homeless: None, home: Home, tmp_path: Path) -> None:
     with pytest.raises(CapabilityError, match="CRIU is not installed"):
-        criu.find(home)
+        search.find(home)
     on_path = write_program(tmp_path / "bin/criu")
-    assert criu._paths() == [on_path]
+    assert search._paths() == [on_path]
 
 
 def test_a_directory_on_path_that_may_not_be_read_is_skipped(
@@ -58,4 +58,4 @@ def test_a_directory_on_path_that_may_not_be_read_is_skipped(
 
     monkeypatch.setattr(Path, "is_file", refuse)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert criu._paths() == []
+    assert search._paths() == []
