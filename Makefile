@@ -51,7 +51,7 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/python -m hack.docs.schemas --check
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
-	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
 
 clean: ## Remove everything that was built in this checkout
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -80,12 +80,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         need(VECTORS.is_dir(), "Sigstore's conformance vectors", f"put them at {VECTORS}")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module in one lane, for the fixtures that they share."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+# Modules in one lane, since they share a fixture that takes minutes.
+_TOGETHER = {"tests/integration/test_vllm_key.py": "tests/integration/test_vllm.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute tests by module, and some modules together."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped,unused-ignore]
+
+    class LoadModules(LoadFileScheduling):  # type: ignore[misc,unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            module = str(super()._split_scope(nodeid))
+            return _TOGETHER.get(module, module)
+
+    return LoadModules(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def need(there: object, what: str, hint: str = "run `make setup-dev` as root") -> None:

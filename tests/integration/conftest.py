@@ -61,7 +61,7 @@ def horse_port(rekindle: Rekindle, _workhorse: Workhorse) -> int:
 def vllm(_own_machine: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rekindle, dict[str, object]]:
     """A snapshot of a real vLLM server, and the report of its making.
 
-    Two modules use it, one after the other in one lane, by their mark `xdist_group`. It is in development
+    Two modules use it, one after the other, in one lane. It is in development
     mode behind our gate, as one that sleeps, but that this one cannot: it has no GPU.
     """
     home = tmp_path_factory.mktemp("vllm")

@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.criu,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm"),
 ]
 PROMPT = {
     "model": "tiny",

@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.criu,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
-    pytest.mark.xdist_group("vllm"),
 ]
 # What would change the server for the other requests, or takes too long to refuse.
 LEFT_OUT = {"/scale_elastic_ep", "/pause", "/resume", "/sleep", "/wake_up", "/abort_requests"}
