@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(Reseed),
         default=Reseed.NONE,
         help="random numbers of Python processes to reseed after a restore: those that the program did not "
-        "seed itself, all, or none, which also loads no hook (default: none)",
+        "seed itself, all, or none (default: none)",
     )
     parser.add_argument(
         "--outside",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, field, structs
 
-from rekindle.cell import Cell, descendants, processes
+from rekindle.cell import Cell, descendants, hook, processes
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, SpaceError
 from rekindle.journal import CUDA_JOURNAL
 from rekindle.node import gpu, memory
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
 
 _LOCK_SECONDS = 60.0  # for a GPU to finish the work it was given
+_NVML_SECONDS = 30.0
 _BYTES_PER_SECOND = 500e6  # of GPU memory through the slowest bus
 _CHECKPOINT_SECONDS = 600.0  # if the amount of GPU memory is unknown
 # NVML also counts what is not moved into host memory: a process's contexts, loaded kernels and workspaces
@@ -65,6 +66,8 @@ def checkpointed(
 
     with contextlib.ExitStack() as stack:
         with report.phase("cuda"):
+            if _device_holders(cell):
+                _shut_down_nvml(cell, report)
             backend = _open_backend(cell, find_backend, stack)
             inside, state = _find_holders(cell, backend) if backend else ({}, CudaState())
             _require_none(_device_holders(cell, except_for=state.pids))
@@ -80,6 +83,17 @@ def checkpointed(
                 _require_none(_device_holders(cell))
             report.bytes.device = state.device_bytes or None
         yield state
+
+
+def _shut_down_nvml(cell: Cell, report: Report) -> None:
+    """Let the server's Python processes close the devices that NVML keeps open.
+
+    A process that cannot, or has no hook, is refused later if it still holds one.
+    """
+    try:
+        hook.call(cell, hook.HookPhase.SHUT_DOWN_NVML, _NVML_SECONDS)
+    except hook.HookError as error:
+        report.say(f"process {error.pid} ({processes.command(cell, error.pid)}) may still use NVML: {error}")
 
 
 def require_state(state: CudaState, dump_bytes: int) -> None:
@@ -191,7 +205,7 @@ def _require_none(holders: Sequence[str]) -> None:
         raise NotDumpableError(
             "processes hold an NVIDIA device that is not part of their CUDA state",
             cause="\n".join(holders),
-            hint="forked children inherit their parent's devices: set VLLM_WORKER_MULTIPROC_METHOD=spawn; a "
-            "process that used NVML without CUDA keeps /dev/nvidiactl open until nvmlShutdown; one that has "
-            "only called cuInit keeps its devices until it ends",
+            hint="forked children inherit their parent's devices: set VLLM_WORKER_MULTIPROC_METHOD=spawn; "
+            "NVML without CUDA keeps /dev/nvidiactl open, and is shut down only in Python processes that "
+            "import rekindle's hook; a process that has only called cuInit keeps its devices until it ends",
         )

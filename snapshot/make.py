@@ -189,7 +189,8 @@ def _bring_up(
     make_temporary(cell)
     engine.enter(cell.root)
     argv, environment = engine.launch(spec.argv, spec.environment)
-    server = Server(cell, argv, environment, Path.cwd(), work, spec.reseed)
+    gpus = spec.find_backend is not None
+    server = Server(cell, argv, environment, Path.cwd(), work, spec.reseed, gpus=gpus)
     client = Client(engine.endpoint, cell.connect)
     with report.phase("ready"):
         began = time.monotonic()

@@ -35,8 +35,12 @@ class Server:
         cwd: Path,
         logs: Path,
         reseed: hook.Reseed = hook.Reseed.NONE,
+        *,
+        gpus: bool = False,
     ) -> None:
         """Start the server. Its output goes to `stdout.log` and `stderr.log` in the directory `logs`.
+
+        With `gpus`, its Python processes get the hook also if nothing is to be reseeded: it lets go of NVML.
 
         Raises UsageError if the command is not found.
         """
@@ -55,7 +59,7 @@ class Server:
         make_temporary(cell)
         hook.renew_generation(cell.root)
         started_with = self.environment
-        if reseed is not hook.Reseed.NONE:
+        if gpus or reseed is not hook.Reseed.NONE:
             hook.install(cell.root, reseed)
             started_with = hook.environment(self.environment)
         self.root_pid = cell.spawn(

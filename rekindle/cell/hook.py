@@ -29,7 +29,7 @@ _PAUSE_SECONDS = 0.02
 
 
 class Reseed(StrEnum):
-    """The scope of reseeding: nothing (it is not loaded), what the program has not seeded itself, or all."""
+    """The scope of reseeding: nothing, what the program has not seeded itself, or all."""
 
     NONE = "none"
     UNSEEDED = "unseeded"
@@ -40,6 +40,7 @@ class HookPhase(StrEnum):
     """The requests to a hook."""
 
     BEFORE_SNAPSHOT = "before-snapshot"
+    SHUT_DOWN_NVML = "shut-down-nvml"
     AFTER_RESTORE = "after-restore"
 
 
@@ -51,7 +52,10 @@ def renew_generation(root: Path) -> None:
 
 
 def install(root: Path, reseed: Reseed) -> None:
-    """Put the hook into the file system of a cell, for the processes that `environment` reaches."""
+    """Put the hook into the file system of a cell, for the processes that `environment` reaches.
+
+    With Reseed.NONE it leaves random numbers alone.
+    """
     directory = root / DIRECTORY.relative_to("/")
     python = directory / "python"
     python.mkdir(mode=0o755)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in every Python process of a server in a cell: reseeds its random numbers after a restore.
+"""Runs in every Python process of a server in a cell: reseeds its random numbers after a restore, and lets go
+of NVIDIA's management library (NVML) before a dump.
 
 `rekindle.cell.hook` puts a copy named rekindle_hook.py into the cell, and `python_site.py` loads it. One
 thread waits for a signal that is sent to it alone. It holds no descriptor while it waits, and its name, which
@@ -8,7 +9,8 @@ thread waits for a signal that is sent to it alone. It holds no descriptor while
     rekindle TOKEN    has answered the request with this token (also: began after it)
     rekindle!TOKEN    has answered it, but something failed; the traceback is in the server's output
 
-The request is in the file `request` beside this directory: "before-snapshot TOKEN" or "after-restore TOKEN".
+The request is in the file `request` beside this directory: "before-snapshot TOKEN", "shut-down-nvml TOKEN" or
+"after-restore TOKEN". What to reseed is in the file `reseed`; with "none", random numbers are left alone.
 
 Programs can take part, by AWS's package `snapshot_restore_py` or without it:
 
@@ -29,6 +31,7 @@ SIGNAL = 62
 _DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 _SEEDED = ("random", "numpy.random")
 _PR_SET_NAME = 15
+_NVML_USERS_LIMIT = 100_000
 _CLOCK_AND_NODE = slice(8, 10), slice(10, 16)
 
 _before_snapshot: list = []  # type: ignore[type-arg]
@@ -188,6 +191,23 @@ def _renew_uuid(uuid) -> None:  # type: ignore[no-untyped-def]
     uuid._generate_time_safe = generate_time_safe
 
 
+def _shut_down_nvml() -> None:
+    """Undo every nvmlInit of this process: until then it holds /dev/nvidiactl, which cannot be dumped.
+
+    NVML counts its users. What needs it later initializes it again, as vLLM and torch do for each question.
+    """
+    import _ctypes
+
+    try:
+        library = _ctypes.dlopen("libnvidia-ml.so.1", os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:  # it was never loaded
+        return
+    shut_down = _ctypes.dlsym(library, "nvmlShutdown")
+    for _ in range(_NVML_USERS_LIMIT):
+        if _ctypes.call_function(shut_down, ()):  # NVML_ERROR_UNINITIALIZED
+            return
+
+
 def _read(name: str) -> str:
     try:
         with open(f"{_DIRECTORY}/{name}") as file:
@@ -205,6 +225,8 @@ def _answer() -> None:
     calls: list = []  # type: ignore[type-arg]
     if phase == "after-restore":
         calls += [(_reseed, (), {}), *_of_package("get_after_restore"), *_after_restore]
+    elif phase == "shut-down-nvml":
+        calls += [(_shut_down_nvml, (), {})]
     else:
         calls += [*_before_snapshot[::-1], *_of_package("get_before_snapshot")[::-1]]
     failed = False
@@ -258,9 +280,10 @@ def _start() -> None:
 
 if _request := _read("request"):
     _answered = _request.partition(" ")[2]
-    for _name in _SEEDED:
-        if _name in sys.modules:
-            _seeded.watch(_name, sys.modules[_name])
-    sys.meta_path.insert(0, _seeded)
+    if _read("reseed") != "none":
+        for _name in _SEEDED:
+            if _name in sys.modules:
+                _seeded.watch(_name, sys.modules[_name])
+        sys.meta_path.insert(0, _seeded)
     os.register_at_fork(after_in_child=_start)
     _start()

@@ -10,7 +10,8 @@ from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
 
 # A /dev of its own for a command: $1 is an empty directory to build it in, $2 the path of a device that is to
-# be there, and is of /dev/zero's kind. The rest is the command.
+# be there. CRIU refuses that, as it would the real one: it is of the kind of /dev/loop-control, or where there
+# is none, of /dev/zero. The rest is the command.
 _DEVICES = """
 mount -t tmpfs -o mode=755 none "$1"
 mkdir "$1/shm" "$1/pts"
@@ -18,7 +19,9 @@ mount --rbind /dev/shm "$1/shm"
 mount --rbind /dev/pts "$1/pts"
 for name in null zero full random urandom tty; do cp -a "/dev/$name" "$1/$name"; done
 mkdir -p "$1$(dirname "${2#/dev}")"
-mknod "$1${2#/dev}" c 1 5
+kind="c 1 5"
+test ! -c /dev/loop-control || kind="c 10 237"
+mknod "$1${2#/dev}" $kind
 mount --move "$1" /dev
 shift 2
 exec "$@"

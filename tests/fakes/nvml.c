@@ -25,7 +25,8 @@
  * state says, in equal parts on its GPUs; not while that is checkpointed.
  *
  * As with the real one, nothing can be asked before nvmlInit and after the last nvmlShutdown, text and lists
- * that are longer than the caller's buffer are refused, and a directory of devices is open between the two.
+ * that are longer than the caller's buffer are refused, and /dev/nvidiactl is open between the two, or /dev where there
+ * is none.
  */
 
 #include <dirent.h>
@@ -201,7 +202,7 @@ int nvmlInitWithFlags(unsigned flags)
     (void)flags;
     if (!users && (code = read_node()))
         return code;
-    if (!users++)
+    if (!users++ && (devices = open("/dev/nvidiactl", O_RDONLY | O_CLOEXEC)) < 0)
         devices = open("/dev", O_RDONLY | O_CLOEXEC);
     return SUCCESS;
 }

@@ -405,6 +405,16 @@ def test_a_device_that_is_still_held_after_the_checkpoint_is_named(
     nothing_left()
 
 
+def test_nvml_is_shut_down_before_the_dump(
+    rekindle: Rekindle, node: FakeGpuNode, port: int, tmp_path: Path
+) -> None:
+    """As in vLLM's API server, which initializes it, never shuts it down, and uses no CUDA itself."""
+    rekindle.prefix = with_device("/dev/nvidiactl", tmp_path / "dev")
+    done = rekindle.snapshot_workhorse("horse", port, "nvml=2", flags=["--no-prove"])
+    assert done.status == 0, done.stderr
+    assert process_of(rekindle)["hooked"] == [], "nothing is reseeded"
+
+
 @pytest.mark.parametrize("behaviours", [CUDA, ()])
 def test_a_device_of_a_process_without_cuda_is_named_before_anything_is_locked(
     rekindle: Rekindle, node: FakeGpuNode, port: int, tmp_path: Path, behaviours: tuple[str, ...]

@@ -16,7 +16,7 @@ file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, c
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
 uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more), cuda-idle (a
 process that has called cuInit, and no more), also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6
-address).
+address), nvml=N (calls nvmlInit so many times, and never nvmlShutdown).
 """
 
 import contextlib
@@ -420,6 +420,8 @@ def main() -> None:
     held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
     if "cuda" in BEHAVIOURS:
         claim_cuda()
+    for _ in range(int(BEHAVIOURS.get("nvml", 0))):
+        assert ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2() == 0
     if "cuda-idle" in BEHAVIOURS:
         fork(begin_restore_thread)
     if "uid" in BEHAVIOURS:

@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from rekindle.cell import hook, python_hook
 from rekindle.cell.init import TGKILL
 from tests.conftest import wait_for
+from tests.fakes import nodes
+from tests.fakes.nvml import FakeNvml
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,12 +29,19 @@ class Process:
     all: ClassVar[list["Process"]] = []
     LOOP = "import sys\nfor line in sys.stdin: print(repr(eval(line)), flush=True)"
 
-    def __init__(self, place: Path, prelude: str = "", path: str = "", *flags: str) -> None:
+    def __init__(
+        self,
+        place: Path,
+        prelude: str = "",
+        path: str = "",
+        *flags: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         ours = str(place / "rekindle" / "python")
         self.place, self.said = place / "rekindle", ""
         self.running = subprocess.Popen(
             [sys.executable, *flags, "-c", f"{prelude}\n{self.LOOP}"],
-            env={**os.environ, "PYTHONPATH": f"{ours}:{path}" if path else ours},
+            env={**os.environ, **environment, "PYTHONPATH": f"{ours}:{path}" if path else ours},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -153,6 +163,28 @@ def test_an_own_sitecustomize_is_run_as_before(place: Path, tmp_path: Path, own:
         assert process.ask("sys.modules['sitecustomize'].__file__") == str(tmp_path / "own/sitecustomize.py")
     said = process.end()
     assert ("Error in sitecustomize" in said) is bool(says)
+
+
+def test_nvml_is_shut_down_however_often_it_was_initialized(place: Path, tmp_path: Path) -> None:
+    """And random numbers are left alone where nothing is to be reseeded."""
+    (tmp_path / "nvml").mkdir()
+    nvml = FakeNvml(tmp_path / "nvml")
+    nvml.describe(nodes.H100)
+    (place / "rekindle/reseed").write_text("none\n")
+    load = "import ctypes, os, random\nnvml = ctypes.CDLL('libnvidia-ml.so.1')\n"
+    process = Process(place, f"{load}for _ in range(3): nvml.nvmlInit_v2()", environment=nvml.environment)
+    descriptors = "len(os.listdir('/proc/self/fd'))"
+    count = "nvml.nvmlDeviceGetCount_v2(ctypes.byref(ctypes.c_uint()))"
+    held = process.ask(descriptors)
+    assert process.ask(count) == 0
+    assert process.call("shut-down-nvml", "abcdef") == "rekindle abcdef"
+    assert process.ask(count) == 1  # NVML_ERROR_UNINITIALIZED
+    assert process.ask(descriptors) == held - 1
+    assert process.ask("hasattr(random.seed, '__wrapped__')") is False
+    assert process.ask("nvml.nvmlInit_v2()") == 0
+    without = Process(place)
+    assert without.call("shut-down-nvml", "fedcba") == "rekindle fedcba"
+    assert without.end() == ""
 
 
 def test_numpy_is_reseeded_unless_the_program_has_seeded_it(place: Path, tmp_path: Path) -> None:
