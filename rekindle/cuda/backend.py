@@ -140,6 +140,11 @@ def check_device_map(device_map: Mapping[str, str], pid: int) -> dict[str, str]:
     return dict(device_map)
 
 
+def all_devices(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which the driver shows every GPU, as it must to move state between them."""
+    return {name: value for name, value in environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+
+
 def holds_none(pid: int, number: int, *, proc: Path = Path("/proc")) -> bool:
     """Tell whether a failed query for the restore thread means that the process holds no CUDA.
 

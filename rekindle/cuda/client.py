@@ -2,15 +2,16 @@
 """Serve the CUDA driver's checkpoint API on a socket, as a program that `rekindle.cuda.driver` starts.
 
 It runs by path under `python -I -S`, imports only the standard library, and lives as long as the command
-that started it. The driver's start (2.7 s on an H100 node) is thus paid once, while that command does other
-work.
+that started it. Calls are made as soon as the library is loaded: those for other processes do not need
+cuInit, as far as is known. It is called in the background all the same, once (2.7 s on an H100 node): a call
+that is answered with NOT_INITIALIZED before it is over is made again after it.
 
 rekindle talks to it over a SOCK_SEQPACKET socket, one JSON object per message, with many calls in flight:
 
     to the client                                        from the client
-    -                                                    {"loaded": true}, if the driver is usable; then
-                                                         {"version": 13000}, or {"problem": text,
-                                                         "started": bool}
+    -                                                    {"version": 13000} when the library is loaded,
+                                                         {"started": true} after cuInit; either can be
+                                                         {"problem": text, "started": bool} instead
     {"id", "call": "state" | "restore-thread", "pid"}    {"id", "status", "name", "text", "value"}
     {"id", "call": "lock", "pid", "timeout_ms"}          the same; `status` is the driver's, a CUresult
     {"id", "call": "checkpoint" | "unlock", "pid"}
@@ -35,7 +36,7 @@ from select import POLLIN, poll
 
 MESSAGE_BYTES = 1 << 16
 FAREWELL_SECONDS = 30.0
-UNKNOWN = 999
+NOT_INITIALIZED, UNKNOWN = 3, 999
 CHECKPOINTING = (
     "cuCheckpointProcessGetRestoreThreadId",
     "cuCheckpointProcessGetState",
@@ -95,11 +96,14 @@ class LoadedDriver:
                 f"libcuda.so.1 has no {missing[0]}: the driver is older than 570", started=False
             )
 
-    def start(self) -> int:
-        """Initialize the driver, which takes seconds; return the newest CUDA version that it supports."""
+    def start(self) -> None:
+        """Initialize the driver, which takes seconds. Raises UnusableError."""
         if status := self._library.cuInit(0):
             name, text = self.describe(status)
             raise UnusableError(f"cuInit: {name} ({status}): {text}", started=True)
+
+    def version(self) -> int:
+        """Return the newest CUDA version that the driver supports; needs no start."""
         version = ctypes.c_int()
         self._library.cuDriverGetVersion(ctypes.byref(version))
         return version.value
@@ -148,19 +152,22 @@ class DriverClient:
         self._finished = threading.Semaphore(0)
         self._begun = 0
         self._driver: LoadedDriver | None = None
-        self._start_over = threading.Event()
+        self._problem = ""
+        self._loaded, self._start_over = threading.Event(), threading.Event()
 
     def start(self) -> None:
-        """Start the driver and report the result."""
+        """Load the library, start the driver, and report both."""
         try:
-            driver = LoadedDriver()
-            self._send({"loaded": True})
-            version = driver.start()
-            self._driver = driver
-            self._send({"version": version})
+            self._driver = LoadedDriver()
+            self._send({"version": self._driver.version()})
+            self._loaded.set()
+            self._driver.start()
+            self._send({"started": True})
         except UnusableError as error:
-            self._send({"problem": str(error), "started": error.started})
+            self._problem = str(error)
+            self._send({"problem": self._problem, "started": error.started})
         finally:
+            self._loaded.set()
             self._start_over.set()
 
     def begin(self, message: bytes) -> None:
@@ -176,15 +183,24 @@ class DriverClient:
 
     def _answer(self, request: dict) -> None:  # type: ignore[type-arg]
         try:
-            self._start_over.wait()
-            if self._driver is None:
-                status, value, name, text = UNKNOWN, 0, "CUDA_ERROR_UNKNOWN", "the driver did not start"
-            else:
-                status, value = self._driver.call(request)
-                name, text = self._driver.describe(status)
+            status, value, name, text = self._call(request)
             self._send({"id": request["id"], "status": status, "name": name, "text": text, "value": value})
         finally:
             self._finished.release()
+
+    def _call(self, request: dict) -> tuple[int, int, str, str]:  # type: ignore[type-arg]
+        """Make a call, again after the driver's start if needed; return result, value, name and text."""
+        self._loaded.wait()
+        driver, before_start = self._driver, not self._start_over.is_set()
+        if driver is None:
+            return UNKNOWN, 0, "CUDA_ERROR_UNKNOWN", "the driver could not be loaded"
+        status, value = driver.call(request)
+        if status == NOT_INITIALIZED and before_start:
+            self._start_over.wait()
+            if self._problem:
+                return UNKNOWN, 0, "CUDA_ERROR_UNKNOWN", self._problem
+            status, value = driver.call(request)
+        return (status, value, *driver.describe(status))
 
     def _send(self, message: dict) -> None:  # type: ignore[type-arg]
         # If rekindle is gone, the main thread notices and exits.

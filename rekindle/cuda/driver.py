@@ -18,6 +18,7 @@ from rekindle.cuda.backend import (
     STEP_SECONDS,
     Action,
     State,
+    all_devices,
     check_device_map,
     failure,
     holds_none,
@@ -36,14 +37,16 @@ _STATES = (State.RUNNING, State.LOCKED, State.CHECKPOINTED, State.FAILED)  # CUp
 
 def problem() -> str:
     """Return why the driver cannot be used; "" if nothing is wrong as far as it shows without a start."""
-    looked = run([sys.executable, "-I", "-S", "-B", client.__file__, "--look"], timeout=ANSWER_SECONDS)
+    argv = [sys.executable, "-I", "-S", "-B", client.__file__, "--look"]
+    looked = run(argv, timeout=ANSWER_SECONDS)
     return "" if looked.status == 0 else looked.output.strip() or f"status {looked.status}"
 
 
 class Driver:
     """The backend that calls the driver in a client.
 
-    The client starts at once and is replaced if it dies; the driver in it takes seconds to start.
+    The client starts at once and is replaced if it dies. The driver in it takes seconds to start, and answers
+    most calls before (rekindle/cuda/client.py).
     """
 
     name = "driver"
@@ -114,8 +117,8 @@ class Driver:
                 self._client.close()
                 self._client = _Client()
             current = self._client
-        if not current.wait(seconds):
-            raise timed_out(step, pid, seconds, "the driver has not started yet")
+        if not current.wait_for_library(seconds):
+            raise timed_out(step, pid, seconds, "the driver has not been loaded yet")
         if current.problem:
             raise failure(step, pid, 0, "", current.problem)
         if rest.get("map") and current.version < _VERSION_WITH_MAPS:
@@ -154,7 +157,10 @@ class _Client:
         program = [sys.executable, "-I", "-S", "-B", client.__file__]
         try:
             self._process = spawn(
-                [*program, str(theirs.fileno()), str(os.getpid())], pass_fds=[theirs.fileno()], stderr=2
+                [*program, str(theirs.fileno()), str(os.getpid())],
+                env=all_devices(os.environ),
+                pass_fds=[theirs.fileno()],
+                stderr=2,
             )
         except BaseException:
             self._control.close()
@@ -164,9 +170,9 @@ class _Client:
         self._reader = threading.Thread(target=self._read, name="cuda", daemon=True)
         self._reader.start()
 
-    def wait_for_library(self, seconds: float) -> None:
-        """Wait until the driver's library is loaded or could not be."""
-        self._loaded.wait(seconds)
+    def wait_for_library(self, seconds: float) -> bool:
+        """Wait until the driver's library is loaded or could not be; return False after a timeout."""
+        return self._loaded.wait(seconds)
 
     def wait(self, seconds: float) -> bool:
         """Wait until the driver has started or failed to; return False after a timeout."""
@@ -214,12 +220,12 @@ class _Client:
             if not content:
                 break
             message = json.loads(content)
-            if "loaded" in message:
+            if "version" in message:
+                self.version = message["version"]
                 self._loaded.set()
                 continue
-            if "id" not in message:
-                self.version, self.problem = message.get("version", 0), message.get("problem", "")
-                self.started = message.get("started", True)
+            if "started" in message:
+                self.problem, self.started = message.get("problem", ""), message["started"]
                 self._start_over.set()
                 self._loaded.set()
                 continue

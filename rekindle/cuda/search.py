@@ -42,7 +42,7 @@ def find(home: Home) -> "Backend":
     UsageError for another value, and CapabilityError, with the reasons, if no backend works.
     """
     with Search(home) as search:
-        return search.backend()
+        return search.backend(start=True)
 
 
 def candidates(home: Home) -> list[BackendCandidate]:
@@ -90,7 +90,7 @@ def begin_search(record: "Record", home: Home) -> "contextlib.AbstractContextMan
 
 
 class Search:
-    """`find` in two halves: the constructor starts the driver, and `backend` waits for it."""
+    """`find` in two halves: the constructor starts the driver, and `backend` waits until it can be called."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -101,10 +101,14 @@ class Search:
 
             self._driver = driver.Driver()
 
-    def backend(self) -> "Backend":
-        """Return the backend as `find` does. The caller closes it."""
+    def backend(self, *, start: bool = False) -> "Backend":
+        """Return the backend as `find` does. The caller closes it.
+
+        Without `start`, do not wait for the driver's start: calls that need it wait themselves, and raise
+        CudaError if it fails.
+        """
         tried = []
-        for candidate, backend in self.tried():
+        for candidate, backend in self.tried(start=start):
             if backend is not None:
                 return backend
             tried.append(candidate)
@@ -130,11 +134,11 @@ class Search:
         return "; ".join(problems)
 
     def tried(self, *, start: bool = False) -> "Iterator[tuple[BackendCandidate, Backend | None]]":
-        """Yield each candidate, with its backend if it works. `start` tries the utility with the driver."""
+        """Yield each candidate, with its backend if it works; with `start`, try whether the driver starts."""
         driver_failed = False
         for name in self._names:
             if name == "driver":
-                candidate, backend = self._try_driver()
+                candidate, backend = self._try_driver(start=start)
                 driver_failed = bool(candidate.problem) and self._was_started()
             else:
                 candidate, backend = self._try_utility(driver_failed=driver_failed, start=start)
@@ -157,10 +161,13 @@ class Search:
     def _was_started(self) -> bool:
         return self._driver is not None and self._driver.started
 
-    def _try_driver(self) -> "tuple[BackendCandidate, Backend | None]":
+    def _try_driver(self, *, start: bool) -> "tuple[BackendCandidate, Backend | None]":
         assert self._driver is not None
         driver = self._driver
-        driver.wait()
+        if start:
+            driver.wait()
+        else:
+            driver.wait_for_library()
         if problem := driver.problem:
             return BackendCandidate(name="driver", detail="libcuda.so.1", problem=problem, hint=_HINT), None
         self._driver = None

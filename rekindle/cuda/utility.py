@@ -26,6 +26,7 @@ from rekindle.cuda.backend import (
     STEP_SECONDS,
     Action,
     State,
+    all_devices,
     check_device_map,
     failure,
     holds_none,
@@ -157,7 +158,7 @@ class Utility(Struct, frozen=True, kw_only=True):
         """Run cuda-checkpoint and return its output. Raises CudaError."""
         argv = [str(self.path), *words, "--pid", str(pid)]
         try:
-            done = run(argv, timeout=seconds)
+            done = run(argv, timeout=seconds, env=all_devices(os.environ))
         except OSError as error:
             raise failure(step, pid, 0, "", str(error)) from error
         if done.status == 0:

@@ -34,18 +34,18 @@ _Static_assert(sizeof(CUcheckpointLockArgs) == 64, "");
 _Static_assert(sizeof(CUcheckpointRestoreArgs) == 64, "");
 _Static_assert(sizeof(CUcheckpointGpuPair) == 32, "");
 
-enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, UNKNOWN = 999 };
+enum { INVALID_VALUE = 1, UNKNOWN = 999 };
 
 extern char **environ;
 static int initialised;
-static int version = 13000;
 
 static const struct { CUresult code; const char *name, *text; } codes[] = { CODES };
 
 static CUresult call(const char *step, int pid, const char *argument, int *value)
 {
     char number[16];
-    char *argv[] = {PYTHON, "-IS", ENGINE, "--driver", (char *)step, number, (char *)argument, NULL};
+    char *argv[] = {PYTHON, "-IS", ENGINE, "--driver", (char *)step, number, (char *)argument,
+                    initialised ? "initialised" : "", NULL};
     posix_spawn_file_actions_t actions;
     int ends[2], result = UNKNOWN, status;
     char answer[64] = "";
@@ -89,18 +89,18 @@ static int zero(const void *memory, size_t size)
 CUresult cuInit(unsigned int flags)
 {
     CUresult result;
+    int ignored;
 
     if (flags)
         return INVALID_VALUE;
-    result = call("init", 0, "", &version);
+    result = call("init", 0, "", &ignored);
     initialised = !result;
     return result;
 }
 
 CUresult cuDriverGetVersion(int *into)
 {
-    *into = version;
-    return 0;
+    return call("version", 0, "", into);
 }
 
 CUresult cuGetErrorName(CUresult code, const char **into)
@@ -130,7 +130,7 @@ CUresult cuGetErrorString(CUresult code, const char **into)
 CUresult cuCheckpointProcessGetState(int pid, unsigned int *state)
 {
     int value;
-    CUresult result = initialised ? call("state", pid, "", &value) : NOT_INITIALIZED;
+    CUresult result = call("state", pid, "", &value);
 
     if (!result)
         *state = value;
@@ -140,7 +140,7 @@ CUresult cuCheckpointProcessGetState(int pid, unsigned int *state)
 CUresult cuCheckpointProcessGetRestoreThreadId(int pid, int *tid)
 {
     int value;
-    CUresult result = initialised ? call("restore-thread", pid, "", &value) : NOT_INITIALIZED;
+    CUresult result = call("restore-thread", pid, "", &value);
 
     if (!result)
         *tid = value;
@@ -152,8 +152,6 @@ CUresult cuCheckpointProcessLock(int pid, CUcheckpointLockArgs *args)
     char timeout[16] = "0";
     int value;
 
-    if (!initialised)
-        return NOT_INITIALIZED;
     if (args) {
         if (args->reserved0 || !zero(args->reserved1, sizeof args->reserved1))
             return INVALID_VALUE;
@@ -166,8 +164,6 @@ CUresult cuCheckpointProcessCheckpoint(int pid, CUcheckpointCheckpointArgs *args
 {
     int value;
 
-    if (!initialised)
-        return NOT_INITIALIZED;
     if (args && !zero(args, sizeof *args))
         return INVALID_VALUE;
     return call("checkpoint", pid, "", &value);
@@ -187,8 +183,6 @@ CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args)
     char map[64 * 84] = "", *end = map;
     int value;
 
-    if (!initialised)
-        return NOT_INITIALIZED;
     if (args) {
         if (!zero(args->reserved, sizeof args->reserved) || args->reserved1 || args->gpu_pairs_count > 64 ||
             !args->gpu_pairs != !args->gpu_pairs_count)
@@ -208,8 +202,6 @@ CUresult cuCheckpointProcessUnlock(int pid, CUcheckpointUnlockArgs *args)
 {
     int value;
 
-    if (!initialised)
-        return NOT_INITIALIZED;
     if (args && !zero(args, sizeof *args))
         return INVALID_VALUE;
     return call("unlock", pid, "", &value);

@@ -53,6 +53,7 @@ class Event:
     before: str | None = None
     after: str | None = None
     fault: int | None = None
+    visible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ The file that FAKE_CUDA names is what this driver is like; all of it may be miss
 
     driver          "580.65.06": what it can do follows from that
     init            the result of cuInit; `init_seconds` is how long it takes
+    needs_init      calls before cuInit is over are answered with NOT_INITIALIZED
     gpus            the UUIDs on this node; without it, any
     seconds         {STEP: how long it takes}
     busy            [PID]: never come to rest, so a lock of them times out
@@ -212,7 +213,8 @@ def perform(
     config = configuration()
     with Log() as log:
         number, fault = fault_of(config, step, pid, log.events())
-        log.add(event="begin", step=step, pid=pid, backend=backend, fault=number)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        log.add(event="begin", step=step, pid=pid, backend=backend, fault=number, visible=visible)
     alone = backend == "utility"
     if not wait(config.get("seconds", {}).get(step, 0) + fault.get("seconds", 0), even_alone=alone):
         sys.exit(1)
@@ -314,10 +316,16 @@ def parse_map(text: str) -> dict[str, str]:
 
 def as_driver(words: list[str]) -> int:
     """For cuda.c: prints the result and the value."""
-    step, pid, argument = words[0], int(words[1]), words[2]
-    if step == "init":
+    step, pid, argument, initialised = words[0], int(words[1]), words[2], words[3]
+    if not initialised and step not in {"init", "version"} and configuration().get("needs_init"):
+        print(NOT_INITIALIZED, 0)
+        return 0
+    if step == "version":
         known = [version for number, version in CUDA_VERSIONS.items() if number <= major(configuration())]
-        print(initialise("driver"), known[-1])
+        print(0, known[-1])
+        return 0
+    if step == "init":
+        print(initialise("driver"), 0)
         return 0
     device_map = parse_map(argument) if step == "restore" else {}
     if device_map and major(configuration()) < 580:

@@ -309,10 +309,36 @@ def test_a_search_leaves_time_for_other_work(fake: FakeCuda, home: Home) -> None
     with Search(home) as search:
         assert time.monotonic() - start < 1
         time.sleep(1.5)  # the other work
-        with contextlib.closing(search.backend()) as backend:
+        with contextlib.closing(search.backend(start=True)) as backend:
             assert backend.name == "driver"
     assert time.monotonic() - start < 3
     assert [each.step for each in fake.log()] == ["init"]
+
+
+@pytest.mark.parametrize("needs_init", [False, True])
+def test_calls_wait_for_the_drivers_start_only_if_they_need_it(
+    fake: FakeCuda, home: Home, needs_init: bool
+) -> None:
+    fake.describe(init_seconds=4, needs_init=needs_init)
+    with (
+        fake.processes(2) as pids,
+        Search(home) as search,
+        contextlib.closing(search.backend()) as backend,
+    ):
+        start = time.monotonic()
+        assert holders(backend, pids) == pids
+        assert (time.monotonic() - start > 3) is needs_init
+    assert sum(each.step == "init" for each in fake.log()) == 1
+
+
+def test_the_driver_shows_every_gpu_whatever_this_command_may_use(
+    fake: FakeCuda, home: Home, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its map must name every GPU, not only those that CUDA_VISIBLE_DEVICES names."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with fake.processes(1) as (pid,), contextlib.closing(search.find(home)) as found:
+        assert found.state(pid) is State.RUNNING
+    assert {each.visible for each in fake.log() if each.step == "state"} == {None}
 
 
 @pytest.mark.parametrize(
@@ -362,7 +388,7 @@ def test_a_search_tells_of_the_forced_backend_alone(
 def test_a_search_that_has_told_leads_to_the_backend(fake: FakeCuda, home: Home) -> None:
     with Search(home) as search:
         assert search.problem() == ""
-        with contextlib.closing(search.backend()) as backend:
+        with contextlib.closing(search.backend(start=True)) as backend:
             assert backend.name == "driver"
     assert [each.step for each in fake.log()] == ["init"]
 
@@ -372,8 +398,16 @@ def test_a_driver_that_does_not_start_is_found_out_at_the_backend(fake: FakeCuda
     with Search(home) as search:
         assert search.problem() == ""
         with pytest.raises(CapabilityError, match="cannot checkpoint and restore") as caught:
-            search.backend()
+            search.backend(start=True)
     assert "CUDA_ERROR_NO_DEVICE" in caught.value.cause
+
+
+def test_a_call_that_needs_a_driver_that_does_not_start_fails(fake: FakeCuda, home: Home) -> None:
+    fake.describe(init=100, init_seconds=0.5, needs_init=True)
+    with Search(home) as search, contextlib.closing(search.backend()) as backend:
+        with pytest.raises(CudaError, match="could not report the restore thread") as caught:
+            backend.restore_thread(os.getpid())
+        assert "CUDA_ERROR_NO_DEVICE" in caught.value.cause
 
 
 def test_a_search_that_is_given_up_leaves_nothing(fake: FakeCuda, home: Home) -> None:
