@@ -23,6 +23,8 @@ from rekindle.cuda import search
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, for_command, for_sleep
 from rekindle.engine.vllm import VllmEngine
+from rekindle.engine.vllm_asleep import require_sleepable
+from rekindle.engine.vllm_command import read as read_command
 from rekindle.errors import UsageError
 from rekindle.files import remove_tree
 from rekindle.node.gpu import probe
@@ -140,6 +142,8 @@ def _sleeping_engine(
     weights = weights or (Weights.IMAGE if nvidia else Weights.AS_IS)
     if weights is Weights.AS_IS:
         return engine
+    if served := read_command(command, environment):
+        require_sleepable(served)
     return for_sleep(engine, weights, versions(command, environment).get("vllm", ""), warmed=warmed)
 
 

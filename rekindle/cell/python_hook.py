@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in every Python process of a server in a cell: reseeds its random numbers after a restore, and lets go
-of NVIDIA's management library (NVML) before a dump.
+"""Runs in every Python process of a server in a cell: lets go of NVML, and reseeds random numbers.
+
+Before a dump it shuts down NVIDIA's management library (NVML), and after a restore it reseeds.
 
 `rekindle.cell.hook` puts a copy named rekindle_hook.py into the cell, and `python_site.py` loads it. One
 thread waits for a signal that is sent to it alone. It holds no descriptor while it waits, and its name, which

@@ -67,7 +67,8 @@ def _vllm_from_record(
 
     match options.get("asleep"):
         case None:
-            return VllmEngine(endpoint=endpoint, api_keys=api_keys)
+            gpus = options.get("gpus", 1)
+            return VllmEngine(endpoint=endpoint, api_keys=api_keys, gpus=gpus if isinstance(gpus, int) else 1)
         case bool():  # True would match 1
             pass
         case 1 | 2 as level:

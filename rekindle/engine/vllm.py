@@ -56,10 +56,14 @@ class VllmEngine(Engine):
     compiles = True
     serves_one_port = True
 
-    def __init__(self, *, endpoint: Endpoint, api_keys: Sequence[str] | None = None) -> None:
-        """`api_keys` are the keys of which the server requires one; None if only the environment can tell."""
+    def __init__(self, *, endpoint: Endpoint, api_keys: Sequence[str] | None = None, gpus: int = 1) -> None:
+        """`api_keys` are the keys of which the server requires one; None if only the environment can tell.
+
+        `gpus` is the number of GPUs that the model is spread over.
+        """
         self.endpoint = endpoint
         self.api_keys = api_keys
+        self.gpus = gpus
 
     @classmethod
     def recognize(
@@ -88,12 +92,15 @@ class VllmEngine(Engine):
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UsageError(f"invalid --port {port!r}")
         host = command.option("--host") or "0.0.0.0"
-        return cls(endpoint=Endpoint(host=host, port=int(port)), api_keys=command.api_keys())
+        endpoint = Endpoint(host=host, port=int(port))
+        return cls(endpoint=endpoint, api_keys=command.api_keys(), gpus=command.gpus)
 
     def environment(self) -> Mapping[str, str]:
         # Spawned workers inherit no descriptors. Usage statistics and Xet open connections to the internet,
-        # which cannot be restored.
+        # which cannot be restored. Nor can NCCL's memory that is shared over NVLink, and its RDMA.
+        several = {"NCCL_NVLS_ENABLE": "0", "NCCL_IB_DISABLE": "1"} if self.gpus > 1 else {}
         return {
+            **several,
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_DISABLE_XET": "1",
@@ -149,7 +156,8 @@ class VllmEngine(Engine):
         return ("torchinductor_*/precompiled_headers/*.gch",)
 
     def options(self) -> dict[str, JSON]:
-        return {"api_keys": len(set(self.api_keys))} if self.api_keys else {}
+        keys: dict[str, JSON] = {"api_keys": len(set(self.api_keys))} if self.api_keys else {}
+        return {**keys, "gpus": self.gpus} if self.gpus > 1 else keys
 
     def enforced(self) -> frozenset[str]:
         return frozenset({"VLLM_API_KEY", "--api-key", "--api_key"})

@@ -27,11 +27,12 @@ from rekindle.command_line import with_words
 from rekindle.engine import Endpoint, Phase, Request, no_phase
 from rekindle.engine.vllm import VllmEngine, completion, served_name, serving_words
 from rekindle.engine.vllm_gate import HEADER, KEY_BYTES, KEY_NAME
-from rekindle.errors import NotReadyError, OracleError, WorkloadError
+from rekindle.errors import NotReadyError, OracleError, UsageError, WorkloadError
 from rekindle.fields import JSON
 
 if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
+    from rekindle.engine.vllm_command import ServerCommand
 
 _TIMEOUT_SECONDS = 600.0
 _POLL_SECONDS = 0.02
@@ -39,6 +40,29 @@ _DIRECTORY = Path("/dev/shm/tmp/rekindle")  # noqa: S108 - in the cell's private
 _READY, _RELEASE = _DIRECTORY / "ready.json", _DIRECTORY / "release.json"
 _FOREVER_SECONDS = 1e9
 _CANARY = "The capital of France is"  # vllm/snapshot/server.py asks it for one token
+
+
+def require_sleepable(command: "ServerCommand") -> None:
+    """Raise UsageError for a server that cannot be put to sleep as a whole, or not be dumped asleep.
+
+    Each API server answers a part of the requests, so that one of them hears of the sleep. Processes on
+    several GPUs keep NCCL's connections while they sleep.
+    """
+    refused = [
+        f"{name} {number}"
+        for name, short in (
+            ("--api-server-count", "-asc"),
+            ("--data-parallel-size", "-dp"),
+            ("--tensor-parallel-size", "-tp"),
+            ("--pipeline-parallel-size", "-pp"),
+        )
+        if (number := command.count(name, short)) > 1
+    ]
+    if refused:
+        raise UsageError(
+            f"a server with {' and '.join(refused)} cannot be put to sleep for a snapshot",
+            hint="use `--weights as-is`, or one process for each GPU",
+        )
 
 
 class Sleeping(VllmEngine):

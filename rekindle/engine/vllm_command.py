@@ -67,6 +67,21 @@ class ServerCommand(Struct, frozen=True, kw_only=True):
                 found += [value] if equals else list(self.words[number + 1 : number + 2])
         return found
 
+    def count(self, name: str, short: str) -> int:
+        """Return the number that an option gives, by its long or short name; 1 if it gives none."""
+        found = 1
+        for number, word in enumerate(self.words):
+            key, equals, value = word.partition("=")
+            if key == short or _is_option(key, name):
+                given = value if equals else "".join(self.words[number + 1 : number + 2])
+                found = int(given) if given.isascii() and given.isdecimal() else 1
+        return found
+
+    @property
+    def gpus(self) -> int:
+        """The number of GPUs that a replica of the model is spread over."""
+        return self.count("--tensor-parallel-size", "-tp") * self.count("--pipeline-parallel-size", "-pp")
+
     @property
     def model(self) -> str | None:
         """The model: an option, or the word after `serve`."""

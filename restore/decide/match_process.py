@@ -5,6 +5,7 @@ Pure. restore/decide/rules.py defines what each difference means.
 """
 
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
 
 _ADDRESS = ("--host", "--port")
+# Libraries that are part of NVIDIA's driver: libcuda.so.580.65.06, libnvidia-ml.so.1, and so on.
+_OF_DRIVER = re.compile(r"lib(cuda|cudadebugger|nvcuvid|nvidia-[a-z0-9-]+)\.so(\.[0-9.]+)?")
 
 
 def compare(
@@ -53,14 +56,18 @@ def compare(
         *_memory(abilities, record),
         *match_limits.compare(record, node),
         *_gpus(record, node),
-        *(
-            Difference("rootfs-file", file.path, describe_recorded(file), different[file.path])
-            for file in record.mapped_files
-            if file.path in different
-        ),
+        *_files(record, different),
         *loaded,
         *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
     ]
+
+
+def _files(record: Record, different: Mapping[str, str]) -> Iterator[Difference]:
+    """Yield the mapped files that differ. Those of the GPU's driver have a code of their own."""
+    for file in record.mapped_files:
+        if file.path in different:
+            code = "driver-file" if _OF_DRIVER.fullmatch(posixpath.basename(file.path)) else "rootfs-file"
+            yield Difference(code, file.path, describe_recorded(file), different[file.path])
 
 
 def device_map(record: Record, node: Fingerprint) -> dict[str, str]:

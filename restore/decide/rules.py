@@ -114,6 +114,15 @@ RULES: Mapping[str, Rule] = {
         source="docs/snapshots.md; CRIU, criu/files-reg.c: create_ghost",
         advice="make the directory, mount its volume, or make it writable",
     ),
+    "driver-file": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="The process has libraries of NVIDIA's driver mapped, as libcuda.so.VERSION. They must be of the "
+        "recorded version: containers get them from the node, by NVIDIA's container runtime, so they change "
+        "with its driver, whatever the image.",
+        source="NVIDIA/cuda-checkpoint#21; NVIDIA container toolkit, driver capabilities",
+        advice="install the recorded version of the driver on this node, or make a snapshot with today's",
+    ),
     "package": Rule(
         rung=Rung.PROCESS,
         hard=True,
@@ -322,7 +331,7 @@ RULES: Mapping[str, Rule] = {
         hard=False,
         why="The branch is the same. The part of the driver that the process has mapped, "
         "libcuda.so.VERSION, is compared as a file.",
-        source="the rule rootfs-file; NVIDIA/cuda-checkpoint#21",
+        source="the rule driver-file; NVIDIA/cuda-checkpoint#21",
         advice="no action needed if no file differs",
     ),
     "mig": Rule(

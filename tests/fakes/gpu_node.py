@@ -10,8 +10,8 @@ from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
 
 # A /dev of its own for a command: $1 is an empty directory to build it in, $2 the path of a device that is to
-# be there. CRIU refuses that, as it would the real one: it is of the kind of /dev/loop-control, or of /dev/zero
-# if there is none. The rest is the command.
+# be there, and the rest is the command. CRIU refuses the device, as it would the real one: its kind is that
+# of /dev/loop-control, if there is one, and else that of /dev/zero.
 _DEVICES = """
 mount -t tmpfs -o mode=755 none "$1"
 mkdir "$1/shm" "$1/pts"

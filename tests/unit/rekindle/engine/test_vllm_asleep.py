@@ -15,7 +15,8 @@ from rekindle.engine import Endpoint, Request, no_phase
 from rekindle.engine.choose import Weights, for_sleep, from_record, with_recorded_sleep_mode
 from rekindle.engine.client import Client, Response
 from rekindle.engine.vllm import VllmEngine
-from rekindle.engine.vllm_asleep import AtBoundary, Sleeping
+from rekindle.engine.vllm_asleep import AtBoundary, Sleeping, require_sleepable
+from rekindle.engine.vllm_command import read
 from rekindle.errors import FormatError, NotReadyError, OracleError, UsageError, WorkloadError
 from rekindle.record import Record, RecordedEngine
 from tests.samples.record import RECORD
@@ -395,3 +396,40 @@ def test_one_that_never_opens_its_port_is_given_up(root: Path, monkeypatch: pyte
     monkeypatch.setattr("rekindle.engine.vllm_asleep._TIMEOUT_SECONDS", 0.1)
     with pytest.raises(NotReadyError, match="did not open its port"):
         boundary(root, READY).wake(FakeClient(root, lambda path: ConnectionRefusedError("closed")), no_phase)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--api-server-count", "4"], "--api-server-count 4"),
+        (["-asc=2"], "--api-server-count 2"),
+        (["--tensor-parallel-size=2"], "--tensor-parallel-size 2"),
+        (["-tp", "8", "-pp", "2"], "--tensor-parallel-size 8 and --pipeline-parallel-size 2"),
+        (["--data_parallel_size", "2"], "--data-parallel-size 2"),
+    ],
+)
+def test_a_server_of_several_parts_does_not_sleep(words: list[str], named: str) -> None:
+    command = read(["vllm", "serve", "model", *words], {})
+    assert command
+    with pytest.raises(UsageError, match=f"a server with {named} cannot be put to sleep") as caught:
+        require_sleepable(command)
+    assert "--weights as-is" in caught.value.hint
+
+
+@pytest.mark.parametrize("words", [[], ["-tp", "1"], ["--api-server-count=1"], ["-tp", "many"]])
+def test_a_server_of_one_part_sleeps(words: list[str]) -> None:
+    command = read(["vllm", "serve", "model", *words], {})
+    assert command
+    require_sleepable(command)
+
+
+def test_a_server_on_several_gpus_shares_no_memory_over_nvlink() -> None:
+    """And a restore knows that: these variables are compared."""
+    engine = VllmEngine.recognize(["vllm", "serve", "model", "-tp", "2"], {})
+    assert engine
+    wanted = {"NCCL_NVLS_ENABLE": "0", "NCCL_IB_DISABLE": "1"}
+    assert wanted.items() <= engine.environment().items()
+    assert engine.options() == {"gpus": 2}
+    assert from_record("vllm", ENDPOINT, engine.options()).environment() == engine.environment()
+    assert not wanted.keys() & PLAIN.environment().keys()
+    assert PLAIN.options() == {}

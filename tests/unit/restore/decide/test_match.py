@@ -287,6 +287,24 @@ def test_a_file_differs_in(different: Mapping[str, str], wanted: list[tuple[str,
     assert all(r.code == "rootfs-file" and r.hard and r.recorded == "10 bytes" for r in reasons)
 
 
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("libcuda.so.580.65.06", "driver-file"),
+        ("libnvidia-ml.so.1", "driver-file"),
+        ("libnvidia-ptxjitcompiler.so.580.65.06", "driver-file"),
+        ("libcudart.so.13", "rootfs-file"),
+        ("libcuda.so.1.py", "rootfs-file"),
+    ],
+)
+def test_a_library_of_the_driver_is_told_as_that(name: str, code: str) -> None:
+    """It comes from the node, and not from the container's image."""
+    path = f"/usr/lib/{name}"
+    record = structs.replace(RECORD, mapped_files=[MappedFile(path=path, size=10)])
+    (reason,) = process(record, NODE, ABLE, {path: "11 bytes"})
+    assert (reason.code, reason.field, reason.hard) == (code, path, True)
+
+
 def test_a_model_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"12345")
     files = [{"name": "config.json", "size": 5}, {"name": "model.safetensors", "size": 9}]
