@@ -33,6 +33,11 @@ _STATX_BTIME = 0x800
 _RUNTIME_VARIABLES = ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY")
 _HSPERFDATA = re.compile(r"/tmp/hsperfdata_[^/]+/[0-9]+")  # noqa: S108 - where every JVM has its counters
 _SQLITE = b"SQLite format 3\0"
+_DATABASE = (
+    # Its writers fail with SQLITE_READONLY_DBMOVED, or take their own locks for those of others.
+    "is a database of SQLite, which knows its file by the inode, and a restored server has another",
+    "close it before the snapshot, as by opening it only when it is used",
+)
 _REMEDY = "log to stdout or stderr, and keep other files below $TMPDIR"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,19 +75,19 @@ def find(
     own: Collection[str] = (),
 ) -> PrivatePaths:
     """Sort what the processes use outside the cell. They began after `since_ns`; `own` are their logs."""
-    used, deleted = _used(cell, pids, own)
+    used, deleted, databases = _used(cell, pids, own)
     made = _Made(cell, since_ns - _SLACK_NS, environment)
     working = {path for path, each in used.items() if stat.S_ISDIR(each.status.st_mode)}
     shared = {path: each for path, each in used.items() if each.how}
     parents = {posixpath.dirname(path) for path in {*shared, *_bound(cell, pids)}}
     candidates = working | parents | deleted
     whole = _outermost(path for path in candidates if made.directory(path) and _is_small(cell, path))
-    refused = {}
+    refused = dict.fromkeys(databases, _DATABASE)
     files = []
     for path, each in shared.items():
         if PrivatePaths(copied=tuple(whole)).holds(path):
             continue
-        if problem := _problem(cell, path, each, made):
+        if problem := _problem(path, each, made):
             refused[path] = problem
         else:
             files.append(path)
@@ -92,10 +97,16 @@ def find(
     )
 
 
-def _used(cell: Cell, pids: Sequence[int], own: Collection[str]) -> tuple[dict[str, _Used], set[str]]:
-    """Return the files, pipes and directories that processes use, and the directories of deleted files."""
+def _used(
+    cell: Cell, pids: Sequence[int], own: Collection[str]
+) -> tuple[dict[str, _Used], set[str], set[str]]:
+    """Return the files, pipes and directories that processes use outside the cell.
+
+    Also return the directories of deleted files, and the databases of SQLite that are written to anywhere.
+    """
     used: dict[str, _Used] = {}
     deleted: set[str] = set()
+    databases: set[str] = set()
     for pid in pids:
         process = processes.proc(cell) / str(pid)
         with contextlib.suppress(OSError):
@@ -105,13 +116,16 @@ def _used(cell: Cell, pids: Sequence[int], own: Collection[str]) -> tuple[dict[s
                 with contextlib.suppress(OSError):
                     status = (process / "fd" / str(fd)).stat()
                     info = (process / "fdinfo" / str(fd)).read_text()
-                    _add(used, deleted, target, status, _how(status, info), direct=_is_direct(info))
+                    how = _how(status, info)
+                    _add(used, deleted, target, status, how, direct=bool(_flags(info) & os.O_DIRECT))
+                    if how and stat.S_ISREG(status.st_mode) and _is_sqlite(process / "fd" / str(fd)):
+                        databases.add(target)
         for path in processes.written_mappings(cell, pid):
             with contextlib.suppress(OSError):
                 gone = path.endswith(" (deleted)")
                 status = (cell.root / (posixpath.dirname(path) if gone else path).lstrip("/")).stat()
                 _add(used, deleted, path, status, "is mapped for writing")
-    return used, deleted
+    return used, deleted, databases
 
 
 def _add(
@@ -149,10 +163,6 @@ def _how(status: os.stat_result, info: str) -> str:
 def _flags(info: str) -> int:
     fields = info.split()
     return int(fields[fields.index("flags:") + 1], 8)
-
-
-def _is_direct(info: str) -> bool:
-    return bool(_flags(info) & os.O_DIRECT)
 
 
 def _bound(cell: Cell, pids: Sequence[int]) -> set[str]:
@@ -194,6 +204,11 @@ class _Made:
             return True
         return _birth_ns(self._cell.root / path.lstrip("/")) >= self._since_ns
 
+    def place(self, path: str) -> bool:
+        """Return whether a restore may make a directory: one of the server, or a runtime directory."""
+        runtime = f"{path}/".startswith(self._runtime) or _HSPERFDATA.fullmatch(f"{path}/1")
+        return bool(runtime) or self.directory(path)
+
 
 def _birth_ns(path: Path) -> int:
     """Return when a file was made (statx(2), stx_btime); 0 if its file system does not tell."""
@@ -225,7 +240,7 @@ def _is_small(cell: Cell, path: str) -> bool:
     return True
 
 
-def _problem(cell: Cell, path: str, used: _Used, made: _Made) -> tuple[str, str] | None:
+def _problem(path: str, used: _Used, made: _Made) -> tuple[str, str] | None:
     """Return what keeps a shared file from being copied, and the remedy; None if nothing does."""
     status = used.status
     if stat.S_ISDIR(status.st_mode):
@@ -237,9 +252,6 @@ def _problem(cell: Cell, path: str, used: _Used, made: _Made) -> tuple[str, str]
         return f"{used.how} past the page cache (O_DIRECT)", "turn that off"
     if (status.st_size or stat.S_ISFIFO(status.st_mode)) and not made.file(path):
         return f"{used.how}, and was there before the server, or it is unknown since when", _REMEDY
-    if stat.S_ISREG(status.st_mode) and _is_sqlite(cell.root / path.lstrip("/")):
-        whose = "is a database of SQLite, whose journal replicas would share"
-        return f"{used.how}, and {whose}", "keep it in a directory that the server makes, or below $TMPDIR"
     return None
 
 
@@ -266,11 +278,11 @@ def _needed(
     for path in {*wanted, *(posixpath.dirname(each) for each in copied)}:
         while path != "/":
             wanted.add(path)
-            if not made.directory(path):
+            if not made.place(path):
                 break
             path = posixpath.dirname(path)
     for path in sorted(wanted - {"/"}):
         written = path in deleted
-        own = made.directory(path)
+        own = made.place(path)
         if written or own or path in working or any(posixpath.dirname(each) == path for each in copied):
             yield NeededDirectory(path=path, made=own, written=written)

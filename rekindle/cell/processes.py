@@ -106,11 +106,16 @@ def descriptors(cell: Cell, pid: int) -> Iterator[tuple[int, str]]:
                 yield int(entry.name), str(Path(entry.path).readlink())
 
 
+def _maps(cell: Cell, pid: int) -> list[str]:
+    text = os.fsdecode((proc(cell) / str(pid) / "maps").read_bytes())
+    return text.rstrip("\n").split("\n")  # other ends of lines may be in names
+
+
 def mapped_paths(cell: Cell, pid: int) -> Iterator[str]:
     """List the paths mapped into a process, each once, with the OS kernel's names in brackets."""
     seen: set[str] = set()
     with contextlib.suppress(OSError):
-        for line in (proc(cell) / str(pid) / "maps").read_text().splitlines():
+        for line in _maps(cell, pid):
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5] not in seen:
                 seen.add(fields[5])
@@ -137,7 +142,7 @@ def socket_inodes(cell: Cell, pids: Iterable[int]) -> set[int]:
 def written_mappings(cell: Cell, pid: int) -> Iterator[str]:
     """List the paths of the files that a process writes to by shared mappings."""
     with contextlib.suppress(OSError):
-        for line in (proc(cell) / str(pid) / "maps").read_text().splitlines():
+        for line in _maps(cell, pid):
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[1].startswith("rw") and fields[1].endswith("s"):
                 yield fields[5]

@@ -226,10 +226,10 @@ def restore(
             with naming_full_disk("the cell's /dev/shm", hint="the node is out of memory"):
                 copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
                 hook.renew_generation(cell.root)
-            if process.private or process.directories:
+            made = [each.path for each in process.directories if each.made]
+            if process.private or made:
                 from rekindle.cell import private
 
-                made = [each.path for each in process.directories if each.made]
                 undo.push(private.give(cell, process.private, made))
         used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
         if check is not None:

@@ -172,8 +172,9 @@ def hold(what: str) -> object:
         file = open(BEHAVIOURS["path"] + "-new", "w")
         os.posix_fallocate(file.fileno(), 0, 65 << 20)
         return file
-    if what == "sqlite":
-        database = sqlite3.connect(BEHAVIOURS["path"] + "-new")
+    if what in ("sqlite", "sqlite-inside"):
+        inside = os.environ["TMPDIR"] + "/database"
+        database = sqlite3.connect(inside if what == "sqlite-inside" else BEHAVIOURS["path"] + "-new")
         database.execute("CREATE TABLE kept (number)")
         return database
     if what == "direct":
