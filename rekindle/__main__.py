@@ -25,6 +25,8 @@ VERBS = {
     "push": "push an image to a registry",
     "pull": "pull an image from a registry",
     "copy": "copy an image between any two places",
+    "login": "log in to a registry",
+    "logout": "remove the credentials for a registry",
     "pack-cache": "pack a kernel cache as an image",
     "extract": "extract the kernel cache of an image",
     "sign": "sign an image",

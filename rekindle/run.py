@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run external commands. No other module imports `subprocess`.
 
-Commands are argument lists. They read nothing, write to files (since a surviving child would hold a pipe
-open) and always have a timeout. Their children end with them: TERM, then KILL, goes to the process group.
+Commands are argument lists. They read nothing (but for `ask`), write to files (since a surviving child would
+hold a pipe open) and always have a timeout. Their children end with them: TERM, then KILL, goes to the
+process group.
 """
 
 import contextlib
@@ -68,11 +69,39 @@ def run(
     return Completed(argv=tuple(argv), status=status, output=output, peak_rss_bytes=peak)
 
 
+def ask(argv: Sequence[str], *, text: str, timeout: float) -> Completed:
+    """Run a command that reads a text, which may be secret, and return its result, whatever its status.
+
+    `output` is the last 64 KiB of its standard output; its standard error goes to ours. Neither the text nor
+    the output touches a disk. Kills it after `timeout` seconds. Raises OSError if it cannot be started.
+    """
+    given, out = os.memfd_create("input"), os.memfd_create("output")
+    try:
+        os.write(given, text.encode())
+        os.lseek(given, 0, os.SEEK_SET)
+        process = spawn(argv, stdin=given, stdout=out, stderr=2)
+        try:
+            status, peak = _wait(process, timeout)
+        except BaseException:
+            end_group(process)
+            raise
+        if status is None:
+            end_group(process)
+            status = 124
+        size = os.fstat(out).st_size
+        output = os.pread(out, _OUTPUT_BYTES, max(0, size - _OUTPUT_BYTES)).decode(errors="replace")
+    finally:
+        os.close(given)
+        os.close(out)
+    return Completed(argv=tuple(argv), status=status, output=output, peak_rss_bytes=peak)
+
+
 def spawn(
     argv: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     stderr: int = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
@@ -80,7 +109,7 @@ def spawn(
     """Start a command in its own session, so that a terminal's signals do not reach it."""
     return subprocess.Popen(
         list(argv),
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         env=None if env is None else dict(env),

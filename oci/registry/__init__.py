@@ -10,13 +10,15 @@ From the bottom up:
     connection    one connection, made by urllib3 over these sockets
     transport     a pool of connections; one request, one answer
     retry         what is attempted again, and after how long
-    credentials   names and passwords, from where docker and podman keep them
+    credentials   names and passwords, from where docker, podman and Kubernetes keep them
     tokens        challenges, and a token for each scope
     host          one host: retries, renewed tokens, redirects
+    registries_conf   mirrors and insecure registries, from where podman keeps them
     access        how one command reaches registries
     hosts         a registry with its mirrors
     blobs         parts of blobs, and blobs that are sent
     download      blobs over many connections, given out in order
     referrers     lists of what refers to a manifest
     repository    one repository: manifests, blobs, uploads, mounts
+    login         credentials that a user gives
 """

@@ -11,13 +11,14 @@ from the directory that Docker and Podman use for the host, the first that exist
         NAME.key        ... and its key; of several, the first by name
 """
 
+import contextlib
 import ssl
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from oci.registry.sockets import PacedSocket
+from oci.registry.sockets import PacedSocket, dial
 from oci.registry.url import DEFAULT_PORTS
 from rekindle.config import RegistrySettings
 from rekindle.errors import UsageError
@@ -26,10 +27,19 @@ from rekindle.errors import UsageError
 class Certificates:
     """Makes a TLS context for each host, once: reading all authorities takes 20 ms. For many threads."""
 
-    def __init__(self, registries: Mapping[str, RegistrySettings], directories: Sequence[Path]) -> None:
-        """`registries` are by host, with the port if there is one; `directories` are those of certs.d."""
+    def __init__(
+        self,
+        registries: Mapping[str, RegistrySettings],
+        directories: Sequence[Path],
+        unverified: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """`registries` are by host, with the port if there is one; `directories` are those of certs.d.
+
+        `unverified` are hosts whose certificates are not verified.
+        """
         self._registries = registries
         self._directories = directories
+        self._unverified = unverified
         self._lock = threading.Lock()
         self._contexts: dict[tuple[str, int], ssl.SSLContext] = {}
 
@@ -42,6 +52,7 @@ class Certificates:
             return context
 
     def _make(self, host: str, port: int) -> ssl.SSLContext:
+        is_verified = (host, port) not in self._unverified
         host = f"[{host}]" if ":" in host else host
         authority = f"{host}:{port}"
         settings = self._registries.get(authority) or self._registries.get(host) or RegistrySettings()
@@ -50,7 +61,10 @@ class Certificates:
         context = _Context(ssl.PROTOCOL_TLS_CLIENT)
         # An intermediate authority can be trusted by itself, as with Go.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        if settings.ca_file is not None:
+        if not is_verified and settings.ca_file is None:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        elif settings.ca_file is not None:
             _trust(context, settings.ca_file, f'the configuration names it for [registry."{host}"]')
         else:
             context.load_default_certs()
@@ -78,6 +92,24 @@ class _Context(ssl.SSLContext):
         urllib3 calls this for every connection. OpenSSL then frees the list of protocols while another
         thread may be copying it, and without a list, servers speak HTTP/1.1 anyway.
         """
+
+
+def speaks_tls(host: str, port: int, seconds: float) -> bool:
+    """Tell whether a host whose certificate does not matter speaks TLS. If it cannot be reached: yes."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        sock = dial(host, port, seconds, lambda _: contextlib.nullcontext())
+    except ConnectionRefusedError:
+        return port != DEFAULT_PORTS["https"]  # plain HTTP has another port
+    except OSError:
+        return True
+    with sock:
+        try:
+            context.wrap_socket(sock, server_hostname=host).close()
+        except OSError:
+            return False
+    return True
 
 
 def _first_of(roots: Sequence[Path], names: Sequence[str]) -> Path | None:

@@ -55,13 +55,18 @@ class Host:
         *,
         name: str,
         login: str,
+        repository: str = "",
+        there: str = "",
         query: str = "",
         attempts: int | None = None,
     ) -> None:
-        """`base` is where `/v2/` lies; `login` its name in docker's configuration; `query` is added to every
-        request, as mirrors want it; `attempts` are those of one request, in place of the policy's."""
+        """`base` is where `/v2/` lies; `login` its name in docker's configuration; `repository` the one whose
+        credentials are looked for, and `there` what this host calls it, if it has another name for it;
+        `query` is added to every request, as mirrors want it; `attempts` are those of one request, in place
+        of the policy's."""
         self.name = name
         self._base = base
+        self._renamed = (repository, there) if there and there != repository else None
         self._query = query
         self._connections = connections
         policy = connections.settings.retry
@@ -69,14 +74,27 @@ class Host:
         # Time for two connects that time out, or for a name service to come up.
         self._first_contact_seconds = 2 * connections.settings.connect_seconds
         self._closing = threading.Event()
-        self.authorizer = Authorizer(login, self._ask_realm, base=base, find=find_credentials)
+        self.authorizer = Authorizer(
+            login, self._ask_realm, base=base, find=find_credentials, repository=there or repository
+        )
 
     def url(self, path: str) -> Url:
         """Return the URL of a path below `/v2/`."""
+        if self._renamed and path.startswith(f"{self._renamed[0]}/"):
+            path = self._renamed[1] + path.removeprefix(self._renamed[0])
         target = f"{self._base.target.rstrip('/')}/v2/{path}"
         if self._query:
             target += f"{'&' if '?' in target else '?'}{self._query}"
         return structs.replace(self._base, target=target)
+
+    def _scope(self, scope: str) -> str:
+        """Return a scope with the name that this host has for the repository."""
+        if self._renamed is None:
+            return scope
+        ours, there = (f"repository:{name}:" for name in self._renamed)
+        return " ".join(
+            there + each.removeprefix(ours) if each.startswith(ours) else each for each in scope.split()
+        )
 
     def close(self) -> None:
         """End all waiting."""
@@ -173,7 +191,7 @@ class Host:
                 break
             with answer:
                 url = target_of(answer)
-            own = url.origin == self._base.origin and self.authorizer.header(scope)
+            own = url.origin == self._base.origin and self.authorizer.header(self._scope(scope))
             extra = {"Authorization": own} if own else {}
             answer = self._connections.request("GET", url, {**headers, **extra})
         if answer.status in expected:
@@ -191,6 +209,7 @@ class Host:
         self, method: str, url: Url, scope: str, headers: Mapping[str, str], body: Body | None
     ) -> Answer:
         """Send a request; send it again if the registry asks for credentials or a token has expired."""
+        scope = self._scope(scope)
         own = url.origin == self._base.origin
         for _ in range(_AUTHORIZATIONS_LIMIT):
             header = self.authorizer.header(scope) if own else None

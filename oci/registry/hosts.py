@@ -3,14 +3,13 @@
 
 import threading
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from oci.reference import RegistryReference
-from oci.registry.access import Access, base_of_mirror
+from oci.registry.access import Access, Routes
 from oci.registry.host import Host
 from oci.registry.transport import Connections
-from oci.registry.url import Url
 from rekindle.errors import NotFoundError, RekindleError, UsageError
 
 T = TypeVar("T")
@@ -21,31 +20,44 @@ _STRIKES_LIMIT = 3
 class Hosts:
     """The registry itself, called the origin, and its mirrors, which are asked first. For many threads."""
 
-    def __init__(
-        self, reference: RegistryReference, base: Url, access: Access, *, mirrors: Sequence[str]
-    ) -> None:
-        """`base` is where the origin is."""
+    def __init__(self, reference: RegistryReference, routes: Routes, access: Access) -> None:
+        """`routes` are where the origin and its mirrors are."""
         from oci.registry.certificates import Certificates  # ssl takes 5 ms
 
-        certificates = Certificates(access.config.registries, access.certs_d)
+        unverified = {
+            (each.url.host, each.url.port)
+            for each in (routes.origin, *routes.mirrors)
+            if not each.is_verified
+        }
+        certificates = Certificates(access.config.registries, access.certs_d, unverified)
         self.connections = Connections(access.config.transfer, certificates.context)
         find = access.find_credentials
         name = reference.api_host
-        self.origin = Host(base, self.connections, find, name=name, login=name)
+        self.origin = Host(
+            routes.origin.url,
+            self.connections,
+            find,
+            name=name,
+            login=routes.origin.name,
+            repository=reference.repository,
+            there=routes.origin.repository,
+        )
         query = urllib.parse.urlencode({"ns": reference.host})  # as containerd asks its mirrors
         self._lock = threading.Lock()
         self._strikes: dict[str, int] = {}
         self._mirrors = [
             Host(
-                base_of_mirror(url),
+                each.url,
                 self.connections,
                 find,
-                name=url,
-                login=urllib.parse.urlsplit(url).netloc,
+                name=each.name,
+                login=urllib.parse.urlsplit(each.name).netloc or each.name,
+                repository=reference.repository,
+                there=each.repository,
                 query=query,
                 attempts=1,  # the next attempt is the one at the origin
             )
-            for url in mirrors
+            for each in routes.mirrors
         ]
 
     @property

@@ -12,7 +12,7 @@ from oci import media_types
 from oci.descriptor import BlobSource, Descriptor
 from oci.reference import RegistryReference
 from oci.registry import referrers
-from oci.registry.access import Access, base_of
+from oci.registry.access import Access, Routes
 from oci.registry.blobs import BlobBody, BlobFetcher
 from oci.registry.download import BlobStream, Downloads
 from oci.registry.host import REDIRECTS, Bytes, Host, target_of
@@ -57,14 +57,13 @@ class Repository:
             self.has,
             lambda seconds: self._origin.pause(seconds),
         )
-        settings = access.settings(reference.host)
-        self._base = base_of(reference.api_host, settings.plain_http)
-        self._open(settings.mirrors)
+        self._routes = access.routes(reference)
+        self._open(self._routes)
 
-    def _open(self, mirrors: Sequence[str]) -> None:
+    def _open(self, routes: Routes) -> None:
         access = self._access
-        self._has_asked_mirrors = bool(mirrors)
-        self._hosts = Hosts(self.reference, self._base, access, mirrors=mirrors)
+        self._has_asked_mirrors = bool(routes.mirrors)
+        self._hosts = Hosts(self.reference, routes, access)
         self._downloads = Downloads(
             BlobFetcher(self._hosts, self._name),
             access.config.transfer,
@@ -96,7 +95,7 @@ class Repository:
         if not self._has_asked_mirrors:
             return False
         self.cancel()
-        self._open([])
+        self._open(Routes(origin=self._routes.origin))
         return True
 
     # Reading.

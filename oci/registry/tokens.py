@@ -67,10 +67,19 @@ class _Token(Struct, frozen=True, kw_only=True):
 class Authorizer:
     """Makes the Authorization headers for requests to one registry. For many threads."""
 
-    def __init__(self, login: str, ask: Ask, *, base: Url, find: Callable[[str], Credentials | None]) -> None:
+    def __init__(
+        self,
+        login: str,
+        ask: Ask,
+        *,
+        base: Url,
+        find: Callable[[str], Credentials | None],
+        repository: str = "",
+    ) -> None:
         """`login` is the registry's name in docker's configuration, `base` where it is; `ask` sends one
-        request to a realm."""
+        request to a realm. `repository` is the one whose credentials are looked for."""
         self._login = login
+        self._account = f"{login}/{repository}" if repository else login
         self._ask = ask
         self._base = base
         self._find = find
@@ -93,6 +102,8 @@ class Authorizer:
             return None
         if challenge.scheme == "basic":
             credentials = self._known_credentials()
+            if credentials is not None and credentials.is_bearer:
+                return f"Bearer {credentials.password}"
             return credentials.basic if credentials else None
         with self._lock:  # one thread asks for a token, the others wait for it
             token = self._tokens.get(scope)
@@ -130,17 +141,22 @@ class Authorizer:
             token = self._tokens.get(scope)
             if token is not None and refused == f"Bearer {token.text}":
                 del self._tokens[scope]
+                if token.until == float("inf"):
+                    self._refusals[scope] = self._refused("it refuses the token")
                 if challenge.error == "insufficient_scope" and covers(asked, challenge.scope):
                     self._refusals[scope] = self._refused(f"its token does not allow {challenge.scope}")
 
     def _known_credentials(self) -> Credentials | None:
         with self._credentials_lock:
             if not self._looked:
-                self._credentials = self._find(self._login)
+                self._credentials = self._find(self._account)
                 self._looked = True
             return self._credentials
 
     def _fetch(self, challenge: Challenge, scope: str) -> _Token:
+        credentials = self._known_credentials()
+        if credentials is not None and credentials.is_bearer:
+            return _Token(text=credentials.password, until=float("inf"))
         try:
             realm = Url.parse(challenge.realm)
         except ValueError as error:
@@ -154,7 +170,6 @@ class Authorizer:
         scopes = [each for each in dict.fromkeys([*scope.split(), *challenge.scope.split()]) if each]
         if covers(scope, challenge.scope):
             scopes = scope.split()
-        credentials = self._known_credentials()
         headers: dict[str, str] = {}
         body = None
         query = [("service", challenge.service)] if challenge.service else []

@@ -398,7 +398,7 @@ def test_a_host_that_cannot_be_one(host: str) -> None:
 )
 def test_only_loopback_is_spoken_to_in_plain_text(host: str, scheme: str) -> None:
     with Repository(named(f"{host}/a/b"), access_to()) as repository:
-        assert repository._base.scheme == scheme
+        assert repository._routes.origin.url.scheme == scheme
 
 
 # Ending.
