@@ -4,7 +4,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from rekindle import dump_tree
 from rekindle.criu import kernel_facts
 from rekindle.criu.search import find_for_dump
 from rekindle.cuda import search
-from rekindle.engine import Engine
+from rekindle.engine import Engine, Request
 from rekindle.engine.choose import Weights, for_command, for_sleep
 from rekindle.engine.vllm import VllmEngine
 from rekindle.engine.vllm_asleep import require_sleepable
@@ -72,6 +72,7 @@ def snapshot(
         find_backend=functools.partial(search.find, home) if nvidia else None,
         withheld=options.private_variables,
     )
+    _require_variables(engine, spec.warm_requests or ())
     access = resolve.access(options.registry, home)
     require_writable(reference, access)
     with home.work("snapshot") as work, credentials.kept_out_of_errors():
@@ -150,3 +151,11 @@ def _sleeping_engine(
 def _copy(dump: Path, target: Path) -> None:
     """Keep an unmodified copy of CRIU's dump, for `rekindle bench`."""
     shutil.copytree(dump, target, symlinks=True)
+
+
+def _require_variables(engine: Engine, batches: Sequence[Sequence[Request]]) -> None:
+    """Raise UsageError if a request that is known already needs a variable that is not set."""
+    oracle = engine.options().get("oracle")
+    requests = [each for batch in batches for each in batch]
+    for request in [*requests, *([Request.from_json(oracle)] if oracle else [])]:
+        engine.authorize(request, os.environ)

@@ -43,6 +43,15 @@ OF_PROCESSES: Mapping[str, Rule] = {
         source="docs/adr/0026-environment.md",
         advice="no action needed if it is the same",
     ),
+    "oracle-variable": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        fixed=True,
+        why="A header of the oracle's request has the value of a variable, which is not set today or cannot "
+        "be sent. Without the oracle's answer, it is unknown whether the restored server works.",
+        source="docs/format.md, requests",
+        advice="set the variable for rekindle restore",
+    ),
 }
 OF_CACHES: Mapping[str, Rule] = {
     "cache-replayed": Rule(

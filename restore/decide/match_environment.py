@@ -12,6 +12,7 @@ from msgspec import Struct
 from rekindle.engine import Engine
 from rekindle.engine.variables import is_noise, names_a_cache
 from rekindle.environment import SECRET
+from rekindle.errors import UsageError
 from rekindle.record import Record
 from rekindle.secrets import HIDDEN
 from restore.decide.difference import Difference
@@ -38,6 +39,10 @@ def compare(
     """
     options = {name for name, _ in _hidden_in(record, command)} - engine.enforced()
     unknown = [Difference("secret-unknown", name, SET, SET) for name in sorted(options)]
+    try:
+        engine.authorize(record.oracle.request, today)
+    except UsageError as error:
+        unknown.append(Difference("oracle-variable", "oracle", "", error.message))
     if record.variables is None:
         return unknown
     known, here = record.variables, {**engine.environment(), **today}

@@ -538,3 +538,15 @@ def assert_store_is_whole(rekindle: Rekindle) -> None:
     assert len(signatures) == len(signed) + 1, "and the attestation"
     roots = [*layout.tags().values(), *signatures]
     assert names == {digest.hex for digest in layout.reachable(roots)}
+
+
+@pytest.mark.parametrize("option", ["--oracle-request", "--warm-requests"])
+def test_a_request_that_needs_a_variable_fails_before_the_server_starts(
+    rekindle: Rekindle, port: int, tmp_path: Path, option: str
+) -> None:
+    request, started = tmp_path / "request", tmp_path / "started"
+    request.write_text('{"path": "/health", "headers": {"X-Tenant": "$NO_SUCH_VARIABLE"}}')
+    flags = ["--ready-url", f"http://127.0.0.1:{port}/health", option, str(request)]
+    done = rekindle("snapshot", "image", *flags, "--", "sh", "-c", f"touch {started}; exec sleep 60")
+    assert (done.status, started.exists()) == (2, False), done.stderr
+    assert "NO_SUCH_VARIABLE" in done.stderr

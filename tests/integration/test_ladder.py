@@ -484,6 +484,23 @@ OTHERS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
+TENANTS = {"set": ("blue", []), "not set": (None, ["oracle-variable"]), "odd": ("a\nb", ["oracle-variable"])}
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_an_oracle_that_needs_a_variable_is_asked_if_that_is_set(scene: Scene, name: str) -> None:
+    image = scene.doctored(oracle__request__headers={"X-Tenant": "$TENANT_OF_TODAY"})
+    value, codes = TENANTS[name]
+    scene.rekindle.env |= {"TENANT_OF_TODAY": value} if value else {}
+    running = scene.restore(image=image)
+    running.until_ready("cache" if codes else "restored")
+    assert [each["code"] for each in running.report["reasons"] if each["hard"]] == codes
+    assert running.report["oracle"]["match"] is not bool(codes)
+    assert not codes or "unpack" not in running.said
+    running.process.terminate()
+    running.process.wait(30)
+
+
 def test_an_image_of_another_hypervisor_is_restored(scene: Scene) -> None:
     features = ["hypervisor", "vmx", "ht", "tsc_known_freq", "md_clear", "arch_capabilities", "new_bug_fix"]
     image = scene.doctored(node__cpu_features=lambda old: [*old, *features])
