@@ -26,6 +26,7 @@ from snapshot.outside_connections import Outside
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.socket_obstacles import Finding, Sockets
+from snapshot.terminal_obstacles import of_terminal
 from snapshot.watch_obstacles import of_watcher
 
 
@@ -207,7 +208,8 @@ def _of_descriptors(
         if gpus and target.startswith(_NVIDIA) and not named:
             continue
         finding = named or _of_descriptor(process / "fd" / str(fd), target, sockets)
-        finding = finding or of_watcher(cell, pid, fd, target) or private.refused.get(target)
+        finding = finding or of_watcher(cell, pid, fd, target) or of_terminal(cell, pid, target)
+        finding = finding or private.refused.get(target)
         if finding:
             yield f"descriptor {fd} ({target})", finding
 

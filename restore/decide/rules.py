@@ -103,7 +103,8 @@ RULES: Mapping[str, Rule] = {
         "file is the same if its size is, and its build id or sha256. Of files above 256 MiB without a build "
         "id, parts are compared. Files that the kernel cache contains may be missing.",
         source="criu(8), --file-validation; checkpoint-restore/criu#1049",
-        advice="start from the container image that the snapshot was made in",
+        advice="start from the container image that the snapshot was made in; if this is that one, the file "
+        "has changed since: make a new snapshot",
     ),
     "directory": Rule(
         rung=Rung.PROCESS,

@@ -40,6 +40,7 @@ NothingLeft = Callable[[], None]
         ("queue", "is a POSIX message queue"),
         ("netlink", "has messages that were not read"),
         ("unread", "bytes that its peer does not read"),
+        ("shell-in-a-terminal", "is its controlling terminal, which process 1002 ("),
         ("headless", "has ended its main thread, and runs on in others"),
         ("namespace-20000", "is in a mount namespace of its own"),
         ("namespace-4000000", "is in a UTS namespace of its own"),

@@ -216,6 +216,15 @@ def hold(what: str) -> object:
         return None
     if what == "terminal":
         return os.openpty()
+    if what == "shell-in-a-terminal":
+        shell, terminal = os.forkpty()
+        if shell == 0:
+            kept = os.open("/dev/tty", os.O_RDWR)
+            os.write(kept, b"!")
+            os.set_inheritable(kept, True)
+            os.execvp("sleep", ["sleep", "1000"])
+        os.read(terminal, 1)
+        return terminal
     if what == "fork-storm":
         for _ in range(3):
             threading.Thread(target=storm, daemon=True).start()

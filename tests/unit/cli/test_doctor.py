@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+from oci import image, media_types
+from oci.layout import Layout
 from tests.conftest import ROOT, Rekindle
+from tests.samples.record import RECORD
 
 
 def test_the_packages_are_those_of_this_checkout(rekindle: Rekindle) -> None:
@@ -31,6 +35,18 @@ def test_a_package_that_hides_one_of_rekindle_is_named(
     (check,) = done.json["checks"]
     assert not check["ok"]
     assert f"`import {name}` finds {tmp_path}/other" in check["detail"]
+
+
+def test_what_is_missing_for_an_image_is_told(rekindle: Rekindle, tmp_path: Path) -> None:
+    work = Layout.create(tmp_path / "work")
+    node = structs.replace(RECORD.node, kernel="99.1")
+    built = image.build(work, structs.replace(RECORD, node=node), [work.put(b"x", media_types.DUMP_LAYER)])
+    Layout.create(tmp_path / "images").publish(work, built.index, "1")
+    done = rekindle("doctor", "--check", "root", f"oci:{tmp_path / 'images'}:1", "--json")
+    assert done.status == 10
+    found = [check for check in done.json["checks"] if check["name"] == "image"]
+    assert any(check["detail"].startswith("kernel-older: kernel was 99.1, is ") for check in found)
+    assert all(check["remedy"] and not check["ok"] for check in found)
 
 
 def test_it_runs_where_no_dependency_is_installed(tmp_path: Path) -> None:
