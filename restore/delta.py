@@ -31,7 +31,7 @@ from oci.image import Image
 from rekindle import dump_tree
 from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
 from rekindle.cell.read_settings import read_settings
-from rekindle.criu import Criu, inherited, memory_files, zero_pages
+from rekindle.criu import Criu, inherited, memory_files, timers, zero_pages
 from rekindle.criu.frozen import FrozenDump
 from rekindle.criu.memory_files import MappedRange
 from rekindle.criu.outputs import name_outputs
@@ -82,6 +82,7 @@ class Delta:
             drop_filter(criu, memory.FILTER)
             zero_pages.drop(criu)
             inherited.drop(criu, self._process.root_pid)
+            timers.rearm(criu)
             dump = _with_memory(self.directory, self._base, self._mapped, dump_bytes, complete=complete)
         return msgspec.structs.replace(self._base.record, process=self._process, dump=dump)
 

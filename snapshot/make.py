@@ -15,7 +15,7 @@ from rekindle import __version__, criu
 from rekindle.cell import Cell, Clocks, Network, private, processes, untraced
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
-from rekindle.criu import Criu, connections, inherited, zero_pages
+from rekindle.criu import Criu, connections, inherited, timers, zero_pages
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
@@ -387,6 +387,7 @@ def _compact(tree: Path, root: int) -> list[MemoryFile]:
         (tree / "criu" / leftover).unlink(missing_ok=True)
     zero_pages.drop(tree / "criu")
     inherited.drop(tree / "criu", root)
+    timers.rearm(tree / "criu")
     if untraced.FILTER:
         drop_filter(tree / "criu", untraced.FILTER)
     return move_memory(tree / "criu", tree / "memory")

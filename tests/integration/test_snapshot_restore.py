@@ -43,6 +43,7 @@ def test_a_restored_server_goes_on_where_it_was(
     assert facts["child"] == "pong", "the child's pages are not what they were"
     assert facts["shared"] == "hello"
     assert facts["zeros"] is True
+    assert facts["timer"] is True, "it had expired, and then stood still"
     assert facts["deleted"] == "ghost"
     assert facts["io_uring_errno"] == errno.ENOSYS, "the system call filter is gone"
     assert facts["hash_seed"] == "0"

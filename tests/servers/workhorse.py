@@ -54,6 +54,8 @@ lock = multiprocessing.get_context("spawn").Lock()  # a POSIX semaphore, unlinke
 pair = socket.socketpair()
 zeros = bytearray(8 << 20)  # pages that are written and zero
 random = bytearray(os.urandom(1 << 20) * 4)
+timer = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK)  # which nobody reads until it is asked for
+libc.timerfd_settime(timer, 0, struct.pack("qqqq", 0, 50_000_000, 0, 1_000_000), None)
 deleted = open(f"{os.environ['TMPDIR']}/deleted", "w+b")
 deleted.write(b"ghost")
 deleted.flush()
@@ -87,6 +89,13 @@ if child_pid == 0:
     child(requests)
     os._exit(0)
 zeros[:] = bytes(len(zeros))
+
+
+def timer_runs() -> bool:
+    """Whether the timer expires again after its expiries so far were read."""
+    if select.select([timer], [], [], 1)[0]:
+        os.read(timer, 8)
+    return bool(select.select([timer], [], [], 1)[0])
 
 
 def io_uring_errno() -> int:
@@ -327,6 +336,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "xcomp_permission": xcomp_permission() if platform.machine() == "x86_64" else 0,
                     "shared": bytes(shared[:5]).decode(),
                     "zeros": not any(zeros),
+                    "timer": timer_runs(),
                     "deleted": deleted.read().decode(),
                     "hash_seed": os.environ.get("PYTHONHASHSEED"),
                     "odd": os.environ.get("odd.name"),  # noqa: SIM112
