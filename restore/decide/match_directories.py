@@ -15,29 +15,22 @@ def compare(record: Record) -> Iterator[Difference]:
     for each in process.directories:
         needed = "made by the server" if each.made else "there"
         if os.path.isdir(each.path):  # noqa: PTH112
-            if each.written and (problem := _read_only(each.path)):
-                yield Difference("directory", each.path, "writable", problem)
+            if each.written and _read_only(each.path):
+                yield Difference("directory", each.path, "writable", "read-only")
         elif os.path.lexists(each.path):
             yield Difference("directory", each.path, needed, "not a directory")
         elif not (each.made or each.written):
             yield Difference("directory", each.path, needed, "missing")
-        elif problem := _read_only(posixpath.dirname(each.path)):
-            yield Difference("directory", each.path, needed, f"missing, and {problem}")
+        elif place := _read_only(posixpath.dirname(each.path)):
+            yield Difference("directory", each.path, needed, f"missing, and {place} is read-only")
     known = {each.path for each in process.directories}
     for path in process.private:
-        if (
-            path not in known
-            and not os.path.lexists(path)
-            and (problem := _read_only(posixpath.dirname(path)))
-        ):
-            yield Difference("directory", path, "made by the server", f"missing, and {problem}")
+        if path not in known and not os.path.lexists(path) and (place := _read_only(posixpath.dirname(path))):
+            yield Difference("directory", path, "made by the server", f"missing, and {place} is read-only")
 
 
 def _read_only(path: str) -> str:
-    """Return why nothing can be made at a path, whose parents may be missing; "" if it can."""
-    above = path
-    while not os.path.lexists(above):
-        above = posixpath.dirname(above)
-    if os.access(above, os.W_OK):
-        return ""
-    return "read-only" if above == path else f"{above} is read-only"
+    """Return the nearest directory to a path if nothing can be made in it; "" if something can."""
+    while not os.path.lexists(path):
+        path = posixpath.dirname(path)
+    return "" if os.access(path, os.W_OK) else path

@@ -20,14 +20,6 @@ NothingLeft = Callable[[], None]
         ("vsock", "family unknown to CRIU"),
         ("loop", "device unknown to CRIU"),
         ("perf", "kernel object unknown to CRIU; end the profiler"),
-        ("log", "is open for writing, and was there before the server"),
-        ("large", "bytes on the disk, more than are copied for a replica"),
-        ("sqlite", "is a database of SQLite, which knows its file by the inode"),
-        ("sqlite-inside", "is a database of SQLite, which knows its file by the inode"),
-        ("direct", "is open for writing past the page cache (O_DIRECT)"),
-        ("pipe", "is open for writing, and was there before the server"),
-        ("locked", "is locked for this process alone"),
-        ("locked-directory", "is locked for this process alone"),
         ("sysv", "System V semaphores"),
         ("unix", "which replicas would take from each other"),
         ("link", "is a deleted file with other hard links"),
@@ -52,13 +44,30 @@ NothingLeft = Callable[[], None]
 def test_what_cannot_be_dumped_is_named(
     rekindle: Rekindle, port: int, tmp_path: Path, held: str, words: str, nothing_left: NothingLeft
 ) -> None:
-    (tmp_path / "before").write_text("there before the server\n")
-    os.mkfifo(tmp_path / "before-pipe")
-    path = tmp_path / ("held" if held in {"unix", "link"} else "before")
-    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={path}")
+    done = rekindle.snapshot_workhorse("horse", port, f"hold={held}", f"path={tmp_path / 'held'}")
     assert done.status == 32, done.stderr
     assert words in done.stderr
     nothing_left()
+
+
+def test_files_that_replicas_would_share_are_named(rekindle: Rekindle, port: int, tmp_path: Path) -> None:
+    path = tmp_path / "before"
+    for name in ("before", "before-locked"):
+        (tmp_path / name).write_text("there before the server\n")
+    os.mkfifo(tmp_path / "before-pipe")
+    done = rekindle.snapshot_workhorse("horse", port, "hold=files", f"path={path}")
+    assert done.status == 32, done.stderr
+    for held, words in {
+        f"({path})": "is open for writing, and was there before the server",
+        f"({path}-pipe)": "is open for writing, and was there before the server",
+        f"({path}-large)": "bytes on the disk, more than are copied for a replica",
+        f"({path}-direct)": "is open for writing past the page cache (O_DIRECT)",
+        f"({path}-database)": "is a database of SQLite, which knows its file by the inode",
+        "(/dev/shm/tmp/database)": "is a database of SQLite, which knows its file by the inode",
+        f"({path}-locked)": "is locked for this process alone",
+        f"({tmp_path})": "is locked for this process alone",
+    }.items():
+        assert [line for line in done.stderr.splitlines() if held in line and words in line], held
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files outside the cell that a server writes to: each replica gets its own, or they are refused."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -55,58 +56,38 @@ def contents(place: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in found}
 
 
-def test_each_replica_has_files_of_its_own(kept: Path, restore: Restore, rekindle: Rekindle) -> None:
-    before = contents(kept)
-    one, two = restore("keeper", free_port()), restore("keeper", free_port())
-    one.ask("/write?1", {})
-    two.ask("/write?2", {})
-    one.ask("/write?3", {})
-    assert check(one) == expected(kept, "1", "3")
-    assert check(two) == expected(kept, "2")
-    assert contents(kept) == before, "what is outside stays as it was"
-    # A fresh pod has nothing of it.
-    one.kill()
-    two.kill()
-    shutil.rmtree(kept)
-    for name in ("lock", "log"):
-        (kept.parent / name).unlink()
-    matched = rekindle("match", "keeper", "--json")
-    assert matched.json["rung"] == "process", matched.stdout
-    three = restore("keeper", free_port(), "--require", "process")
-    assert check(three) == expected(kept)
-    three.ask("/write?4", {})
-    assert check(three) == expected(kept, "4")
-    assert (kept.stat().st_mode & 0o777, list(kept.iterdir())) == (0o750, [])
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    made: list[Path] = []
-
-    def protect(place: Path) -> None:
-        subprocess.run(["mount", "--bind", place, place], check=True)
-        made.append(place)
+@contextlib.contextmanager
+def read_only(place: Path) -> Iterator[None]:
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
         subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
-
-    yield protect
-    for place in made:
+        yield
+    finally:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_place_that_cannot_be_made_is_named(
-    kept: Path, restore: Restore, rekindle: Rekindle, read_only: Callable[[Path], None]
-) -> None:
-    read_only(kept.parent)
-    replica = restore("keeper", free_port(), "--require", "process")
-    replica.ask("/write?1", {})
-    assert check(replica) == expected(kept, "1"), "what is there can be covered"
-    replica.kill()
-    subprocess.run(["mount", "-o", "remount,bind,rw", kept.parent], check=True)
+def test_each_replica_has_files_of_its_own(kept: Path, restore: Restore, rekindle: Rekindle) -> None:
+    before = contents(kept)
+    with read_only(kept.parent):  # what is there can be covered
+        one, two = restore("keeper", free_port()), restore("keeper", free_port())
+        one.ask("/write?1", {})
+        two.ask("/write?2", {})
+        one.ask("/write?3", {})
+        assert check(one) == expected(kept, "1", "3")
+        assert check(two) == expected(kept, "2")
+        one.kill()
+        two.kill()
+    assert contents(kept) == before, "what is outside stays as it was"
+    # A fresh pod has nothing of it.
     shutil.rmtree(kept)
-    subprocess.run(["mount", "-o", "remount,bind,ro", kept.parent], check=True)
-    matched = rekindle("match", "keeper", "--json")
-    reasons = [(each["code"], each["field"]) for each in matched.json["steps"][0]["reasons"]]
-    assert ("directory", str(kept)) in reasons
-    refused = rekindle("restore", "keeper", "--publish", str(free_port()), "--require", "process")
-    assert refused.status == 11, refused.stderr
-    assert f"{kept} " in refused.stderr
+    for name in ("lock", "log"):
+        (kept.parent / name).unlink()
+    with read_only(kept.parent):
+        refused = rekindle("restore", "keeper", "--publish", str(free_port()), "--require", "process")
+        assert refused.status == 11, refused.stderr
+        assert f"directory: {kept} was made by the server, is missing, and {kept.parent}" in refused.stderr
+    replica = restore("keeper", free_port(), "--require", "process")
+    assert check(replica) == expected(kept)
+    replica.ask("/write?4", {})
+    assert check(replica) == expected(kept, "4")
+    assert (kept.stat().st_mode & 0o777, list(kept.iterdir())) == (0o750, [])

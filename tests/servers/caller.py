@@ -5,8 +5,8 @@
     POST /answer     the oracle's question
     GET  /call       asks the daemon, on a new connection if the old one is broken; how it went, as JSON
 
-Behaviours: waits (a thread reads from a second connection, and makes another when it ends), silent (the
-daemon does not answer: it is only connected to).
+Behaviours: waits (a thread reads from a second connection, and makes another when it ends), also=unix:PATH
+(there is another daemon, which accepts nothing).
 """
 
 import http.server
@@ -17,10 +17,11 @@ import sys
 import threading
 
 PORT, DAEMON, BEHAVIOURS = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+ALSO = next((word.partition("=")[2] for word in BEHAVIOURS if word.startswith("also=")), "")
 
 
-def connect() -> socket.socket:
-    kind, _, place = DAEMON.partition(":")
+def connect(to: str = "") -> socket.socket:
+    kind, _, place = (to or DAEMON).partition(":")
     if kind == "unix":
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(place)
@@ -50,8 +51,8 @@ ours, theirs = socket.socketpair()  # which stays as it is
 listener = socket.create_server(("127.0.0.1", 0))
 inside = socket.create_connection(listener.getsockname())
 accepted = listener.accept()[0]
-if "silent" not in BEHAVIOURS:
-    assert call(connection)
+assert call(connection)
+other = connect(ALSO) if ALSO else None
 if "waits" in BEHAVIOURS:
     threading.Thread(target=wait, daemon=True).start()
 
@@ -66,11 +67,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found[0] in {"EOF", "BrokenPipeError", "ConnectionResetError"}:
             connection.close()
             connection = connect()
-            found.append("connected again" if "silent" in BEHAVIOURS else call(connection))
+            found.append(call(connection))
         theirs.sendall(b"!")
         accepted.sendall(b"!")
         inner = [ours.recv(1).decode(), inside.recv(1).decode()]
-        self.reply(json.dumps({"calls": found, "inside": inner, "ends": ends}))
+        also = other.recv(1).decode() or "EOF" if other else ""
+        self.reply(json.dumps({"calls": found, "inside": inner, "ends": ends, "also": also}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()

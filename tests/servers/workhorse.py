@@ -177,24 +177,8 @@ def hold(what: str) -> object:
         file.write("began\n")
         file.flush()
         return file
-    if what == "large":
-        file = open(BEHAVIOURS["path"] + "-new", "w")
-        os.posix_fallocate(file.fileno(), 0, 65 << 20)
-        return file
-    if what in ("sqlite", "sqlite-inside"):
-        inside = os.environ["TMPDIR"] + "/database"
-        database = sqlite3.connect(inside if what == "sqlite-inside" else BEHAVIOURS["path"] + "-new")
-        database.execute("CREATE TABLE kept (number)")
-        return database
-    if what == "direct":
-        return os.open(BEHAVIOURS["path"] + "-new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    if what == "pipe":
-        return os.open(BEHAVIOURS["path"] + "-pipe", os.O_RDWR)
-    if what in ("locked", "locked-directory"):
-        locked = pathlib.Path(BEHAVIOURS["path"])
-        locked_fd = os.open(locked if what == "locked" else locked.parent, os.O_RDONLY)
-        fcntl.flock(locked_fd, fcntl.LOCK_EX)
-        return locked_fd
+    if what == "files":
+        return hold("log"), hold_files(BEHAVIOURS["path"])
     if what == "sysv":
         return libc.semget(0, 1, 0o600)
     if what == "unix":
@@ -253,6 +237,20 @@ def hold(what: str) -> object:
         os.wait()
         return None
     raise ValueError(what)
+
+
+def hold_files(path: str) -> list[object]:
+    """Files of every kind that replicas would share."""
+    large = open(f"{path}-large", "w")
+    os.posix_fallocate(large.fileno(), 0, 65 << 20)
+    databases = [sqlite3.connect(place) for place in (f"{path}-database", f"{os.environ['TMPDIR']}/database")]
+    for each in databases:
+        each.execute("CREATE TABLE kept (number)")
+    locked = [os.open(place, os.O_RDONLY) for place in (f"{path}-locked", pathlib.Path(path).parent)]
+    for fd in locked:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    direct = os.open(f"{path}-direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    return [large, databases, locked, direct, os.open(f"{path}-pipe", os.O_RDWR)]
 
 
 def storm() -> None:
