@@ -41,6 +41,7 @@ def run(
         paranoid=args.paranoid,
         memory=Memory(args.memory),
         accept_environment=tuple(args.accept_environment),
+        gpus=tuple(args.gpu),
         trust=_trust.options(args),
         registry=_arguments.registry(args),
         # With --json, only the report goes to stdout.

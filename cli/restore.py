@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_replicas(parser)
     _arguments.add_accept_environment(parser)
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="UUID",
+        help="GPU to restore the process onto; repeat it for each that the server was on, in that order "
+        "(default: the recorded one, or the one with the most free memory)",
+    )
     _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)

@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-prove", action="store_true", help="publish without restoring the snapshot once as a test"
     )
+    parser.add_argument(
+        "--no-memory-check",
+        action="store_true",
+        help="also move GPU state into host memory if less is available, on a machine whose memory grows "
+        "when it is used",
+    )
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
     parser.add_argument(
         "--allow-secret",
@@ -121,6 +127,7 @@ def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOption
         outside=args.outside,
         prove=not args.no_prove,
         with_cache=not args.no_cache,
+        check_memory=not args.no_memory_check,
         secrets=tuple(args.allow_secret),
         sign=_signing.chosen(args),
         private_variables=_signing.VARIABLES,  # the server must not see what gives access to our keys

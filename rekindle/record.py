@@ -172,8 +172,9 @@ class Process(Struct, frozen=True, kw_only=True):
     """The processes in their cell.
 
     PIDs are those inside the cell. `gpus` are the UUIDs of the GPUs that they held, and `cuda_pids` the
-    processes with CUDA state. `settings` are those of every process but the root; None if it is not known
-    what they set, and everything stays as it was at the dump. `hooked` are the processes to reseed after a
+    processes with CUDA state, which held `device_bytes` there by NVML, 0 if unknown. `settings` are those of
+    every process but the root; None if it is not known what they set, and everything stays as it was at the
+    dump. `hooked` are the processes to reseed after a
     restore (rekindle/cell/hook.py). `private` are paths outside the cell of which each replica gets a copy
     (rekindle/cell/private.py), `directories` those that it needs. `huge_pages` are those
     that they have mapped. `closed` names the connections to the outside that were closed in the dump.
@@ -189,6 +190,7 @@ class Process(Struct, frozen=True, kw_only=True):
     stderr: AbsolutePath
     gpus: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT)] = ()
     cuda_pids: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
+    device_bytes: Count = 0
     settings: Annotated[tuple[ProcessSettings, ...], Meta(max_length=_FILES_LIMIT)] | None = None
     hooked: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     private: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()

@@ -39,7 +39,8 @@ class Options(Struct, frozen=True, kw_only=True):
     the server listens on. With `listen_early`, clients may connect before the server is ready, and wait.
     `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `replica_index` is that of one of several replicas, whose ports are apart.
-    `accept_environment` are names or patterns of variables that may differ from the snapshot's.
+    `accept_environment` are names or patterns of variables that may differ from the snapshot's. `gpus` are
+    the UUIDs of the GPUs to restore the process onto, in the order of the recorded ones.
     """
 
     image: str
@@ -57,6 +58,7 @@ class Options(Struct, frozen=True, kw_only=True):
     paranoid: bool = False
     memory: Memory = Memory.MAP
     accept_environment: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
     trust: TrustOptions = field(default_factory=TrustOptions)
     registry: RegistryOptions = field(default_factory=RegistryOptions)
     output: Output = field(default_factory=Output)

@@ -50,7 +50,12 @@ class CudaState(Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def checkpointed(
-    cell: Cell, find_backend: Callable[[], "Backend"] | None, work: Path, report: Report
+    cell: Cell,
+    find_backend: Callable[[], "Backend"] | None,
+    work: Path,
+    report: Report,
+    *,
+    check_memory: bool = True,
 ) -> Iterator[CudaState]:
     """Hold the CUDA state of the cell's processes in host memory within the context, with no GPU in use.
 
@@ -73,7 +78,8 @@ def checkpointed(
             _require_none(_device_holders(cell, except_for=state.pids))
             if backend and inside:
                 _require_supported(state.gpus)
-                _require_memory(state.device_bytes)
+                if check_memory:
+                    _require_memory(state.device_bytes)
                 seconds = state.device_bytes / _BYTES_PER_SECOND or _CHECKPOINT_SECONDS
                 stack.enter_context(kept_initialized())
                 session = stack.enter_context(Session(backend, list(inside), work / CUDA_JOURNAL))
@@ -177,7 +183,8 @@ def _require_memory(device_bytes: int) -> None:
         raise SpaceError(
             "not enough host memory for the state of the GPUs",
             cause=f"{device_bytes:,} bytes are needed, and {available:,} are available",
-            hint="reduce vLLM's KV cache (--gpu-memory-utilization), or use --weights reload",
+            hint="reduce vLLM's KV cache (--gpu-memory-utilization), or use --weights reload; on a machine "
+            "whose memory grows when it is used (ballooning), use --no-memory-check",
         )
 
 

@@ -68,6 +68,7 @@ def snapshot(
         warm_requests=read_requests(options.warm_file) if options.warm_file else None,
         credentials=credentials,
         reseed=options.reseed,
+        check_memory=options.check_memory,
         outside=options.outside,
         find_backend=functools.partial(search.find, home) if nvidia else None,
         withheld=options.private_variables,

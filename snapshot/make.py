@@ -83,6 +83,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
     reseed: Reseed = Reseed.NONE
+    check_memory: bool = True
     find_backend: "Callable[[], Backend] | None" = None
     withheld: frozenset[str] = frozenset()
     outside: Outside = Outside.REFUSE
@@ -265,7 +266,7 @@ def _dump(
     tree = work / "dump"
     with (
         telling_server(cell, server.root_pid, engine, ends=True),
-        checkpointed(cell, spec.find_backend, work, report) as cuda,
+        checkpointed(cell, spec.find_backend, work, report, check_memory=spec.check_memory) as cuda,
         report.phase("dump"),
         naming_full_disk(work),
     ):
@@ -332,6 +333,7 @@ def _process(
         stderr=str(server.stderr),
         gpus=tuple(dumped.cuda.gpus),
         cuda_pids=tuple(dumped.cuda.pids),
+        device_bytes=dumped.cuda.device_bytes,
         settings=running.settings,
         hooked=hooked,
         private=dumped.kept.copied,

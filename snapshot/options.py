@@ -25,10 +25,11 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     `image` is a reference as users write it, `command` starts the server. A server other than vLLM needs
     `ready_url`, which answers 2xx once it is ready, and `oracle_file`, the request whose answer proves it.
     `ready_seconds` limits its start. `warm_file` holds requests, one JSON object per line. `weights` is for
-    vLLM on a GPU; None chooses. `reseed` is what to reseed after a restore, `outside` what to do about
-    connections that lead out of the server. `secrets` names the secrets that
-    the image may hold. `sign` signs the image, in addition to this machine's key. `private_variables` are
-    withheld from the server. `keep_dump` is a directory for a copy of CRIU's unmodified dump.
+    vLLM on a GPU; None chooses. `check_memory`: refuse GPU state for which no host memory is available now.
+    `reseed` is what to reseed after a restore, `outside` what to do about connections that lead out of the
+    server. `secrets` names the secrets that the image may hold. `sign` signs the image, in addition to this
+    machine's key. `private_variables` are withheld from the server. `keep_dump` is a directory for a copy of
+    CRIU's unmodified dump.
     """
 
     image: str
@@ -43,6 +44,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     outside: Outside = Outside.REFUSE
     prove: bool = True
     with_cache: bool = True
+    check_memory: bool = True
     secrets: tuple[str, ...] = ()
     sign: "Sign | None" = None
     private_variables: frozenset[str] = frozenset()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove a packed image by restoring it once, and publish it."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from restore.decide.abilities import Abilities
 from restore.decide.remembered import Findings
 from restore.decide.rules import reason_for
 from restore.options import Output
-from restore.rungs import process
+from restore.rungs import cuda_state, process
 from snapshot.options import Progress
 
 Signatures = tuple[list[Descriptor], list[Descriptor]]
@@ -121,7 +122,9 @@ def prove(
             search.begin_search(record, home) as cuda,
             dumps.ready(home, work, proved, proof) as dump,
             Cell() as cell,
+            contextlib.ExitStack() as ending,
         ):
+            ending.callback(cuda_state.end, cell, record, home, report)
             process.restore(
                 cell,
                 image.record,
@@ -132,7 +135,7 @@ def prove(
                 output=Output(stdout=log, stderr=log),
                 report=proof,
                 engine=engine,
-                cuda=process.CudaRestore(search=cuda) if cuda else None,
+                cuda=cuda_state.CudaRestore(search=cuda) if cuda else None,
             )
             working_sets = working_set.touched(cell)
         report.oracle, report.memory = proof.oracle, proof.memory

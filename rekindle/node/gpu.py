@@ -123,6 +123,28 @@ def memory_held(pids: Collection[int]) -> dict[int, int]:
     return found
 
 
+def free_bytes() -> dict[str, int]:
+    """Return the free memory of each of NVIDIA's GPUs, by UUID. GPUs that do not tell are left out."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(_UnavailableError), _nvml() as nvml:
+        for _, handle in _handles(nvml, []):
+            with contextlib.suppress(nvml.NVMLError, ValueError):
+                found[_text(nvml.nvmlDeviceGetUUID(handle))] = int(nvml.nvmlDeviceGetMemoryInfo(handle).free)
+    return found
+
+
+def without_persistence() -> list[str]:
+    """Return the names and UUIDs of NVIDIA's GPUs that are shut down when no process uses them."""
+    found = []
+    with contextlib.suppress(_UnavailableError), _nvml() as nvml:
+        for _, handle in _handles(nvml, []):
+            with contextlib.suppress(nvml.NVMLError, ValueError):
+                if nvml.nvmlDeviceGetPersistenceMode(handle) == nvml.NVML_FEATURE_DISABLED:
+                    uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+                    found.append(f"{_text(nvml.nvmlDeviceGetName(handle))} ({uuid})")
+    return found
+
+
 @contextlib.contextmanager
 def _nvml(sysfs: Path = _SYS, dev: Path = _DEV, proc: Path = _PROC) -> Iterator[Any]:
     """Return NVML, initialized, and shut it down at the end. Raises _UnavailableError."""

@@ -22,6 +22,7 @@ from rekindle.report import ImageName, Report, Rung
 from restore import dumps
 from restore.decide import facts as gathering
 from restore.decide import plan as planning
+from restore.decide.match_gpus import choice_problem
 from restore.decide.match_process import starts_recorded
 from restore.decide.plan import Facts, Plan
 from restore.decide.publications import Publication, moved, publications
@@ -94,6 +95,8 @@ def decide(
             report.say(f"WARNING: cold start: {reason.here}")
             facts = structs.replace(gathering.without_image(options.command), unreached=reason)
             source = None
+    if facts.image and (problem := choice_problem(facts.image.record, facts.node, options.gpus)):
+        raise UsageError(f"--gpu: {problem}")
     plan = make_plan(facts, options)
     if source is not None and source.prefetch is not None and not plan.steps[0].possible:
         source.prefetch.stop()
@@ -110,7 +113,8 @@ def decide(
 
 def make_plan(facts: Facts, options: Options) -> Plan:
     """Return the plan with the deadlines and the policy of the options."""
-    made = planning.make(facts, options.rung, strictness(options))
+    choice = structs.replace(facts.gpu_choice, wanted=options.gpus)
+    made = planning.make(structs.replace(facts, gpu_choice=choice), options.rung, strictness(options))
     chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
     steps = [
         structs.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)

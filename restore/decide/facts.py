@@ -17,7 +17,7 @@ from oci.trust.verifier import Verified
 from rekindle.engine.choose import from_record
 from rekindle.errors import UsageError
 from rekindle.home import Home
-from rekindle.node import memory
+from rekindle.node import gpu, memory
 from rekindle.node.fingerprint import Fingerprint
 from restore import dumps
 from restore.decide import (
@@ -29,6 +29,7 @@ from restore.decide import (
     match_needs,
 )
 from restore.decide.abilities import Abilities
+from restore.decide.match_gpus import GpuChoice
 from restore.decide.plan import Facts
 from restore.decide.remembered import Findings
 from restore.decide.rules import Strictness
@@ -83,6 +84,7 @@ def gather(
         enforced=engine.enforced(),
         environment=os.environ,
         api_keys=match_api_key.today(record, given, os.environ),
+        gpu_choice=GpuChoice(free_bytes=gpu.free_bytes() if record.process.gpus else {}),
     )
     return facts, kernels
 

@@ -13,7 +13,8 @@ from rekindle.node.mapped import MappedFile
 from rekindle.record import Record
 from rekindle.report import Reason
 from restore.decide.difference import Difference
-from restore.decide.match_process import held_gpus, missing_features
+from restore.decide.match_gpus import held_gpus
+from restore.decide.match_process import missing_features
 from restore.decide.rules import reason_for
 
 if TYPE_CHECKING:

@@ -6,19 +6,18 @@ Pure. restore/decide/rules.py defines what each difference means.
 
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from rekindle.node import instructions
 from rekindle.node.fingerprint import Fingerprint
-from rekindle.node.gpu import Gpu
 from rekindle.node.mapped import describe_recorded
 from rekindle.node.packages import major_minor
 from rekindle.record import Record
-from restore.decide import match_limits
+from restore.decide import match_gpus, match_limits
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
+from restore.decide.match_gpus import ANY_GPU, GpuChoice
 
 _ADDRESS = ("--host", "--port")
 # Libraries that are part of NVIDIA's driver: libcuda.so.580.65.06, libnvidia-ml.so.1, and so on.
@@ -34,6 +33,7 @@ def compare(
     loaded: Sequence[Difference] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
     enforced: frozenset[str] = frozenset(),
+    choice: GpuChoice = ANY_GPU,
 ) -> list[Difference]:
     """Return the differences that may keep the process from running here.
 
@@ -55,7 +55,7 @@ def compare(
         *_ability_problems(abilities, record),
         *_memory(abilities, record),
         *match_limits.compare(record, node),
-        *_gpus(record, node),
+        *match_gpus.compare(record, node, choice),
         *_files(record, different),
         *loaded,
         *([] if record.proved else [Difference("not-proved", "proof", "none", "not restored so far")]),
@@ -68,24 +68,6 @@ def _files(record: Record, different: Mapping[str, str]) -> Iterator[Difference]
         if file.path in different:
             code = "driver-file" if _OF_DRIVER.fullmatch(posixpath.basename(file.path)) else "rootfs-file"
             yield Difference(code, file.path, describe_recorded(file), different[file.path])
-
-
-def device_map(record: Record, node: Fingerprint) -> dict[str, str]:
-    """Map the UUIDs of recorded GPUs to GPUs of this node; empty if they are the same.
-
-    GPUs that are on both nodes map to themselves, the rest by position. If both nodes have equally many, all
-    are named: the driver refused a map of only those that CUDA_VISIBLE_DEVICES left to the process
-    (NVIDIA/cuda-python#1983).
-    """
-    held = list(record.process.gpus)
-    here = [gpu.uuid for gpu in node.devices.gpus]
-    if all(uuid in here for uuid in held):
-        return {}
-    recorded = [gpu.uuid for gpu in record.node.devices.gpus]
-    if len(recorded) != len(here) or not set(held) <= set(recorded):
-        recorded = held
-    free = [uuid for uuid in here if uuid not in recorded]
-    return {uuid: uuid if uuid in here else free.pop(0) for uuid in recorded if uuid in here or free}
 
 
 def _equal(code: str, name: str, recorded: object, here: object) -> Iterator[Difference]:
@@ -222,73 +204,3 @@ def memory_needed(record: Record) -> int:
     For an image that was not proved or has no memory files, all stored memory counts.
     """
     return record.dump.own_bytes or record.dump.stored_bytes
-
-
-def _gpus(record: Record, node: Fingerprint) -> Iterator[Difference]:
-    """Compare the GPUs that the process held. Others do not matter to it."""
-    if not record.process.gpus:
-        return
-    held = held_gpus(record)
-    here = node.devices.gpus
-    if any(gpu.vendor != "nvidia" for gpu in held):
-        yield Difference("gpu-unsupported", "GPU", held[0].name, _models(here))
-        return
-    if node.devices.problem:
-        yield Difference("gpu-probe", "GPUs", _models(held), node.devices.problem)
-        return
-    if len(here) not in {len(record.process.gpus), len(record.node.devices.gpus)}:
-        yield Difference("gpu-count", "GPUs", _models(held) or str(len(record.process.gpus)), _models(here))
-    places = device_map(record, node) or {gpu.uuid: gpu.uuid for gpu in held}
-    by_uuid = {gpu.uuid: gpu for gpu in here}
-    pairs = [(gpu, by_uuid[places[gpu.uuid]]) for gpu in held if places.get(gpu.uuid) in by_uuid]
-    yield from _unequal("gpu-model", pairs, lambda gpu: f"{gpu.name} ({gpu.arch})", lambda a, b: a == b)
-    yield from _unequal(
-        "gpu-memory",
-        pairs,
-        lambda gpu: f"{gpu.memory_bytes / (1 << 30):.1f} GiB",
-        lambda a, b: _gib(b) >= _gib(a),
-    )
-    yield from _unequal("gpu-ecc", pairs, lambda gpu: "on" if gpu.ecc else "off", lambda a, b: a == b)
-    yield from _unequal("gpu-uuid", pairs, lambda gpu: gpu.uuid, lambda a, b: a == b)
-    yield from _either("mig", any(gpu.mig for gpu in held), any(gpu.mig for gpu in here))
-    yield from _either("mps", record.node.devices.mps, node.devices.mps)
-    if len(held) > 1:
-        was, now = " ".join(record.node.devices.links), " ".join(node.devices.links)
-        yield from _equal("gpu-topology", "links between the GPUs", was, now)
-    was, now = record.node.devices.driver, node.devices.driver
-    if was != now:
-        same_branch = was.partition(".")[0] == now.partition(".")[0]
-        yield Difference("driver-version" if same_branch else "driver", "driver", was, now or "none")
-
-
-def held_gpus(record: Record) -> list[Gpu]:
-    """Return the GPUs that the process held."""
-    return [gpu for gpu in record.node.devices.gpus if gpu.uuid in record.process.gpus]
-
-
-def _either(code: str, recorded: bool, here: bool) -> Iterator[Difference]:
-    """Yield a difference if a feature is on, here or on the recorded node."""
-    if recorded or here:
-        yield Difference(code, code.upper(), "on" if recorded else "off", "on" if here else "off")
-
-
-def _unequal(
-    code: str,
-    pairs: Sequence[tuple[Gpu, Gpu]],
-    shown: Callable[[Gpu], str],
-    fits: Callable[[str, str], bool],
-) -> Iterator[Difference]:
-    """Yield the first pair of GPUs that do not fit each other in one property."""
-    for recorded, here in pairs:
-        if not fits(shown(recorded), shown(here)):
-            yield Difference(code, code.replace("gpu-", "GPU's "), shown(recorded), shown(here))
-            return
-
-
-def _gib(text: str) -> float:
-    return float(text.partition(" ")[0])
-
-
-def _models(gpus: Sequence[Gpu]) -> str:
-    counts = Counter(gpu.name for gpu in gpus)
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

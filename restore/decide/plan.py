@@ -14,10 +14,11 @@ from rekindle.errors import CapabilityError, MismatchError
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.report import Reason, Rung
 from rekindle.secrets import HIDDEN
-from restore.decide import match_api_key, match_process
+from restore.decide import match_api_key, match_gpus, match_process
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
 from restore.decide.match_api_key import ApiKeys
+from restore.decide.match_gpus import ANY_GPU, GpuChoice
 from restore.decide.rules import Strictness, reason_for
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump. `given`
     is the command that the user gave; None for the recorded one. `variables` are the differences of the
     environment; `enforced` are options of which the given command may have other values. `environment` is
-    that of a start today, and `api_keys` are those of which it would require one.
+    that of a start today, and `api_keys` are those of which it would require one. `gpu_choice` decides which
+    GPUs take the places of the recorded ones.
     """
 
     node: Fingerprint
@@ -63,6 +65,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     enforced: frozenset[str] = frozenset()
     environment: Mapping[str, str] = field(default_factory=dict)
     api_keys: ApiKeys = ApiKeys()
+    gpu_choice: GpuChoice = ANY_GPU
 
     @property
     def command(self) -> Sequence[str] | None:
@@ -143,7 +146,9 @@ def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None
     for rung in rungs[rungs.index(asked) :]:
         step = steps[rung](facts)
         made.append(structs.replace(step, reasons=[strictness.apply(reason) for reason in step.reasons]))
-    places = match_process.device_map(facts.image.record, facts.node) if facts.image else {}
+    places = {}
+    if facts.image:
+        places = match_gpus.device_map(facts.image.record, facts.node, facts.gpu_choice)
     return Plan(asked=asked, steps=made, device_map=places)
 
 
@@ -187,6 +192,7 @@ def _process(facts: Facts) -> Step:
         facts.loaded,
         facts.environment,
         facts.enforced,
+        facts.gpu_choice,
     )
     keys = match_api_key.compare(record, facts.api_keys)
     return Step(

@@ -276,8 +276,8 @@ RULES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=True,
         fixed=True,
-        why="Every checkpointed GPU must be restored to one of its own. More GPUs here are only allowed if "
-        "the recorded node had as many: otherwise it is unclear which to use.",
+        why="Every checkpointed GPU must be restored to one of its own. If this node has more, they are "
+        "chosen by `restore --gpu UUID` or by their free memory, which needs driver 580.",
         source=f"{_RESTORE_API}: the map must name every checkpointed GPU; {_CUDA_PLUGIN}: the same count",
         advice="make as many GPUs visible as the server had",
     ),

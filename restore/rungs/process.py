@@ -10,19 +10,19 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, field, structs
+from msgspec import structs
 
 from rekindle import criu
-from rekindle.cell import Cell, Network, descendants, exit_status, hook, processes
+from rekindle.cell import Cell, Network, exit_status, hook, processes
 from rekindle.cell.settings import to_apply
 from rekindle.criu import Criu
 from rekindle.engine import Engine
 from rekindle.engine.choose import from_record
-from rekindle.errors import CapabilityError, MismatchError, OracleError, PortError, RestoreError
+from rekindle.errors import MismatchError, OracleError, PortError, RestoreError
 from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
@@ -37,6 +37,7 @@ from restore.decide.plan import Step
 from restore.decide.rules import reason_for
 from restore.decide.source import Source
 from restore.options import Memory, Output
+from restore.rungs.cuda_state import CudaRestore, end, must_suspend, restore_cuda
 from restore.rungs.ladder import TakenRung
 from restore.rungs.memory import restore_with_memory
 from restore.rungs.run import Run
@@ -44,23 +45,11 @@ from restore.rungs.same_secrets import require_same_secrets
 from restore.serve.address import Addresses
 
 if TYPE_CHECKING:
-    from rekindle.cuda.search import Search
     from restore.serve.foreground import Serving
     from restore.serve.gate import NewGate
 
 _ANSWER_SECONDS = 60.0
 _RESEED_SECONDS = 10.0
-
-
-class CudaRestore(Struct, frozen=True, kw_only=True):
-    """The means to restore CUDA state.
-
-    `search` finds the backend that talks to the driver, which is starting meanwhile. `device_map` maps
-    recorded GPUs to GPUs of this node, by UUID; empty if they are the same.
-    """
-
-    search: "Search"
-    device_map: Mapping[str, str] = field(default_factory=dict)
 
 
 def take(
@@ -89,7 +78,8 @@ def take(
         if step.roots:
             with report.phase("extract"):
                 _extract_mapped_files(run, source, step, stack)
-        stack.callback(cell.end)
+        end_cell = functools.partial(end, cell, record, home, report)
+        stack.callback(end_cell)
         with contextlib.ExitStack() as using:
             with run.listener.progress(source.tally):
                 dump = using.enter_context(
@@ -125,11 +115,11 @@ def take(
             # other restores may remove it to make room.
             if report.memory is not None and report.memory.mode is MemoryMode.MAPPED:
                 stack.push(using.pop_all().__exit__)
-                stack.callback(cell.end)  # before the dump is unlocked
+                stack.callback(end_cell)  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
     from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
 
-    replica = RestoredServer(cell, record.process)
+    replica = RestoredServer(cell, record.process, end_cell if must_suspend(record) else None)
     serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
@@ -240,7 +230,7 @@ def restore(
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
         if process.cuda_pids:
             with report.phase("cuda"):
-                _restore_cuda(cell, process.cuda_pids, cuda)
+                restore_cuda(cell, process, cuda)
         if engine.options().get("asleep"):
             _wake(cell, record, engine, report)
         with report.phase("oracle"):
@@ -308,22 +298,6 @@ def _reseed(cell: Cell, hooked: Sequence[int]) -> None:
             cause=error.problem,
             hint="if replicas may share random numbers: take a snapshot without --reseed",
         ) from error
-
-
-def _restore_cuda(cell: Cell, pids: Sequence[int], cuda: CudaRestore | None) -> None:
-    """Restore the CUDA state of the processes with these PIDs in the cell."""
-    from rekindle.cuda.keep import kept_initialized
-    from rekindle.cuda.session import Session
-
-    if cuda is None:
-        raise CapabilityError("the snapshot holds CUDA state, which this node cannot restore")
-    outside = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
-    if missing := [pid for pid in pids if pid not in outside]:
-        raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
-    holders = [outside[pid] for pid in pids]
-    with kept_initialized(), contextlib.closing(cuda.search.backend()) as backend:
-        # No roll-back: if this fails, the processes end with the cell.
-        Session(backend, holders).restore_all(cuda.device_map, roll_back=False)
 
 
 def _wake(cell: Cell, record: Record, engine: Engine, report: Report) -> None:

@@ -43,11 +43,16 @@ class Replica(Protocol):
 class RestoredServer:
     """A server restored in a cell."""
 
-    def __init__(self, cell: Cell, process: Process) -> None:
+    def __init__(self, cell: Cell, process: Process, kill: Callable[[], None] | None = None) -> None:
+        """`kill` ends a server that must not end by itself when it is asked to."""
         self._cell = cell
         self._process = process
+        self._kill = kill
+        self._killed: int | None = None
 
     def status(self) -> int | None:
+        if self._killed is not None:
+            return 128 + self._killed
         root, server = self._process.root_pid, self._process.server_pid
         status = self._cell.wait(root, 0.0)
         if status is not None and os.WIFSIGNALED(status) and server != root:
@@ -58,6 +63,10 @@ class RestoredServer:
         return None if status is None else exit_status(status)
 
     def signal(self, signum: int) -> None:
+        if self._kill is not None and signum in ENDING:
+            self._killed = self._killed or signum
+            self._kill()
+            return
         self._cell.relay(self._process.server_pid, signum)
 
     def child(self) -> int:
@@ -151,6 +160,7 @@ class Serving:
             if signum in ENDING:
                 self.signalled = self.signalled or signum
                 self._asked_to_end(signum)
+                self._look()
         _reap(self._replica.child())
 
 

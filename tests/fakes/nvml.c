@@ -15,6 +15,8 @@
  *     memory 150754820096
  *     mig 0
  *     ecc 1
+ *     persistence 1
+ *     used 1024                      bytes that others hold; who holds CUDA is counted, too
  *     compute 4242 4243              host PIDs; also `graphics` and `mps`
  *     nvlink 1 2 3                   GPUs, by number
  *     near 2 20                      the level of their common ancestor (nvmlGpuTopologyLevel_t); else 50
@@ -53,8 +55,8 @@ struct pids {
 struct gpu {
     char name[TEXT], uuid[TEXT];
     int major, minor;
-    unsigned mig, ecc;
-    unsigned long long memory;
+    unsigned mig, ecc, persistence;
+    unsigned long long memory, used;
     struct pids compute, graphics, mps, nvlink;
     int level[GPUS];
     struct failures failures;
@@ -94,6 +96,7 @@ static void read_line(const char *word, const char *value)
         if (node.gpus == GPUS)
             abort();
         gpu = &node.gpu[node.gpus++];
+        gpu->persistence = 1;
         for (other = 0; other < GPUS; other++)
             gpu->level[other] = LEVEL_SYSTEM;
     } else if (!strcmp(word, "fail")) {
@@ -118,6 +121,10 @@ static void read_line(const char *word, const char *value)
     } else if (!strcmp(word, "capability")) {
         if (sscanf(value, "%d %d", &gpu->major, &gpu->minor) != 2)
             abort();
+    } else if (!strcmp(word, "persistence")) {
+        gpu->persistence = atoi(value);
+    } else if (!strcmp(word, "used")) {
+        gpu->used = strtoull(value, NULL, 10);
     } else if (!strcmp(word, "memory")) {
         gpu->memory = strtoull(value, NULL, 10);
     } else if (!strcmp(word, "mig")) {
@@ -313,12 +320,22 @@ int nvmlDeviceGetCudaComputeCapability(struct gpu *gpu, int *major, int *minor)
     return code;
 }
 
+static unsigned add_holders(const char *uuid, struct process *into, unsigned room);
+
 int nvmlDeviceGetMemoryInfo(struct gpu *gpu, struct memory *memory)
 {
     int code = of_gpu(gpu, "nvmlDeviceGetMemoryInfo");
+    struct process holders[PIDS];
+    unsigned long long used = gpu->used;
+    unsigned count;
 
-    if (!code)
-        *memory = (struct memory){ gpu->memory, gpu->memory, 0 };
+    if (code)
+        return code;
+    for (count = add_holders(gpu->uuid, holders, PIDS); count-- > 0;)
+        used += holders[count].memory;
+    if (used > gpu->memory)
+        used = gpu->memory;
+    *memory = (struct memory){ gpu->memory, gpu->memory - used, used };
     return code;
 }
 
@@ -328,6 +345,15 @@ static int give_mode(struct gpu *gpu, const char *function, unsigned mode, unsig
 
     if (!code)
         *current = *pending = mode;
+    return code;
+}
+
+int nvmlDeviceGetPersistenceMode(struct gpu *gpu, unsigned *mode)
+{
+    int code = of_gpu(gpu, "nvmlDeviceGetPersistenceMode");
+
+    if (!code)
+        *mode = gpu->persistence;
     return code;
 }
 

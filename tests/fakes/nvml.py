@@ -56,12 +56,15 @@ class FakeNvml:
         mps: Mapping[int, Iterable[int]] | None = None,
         fails: Mapping[str, int] | None = None,
         one_fails: Mapping[int, Mapping[str, int]] | None = None,
+        persistence: bool = True,
+        used: Mapping[int, int] | None = None,
         init: int = 0,
     ) -> None:
         """From now on the node is this one, for every process that starts NVML.
 
         `compute`, `graphics` and `mps` are the host PIDs on each GPU, by number; `fails` the error codes of
-        functions, `one_fails` the same of single GPUs; `init` is that of nvmlInit.
+        functions, `one_fails` the same of single GPUs; `init` is that of nvmlInit. `used` are bytes that
+        others hold on a GPU, by its number.
         """
         major, _, minor = (node.cuda or "0.0").partition(".")
         lines = [f"init {init}", f"driver {node.driver}", f"cuda {int(major) * 1000 + int(minor) * 10}"]
@@ -75,6 +78,8 @@ class FakeNvml:
                 f"memory {gpu.memory_bytes}",
                 f"mig {int(gpu.mig)}",
                 f"ecc {int(gpu.ecc)}",
+                f"persistence {int(persistence)}",
+                f"used {(used or {}).get(number, 0)}",
             ]
             for kind, pids in (("compute", compute), ("graphics", graphics), ("mps", mps)):
                 lines.append(f"{kind} {' '.join(map(str, (pids or {}).get(number, ())))}")

@@ -146,6 +146,54 @@ def test_the_snapshot_is_proved_with_its_cuda_state(
     nothing_left()
 
 
+def test_a_restored_server_is_suspended_before_it_ends_where_that_could_hang_the_host(
+    rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int, nothing_left: NothingLeft
+) -> None:
+    """By the proof of a snapshot, and by a signal."""
+    node.begin(structs.replace(ONE, driver="595.71.05"))
+    done = rekindle.snapshot_workhorse("horse", port, "cuda=64")
+    assert done.status == 0, done.stderr
+    there, back = ["lock", "checkpoint"], ["restore", "unlock"]
+    assert [each.step for each in steps(node.cuda.log())] == [*there, *back, *there]
+    node.cuda.forget()
+    replica = restore("horse", port)
+    replica.process.terminate()
+    assert replica.process.wait(30) == 128 + signal.SIGTERM
+    assert [each.step for each in steps(node.cuda.log())] == [*back, *there]
+    nothing_left()
+
+
+@pytest.mark.usefixtures("horse")
+def test_a_replica_goes_where_there_is_memory_or_where_it_is_told(
+    rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int
+) -> None:
+    first, second = (gpu.uuid for gpu in TWO.gpus)
+    node.describe(TWO)
+    node.nvml.describe(TWO, used={0: TWO.gpus[0].memory_bytes // 2})
+    assert rekindle("restore", "horse", "--plan", "--json").json["device_map"] == {first: second}
+    named = rekindle("restore", "horse", "--plan", "--json", "--gpu", first)
+    assert named.json["device_map"] == {}
+    refused = rekindle("restore", "horse", "--gpu", OTHER_UUID)
+    assert refused.status == 2
+    assert f"--gpu: this node has no GPU {OTHER_UUID}" in refused.stderr
+    replica = restore("horse", port)
+    facts = json.loads(replica.ask("/facts"))
+    assert [held["uuids"] for held in facts["cuda"]] == [[second]] * 2
+
+
+@pytest.mark.usefixtures("horse")
+def test_too_little_free_memory_on_the_gpu_is_told_before_the_driver_is_called(
+    rekindle: Rekindle, node: FakeGpuNode
+) -> None:
+    """Since a restore that has run out of memory cannot be repeated."""
+    node.nvml.describe(ONE, used={0: ONE.gpus[0].memory_bytes - (64 << 20)})
+    done = rekindle("restore", "horse", "--require", "process")
+    assert done.status == 34, done.stderr
+    assert "not enough free memory on the GPU" in done.stderr
+    assert "the server held 134,217,728 bytes on GPUs, and 67,108,864 are free" in done.stderr
+    assert steps(node.cuda.log()) == []
+
+
 @pytest.mark.usefixtures("horse")
 def test_two_replicas_hold_their_own_state(
     rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int
@@ -198,7 +246,6 @@ def test_what_the_server_does_not_hold_is_nothing_to_it(
 @pytest.mark.parametrize(
     ("there", "code"),
     [
-        (structs.replace(TWO, gpus=nodes.H200.gpus[4:7], links=nodes.linked(3, "nvlink")), "gpu-count"),
         (structs.replace(nodes.H100, driver=ONE.driver), "gpu-model"),
         (structs.replace(ONE, driver="570.158.01", cuda="12.8"), "driver"),
         (structs.replace(ONE, gpus=(structs.replace(ONE.gpus[0], mig=True),)), "mig"),
@@ -479,6 +526,9 @@ def test_too_little_memory_is_told_before_anything_is_locked(
     said = refused(rekindle, node, port, 14, "cuda=1000000000")
     assert "not enough host memory for the state of the GPUs" in said
     assert "1,048,576,000,000,000 bytes" in said
+    assert "--no-memory-check" in said
+    done = rekindle.snapshot_workhorse("horse", port, "cuda=1000000000", flags=["--no-memory-check"])
+    assert "the dump lacks the state of the GPU" in done.stderr, "it was tried"
 
 
 def test_a_dump_without_the_gpus_state_is_refused(

@@ -10,11 +10,14 @@ from msgspec import structs
 
 from rekindle.criu import Criu
 from rekindle.errors import CapabilityError, MismatchError, UsageError
+from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import MappedFile
+from rekindle.record import Record
 from rekindle.report import Reason, Rung
 from restore.decide import match_loaded, match_process
 from restore.decide.abilities import Abilities
-from restore.decide.match_process import device_map, starts_recorded
+from restore.decide.match_gpus import GpuChoice, choice_problem, device_map
+from restore.decide.match_process import starts_recorded
 from restore.decide.plan import require_possible as require
 from restore.decide.rules import RULES, Strictness, reason_for
 from tests.fakes.nodes import A100_MIG, H100, H200, L4, MI300X
@@ -245,6 +248,60 @@ def test_a_device_map_keeps_what_is_there() -> None:
     node = structs.replace(NODE, devices=H200)
     record = structs.replace(record, node=node)
     assert places(*everything) == dict(zip((gpu.uuid for gpu in H200.gpus), everything, strict=True))
+
+
+def with_free(*gib: int, driver: str = "580.65.06") -> tuple[Record, Fingerprint, dict[str, int]]:
+    """The record of a server on one GPU, and a node with so much free memory on each of its GPUs."""
+    devices = structs.replace(H200, gpus=H200.gpus[: len(gib)], driver=driver)
+    alone = structs.replace(H200, gpus=H200.gpus[:1], driver=driver)
+    recorded = structs.replace(
+        RECORD,
+        process=structs.replace(RECORD.process, gpus=(H200.gpus[0].uuid,), cuda_pids=(2,)),
+        node=structs.replace(NODE, devices=alone),
+    )
+    free = {gpu.uuid: each << 30 for gpu, each in zip(devices.gpus, gib, strict=True)}
+    return recorded, structs.replace(NODE, devices=devices), free
+
+
+@pytest.mark.parametrize(
+    ("free", "place"),
+    [
+        ((130, 130, 130), 0),
+        ((129, 130, 130), 0),  # a desktop's worth is no reason to move
+        ((20, 130, 131), 2),
+        ((20, 130, 90), 1),
+        ((0, 0, 140), 2),
+    ],
+)
+def test_a_gpu_is_chosen_by_its_free_memory(free: tuple[int, ...], place: int) -> None:
+    record, node, free_bytes = with_free(*free)
+    choice = GpuChoice(free_bytes=free_bytes)
+    first, there = H200.gpus[0].uuid, H200.gpus[place].uuid
+    assert device_map(record, node, choice) == ({} if place == 0 else {first: there})
+    codes = {each.code for each in match_process.compare(record, node, ABLE, {}, choice=choice)}
+    assert "gpu-count" not in codes
+    assert device_map(record, node) == {}, "nothing is known of the memory"
+
+
+def test_the_user_chooses_a_gpu_and_the_others_make_room() -> None:
+    record, node, free_bytes = with_free(130, 20, 130)
+    record = structs.replace(record, node=node)
+    a, b, c = (gpu.uuid for gpu in H200.gpus[:3])
+    choice = GpuChoice(wanted=[b], free_bytes=free_bytes)
+    assert device_map(record, node, choice) == {a: b, b: a, c: c}, "every GPU must be named"
+    assert choice_problem(record, node, [b]) == ""
+    assert choice_problem(record, node, [a, b]) == "2 GPUs are named, and the server was on 1"
+    assert choice_problem(record, node, ["GPU-none"]) == "this node has no GPU GPU-none"
+    assert choice_problem(structs.replace(record, process=RECORD.process), node, ["GPU-none"]) == ""
+
+
+def test_a_driver_without_maps_keeps_the_recorded_gpu() -> None:
+    record, node, free_bytes = with_free(1, 130, 130, driver="570.158.01")
+    choice = GpuChoice(free_bytes=free_bytes)
+    assert device_map(record, node, choice) == {}
+    assert "needs 580" in choice_problem(record, node, [H200.gpus[1].uuid])
+    codes = {each.code for each in match_process.compare(record, node, ABLE, {}, choice=choice)}
+    assert "gpu-count" in codes
 
 
 LACKS: dict[str, tuple[Abilities, list[str], type[Exception] | None]] = {

@@ -319,7 +319,7 @@ CASES = [
     process("1 of 8 H200, linked otherwise", H200, but(H200, links=("0-1 sys",)), held=1),
     process("B200 on another B200", B200, others(B200), "gpu-uuid", moved=1),
     process("L4 on another L4", L4, others(L4), "gpu-uuid", moved=1),
-    kernels("H100 on H200", H100, H200, "gpu-count! gpu-model! gpu-uuid", moved=1),
+    kernels("H100 on H200", H100, H200, "gpu-model! gpu-uuid", moved=1),
     kernels("H200 on H100", H200, H100, "gpu-count! gpu-model! gpu-memory! gpu-uuid", moved=1),
     kernels("H100 on one with less memory", H100, gpus_but(H100, memory_bytes=1 << 36), "gpu-memory!"),
     process("H100 on one with more memory", H100, gpus_but(H100, memory_bytes=1 << 38)),
