@@ -215,6 +215,7 @@ def _cuda(home: Home) -> Iterator[Check]:
 
     from rekindle.cuda import search
 
+    yield from _cuda_notes()
     candidates = search.candidates(home)
     opens = any(candidate.chosen for candidate in candidates)
     for candidate in candidates:
@@ -225,6 +226,28 @@ def _cuda(home: Home) -> Iterator[Check]:
             needed=not opens,
             detail=f"{candidate.name}: {candidate.problem or works}",
             remedy=candidate.hint,
+        )
+
+
+def _cuda_notes() -> Iterator[Check]:
+    """Report what is known of this node's driver, and of its modes; needs the dependencies."""
+    if importlib.util.find_spec("pynvml") is None:
+        return
+    from rekindle.cuda import drivers
+    from rekindle.node import gpu
+
+    version = gpu.probe_nvidia().driver
+    for note in drivers.notes(version):
+        yield Check(
+            name="cuda", ok=False, needed=False, detail=f"driver {version}: {note.text}", remedy=note.remedy
+        )
+    for name in gpu.without_persistence():
+        yield Check(
+            name="cuda",
+            ok=False,
+            needed=False,
+            detail=f"persistence mode is off: {name} is shut down when nobody uses it, so starts take longer",
+            remedy="nvidia-smi -pm 1, or run nvidia-persistenced",
         )
 
 

@@ -5,11 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+from rekindle.cuda import drivers
 from rekindle.home import Home
 from rekindle.journal import CUDA_JOURNAL
 from rekindle.node.gpu import Gpus
-from tests.conftest import Rekindle
+from tests.conftest import ROOT, Rekindle
 from tests.fakes import nodes
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.nvml import FakeNvml
@@ -62,6 +64,28 @@ def test_the_backend_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -
         "ok    cuda       driver: libcuda.so.1, CUDA 13.0",
         f"ok    cuda       utility: {fake.place}/bin/cuda-checkpoint 580.65.06, not needed",
     ]
+
+
+def test_what_is_known_of_the_driver_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
+    node.describe(structs.replace(nodes.H100, driver="595.71.05"), persistence=False)
+    fake.describe(driver="595.71.05")
+    done = doctor("doctor", "--check", "cuda")
+    assert done.status == 0, done.stderr
+    assert (
+        "note  cuda       driver 595.71.05: hosts hung after a live restored process was killed"
+        in done.stdout
+    )
+    name = f"{nodes.H100.gpus[0].name} ({nodes.H100.gpus[0].uuid})"
+    assert f"note  cuda       persistence mode is off: {name} is shut down" in done.stdout
+    assert "ok    cuda       driver: libcuda.so.1" in done.stdout
+
+
+def test_every_note_on_a_driver_is_in_its_table() -> None:
+    page = " ".join((ROOT / "docs/gpu/drivers.md").read_text().split())
+    for note in drivers.NOTES:
+        assert note.text in page
+    assert [note.first for note in drivers.notes("580.65.06")] == []
+    assert drivers.notes("") == []
 
 
 def test_why_a_backend_is_not_taken_is_told(node: FakeNvml, doctor: Rekindle, fake: FakeCuda) -> None:
