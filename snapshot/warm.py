@@ -49,7 +49,7 @@ def wait_ready(
             raise NotReadyError(
                 f"the server was not ready after {timeout:.0f} s",
                 cause="\n".join(filter(None, (client.last_outcome, server.log_tail()))),
-                hint=_not_ready_hint(client.last_outcome),
+                hint=not_ready_hint(client.last_outcome),
                 log=server.log,
             )
         if time.monotonic() > say_at:
@@ -58,12 +58,14 @@ def wait_ready(
             say_at = time.monotonic() + pause
 
 
-def _not_ready_hint(outcome: str) -> str:
+def not_ready_hint(outcome: str) -> str:
     """Return what to do about a server that answered like this to the last."""
     if re.search(r"status (?!503)[345]\d\d$", outcome):
         return "is this the URL that answers 2xx once the server is ready? See --ready-url"
     if "refused" in outcome:
         return "compare the address with the one in its log, or allow more time with --ready-timeout"
+    if re.search(r"reset|BadStatusLine|RemoteDisconnected", outcome):
+        return "does the server speak HTTPS there? It must answer rekindle by HTTP"
     return "allow more time with --ready-timeout, or look in its log for the reason"
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rekindle.engine.client import Client, Response
 
 _TIMEOUT_SECONDS = 10.0
+_UNZIPPED_LIMIT_BYTES = 64 << 20
 # Of servers that are often behind such a URL: SGLang, llama.cpp, Ollama.
 _READ = ("SGLANG_", "SGL_", "LLAMA_ARG_", "OLLAMA_")
 _INDEX = re.compile(r"0|[1-9][0-9]*")
@@ -152,7 +153,7 @@ class HttpEngine(Engine):
         if not self._options["select"]:
             return {"status": response.status, "body": Digest.of_bytes(response.body)}
         try:
-            document = json.loads(response.body)
+            document = json.loads(_unzipped(response.body))
             values = [_at(document, pointer) for pointer in self._options["select"]]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise OracleError(
@@ -162,6 +163,18 @@ class HttpEngine(Engine):
 
     def agree(self, expected: JSON, got: JSON) -> bool:
         return bool(expected == got)
+
+
+def _unzipped(body: bytes) -> bytes:
+    """Return the text of a body, which some servers compress although they were not allowed to."""
+    if not body.startswith(b"\x1f\x8b"):
+        return body
+    from zlib import decompressobj, error
+
+    try:
+        return decompressobj(wbits=31).decompress(body, _UNZIPPED_LIMIT_BYTES)
+    except error as problem:
+        raise ValueError(f"invalid gzip: {problem}") from None
 
 
 def _at(document: JSON, pointer: str) -> JSON:

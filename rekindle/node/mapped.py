@@ -20,13 +20,14 @@ from rekindle.documents import AbsolutePath, Count, Nanoseconds
 from rekindle.node import elf, sampled
 
 _HASHED_BYTES = 256 << 20
+_KERNELS = "/sys/"
 
 
 class MappedFile(Struct, frozen=True, kw_only=True):
     """The path, size in bytes, modification time and identity of a file.
 
     The identity is `build-id:HEX`, `sha256:HEX`, or `sampled:HEX` of a file that is too large to read at
-    every restore; older records have "" for that.
+    every restore; older records have "" for that. It is "" for files of the OS kernel, which only must exist.
     """
 
     path: AbsolutePath
@@ -44,6 +45,8 @@ def describe(path: str) -> MappedFile | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     identity = ""
+    if path.startswith(_KERNELS):
+        return MappedFile(path=path, size=status.st_size)
     with contextlib.suppress(OSError):
         identity = _identity(Path(path), status.st_size)
     return MappedFile(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, identity=identity)

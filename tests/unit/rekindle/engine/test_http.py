@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server of which only a URL and a request are known."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from rekindle.digest import Digest
-from rekindle.engine import Endpoint, Request
+from rekindle.engine import Endpoint, Request, http
 from rekindle.engine.choose import for_command, from_record
 from rekindle.engine.client import Response
 from rekindle.engine.http import HttpEngine
@@ -253,3 +255,14 @@ def test_answers_agree_when_they_are_equal(first: Response, second: Response, sa
 def test_malformed_recorded_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
         from_record("http", Endpoint(host="::1", port=5), options).answer(response(b""))
+
+
+def test_a_compressed_answer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.dumps({"answer": 42, "when": 1}).encode()
+    packed = Response(status=200, body=gzip.compress(body), first_byte=0.0)
+    assert engine("/answer").answer(packed) == {"status": 200, "values": [42]}
+    with pytest.raises(OracleError):
+        engine("/answer").answer(structs.replace(packed, body=b"\x1f\x8bnonsense"))
+    monkeypatch.setattr(http, "_UNZIPPED_LIMIT_BYTES", 10)
+    with pytest.raises(OracleError):
+        engine("/answer").answer(packed)

@@ -215,3 +215,11 @@ NAMES = st.sampled_from(["/", "//", "/proc/self/mem", "/dev/zero", "/a\0b", "/\u
 def test_no_record_breaks_the_look(path: str, size: int, mtime_ns: int, identity: str) -> None:
     there = difference(MappedFile(path=path, size=size, mtime_ns=mtime_ns, identity=identity)) == ""
     assert not there or Path(path).is_file()
+
+
+def test_a_file_of_the_kernel_must_only_be_there() -> None:
+    described = describe("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert described is not None
+    assert not described.identity
+    assert not difference(described)
+    assert difference(structs.replace(described, path="/sys/kernel/none")) == "missing"
