@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo docs check test clean
+.PHONY: help setup setup-dev demo docs check test test-field clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -52,6 +52,10 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
+
+test-field: setup-dev ## Snapshot and restore servers of other kinds, which are installed for it; takes minutes
+	@hack/get-field-servers >/dev/null
+	@$(BIN)/python -m pytest tests/field
 
 clean: ## Remove everything that was built in this checkout
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
