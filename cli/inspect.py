@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
 
 def _cache_image(source: FoundImage) -> CacheImage | None:
     """Return the image as a kernel cache, or None if it is a snapshot."""
-    if source.root.media_type != media_types.MANIFEST:
+    if source.root.media_type not in media_types.IMAGE_MANIFESTS:
         return None
     try:
         return cache_image.load(source.blobs, source.root, source.limits)
@@ -120,7 +120,8 @@ def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
     for name, value in rows.items():
         print(printable(f"{name:<12}{value}"))
     for root in inventory.roots:
-        print(printable(f"{root.kind:<12}{root.files:,} files, {root.bytes:,} bytes of {root.recorded}"))
+        files = f"{root.files:,} files, " if kernels.counted else ""
+        print(printable(f"{root.kind:<12}{files}{root.bytes:,} bytes of {root.recorded}"))
 
 
 def _summary(kernels: CacheImage) -> str:

@@ -16,6 +16,8 @@ from rekindle.fields import Fields
 from rekindle.record import Record
 
 _DEFAULTS = Limits()
+# As BuildKit marks attestations, which no container is made of either.
+_NO_PLATFORM = {"architecture": "unknown", "os": "unknown"}
 _CACHE_HINT = "it is a kernel cache without a process: use `rekindle extract`"
 
 
@@ -49,9 +51,17 @@ def build(
 ) -> Image:
     """Write the record, the manifest and the index of a snapshot whose layers are in the layout already.
 
-    `cache` is the manifest of the kernel cache's image.
+    `cache` is the manifest of the kernel cache's image. Other tools, such as crane, skopeo and MCV, take the
+    first manifest of an index that is for their platform. So that is the cache; and the process, which they
+    cannot use, is for none.
     """
-    config = layout.put(record.to_bytes(), media_types.RECORD)
+    layers = [
+        structs.replace(layer, annotations={**layer.annotations, media_types.TITLE: _title(number, layer)})
+        for number, layer in enumerate(layers)
+    ]
+    config = structs.replace(
+        layout.put(record.to_bytes(), media_types.RECORD), annotations={media_types.TITLE: "record.json"}
+    )
     # checkpointctl's names where they mean the same. org.criu.checkpoint.container.name is not set, since a
     # kubelet would try to restore the image as a container.
     annotations = {
@@ -68,11 +78,12 @@ def build(
         "annotations": annotations,
     }
     process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=media_types.PROCESS)
-    platform = platform_of(record.node.architecture)
-    manifests = [{**process.to_json(), "platform": platform}]
+    manifests = [{**process.to_json(), "platform": _NO_PLATFORM}]
     if cache is not None:
         annotations = {**cache.annotations, media_types.ROLE: media_types.CACHE_ROLE}
-        manifests.append({**structs.replace(cache, annotations=annotations).to_json(), "platform": platform})
+        platform = platform_of(record.node.architecture)
+        named = structs.replace(cache, annotations=annotations, platform=platform)
+        manifests.insert(0, named.to_json())
     index = {
         "schemaVersion": 2,
         "mediaType": media_types.INDEX,
@@ -149,9 +160,14 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
     )
 
 
+def _title(number: int, layer: Descriptor) -> str:
+    """Return the name of the file that `oras pull` makes of a layer; without one, it leaves the layer out."""
+    return f"{number:03}-{layer.annotations.get(media_types.ROLE, 'dump')}.zst"
+
+
 def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
     """Tell whether an image that is not a snapshot is a kernel cache."""
-    if descriptor.media_type != media_types.MANIFEST:
+    if descriptor.media_type not in media_types.IMAGE_MANIFESTS:
         return False
     from oci.cache import image as cache_image
 

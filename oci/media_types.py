@@ -24,6 +24,11 @@ DUMP_LAYER = "application/vnd.rekindle.dump.v1+zstd"
 # accept it. An annotation on its descriptor in the snapshot's index marks it.
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 TAR_GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+# Docker's older types mean the same. `docker push` and MCV make them, and `skopeo copy --format v2s2`.
+IMAGE_MANIFESTS = frozenset({MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"})
+IMAGE_CONFIGS = frozenset({IMAGE_CONFIG, "application/vnd.docker.container.image.v1+json"})
+TAR_GZIP_LAYERS = frozenset({TAR_GZIP_LAYER, "application/vnd.docker.image.rootfs.diff.tar.gzip"})
+TITLE = "org.opencontainers.image.title"
 ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
 MEMORY_ROLE = "memory"  # of a layer with memory files alone

@@ -12,6 +12,7 @@ import msgspec
 from oci import dump_layers, resolve, store
 from oci import image as images
 from oci.cache import pack
+from oci.cache.inventory import Target
 from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.reference import parse
@@ -29,8 +30,10 @@ from rekindle.errors import UsageError
 from rekindle.files import remove_tree
 from rekindle.node.gpu import probe
 from rekindle.node.packages import versions
+from rekindle.record import Record
 from rekindle.report import ImageName, Report
 from restore.decide import match_limits
+from restore.decide.match_process import held_gpus
 from restore.decide.rules import reason_for
 from snapshot import make, secret_search
 from snapshot.describe import Dumped
@@ -121,10 +124,23 @@ def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:
             staging,
             created=made.record.created,
             architecture=made.record.node.architecture,
+            targets=_targets(made.record),
             versions=made.record.node.packages,
             workers=dump_layers.workers(),
             say=report.say,
         )
+
+
+def _targets(record: Record) -> list[Target]:
+    """Return the hardware that the caches are for which do not tell: the GPUs that the server used."""
+    backends = {"nvidia": "cuda", "amd": "hip"}
+    return sorted(
+        {
+            Target(backend=backends[gpu.vendor], arch=gpu.arch, warp_size=gpu.warp_size)
+            for gpu in held_gpus(record)
+            if gpu.vendor in backends and gpu.arch
+        }
+    )
 
 
 def _sleeping_engine(

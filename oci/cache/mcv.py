@@ -167,6 +167,8 @@ class Survey(Struct, kw_only=True):
         )
         if mounts != "[]" and len(mounts.encode()) <= _LABEL_LIMIT_BYTES:
             labels["io.kserve.km/cache-mounts"] = mounts
+            # Without it, `mcv --extract` leaves out the name of vLLM's own directory.
+            labels["io.kserve.km/split-cache-capture"] = "true"
         return labels
 
 

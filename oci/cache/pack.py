@@ -122,10 +122,11 @@ def pack(
     config = layout.put(
         _config(created, platform, labels, diff_ids, stored, inventory), media_types.IMAGE_CONFIG
     )
+    named = structs.replace(config, annotations={media_types.TITLE: "config.json"})
     manifest = {
         "schemaVersion": 2,
         "mediaType": media_types.MANIFEST,
-        "config": config.to_json(),
+        "config": named.to_json(),
         "layers": [layer.to_json() for layer in layers],
         "annotations": {"org.opencontainers.image.created": created},
     }
@@ -249,7 +250,7 @@ def _write_layer(
         media_type=media_types.TAR_GZIP_LAYER,
         digest=digest,
         size=tar.size,
-        annotations={"org.opencontainers.image.title": f"{stored.name}.tar.gz"},
+        annotations={media_types.TITLE: f"{stored.name}.tar.gz"},
     )
     return layer, diff_id, stored
 

@@ -82,8 +82,8 @@ def publish(job: Job, *, overwrite: bool) -> ExtractedRoot:
             return ExtractedRoot(
                 kind=job.root.kind,
                 path=job.target,
-                files=job.root.files,
-                bytes=job.root.bytes,
+                files=len(job.paths),
+                bytes=job.bytes,
                 kept=(),
                 written=tuple(job.paths),
             )

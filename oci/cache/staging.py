@@ -54,12 +54,15 @@ class Owner(Struct, frozen=True, kw_only=True):
 
 
 class Job(Struct, kw_only=True):
-    """A cache that is being extracted."""
+    """A cache that is being extracted. It has as many files and bytes as `root` says, if it is `exact`."""
 
     root: StoredRoot
     target: Path
     staging: Path
     owner: Owner | None = None
+    exact: bool = True
+    bytes_limit: int = 0
+    bytes: int = 0
     directories: list[tuple[PurePosixPath, int, int]] = field(default_factory=list)
     groups: list[PurePosixPath] = field(default_factory=list)
     paths: list[PurePosixPath] = field(default_factory=list)

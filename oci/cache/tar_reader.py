@@ -26,7 +26,8 @@ _INFLATED_BYTES = 1 << 20
 _BLOCK_BYTES = 512
 _PAX_LIMIT_BYTES = 64 << 10
 _SIZE_LIMIT_BYTES = 1 << 43
-# The keys that pax headers may have. Owners are ignored.
+# The keys that pax headers may have. Owners and extended attributes, such as SELinux's label, are ignored.
+_PAX_IGNORED = b"SCHILY.xattr."
 _PAX_KEYS = {b"path", b"size", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"}
 _PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,5}) ")
 _PAX_TIME = re.compile(rb"([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?")
@@ -195,7 +196,8 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
         if not match or len(record) != length or not record.endswith(b"\n") or length <= match.end():
             raise FormatError("the layer has a malformed pax header")
         key, equals, value = record[match.end() : -1].partition(b"=")
-        if not equals or key not in _PAX_KEYS or key in out:
+        known = key in _PAX_KEYS or key.startswith(_PAX_IGNORED)
+        if not equals or not known or key in out:
             raise FormatError("the layer has an unsupported pax header", cause=f"{key!r:.80}")
         out[key] = value
         content = content[length:]

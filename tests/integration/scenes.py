@@ -103,7 +103,9 @@ def rewrite_record(saved: Saved, to: Path, **changes: Any) -> str:
     content = json.dumps(manifest).encode()
     process = layout.put(content, media_types.MANIFEST, artifact_type=media_types.PROCESS)
     index = json.loads(layout.read(old.index, limit_bytes=1 << 20))
-    index["manifests"][0] = process.to_json()
+    index["manifests"] = [
+        process.to_json() if each["digest"] == old.process.digest else each for each in index["manifests"]
+    ]
     root = layout.put(json.dumps(index).encode(), media_types.INDEX, artifact_type=media_types.SNAPSHOT)
     layout.publish(layout, root, "1")
     return f"oci:{to}:1"

@@ -14,8 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CRANE, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, bound, small_disk, wait_for
-from tests.samples.cache import KEY, tree, triton, vllm, write
+from oci import image as images
+from oci import media_types
+from oci.cache import pack
+from oci.layout import Layout
+from rekindle.engine.caches import CacheKind
+from tests.conftest import CRANE, ORAS, ROOT, SKOPEO, VLLM_BIN, KeyPair, Rekindle, bound, small_disk, wait_for
+from tests.samples.cache import CREATED, KEY, image_of_mcv, tree, triton, vllm, write
+from tests.samples.record import RECORD
+from tests.servers.registry.docker_registry import DockerRegistry
 
 KERNEL = """
 import triton
@@ -343,3 +350,63 @@ def test_skopeo_and_go_containerregistry_take_it_for_an_ordinary_image(
         names = tar.getnames()
     assert f"io.vllm.cache/triton/{KEY}/add.cubin" in names
     assert "io.vllm.manifest/manifest.json" in names
+
+
+@pytest.mark.registry
+def test_the_tag_of_a_snapshot_leads_other_tools_to_its_kernel_cache(
+    rekindle: Rekindle, docker_registry: DockerRegistry, tmp_path: Path
+) -> None:
+    """`crane` chooses as MCV does, by go-containerregistry; skopeo as podman and CRI-O do."""
+    layout = Layout.create(tmp_path / "image")
+    layers = [layout.put(bytes([number]), media_types.DUMP_LAYER) for number in range(3)]
+    kernels = pack.pack([vllm(tmp_path / "v"), triton(tmp_path / "t")], layout, created=CREATED)
+    for tag, cache in (("whole", kernels), ("process", None)):
+        layout.publish(layout, images.build(layout, RECORD, layers, cache).index, tag)
+        where = f"{docker_registry.host}/models/tiny:{tag}"
+        assert rekindle("copy", f"oci:{tmp_path}/image:{tag}", where).status == 0
+
+    def tool(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+
+    skopeo = [str(SKOPEO), "--insecure-policy", "inspect", "--tls-verify=false"]
+    where = f"{docker_registry.host}/models/tiny"
+    seen = json.loads(tool(*skopeo, f"docker://{where}:whole").stdout)
+    assert seen["Labels"]["io.kserve.km/framework"] == "vllm"
+    done = tool(str(CRANE), "export", "--insecure", f"{where}:whole", "exported.tar")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "exported.tar") as tar:
+        assert f"io.vllm.cache/triton/{KEY}/add.cubin" in tar.getnames()
+    done = tool(str(ORAS), "pull", "--plain-http", "-o", "pulled", f"{where}:whole")
+    assert not [line for line in done.stdout.splitlines() if line.startswith("Skipped  ")], done.stdout
+    names = [f"{number:03}-dump.zst" for number in range(3)]
+    assert sorted(os.listdir(tmp_path / "pulled")) == [
+        *names,
+        "config.json",
+        "record.json",
+        "triton.tar.gz",
+        "vllm.tar.gz",
+    ]
+    # One without a cache has nothing for them, and they say so.
+    done = tool(*skopeo, f"docker://{where}:process")
+    assert "no image found in image index" in done.stderr
+    done = tool(str(CRANE), "export", "--insecure", f"{where}:process", "-")
+    assert "no child with platform linux/amd64" in done.stderr
+
+
+@pytest.mark.registry
+def test_an_image_that_mcv_made_is_verified_and_extracted(
+    rekindle: Rekindle, key_pair: KeyPair, docker_registry: DockerRegistry, tmp_path: Path
+) -> None:
+    vllm(tmp_path / "v")
+    layout = Layout.create(tmp_path / "image")
+    layout.publish(layout, image_of_mcv(layout, CacheKind.VLLM, tmp_path / "v"), "1")
+    where, out = f"{docker_registry.host}/cache:1", tmp_path / "out"
+    assert rekindle("copy", f"oci:{tmp_path}/image:1", where).status == 0
+    assert rekindle("extract", where, "--to", str(out), *key_pair.verify).status == 22
+    assert not out.exists()
+    assert rekindle("sign", where, *key_pair.sign).status == 0
+    done = rekindle("extract", where, "--to", str(out), *key_pair.verify)
+    assert done.status == 0, done.stderr
+    assert done.stdout == f"export VLLM_CACHE_ROOT={out}/vllm\n"
+    assert tree(out / "vllm").keys() == tree(tmp_path / "v").keys()
+    assert "made for    cuda 90, amd64" in rekindle("inspect", where).stdout

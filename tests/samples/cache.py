@@ -140,6 +140,41 @@ def image(
     return load(layout, layout.put(json.dumps(manifest).encode(), media_types.MANIFEST), Limits())
 
 
+def image_of_mcv(layout: Layout, kind: CacheKind, tree: Path, **labels: str) -> Descriptor:
+    """What `mcv --create` makes of a directory: Docker's media types, one layer, no entry for its top."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(tree.rglob("*")):
+            tar.add(path, f"io.{kind}.cache/{path.relative_to(tree)}", recursive=False)
+        manifest = b'{"vllm": []}'
+        info = tarfile.TarInfo(f"io.{kind}.manifest/manifest.json")
+        info.size = len(manifest)
+        tar.addfile(info, io.BytesIO(manifest))
+    raw = buffer.getvalue()
+    size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
+    summary = '{"targets":[{"backend":"cuda","arch":"90","warp_size":32}]}'
+    base = f"cache.{kind}.image"
+    known = {f"{base}/entry-count": "1", f"{base}/summary": summary, f"{base}/cache-size-bytes": str(size)}
+    layer = layout.put(gzip.compress(raw, mtime=0), "application/vnd.docker.image.rootfs.diff.tar.gzip")
+    config = {
+        "created": CREATED,
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Labels": {**known, "org.opencontainers.image.title": "cache", **labels}},
+        "rootfs": {"type": "layers", "diff_ids": [Digest.of_bytes(raw)]},
+        "history": [{"created": CREATED, "created_by": "mcv"}],
+    }
+    docker = "application/vnd.docker.distribution.manifest.v2+json"
+    stored = layout.put(json.dumps(config).encode(), "application/vnd.docker.container.image.v1+json")
+    document = {
+        "schemaVersion": 2,
+        "mediaType": docker,
+        "config": stored.to_json(),
+        "layers": [layer.to_json()],
+    }
+    return layout.put(json.dumps(document).encode(), docker)
+
+
 class Inflated(io.BytesIO):
     """The archive within a layer of a layout."""
 

@@ -168,6 +168,7 @@ def test_a_mixed_cache_is_one_of_vllm_with_trees_to_mount(layout: Layout, tmp_pa
         {"subPath": "triton", "absPath": "/t", "env": "TRITON_CACHE_DIR", "requiresWritable": True},
         {"subPath": "flashinfer", "absPath": "/h/.cache/flashinfer", "requiresWritable": True},
     ]
+    assert image.labels["io.kserve.km/split-cache-capture"] == "true"
     # MCVs of old read the last layer only.
     assert "io.vllm.manifest/manifest.json" in names(layout, image, 2)
     assert image.inventory.targets == [CUDA, HIP]
@@ -414,7 +415,6 @@ ROOT = ("config", inventory.FIELD, "roots", 0)
         (("config", "architecture"), KeyError),
         (("config", "config", "Labels"), {"a": 1}),
         (("config", "config", "Labels"), {str(i): "" for i in range(1001)}),
-        (("config", inventory.FIELD), KeyError),
         (("config", inventory.FIELD, "schema"), "rekindle.inventory/2"),
         (("config", inventory.FIELD, "roots"), {}),
         ((*ROOT, "kind"), "coffee"),
@@ -444,6 +444,13 @@ def test_a_malformed_image_is_refused(
 ) -> None:
     with pytest.raises(FormatError):
         cache_image.load(layout, spoiled(layout, tmp_path, *path, value=value), Limits())
+
+
+def test_without_its_inventory_an_image_is_what_mcv_would_take_it_for(layout: Layout, tmp_path: Path) -> None:
+    image = cache_image.load(
+        layout, spoiled(layout, tmp_path, "config", inventory.FIELD, value=KeyError), Limits()
+    )
+    assert (image.counted, image.inventory.made_by) == (False, "MCV")
 
 
 @pytest.mark.parametrize("field", ["layer", "prefix", "recorded"])
