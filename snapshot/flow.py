@@ -33,7 +33,7 @@ from rekindle.node.packages import versions
 from rekindle.record import Record
 from rekindle.report import ImageName, Report
 from restore.decide import match_limits
-from restore.decide.match_process import held_gpus
+from restore.decide.match_gpus import held_gpus
 from restore.decide.rules import reason_for
 from snapshot import make, secret_search
 from snapshot.describe import Dumped
