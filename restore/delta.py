@@ -24,14 +24,15 @@ import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from oci.image import Image
 from rekindle import dump_tree
-from rekindle.cell import MEMORY_PLACE, Cell, memory, processes
+from rekindle.cell import MEMORY_PLACE, Cell, memory, private, processes
 from rekindle.cell.read_settings import read_settings
-from rekindle.criu import Criu, inherited, memory_files, timers, zero_pages
+from rekindle.criu import Criu, connections, inherited, memory_files, timers, zero_pages
 from rekindle.criu.frozen import FrozenDump
 from rekindle.criu.memory_files import MappedRange
 from rekindle.criu.outputs import name_outputs
@@ -39,7 +40,7 @@ from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
 from rekindle.files import copy_sparse_tree, remove_tree
 from rekindle.os_errors import naming_full_disk
-from rekindle.record import Dump, Process, Record, StoredFile, numbered
+from rekindle.record import Dump, NeededDirectory, Process, Record, StoredFile, numbered
 from restore.options import Output
 from restore.rungs.memory import join_ranges
 
@@ -61,9 +62,15 @@ class Delta:
         *,
         process: Process,
         outputs: Collection[str],
+        closed: Mapping[int, str],
     ) -> None:
         self._frozen, self._base, self._mapped, self.directory = frozen, base, mapped, directory
-        self._process, self._outputs = process, outputs
+        self._process, self._outputs, self._closed = process, outputs, closed
+
+    @property
+    def process(self) -> Process:
+        """The record of the processes."""
+        return self._process
 
     def end(self) -> None:
         """Let the replica end when the context is left."""
@@ -79,6 +86,7 @@ class Delta:
         dump_bytes = _size_bytes(criu)
         with naming_full_disk(self.directory):
             name_outputs(criu, self._outputs, Path(self._process.stdout), Path(self._process.stderr))
+            connections.close(criu, self._closed.keys(), tcp=False)
             drop_filter(criu, memory.FILTER)
             zero_pages.drop(criu)
             inherited.drop(criu, self._process.root_pid)
@@ -94,7 +102,16 @@ class Delta:
 
 @contextlib.contextmanager
 def dumped(
-    cell: Cell, base: Image, mapped: Path | None, directory: Path, *, tool: Criu, output: Output
+    cell: Cell,
+    base: Image,
+    mapped: Path | None,
+    directory: Path,
+    *,
+    tool: Criu,
+    output: Output,
+    private_paths: Sequence[str] = (),
+    directories: Sequence[NeededDirectory] = (),
+    closed: Mapping[int, str] = MappingProxyType({}),
 ) -> Iterator[Delta]:
     """Dump a replica, and keep it frozen within the context.
 
@@ -102,8 +119,9 @@ def dumped(
     replica ends.
 
     Creates `directory`. `mapped` is the ready dump of `base` whose memory files the replica maps, None if its
-    memory was copied. `output` is the one that it was restored with. Raises NotDumpableError for an output
-    that CRIU cannot restore, DumpError.
+    memory was copied. `output` is the one that it was restored with. `private_paths` and `directories` are
+    those of the record, and new ones. `closed` are the unix sockets that are to be closed in the dump, by
+    inode, with their names. Raises NotDumpableError for an output that CRIU cannot restore, DumpError.
     """
     known = base.record.process
     names = {_name_of_output(cell, fd) for fd in (output.stdout, output.stderr)}
@@ -111,6 +129,7 @@ def dumped(
     for top in ("criu", "shm"):
         (directory / top).mkdir(mode=0o700)
     external = sorted(name for name in names if name.startswith(("file[", "tty[")))
+    external += [f"unix[{inode}]" for inode in closed]
     with (
         naming_full_disk(directory),
         FrozenDump(
@@ -120,14 +139,19 @@ def dumped(
         clocks = cell.clocks()
         pids = processes.tree(cell, known.root_pid)
         copy_sparse_tree(cell.root / "dev/shm", directory / "shm", without={_OWN_DIRECTORY})
+        new = [path for path in private_paths if path not in known.private]
+        kept = private.keep(cell, new, [each.path for each in directories], directory / "shm")
         process = msgspec.structs.replace(
             known,
             tasks=sum(processes.threads(cell, pid) for pid in pids),
             monotonic_ns=clocks.monotonic_ns,
             boottime_ns=clocks.boottime_ns,
             settings=read_settings(cell, known.root_pid),
+            private=(*known.private, *kept),
+            directories=tuple(directories),
+            closed=tuple(sorted(closed.values())),
         )
-        yield Delta(frozen, base, mapped, directory, process=process, outputs=names)
+        yield Delta(frozen, base, mapped, directory, process=process, outputs=names, closed=closed)
 
 
 def _with_memory(

@@ -38,6 +38,7 @@ from restore.decide.rules import reason_for
 from snapshot import make, secret_search
 from snapshot.describe import Dumped
 from snapshot.options import Progress, SnapshotOptions
+from snapshot.outside_connections import Outside
 from snapshot.publish import prove, publish, require_writable
 from snapshot.warm import read_requests
 
@@ -72,7 +73,7 @@ def snapshot(
         credentials=credentials,
         reseed=options.reseed,
         check_memory=options.check_memory,
-        outside=options.outside,
+        outside=Outside(options.outside),
         find_backend=functools.partial(search.find, home) if nvidia else None,
         withheld=options.private_variables,
     )

@@ -62,11 +62,12 @@ class ReplicaOptions(Struct, frozen=True, kw_only=True):
     """How to save a replica as `image`, a reference as users write it.
 
     With `runs_on`, the replica runs on as soon as its dump is complete; else it ends once the image is
-    published. `prove`, `secrets`, `sign` and `registry` are as in SnapshotOptions.
+    published. `outside`, `prove`, `secrets`, `sign` and `registry` are as in SnapshotOptions.
     """
 
     image: str
     runs_on: bool = False
+    outside: Outside = Outside.REFUSE
     prove: bool = True
     secrets: tuple[str, ...] = ()
     sign: "Sign | None" = None

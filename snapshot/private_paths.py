@@ -33,7 +33,7 @@ _STATX_BTIME = 0x800
 _RUNTIME_VARIABLES = ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY")
 _HSPERFDATA = re.compile(r"/tmp/hsperfdata_[^/]+/[0-9]+")  # noqa: S108 - where every JVM has its counters
 _SQLITE = b"SQLite format 3\0"
-_DATABASE = (
+DATABASE = (
     # Its writers fail with SQLITE_READONLY_DBMOVED, or take their own locks for those of others.
     "is a database of SQLite, which knows its file by the inode, and a restored server has another",
     "close it before the snapshot, as by opening it only when it is used",
@@ -82,7 +82,7 @@ def find(
     parents = {posixpath.dirname(path) for path in {*shared, *_bound(cell, pids)}}
     candidates = working | parents | deleted
     whole = _outermost(path for path in candidates if made.directory(path) and _is_small(cell, path))
-    refused = dict.fromkeys(databases, _DATABASE)
+    refused = dict.fromkeys(databases, DATABASE)
     files = []
     for path, each in shared.items():
         if PrivatePaths(copied=tuple(whole)).holds(path):

@@ -12,6 +12,7 @@ its own. It has a record of its own, and is signed, verified, copied and restore
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,10 +34,17 @@ from rekindle.cell import Cell, Network, processes
 from rekindle.criu import Criu
 from rekindle.criu.search import find_for_dump
 from rekindle.engine.choose import from_record
-from rekindle.errors import CapabilityError, DumpError, IntegrityError, NotFoundError
+from rekindle.errors import (
+    CapabilityError,
+    DumpError,
+    IntegrityError,
+    NotDumpableError,
+    NotFoundError,
+)
 from rekindle.home import Home
 from rekindle.node.fingerprint import Fingerprint
-from rekindle.record import Record, RecordedCriu
+from rekindle.proc import start_ticks
+from rekindle.record import Process, Record, RecordedCriu
 from rekindle.report import ImageName, Report
 from restore import delta, dumps
 from restore.options import Output
@@ -46,7 +54,10 @@ from snapshot.describe import listened_endpoints, main_first, mapped_files, open
 from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
-from snapshot.private_paths import PrivatePaths
+from snapshot.outside_connections import Outside
+from snapshot.outside_connections import find as find_outside
+from snapshot.private_paths import DATABASE, PrivatePaths
+from snapshot.private_paths import find as find_private
 from snapshot.publish import prove, publish, require_writable
 
 _MANIFEST_LIMIT_BYTES = 4 << 20
@@ -104,9 +115,10 @@ def save_replica(
         frozen = stack.enter_context(contextlib.ExitStack())
         hooked = frozen.enter_context(around_dump(replica.cell, base.process.hooked, report))
         with report.phase("dump"):
-            dumped = frozen.enter_context(_dumped(replica, work, tool))
+            dumped = frozen.enter_context(_dumped(replica, work, tool, options))
         with report.phase("describe"):
-            changes = _describe(replica, tool)
+            changes = _describe(replica, tool, dumped.process)
+            report.closed = list(dumped.process.closed)
         if options.runs_on:
             frozen.close()
         with report.phase("compact"):
@@ -164,9 +176,16 @@ def _shared_blobs(replica: RunningReplica, home: Home, options: ReplicaOptions) 
 
 
 @contextlib.contextmanager
-def _dumped(replica: RunningReplica, work: Path, tool: Criu) -> Iterator[delta.Delta]:
+def _dumped(
+    replica: RunningReplica, work: Path, tool: Criu, options: ReplicaOptions
+) -> Iterator[delta.Delta]:
     """Dump the replica; if CRIU cannot, name what stands in its way."""
-    root = replica.image.record.process.root_pid
+    base = replica.image.record.process
+    private = _private(replica)
+    closed = {}
+    if options.outside == Outside.CLOSE:
+        found = find_outside(replica.cell, base.root_pid, Network.PRIVATE, work)
+        closed = {inode: each.name for inode, each in found.items() if each.accepted}
     with contextlib.ExitStack() as stack:
         try:
             dump = delta.dumped(
@@ -176,12 +195,14 @@ def _dumped(replica: RunningReplica, work: Path, tool: Criu) -> Iterator[delta.D
                 work / "dump",
                 tool=tool,
                 output=replica.output,
+                private_paths=private.copied,
+                directories=private.directories,
+                closed=closed,
             )
             dumped = stack.enter_context(dump)
         except DumpError as error:
-            network = replica.image.record.process.network
-            found = obstacles(replica.cell, root, network, private=_private(replica), work=work)
-            error.cause = "\n".join([error.cause, *map(str, found)])
+            named = obstacles(replica.cell, base.root_pid, base.network, private=private, work=work)
+            error.cause = "\n".join([error.cause, *map(str, named)])
             raise
         yield dumped
 
@@ -191,18 +212,42 @@ def _outputs(replica: RunningReplica) -> list[Path]:
 
 
 def _private(replica: RunningReplica) -> PrivatePaths:
-    process = replica.image.record.process
-    return PrivatePaths(copied=process.private, directories=process.directories)
+    """Return what further replicas do not share: what the image has of it, and what is new.
+
+    Raises NotDumpableError for files that they would share.
+    """
+    base = replica.image.record.process
+    cell, own = replica.cell, {str(path) for path in _outputs(replica)}
+    known = PrivatePaths(copied=base.private)
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(cell.init_pid) / os.sysconf("SC_CLK_TCK")
+    since_ns = time.time_ns() - int(age * 1e9)
+    found = find_private(
+        cell, processes.tree(cell, base.root_pid), since_ns=since_ns, environment=os.environ, own=own
+    )
+    refused = {
+        path: each for path, each in found.refused.items() if each == DATABASE or not known.holds(path)
+    }
+    if refused:
+        raise NotDumpableError(
+            "further replicas would share files of this one",
+            cause="\n".join(f"{path}: {what}; {remedy}" for path, (what, remedy) in refused.items()),
+        )
+    new = [path for path in found.copied if not known.holds(path)]
+    directories = {each.path: each for each in (*found.directories, *base.directories)}
+    return PrivatePaths(
+        copied=(*base.private, *new), directories=tuple(directories[path] for path in sorted(directories))
+    )
 
 
-def _describe(replica: RunningReplica, tool: Criu) -> dict[str, Any]:
+def _describe(replica: RunningReplica, tool: Criu, process: Process) -> dict[str, Any]:
     """Return the fields of the record that have changed since the replica's image was made."""
     base = replica.image.record
     pids = processes.tree(replica.cell, base.process.root_pid)
     opened = opened_files(replica.cell, pids) - {str(path) for path in _outputs(replica)}
+    private = PrivatePaths(copied=process.private)
+    opened = {path for path in opened if not private.holds(path)}
     known = {file.path: file for file in base.mapped_files}
     still = [file for path, file in known.items() if path in opened]
-    opened = {path for path in opened if not _private(replica).holds(path)}
     listeners = listened_endpoints(replica.cell, pids)
     return {
         "listeners": main_first(base.endpoint, listeners),

@@ -28,14 +28,16 @@ from rekindle.cell import Cell, processes
 from rekindle.criu import search
 from rekindle.engine import Request
 from rekindle.engine.client import Client
-from rekindle.errors import DumpError, SecretError
+from rekindle.errors import DumpError, NotDumpableError, SecretError
 from rekindle.files import copy_sparse_tree
 from rekindle.report import MemoryMode, Report
 from restore import delta, dumps
 from restore.options import Memory, Output
 from restore.rungs import process
 from snapshot import ReplicaOptions, RunningReplica, save_replica
+from snapshot.outside_connections import Outside
 from tests.conftest import SERVERS, KeyPair, Rekindle, Replica, free_port, wait_for, workhorse_flags
+from tests.servers.daemon import outside_daemon
 from tests.servers.registry.simulator import Registry
 
 pytestmark = pytest.mark.criu
@@ -454,19 +456,51 @@ def test_a_secret_in_a_replica_is_found(image: str, tmp_path: Path, monkeypatch:
 def test_a_saved_replica_keeps_its_own_files(
     rekindle: Rekindle, port: int, tmp_path: Path, restore: Callable[..., Replica]
 ) -> None:
-    (tmp_path / "room").mkdir()
-    command = [sys.executable, str(SERVERS / "keeper.py"), str(port), str(tmp_path / "room")]
-    command.append(str(tmp_path / "room" / "place"))
+    room = tmp_path / "room"
+    room.mkdir()
+    command = [sys.executable, str(SERVERS / "keeper.py"), str(port), str(room), str(room / "place")]
     done = rekindle("snapshot", "keeper", *workhorse_flags(port), "--no-prove", "--", *command)
     assert done.status == 0, done.stderr
+    (room / "old").write_text("there before the replica\n")
     with running("keeper", tmp_path) as runs:
         runs.ask("/write?1")
-        runs.save("monday")
-    shutil.rmtree(tmp_path / "room" / "place")
+        runs.ask("/open?new")
+        saved = runs.save("monday", runs_on=True)
+        assert set(saved.record.process.private) == {
+            str(room / name) for name in ("lock", "log", "place", "new")
+        }
+        runs.ask("/open?old")
+        with pytest.raises(NotDumpableError, match="share files") as refused:
+            runs.save("tuesday", runs_on=True)
+        assert str(room / "old") in refused.value.cause
+        assert runs.lives
+    shutil.rmtree(room / "place")
+    (room / "new").unlink()
     replica = restore("monday", free_port())
     replica.ask("/write?2", {})
     found = json.loads(replica.ask("/check"))
     assert (found["log"], found["log by name"]) == (["began", "1", "2"], ["began", "1", "2"])
     assert (found["map"], found["new"]) == ("2", ["new-1", "new-2"])
     assert found["locked"]
-    assert (tmp_path / "room" / "log").read_text() == "began\n"
+    assert (room / "log").read_text() == "began\n"
+
+
+def test_a_saved_replica_closes_what_leads_out(
+    rekindle: Rekindle, port: int, tmp_path: Path, restore: Callable[..., Replica]
+) -> None:
+    place = tmp_path / "daemon.sock"
+    command = [sys.executable, str(SERVERS / "caller.py"), str(port), f"unix:{place}"]
+    flags = ("--outside", "close", "--no-prove")
+    with outside_daemon(place, "ours"):
+        done = rekindle("snapshot", "caller", *workhorse_flags(port), *flags, "--", *command)
+        assert done.status == 0, done.stderr
+        with running("caller", tmp_path) as runs:
+            assert runs.ask("/call", "GET")["calls"][1:] == ["ours"]
+            with pytest.raises(DumpError, match="could not dump") as refused:
+                runs.save("monday", runs_on=True)
+            assert f"is connected to {place}" in refused.value.cause
+            saved = runs.save("monday", outside=Outside.CLOSE, runs_on=True)
+            assert saved.record.process.closed == (f"unix:{place}",)
+            assert runs.ask("/call", "GET")["calls"] == ["ours"], "the replica's own stays open"
+        replica = restore("monday", free_port())
+        assert json.loads(replica.ask("/call"))["calls"][1:] == ["ours"]

@@ -1,41 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections that lead out of a server are refused, or closed in its image with `--outside close`."""
 
-import contextlib
 import json
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SERVERS, Done, Rekindle, Replica, free_port, wait_for, workhorse_flags
+from tests.servers.daemon import outside_daemon
 
 pytestmark = pytest.mark.criu
 
 Restore = Callable[..., Replica]
-
-DAEMON = """
-import socket, sys, threading
-listener = socket.socket(fileno=0)
-def serve(sock):
-    while sock.recv(1): sock.sendall(sys.argv[1].encode())
-while True:
-    threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
-"""
-
-
-@contextlib.contextmanager
-def daemon(listener: socket.socket, name: str) -> Iterator[int]:
-    """A process outside that accepts connections and answers with its name."""
-    process = subprocess.Popen([sys.executable, "-c", DAEMON, name], stdin=listener.fileno())
-    try:
-        yield process.pid
-    finally:
-        process.kill()
-        process.wait()
 
 
 def snapshot(rekindle: Rekindle, port: int, *server: str, flags: tuple[str, ...] = ()) -> Done:
@@ -52,7 +31,7 @@ def test_a_connection_to_a_daemon_is_closed_and_made_again(
         for sock, path in ((listener, place), (deaf, deaf_place)):
             sock.bind(str(path))
             sock.listen()
-        with daemon(listener, "first"):
+        with outside_daemon(listener, "first"):
             refused = snapshot(rekindle, port, *server)
             assert refused.status == 32, refused.stderr
             assert "snapshot with --outside close" in refused.stderr
@@ -62,7 +41,7 @@ def test_a_connection_to_a_daemon_is_closed_and_made_again(
             assert f"unix:{place}" in done.stderr
             record = rekindle("inspect", "caller", "--json").json["record"]
             assert record["process"]["closed"] == done.json["closed"]
-        with daemon(listener, "second"):
+        with outside_daemon(listener, "second"):
             replicas = [restore("caller", free_port(), "--require", "process") for _ in range(2)]
             for replica in replicas:
                 found = json.loads(replica.ask("/call"))
@@ -78,14 +57,14 @@ def test_a_connection_to_another_process_of_the_host_is_closed(
     """On the host's network, also the address of this host leads out of the server."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-        with daemon(listener, "first"):
+        with outside_daemon(listener, "first"):
             refused = snapshot(rekindle, port, place, flags=("--network", "host"))
             assert refused.status == 32, refused.stderr
             assert "snapshot with --outside close" in refused.stderr
             done = snapshot(rekindle, port, place, flags=("--network", "host", "--outside", "close"))
             assert done.status == 0, done.stderr
             assert done.json["closed"] == [place]
-        with daemon(listener, "second"):
+        with outside_daemon(listener, "second"):
             report = rekindle.home / "report.json"
             log = rekindle.home / "log"
             process = rekindle.spawn(

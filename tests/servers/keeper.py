@@ -8,6 +8,7 @@ and a log.
     GET  /health     200
     POST /answer     the oracle's question
     POST /write?N    writes N to the map, the log and a new file in PLACE
+    POST /open?NAME  opens another log in ROOM, and keeps it
     GET  /check      what it finds in all of them, as JSON
 """
 
@@ -19,6 +20,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import urlsplit
 
 PORT, ROOM, PLACE = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
@@ -38,6 +40,7 @@ lock = open(ROOM / "lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 log = open(ROOM / "log", "a+")
 print("began", file=log, flush=True)
+others: list[TextIO] = []
 
 
 def locked_again() -> bool:
@@ -82,6 +85,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             memory[:8] = url.query.encode().ljust(8, b"\0")
             print(url.query, file=log, flush=True)
             Path(f"new-{url.query}").touch()
+        if url.path == "/open":
+            others.append(open(ROOM / url.query, "w"))
+            print("opened", file=others[-1], flush=True)
         self.reply(json.dumps({"answer": 42, "asked": body}))
 
     def reply(self, text: str) -> None:
