@@ -19,7 +19,7 @@ from rekindle.fields import JSON
 from rekindle.home import Home
 from rekindle.report import Rung
 from rekindle.run import replay
-from rekindle.text import printable
+from rekindle.text import listed, printable
 from restore.decide import facts as gathering
 from restore.decide import plan
 from restore.decide.plan import Plan
@@ -95,6 +95,10 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
         "needs": f"{len(record.mapped_files)} files of the node's file system",
         "fits here": first.rung if first and first.rung is not Rung.COLD else "no",
     }
+    if record.process.private:
+        rows["own files"] = f"a copy for each replica of {listed(record.process.private)}"
+    if record.process.closed:
+        rows["closed"] = listed(record.process.closed)
     if record.dump.base is not None:
         rows["shares"] = f"the memory of {record.dump.base}"
     for name, value in rows.items():

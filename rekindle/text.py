@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make untrusted text safe for a terminal."""
+"""Make text for people: safe for a terminal, and no longer than they read."""
+
+from collections.abc import Sequence
+
+_LISTED = 5
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -9,3 +13,9 @@ def printable(text: str, *, lines: bool = False) -> str:
     """
     kept = "\n\t" if lines else ""
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of a list, and the number of the others."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

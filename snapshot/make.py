@@ -33,6 +33,7 @@ from rekindle.os_errors import naming_full_disk
 from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, RecordedEngine, StoredFile
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command
+from rekindle.text import listed
 from snapshot import secret_search
 from snapshot.aftermath import telling_server
 from snapshot.cuda_state import CudaState, checkpointed, require_state
@@ -63,7 +64,6 @@ if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
 
 
-_TOLD = 5  # paths or connections
 _ATTEMPTS = 3
 
 
@@ -237,13 +237,8 @@ def _tell_private(private: PrivatePaths, report: Report) -> None:
     if private.copied:
         report.say(
             "each replica gets a copy of its own, in memory, of what the server writes to: "
-            f"{_listed(private.copied)}"
+            f"{listed(private.copied)}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(names[:_TOLD]) + more
 
 
 def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
@@ -276,7 +271,7 @@ def _dump(
         kept = _keep_private(cell, running.private, tree)
     if closed:
         report.closed = list(closed)
-        report.say(f"closed in the image, since they lead out of the server: {_listed(closed)}")
+        report.say(f"closed in the image, since they lead out of the server: {listed(closed)}")
     return _ProcessState(cuda=cuda, clocks=clocks, kept=kept, closed=closed)
 
 

@@ -26,7 +26,7 @@ FILE_LIMIT_BYTES = 64 << 20
 """The largest file that is copied, and the largest content of a directory, in bytes on the disk."""
 
 _ENTRIES_LIMIT = 1000  # of a directory
-_INSIDE = ("/dev/", "/proc/", "/sys/", "/memfd:", "/SYSV")
+_INSIDE = ("/dev/", "/proc/", "/memfd:", "/SYSV")
 _O_PATH = 0o10000000
 _SLACK_NS = 10_000_000  # a file's time is that of the OS kernel's last tick
 _STATX_BTIME = 0x800
@@ -138,6 +138,8 @@ def _add(
     direct: bool = False,
 ) -> None:
     if not path.startswith("/") or f"{path}/".startswith(_INSIDE):
+        return
+    if path.startswith("/sys/") and not (how and status.st_size):  # those of cgroups have no size
         return
     if path.endswith(" (deleted)"):
         deleted.add(posixpath.dirname(path))

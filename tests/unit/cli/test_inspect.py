@@ -37,6 +37,15 @@ def test_a_record_is_shown(tmp_path: Path) -> None:
     assert not (tmp_path / "home/dumps").exists() or not list((tmp_path / "home/dumps").iterdir())
 
 
+def test_what_replicas_have_of_their_own_and_what_was_closed_is_shown(tmp_path: Path) -> None:
+    private = tuple(f"/srv/{number}.lock" for number in range(7))
+    process = structs.replace(FULL_RECORD.process, private=private, closed=("unix:/run/agent.sock",))
+    shown = inspect(tmp_path, structs.replace(FULL_RECORD, process=process)).stdout.decode()
+    assert "own files   a copy for each replica of /srv/0.lock, " in shown
+    assert "/srv/4.lock and 2 more\n" in shown
+    assert "closed      unix:/run/agent.sock\n" in shown
+
+
 def test_a_record_is_printed_whole(tmp_path: Path) -> None:
     done = inspect(tmp_path, FULL_RECORD, "--json")
     document = json.loads(done.stdout)
