@@ -83,9 +83,15 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--certificate-identity",
         metavar="NAME",
-        help="trust this signer; requires --certificate-oidc-issuer",
+        help="trust this signer; requires --certificate-oidc-issuer or its -regexp",
+    )
+    group.add_argument(
+        "--certificate-identity-regexp", metavar="PATTERN", help="trust signers whose whole name matches"
     )
     group.add_argument("--certificate-oidc-issuer", metavar="URL", help="OIDC issuer of that signer")
+    group.add_argument(
+        "--certificate-oidc-issuer-regexp", metavar="PATTERN", help="a pattern for the issuer instead"
+    )
     group.add_argument(
         "--trusted-root", type=Path, metavar="FILE", help="trusted root of a private Sigstore instance"
     )
@@ -113,6 +119,15 @@ def add_signing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("signing")
     group.add_argument(
         "--sign-key", type=Path, metavar="KEY", help="sign with this private key (password: $COSIGN_PASSWORD)"
+    )
+    group.add_argument(
+        "--sign-command",
+        metavar="COMMAND",
+        help="sign with this command, which reads what is to be signed and prints the signature, as a client "
+        "of a key management service does; requires --sign-public-key",
+    )
+    group.add_argument(
+        "--sign-public-key", type=Path, metavar="PUB", help="public key of the key that COMMAND signs with"
     )
     group.add_argument(
         "--sign-keyless", action="store_true", help="sign with an OIDC identity, through Sigstore"

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from oci.descriptor import Descriptor
-from oci.reference import LayoutReference, Reference
+from oci.reference import LayoutReference, Reference, RegistryReference
 from oci.trust import signer
-from oci.trust.keys import PrivateKey
+from oci.trust.keys import CommandKey, PrivateKey, PublicKey, SigningKey
 from rekindle.errors import UsageError
 from rekindle.report import Report
 
@@ -18,14 +18,34 @@ VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
 """The environment variables that give access to signing keys."""
 
 
-def chosen_key(args: argparse.Namespace) -> PrivateKey | None:
-    """Return the private key that the command line names, or None. Asks for its password."""
-    if args.sign_key and args.sign_keyless:
-        raise UsageError("--sign-key and --sign-keyless cannot be combined")
+def chosen_key(args: argparse.Namespace) -> SigningKey | None:
+    """Return the key that the command line names, or None. Asks for its password."""
+    ways = [name for name in ("sign_key", "sign_keyless", "sign_command") if getattr(args, name)]
+    if len(ways) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in ways[:2])
+        raise UsageError(f"{first} and {second} cannot be combined")
+    if (args.sign_command is None) != (args.sign_public_key is None):
+        raise UsageError("--sign-command and --sign-public-key are required together")
+    if args.sign_command is not None:
+        command = _split(args.sign_command)
+        return CommandKey(command=command, public=PublicKey.read(args.sign_public_key))
     return PrivateKey.read(args.sign_key, password()) if args.sign_key else None
 
 
-def chosen(args: argparse.Namespace, key: PrivateKey | None = None) -> signer.Sign | None:
+def _split(command: str) -> tuple[str, ...]:
+    """Split a command as a shell does."""
+    import shlex
+
+    try:
+        words = tuple(shlex.split(command))
+    except ValueError as error:
+        raise UsageError(f"invalid --sign-command {command!r}", cause=str(error)) from None
+    if not words:
+        raise UsageError("--sign-command is empty")
+    return words
+
+
+def chosen(args: argparse.Namespace, key: SigningKey | None = None) -> signer.Sign | None:
     """Return how to sign, or None if the command line does not ask for it.
 
     Pass `key` if it was read already; else its password is asked for now, before any work begins.
@@ -58,4 +78,7 @@ def advise(report: Report, reference: Reference, given: Sequence[Descriptor]) ->
     """Tell the user how to sign an image that was saved unsigned outside the local store."""
     in_store = isinstance(reference, LayoutReference) and reference.in_store
     if not given and not in_store:
-        report.say(f"not signed: sign it with `rekindle sign {reference}` before others can trust it")
+        name = str(reference)
+        if isinstance(reference, RegistryReference) and report.image is not None and report.image.digest:
+            name = f"{reference.policy_name}@{report.image.digest}"
+        report.say(f"not signed: sign it with `rekindle sign {name}` before others can trust it")

@@ -7,7 +7,7 @@ import sys
 
 from oci.options import TrustOptions
 from oci.trust.keys import PublicKey
-from oci.trust.policy import TrustRule, identity
+from oci.trust.policy import Identity, TrustRule, identity
 from rekindle.errors import FormatError, UsageError
 
 
@@ -27,17 +27,22 @@ def options(args: argparse.Namespace) -> TrustOptions:
 
 def _rule(args: argparse.Namespace) -> TrustRule | None:
     who, issuer = args.certificate_identity, args.certificate_oidc_issuer
-    if (who is None) != (issuer is None):
+    who_like, issuer_like = args.certificate_identity_regexp, args.certificate_oidc_issuer_regexp
+    named = who is not None or who_like is not None
+    if named != (issuer is not None or issuer_like is not None):
         raise UsageError(
             "--certificate-identity and --certificate-oidc-issuer are required together",
+            hint="for either of them, its -regexp will do",
         )
-    if not args.verify_key and who is None:
+    if not args.verify_key and not named:
         return None
     if args.policy:
         raise UsageError("--policy cannot be combined with --verify-key or --certificate-identity")
     try:
-        identities = (identity(who, issuer),) if who is not None else ()
+        identities: tuple[Identity, ...] = ()
+        if named:
+            identities = (identity(who or "", issuer or "", who_like or "", issuer_like or ""),)
     except FormatError as error:
-        raise UsageError(error.message) from None
+        raise UsageError(error.message, cause=error.cause) from None
     keys = tuple(PublicKey.read(path) for path in args.verify_key)
     return TrustRule(name="", keys=keys, identities=identities, trusted_root=args.trusted_root)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import _signing
-from oci.trust.keys import PrivateKey
+from oci.trust.keys import ALGORITHMS, PrivateKey
 from rekindle.errors import UsageError
 from rekindle.files import write_atomically
 
@@ -24,12 +24,15 @@ def main(words: Sequence[str]) -> int:
         metavar="PREFIX",
         help="prefix of the file names (default: cosign)",
     )
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="p-256", help="of the key (default: p-256, as cosign)"
+    )
     args = parser.parse_args(words)
     private, public = Path(f"{args.output_key_prefix}.key"), Path(f"{args.output_key_prefix}.pub")
     for path in (private, public):
         if path.exists():
             raise UsageError(f"{path} exists already", hint="choose another --output-key-prefix")
-    key = PrivateKey.generate()
+    key = PrivateKey.generate(args.algorithm)
     try:
         key.write(private, _signing.password(twice=True))
         write_atomically(public, key.public.to_pem())

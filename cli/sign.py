@@ -15,7 +15,7 @@ from oci.reference import Reference, RegistryReference, parse
 from oci.registry.repository import Repository
 from oci.trust import attachments, signer
 from oci.trust.bundle import SimpleSignature
-from oci.trust.keys import PrivateKey
+from oci.trust.keys import SigningKey
 from rekindle.digest import Digest
 from rekindle.errors import UsageError
 from rekindle.fields import Fields
@@ -33,7 +33,10 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--legacy-tag",
         action="store_true",
-        help="with --sign-key, also sign in the format that cosign before 2.6 reads",
+        help="with a key, also sign in the format that cosign before 2.6 reads",
+    )
+    parser.add_argument(
+        "--yes-by-tag", action="store_true", help="sign the image that a registry has under a tag now"
     )
     _arguments.add_signing(parser)
     _arguments.add_registry(parser)
@@ -51,12 +54,18 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
     key = _signing.chosen_key(args)
     by = _signing.chosen(args, key)
     if by is None:
-        raise UsageError("no signing key", hint="add --sign-key cosign.key or --sign-keyless")
-    if args.legacy_tag and not (args.sign_key and isinstance(reference, RegistryReference)):
-        raise UsageError("--legacy-tag requires --sign-key and an image in a registry")
+        raise UsageError("no signing key", hint="add --sign-key cosign.key, --sign-keyless or --sign-command")
+    if args.legacy_tag and not (key is not None and isinstance(reference, RegistryReference)):
+        raise UsageError("--legacy-tag requires --sign-key or --sign-command, and an image in a registry")
     home = store.open_home()
     with home.work("sign") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
         report.image = ImageName(reference=args.image, digest=source.root.digest)
+        if isinstance(reference, RegistryReference) and reference.digest is None and not args.yes_by_tag:
+            raise UsageError(
+                f"{args.image} is {source.root.digest} now, and a tag can be moved",
+                hint=f"sign what you have looked at: {reference.policy_name}@{source.root.digest}; "
+                "or add --yes-by-tag to sign whatever the tag names",
+            )
         staging = Layout.create(work / "layout")
         signed: list[Descriptor] = [source.root]
         if source.root.media_type == media_types.INDEX:
@@ -79,7 +88,7 @@ def _attach(
     staging: Layout,
     subjects: Sequence[Descriptor],
     made: Sequence[Descriptor],
-    legacy: PrivateKey | None,
+    legacy: SigningKey | None,
 ) -> None:
     """Attach signatures to their image where it is stored."""
     if isinstance(source.blobs, Layout):

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rekindle.files import write_at
+
 TimeoutExpired = subprocess.TimeoutExpired
 _GRACE_SECONDS = 5.0
 _OUTPUT_BYTES = 64 * 1024
@@ -69,31 +71,29 @@ def run(
     return Completed(argv=tuple(argv), status=status, output=output, peak_rss_bytes=peak)
 
 
-def ask(argv: Sequence[str], *, text: str, timeout: float) -> Completed:
-    """Run a command that reads a text, which may be secret, and return its result, whatever its status.
+def ask(argv: Sequence[str], content: bytes, *, timeout: float) -> tuple[int, bytes]:
+    """Run a command that reads something secret and answers; return its status, as in a shell, and answer.
 
-    `output` is the last 64 KiB of its standard output; its standard error goes to ours. Neither the text nor
-    the output touches a disk. Kills it after `timeout` seconds. Raises OSError if it cannot be started.
+    The answer is the first 64 KiB of its standard output; its standard error goes to ours. Neither the
+    content nor the answer touches a disk. Kills it after `timeout` seconds. Raises OSError if it cannot be
+    started.
     """
     given, out = os.memfd_create("input"), os.memfd_create("output")
     try:
-        os.write(given, text.encode())
-        os.lseek(given, 0, os.SEEK_SET)
+        write_at(given, memoryview(content), 0)
         process = spawn(argv, stdin=given, stdout=out, stderr=2)
         try:
-            status, peak = _wait(process, timeout)
+            status, _ = _wait(process, timeout)
         except BaseException:
             end_group(process)
             raise
         if status is None:
             end_group(process)
             status = 124
-        size = os.fstat(out).st_size
-        output = os.pread(out, _OUTPUT_BYTES, max(0, size - _OUTPUT_BYTES)).decode(errors="replace")
+        return status, os.pread(out, _OUTPUT_BYTES, 0)
     finally:
         os.close(given)
         os.close(out)
-    return Completed(argv=tuple(argv), status=status, output=output, peak_rss_bytes=peak)
 
 
 def spawn(

@@ -290,17 +290,16 @@ def run_helper(name: str, action: str, text: str) -> str | None:
     try:
         if "/" in name:
             raise FileNotFoundError(f"a helper's name has no slash: {name!r}")
-        done = run.ask([program, action], text=text, timeout=_HELPER_SECONDS)
+        status, answer = run.ask([program, action], text.encode(), timeout=_HELPER_SECONDS)
     except OSError as error:
         raise CredentialsError(
             f"the credential helper {program} cannot be run",
             cause=str(error),
             hint="install it, or remove it from docker's configuration",
         ) from None
-    if done.status == 0:
-        return done.output
-    if _UNKNOWN in done.output:
+    said = answer.decode(errors="replace")
+    if status == 0:
+        return said
+    if _UNKNOWN in said:
         return None
-    raise CredentialsError(
-        f"{program} fails", cause=done.output.strip()[:300] or f"it exits with {done.status}"
-    )
+    raise CredentialsError(f"{program} fails", cause=said.strip()[:300] or f"it exits with {status}")

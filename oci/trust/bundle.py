@@ -10,7 +10,7 @@ from typing import Self
 from msgspec import Struct
 
 from oci import media_types
-from oci.trust.keys import PrivateKey, PublicKey
+from oci.trust.keys import PublicKey, SigningKey
 from oci.trust.statement import COSIGN_SIGN, Envelope, Statement, from_base64
 from rekindle.digest import Digest
 from rekindle.errors import FormatError
@@ -45,7 +45,7 @@ class Bundle(Struct, frozen=True, kw_only=True):
         return cls(content=content, envelope=Envelope.from_json(fields.json("dsseEnvelope")), hint=hint)
 
     @classmethod
-    def sign(cls, statement: Statement, key: PrivateKey) -> Self:
+    def sign(cls, statement: Statement, key: SigningKey) -> Self:
         """Sign a statement with a key."""
         payload = statement.to_bytes()
         envelope = Envelope(payload=payload, payload_type="application/vnd.in-toto+json", signatures=())
@@ -80,7 +80,7 @@ class SimpleSignature(Struct, frozen=True, kw_only=True):
     signature: bytes
 
     @classmethod
-    def sign(cls, digest: Digest, repository: str, key: PrivateKey) -> Self:
+    def sign(cls, digest: Digest, repository: str, key: SigningKey) -> Self:
         """Sign the digest of an image with a key. `repository` is its name without tag."""
         document = {
             "critical": {

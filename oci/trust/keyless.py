@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 _PUBLIC_GOOD = "https%3A%2F%2Ftuf-repo-cdn.sigstore.dev"
 _ISSUER = x509.ObjectIdentifier("1.3.6.1.4.1.57264.1.1")
+_ISSUER_V2 = x509.ObjectIdentifier("1.3.6.1.4.1.57264.1.8")
+_NAME_LIMIT = 2000
 _REASON_LIMIT = 300
 _SERVICES_TIMEOUT = 60.0
 
@@ -101,22 +104,44 @@ class _AcceptedIdentities:
         from sigstore.errors import VerificationError
         from sigstore.verify import policy
 
+        names, issuers = _names(cert), _issuers(cert)
         for each in self._accepted:
-            # sigstore-python does not check an empty issuer.
-            if not each.identity or not each.issuer:
-                continue
-            with contextlib.suppress(VerificationError):
-                policy.Identity(identity=each.identity, issuer=each.issuer).verify(cert)
-                self.signer = each
-                return
-        names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        name = ", ".join(str(each.value) for each in names)
-        raise VerificationError(f"the policy does not accept {name} (issuer {_issuer(cert)})")
+            for name in _fitting(names, each.identity, each.identity_regexp):
+                for issuer in _fitting(issuers, each.issuer, each.issuer_regexp):
+                    with contextlib.suppress(VerificationError):
+                        policy.Identity(identity=name, issuer=issuer).verify(cert)
+                        self.signer = Identity(identity=name, issuer=issuer)
+                        return
+        raise VerificationError(
+            f"the policy does not accept {', '.join(names)} (issuer {', '.join(issuers) or 'unknown'})"
+        )
 
 
-def _issuer(cert: x509.Certificate) -> str:
-    extension = cert.extensions.get_extension_for_oid(_ISSUER).value
-    return extension.value.decode() if isinstance(extension, x509.UnrecognizedExtension) else "unknown"
+def _fitting(found: Sequence[str], text: str, pattern: str) -> list[str]:
+    """Return the texts of a certificate that are accepted: the same, or matched from end to end.
+
+    What is fitting is compared by sigstore-python once more, which does not check an empty issuer.
+    """
+    if text:
+        return [text]
+    sane = [each for each in found if 0 < len(each) <= _NAME_LIMIT]
+    return [each for each in sane if pattern and re.fullmatch(pattern, each)]
+
+
+def _names(cert: x509.Certificate) -> list[str]:
+    names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(each.value) for each in names]
+
+
+def _issuers(cert: x509.Certificate) -> list[str]:
+    """Return the OIDC issuer of a certificate, in either of its extensions."""
+    found = []
+    for oid, prefix in ((_ISSUER, 0), (_ISSUER_V2, 2)):  # the newer one is a UTF8String in DER
+        with contextlib.suppress(x509.ExtensionNotFound, UnicodeDecodeError):
+            value = cert.extensions.get_extension_for_oid(oid).value
+            if isinstance(value, x509.UnrecognizedExtension):
+                found.append(value.value[prefix:].decode())
+    return list(dict.fromkeys(found))
 
 
 class _AnyIdentity:

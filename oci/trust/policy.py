@@ -4,7 +4,7 @@
     [[image]]
     name = "registry.example.com/models/*"      a pattern over host and repository, or a name in the store
     keys = ["prod.pub"]                         files, beside this one unless their path is absolute
-    identities = [{ identity = "…", issuer = "…" }]
+    identities = [{ identity = "…", issuer = "…" }, { identity_regexp = "…", issuer_regexp = "…" }]
     max_age_days = 30
     transparency_log = true                     require an entry in a log, and so a keyless signature
     trusted_root = "trusted_root.json"          for keyless signatures; default: the public good instance's
@@ -18,6 +18,7 @@ The first rule whose pattern matches applies. One section is not about trust, bu
 """
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +36,15 @@ _FIELDS = {"name", "keys", "identities", "max_age_days", "transparency_log", "tr
 
 
 class Identity(Struct, frozen=True, kw_only=True):
-    """The subject of a certificate issued by Fulcio, and its OIDC issuer. Both are compared in full."""
+    """The subject of a certificate issued by Fulcio, and its OIDC issuer. Both are compared in full.
 
-    identity: str
-    issuer: str
+    Of each, either the text is given, or a regular expression that all of it must match.
+    """
+
+    identity: str = ""
+    issuer: str = ""
+    identity_regexp: str = ""
+    issuer_regexp: str = ""
 
 
 class TrustRule(Struct, frozen=True, kw_only=True):
@@ -143,12 +149,20 @@ def _path(value: object, where: str) -> str:
 
 def _identity(value: object, where: str) -> Identity:
     given = Fields(value, where)
-    given.only({"identity", "issuer"})
-    return identity(given.text("identity"), given.text("issuer"))
+    names = ("identity", "issuer", "identity_regexp", "issuer_regexp")
+    given.only(set(names))
+    return identity(*(given.text(name, "") for name in names))
 
 
-def identity(name: str, issuer: str) -> Identity:
-    """Return an identity. Raises FormatError if a part is missing or is a pattern."""
-    if not name or not issuer or "*" in name + issuer:
-        raise FormatError("an identity needs a name and an issuer, both in full and without *")
-    return Identity(identity=name, issuer=issuer)
+def identity(name: str, issuer: str, name_regexp: str = "", issuer_regexp: str = "") -> Identity:
+    """Return an identity. Raises FormatError if a part is missing, given twice or not a pattern."""
+    for text, pattern in ((name, name_regexp), (issuer, issuer_regexp)):
+        if bool(text) == bool(pattern) or "*" in text:
+            raise FormatError(
+                "an identity needs a name and an issuer, both in full and without *, or regular expressions"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(f"{pattern!r:.80} is not a regular expression", cause=str(error)) from None
+    return Identity(identity=name, issuer=issuer, identity_regexp=name_regexp, issuer_regexp=issuer_regexp)

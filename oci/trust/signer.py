@@ -9,7 +9,7 @@ from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.trust import attachments
 from oci.trust.bundle import Bundle
-from oci.trust.keys import PrivateKey
+from oci.trust.keys import SigningKey
 from oci.trust.statement import COSIGN_SIGN, SNAPSHOT, Statement
 from rekindle.fields import JSON
 from rekindle.record import Record
@@ -17,7 +17,7 @@ from rekindle.record import Record
 Sign = Callable[[Statement], Bundle]
 
 
-def by_key(key: PrivateKey) -> Sign:
+def by_key(key: SigningKey) -> Sign:
     """Return a function that signs with a key."""
     return lambda statement: Bundle.sign(statement, key)
 

@@ -1047,6 +1047,28 @@ def test_what_cosign_signs_we_verify(market: Market, program: Path, tmp_path: Pa
 
 
 @pytest.mark.registry
+def test_other_kinds_of_keys_are_cosign_s_too(market: Market, tmp_path: Path) -> None:
+    """cosign 3.1 does not verify what it signs itself with P-384 and Ed25519; we do."""
+    for algorithm in ("p-384", "rsa-2048", "ed25519"):
+        ours, theirs = tmp_path / f"{algorithm}-ours", tmp_path / f"{algorithm}-theirs"
+        for key in (ours, theirs):
+            words = ["generate-key-pair", "--algorithm", algorithm, "--output-key-prefix", str(key)]
+            assert market.rekindle(*words).status == 0
+        done = market.rekindle("sign", market.image, "--sign-key", f"{ours}.key", "--legacy-tag")
+        assert done.status == 0, done.stderr
+        words = ["sign", "--key", f"{theirs}.key", "--tlog-upload=false", "-y", *INSECURE]
+        done = cosign(COSIGN, *words, "--use-signing-config=false", market.image, home=tmp_path)
+        assert done.status == 0, done.stderr
+        for key in (ours, theirs):
+            done = market.rekindle("verify", market.image, "--verify-key", f"{key}.pub", "--allow-rollback")
+            assert done.status == 0, done.stderr
+        for program in (COSIGN, COSIGN_2):
+            words = ["verify", "--key", f"{ours}.pub", *LOCALLY, market.image]
+            done = cosign(program, *words, home=tmp_path)
+            assert done.status == 0, done.stderr
+
+
+@pytest.mark.registry
 def test_older_signatures_of_several_are_kept_and_copied(market: Market, tmp_path: Path) -> None:
     words = ["sign", "--key", f"{market.stranger}.key", "--tlog-upload=false", "-y", *INSECURE]
     done = cosign(COSIGN_2, *words, market.image, home=tmp_path)

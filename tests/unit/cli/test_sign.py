@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli import sign
+from cli import sign, verify
 from oci.cache import image as cache_image
 from oci.cache import pack
 from oci.layout import Layout
@@ -16,6 +16,7 @@ from oci.trust import attachments
 from oci.trust.keys import PrivateKey
 from rekindle.config import Limits
 from rekindle.digest import Digest
+from rekindle.errors import UsageError
 from tests.samples.cache import CREATED, triton
 from tests.servers.registry.simulator import Registry
 
@@ -54,7 +55,42 @@ def test_the_password_is_asked_for_once_whatever_the_forms(
     PrivateKey.generate().write(tmp_path / "cosign.key", b"sesame")
     with Registry() as registry:
         digest = serve_cache(registry, tmp_path)
-        words = [f"{registry.host}/a/b:1", "--sign-key", str(tmp_path / "cosign.key"), "--legacy-tag"]
+        words = [f"{registry.host}/a/b@{digest}", "--sign-key", str(tmp_path / "cosign.key"), "--legacy-tag"]
         assert sign.main([*words, "--quiet"]) == 0
         assert attachments.simple_tag(digest) in registry.repositories["a/b"].tags
     assert len(asked) == 1
+
+
+def test_a_tag_is_shown_and_its_digest_demanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COSIGN_PASSWORD", "")
+    PrivateKey.generate().write(tmp_path / "cosign.key", b"")
+    with Registry() as registry:
+        digest = serve_cache(registry, tmp_path)
+        words = [f"{registry.host}/a/b:1", "--sign-key", str(tmp_path / "cosign.key"), "--quiet"]
+        with pytest.raises(UsageError, match=digest) as caught:
+            sign.main(words)
+        assert f"{registry.host}/a/b@{digest}" in caught.value.hint
+        assert not registry.uploads()
+        assert sign.main([*words, "--yes-by-tag"]) == 0
+        assert registry.uploads()
+
+
+def test_a_command_signs_in_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    key = PrivateKey.generate("p-384")
+    (tmp_path / "key.pem").write_bytes(key.to_pem())
+    (tmp_path / "key.pub").write_bytes(key.public.to_pem())
+    by_command = ["--sign-command", f"openssl dgst -sha256 -sign '{tmp_path}/key.pem'"]
+    public = ["--sign-public-key", str(tmp_path / "key.pub")]
+    with Registry() as registry:
+        digest = serve_cache(registry, tmp_path)
+        words = [f"{registry.host}/a/b@{digest}", "--quiet", "--legacy-tag", *by_command]
+        with pytest.raises(UsageError, match="required together"):
+            sign.main(words)
+        with pytest.raises(UsageError, match="cannot be combined"):
+            sign.main([*words, *public, "--sign-keyless"])
+        assert sign.main([*words, *public]) == 0
+        assert attachments.simple_tag(digest) in registry.repositories["a/b"].tags
+        trust = ["--verify-key", str(tmp_path / "key.pub")]
+        assert verify.main([f"{registry.host}/a/b:1", *trust]) == 0

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -169,6 +170,31 @@ def test_nobody_else_is_taken_for_the_signer(place: Place, who: Identity) -> Non
 
 def test_nobody_accepted_is_nobody(place: Place) -> None:
     assert isinstance(keyless.verify(bundle(place.forge()), [], trusted_root=place.root), str)
+
+
+@pytest.mark.parametrize(
+    ("identity", "issuer", "accepted"),
+    [
+        (r".*@example\.com", re.escape(ISSUER), True),
+        (r".*", r"https://.*", True),
+        (re.escape(IDENTITY), re.escape(ISSUER), True),
+        (re.escape(IDENTITY[1:]), ".*", False),
+        (re.escape(IDENTITY[:-1]), ".*", False),
+        (".*", re.escape(ISSUER[:-1]), False),
+        (".*", "", False),
+        ("", ".*", False),
+        (".*@evil\\.com", ".*", False),
+    ],
+)
+def test_patterns_match_from_end_to_end(place: Place, identity: str, issuer: str, accepted: bool) -> None:
+    made = place.sign()(STATEMENT)
+    found = place.verify(made, Identity(identity_regexp=identity, issuer_regexp=issuer))
+    if accepted:
+        assert signed(found).identity == US, "the signer that is reported is the one in the certificate"
+    else:
+        assert isinstance(found, str)
+    mixed = place.verify(made, Identity(identity_regexp=identity, issuer=ISSUER))
+    assert isinstance(mixed, str) == (re.fullmatch(identity, IDENTITY) is None)
 
 
 def test_identity_and_issuer_of_two_who_are_accepted_make_no_third(place: Place) -> None:

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa, x25519
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from oci.trust import bundle as bundles
 from oci.trust.bundle import Bundle, SimpleSignature
-from oci.trust.keys import PrivateKey, PublicKey
+from oci.trust.keys import ALGORITHMS, CommandKey, PrivateKey, PublicKey
 from oci.trust.statement import COSIGN_SIGN, PAYLOAD_TYPE, Envelope, Statement, encode
 from rekindle.digest import Digest
-from rekindle.errors import FormatError, UsageError
+from rekindle.errors import FormatError, TrustError, UsageError
 from tests.conftest import COSIGN, COSIGN_2
 from tests.servers.sigstore import Sigstore
 
@@ -170,22 +171,131 @@ def test_a_key_that_was_cut_off_is_an_error(tmp_path: Path, sound: bytes, length
 
 
 OTHER_KINDS = [
-    ec.generate_private_key(ec.SECP384R1()),
     ec.generate_private_key(ec.SECP256K1()),
-    rsa.generate_private_key(65537, 2048),
-    ed25519.Ed25519PrivateKey.generate(),
+    ec.generate_private_key(ec.BrainpoolP256R1()),
+    rsa.generate_private_key(65537, 1024),
+    x25519.X25519PrivateKey.generate(),
+    ed448.Ed448PrivateKey.generate(),
 ]
 
 
 @pytest.mark.parametrize("key", OTHER_KINDS, ids=lambda key: type(key).__name__)
 def test_keys_of_another_kind_are_refused(tmp_path: Path, key: Any) -> None:
     (tmp_path / "key").write_bytes(pem(key))
-    with pytest.raises(UsageError, match="P-256"):
+    with pytest.raises(UsageError, match="cannot be used to sign") as caught:
         PrivateKey.read(tmp_path / "key", b"")
+    assert "P-256" in caught.value.hint
     (tmp_path / "pub").write_bytes(public_pem(key))
-    with pytest.raises(UsageError, match="does not hold a public key") as caught:
+    with pytest.raises(UsageError, match="cannot be used to verify") as caught:
         PublicKey.read(tmp_path / "pub")
+    assert "another kind" in caught.value.cause
     assert "P-256" in caught.value.cause
+
+
+MADE = {algorithm: PrivateKey.generate(algorithm) for algorithm in ALGORITHMS if algorithm != "rsa-4096"}
+
+
+@pytest.mark.parametrize("algorithm", MADE)
+def test_every_kind_of_key_signs_and_verifies(algorithm: str, tmp_path: Path) -> None:
+    key = MADE[algorithm]
+    key.write(tmp_path / "sealed", PASSWORD)
+    (tmp_path / "plain").write_bytes(pem(key.key))
+    (tmp_path / "pub").write_bytes(key.public.to_pem())
+    public = PublicKey.read(tmp_path / "pub")
+    for name in ("sealed", "plain"):
+        again = PrivateKey.read(tmp_path / name, PASSWORD)
+        assert again.public.hint == public.hint
+        made = Bundle.sign(STATEMENT, again)
+        assert made.statement(public) == STATEMENT
+    simple = SimpleSignature.sign(STATEMENT.subject, "x", key)
+    assert simple.statement(public) is not None
+    signature = key.sign(b"content")
+    assert public.verifies(signature, b"content")
+    for other in ({**MADE, "other": PrivateKey.generate(algorithm)}).items():
+        if other[0] != algorithm:
+            assert not other[1].public.verifies(signature, b"content")
+    for content, changed in ((b"Content", signature), (b"content", b"\0" + signature[1:])):
+        assert not public.verifies(changed, content)
+    for wrong in (b"", b"\0", signature[:-1], signature + b"\0", signature * 2, bytes(64), bytes(1000)):
+        assert not public.verifies(wrong, b"content")
+
+
+@pytest.mark.parametrize("algorithm", [hashes.SHA256(), hashes.SHA384(), hashes.SHA512()])
+def test_signatures_with_any_of_three_hashes_verify(algorithm: hashes.HashAlgorithm) -> None:
+    """cosign 3 signs with the hash that belongs to the curve, cosign 2 with SHA-256."""
+    for name in ("p-384", "p-521"):
+        key = MADE[name].key
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        assert MADE[name].public.verifies(key.sign(b"content", ec.ECDSA(algorithm)), b"content")
+    key = MADE["rsa-2048"].key
+    assert isinstance(key, rsa.RSAPrivateKey)
+    signature = key.sign(b"content", padding.PKCS1v15(), algorithm)
+    assert MADE["rsa-2048"].public.verifies(signature, b"content")
+
+
+@pytest.mark.parametrize("algorithm", [hashes.SHA1(), hashes.MD5()])
+def test_signatures_with_a_weak_hash_do_not_verify(algorithm: hashes.HashAlgorithm) -> None:
+    key = MADE["rsa-2048"].key
+    assert isinstance(key, rsa.RSAPrivateKey)
+    signature = key.sign(b"content", padding.PKCS1v15(), algorithm)
+    assert not MADE["rsa-2048"].public.verifies(signature, b"content")
+
+
+def test_ed25519_with_a_hash_before_it_verifies() -> None:
+    """The vector of RFC 8032, section 7.3."""
+    key = bytes.fromhex("ec172b93ad5e563bf4932c70e1245034c35467ef2efd4d64ebf819683467e2bf")
+    signature = bytes.fromhex(
+        "98a70222f0b8121aa9d30f813d683f809e462b469c7ff87639499bb94e6dae41"
+        "31f85042463c2a355a2003d062adf5aaa10b8c61e636062aaad11c2a26083406"
+    )
+    public = PublicKey.of(ed25519.Ed25519PublicKey.from_public_bytes(key))
+    assert public.verifies(signature, b"abc")
+    assert not public.verifies(signature, b"abd")
+
+
+# Keys in the hands of a command.
+
+
+def command(tmp_path: Path, script: str, key: PrivateKey = KEY) -> CommandKey:
+    """A stand-in for the client of a key management service: a shell script."""
+    (tmp_path / "secret.pem").write_bytes(pem(key.key))
+    return CommandKey(command=("sh", "-c", script, "sign", str(tmp_path / "secret.pem")), public=key.public)
+
+
+OPENSSL = 'openssl dgst -sha256 -sign "$1"'
+
+
+@pytest.mark.parametrize("script", [OPENSSL, f"{OPENSSL} | base64", f"{OPENSSL} | base64 -w 0"])
+@pytest.mark.parametrize("algorithm", ["p-256", "p-384", "rsa-2048"])
+def test_a_command_signs(tmp_path: Path, script: str, algorithm: str) -> None:
+    key = command(tmp_path, script, MADE[algorithm])
+    made = Bundle.sign(STATEMENT, key)
+    assert made.statement(MADE[algorithm].public) == STATEMENT
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 3", "exits with 3"),
+        ("true", "prints 0 bytes"),
+        ("cat", "prints"),
+        (f"{OPENSSL} | head -c 20", "prints 20 bytes"),
+        ("head -c 9999999 /dev/zero", "prints"),
+        ('openssl dgst -sha1 -sign "$1"', "prints"),
+    ],
+)
+def test_a_command_that_does_not_sign_is_an_error(tmp_path: Path, script: str, said: str) -> None:
+    with pytest.raises(TrustError, match="command to sign with") as caught:
+        Bundle.sign(STATEMENT, command(tmp_path, script))
+    assert said in caught.value.cause
+
+
+def test_a_command_that_signs_with_another_key_is_an_error(tmp_path: Path) -> None:
+    key = structs.replace(command(tmp_path, OPENSSL), public=OTHER.public)
+    with pytest.raises(TrustError, match="does not print a signature by the key"):
+        key.sign(b"content")
+    with pytest.raises(TrustError, match="cannot be run"):
+        CommandKey(command=(str(tmp_path / "nowhere"),), public=OTHER.public).sign(b"content")
 
 
 def test_one_half_is_not_taken_for_the_other(tmp_path: Path) -> None:
