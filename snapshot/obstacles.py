@@ -13,7 +13,7 @@ import re
 import resource
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -22,6 +22,8 @@ from rekindle.cell import Cell, Command, Network, descendants, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
+from snapshot import multicast_obstacles
+from snapshot.multicast_obstacles import Group
 from snapshot.outside_connections import Outside
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
@@ -137,6 +139,7 @@ def obstacles(
     sockets = Sockets(cell, root, private, leading_out)
     strays = processes.strays(cell, root)
     host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    groups = multicast_obstacles.joined(processes.proc(cell) / str(root) / "net")
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
         if pid in strays:
@@ -151,6 +154,7 @@ def obstacles(
         findings = [
             *_of_process(cell, pid, root, host_pids.get(pid, 0)),
             *_of_descriptors(cell, pid, sockets, private, gpus=gpus),
+            *_of_memberships(cell, pid, host_pids.get(pid, 0), groups),
             *_of_mappings(cell, pid, private),
         ]
         for where, (what, remedy) in findings:
@@ -211,6 +215,15 @@ def _of_descriptors(
         finding = finding or of_watcher(cell, pid, fd, target) or of_terminal(cell, pid, target)
         finding = finding or private.refused.get(target)
         if finding:
+            yield f"descriptor {fd} ({target})", finding
+
+
+def _of_memberships(
+    cell: Cell, pid: int, host_pid: int, groups: Sequence[Group]
+) -> Iterator[tuple[str, Finding]]:
+    for fd, target in processes.descriptors(cell, pid) if groups and host_pid else ():
+        is_socket = target.startswith("socket:[")
+        if is_socket and (finding := multicast_obstacles.of_membership(host_pid, fd, groups)):
             yield f"descriptor {fd} ({target})", finding
 
 

@@ -53,13 +53,14 @@ def read_options(pid: int, known: set[int]) -> Iterator[SocketSettings]:
                 if not os.readlink(entry.path).startswith("socket:") or inode in known:  # noqa: PTH115
                     continue
                 known.add(inode)
-                with socket.socket(fileno=_duplicate(process, int(entry.name))) as sock:
+                with socket.socket(fileno=duplicate(process, int(entry.name))) as sock:
                     options, congestion = _set_options(sock)
                 if options or congestion:
                     yield SocketSettings(fd=int(entry.name), options=options, congestion=congestion)
 
 
-def _duplicate(process: int, fd: int) -> int:
+def duplicate(process: int, fd: int) -> int:
+    """Return a descriptor of ours for a file that another process, given by a pidfd, has open."""
     duplicate = int(_libc.syscall(PIDFD_GETFD, process, fd, 0))
     if duplicate == -1:
         number = ctypes.get_errno()

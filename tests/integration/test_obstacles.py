@@ -32,6 +32,8 @@ NothingLeft = Callable[[], None]
         ("queue", "is a POSIX message queue"),
         ("netlink", "has messages that were not read"),
         ("unread", "bytes that its peer does not read"),
+        ("multicast", "has joined the multicast group 239.1.2.3"),
+        ("multicast-6", "has joined the multicast group ff15::123"),
         ("shell-in-a-terminal", "is its controlling terminal, which process 1002 ("),
         ("headless", "has ended its main thread, and runs on in others"),
         ("namespace-20000", "is in a mount namespace of its own"),

@@ -207,6 +207,16 @@ def hold(what: str) -> object:
         threading.Thread(target=subprocess.run, args=(["sleep", "1000"],), daemon=True).start()
         time.sleep(0.2)
         return None
+    if what.startswith("multicast"):
+        family = socket.AF_INET6 if what.endswith("6") else socket.AF_INET
+        member = socket.socket(family, socket.SOCK_DGRAM)
+        if family == socket.AF_INET:
+            group = socket.inet_aton("239.1.2.3") + socket.inet_aton("127.0.0.1")
+            member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+        else:
+            group = socket.inet_pton(family, "ff15::123") + struct.pack("I", 1)
+            member.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
+        return socket.socket(family, socket.SOCK_DGRAM), member
     if what == "terminal":
         return os.openpty()
     if what == "shell-in-a-terminal":
