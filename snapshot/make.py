@@ -53,7 +53,7 @@ from snapshot.loaded import Sources
 from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
 from snapshot.opened import OpenedFiles
-from snapshot.outside_connections import Outside, shut_unaccepted
+from snapshot.outside_connections import Ending, Outside, OutsideConnection, end_before_dump
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.private_paths import find as find_private
@@ -284,21 +284,24 @@ def _call_criu(cell: Cell, root: int, spec: ServerSpec, tool: Criu, work: Path) 
     if spec.outside is Outside.REFUSE:
         criu.dump(tool, cell, root, directory)
         return ()
-    found = find_outside(cell, root, spec.network, work)
+    closed: dict[int, OutsideConnection] = {}
     for attempt in range(_ATTEMPTS):
-        shut_unaccepted(cell, root, found)
-        sockets = [inode for inode, each in found.items() if each.name.startswith("unix:")]
+        found = find_outside(cell, root, spec.network, work)
+        closed |= {inode: each for inode, each in found.items() if each.name.startswith("unix:")}
+        end_before_dump(cell, root, found)
+        in_image = [inode for inode, each in closed.items() if each.ending is not Ending.DISCONNECT]
+        options = [f"--external=unix[{inode}]" for inode in in_image]
         try:
-            criu.dump(tool, cell, root, directory, options=[f"--external=unix[{inode}]" for inode in sockets])
+            criu.dump(tool, cell, root, directory, options=options)
             break
         except DumpError:
-            before, found = found, find_outside(cell, root, spec.network, work)
-            if found.keys() <= before.keys() or attempt == _ATTEMPTS - 1:
+            new = find_outside(cell, root, spec.network, work).keys() - found.keys()
+            if not new or attempt == _ATTEMPTS - 1:
                 raise
             remove_tree(directory)
             directory.mkdir(mode=0o700)
-    tcp = connections.close(directory, sockets, tcp=spec.network is Network.HOST)
-    return (*sorted(found[inode].name for inode in sockets), *sorted(f"tcp:{address}" for address in tcp))
+    tcp = connections.close(directory, in_image, tcp=spec.network is Network.HOST)
+    return (*sorted(each.name for each in closed.values()), *sorted(f"tcp:{address}" for address in tcp))
 
 
 def _weights(engine: Engine, spec: ServerSpec, report: Report) -> dict[str, JSON]:

@@ -136,6 +136,7 @@ def obstacles(
 ) -> Iterator[Obstacle]:
     """Yield every obstacle in the cell, process by process, but for those of the cell as a whole."""
     leading_out = find_outside(cell, root, network, work) if outside is Outside.REFUSE else {}
+    leading_out = {inode: each for inode, each in leading_out.items() if not each.dumpable}
     sockets = Sockets(cell, root, private, leading_out)
     strays = processes.strays(cell, root)
     host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}

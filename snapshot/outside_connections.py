@@ -38,12 +38,24 @@ class Outside(StrEnum):
     CLOSE = "close"
 
 
+class Ending(StrEnum):
+    """How a connection is closed: in the image alone, or by us before the dump, since CRIU would fail."""
+
+    IN_IMAGE = "in image"
+    SHUT = "shut"
+    DISCONNECT = "disconnect"
+
+
 class OutsideConnection(Struct, frozen=True, kw_only=True):
-    """A connection that leads out of the server: `unix:PATH` or `tcp:HOST:PORT`, and what it is in words."""
+    """A connection that leads out of the server: `unix:PATH` or `tcp:HOST:PORT`, and what it is in words.
+
+    If it is `dumpable`, CRIU restores it as it is: a datagram socket is connected by the name of its peer.
+    """
 
     name: str
     what: str
-    accepted: bool = True
+    ending: Ending = Ending.IN_IMAGE
+    dumpable: bool = False
 
 
 def find(cell: Cell, root: int, network: Network, work: Path) -> dict[int, OutsideConnection]:
@@ -55,9 +67,16 @@ def find(cell: Cell, root: int, network: Network, work: Path) -> dict[int, Outsi
     return found
 
 
-def shut_unaccepted(cell: Cell, root: int, found: Mapping[int, OutsideConnection]) -> None:
-    """Shut down the connections that no daemon has accepted: of those, CRIU dumps only closed ones."""
-    wanted = {f"socket:[{inode}]" for inode, each in found.items() if not each.accepted}
+def end_before_dump(cell: Cell, root: int, found: Mapping[int, OutsideConnection]) -> None:
+    """End the connections that CRIU dumps only if they are closed.
+
+    These are streams that no daemon has accepted, and datagram sockets, which are only disconnected.
+    """
+    wanted = {
+        f"socket:[{inode}]": each.ending
+        for inode, each in found.items()
+        if each.ending is not Ending.IN_IMAGE
+    }
     if not wanted:
         return
     host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
@@ -65,17 +84,20 @@ def shut_unaccepted(cell: Cell, root: int, found: Mapping[int, OutsideConnection
         for fd, target in processes.descriptors(cell, pid):
             if target in wanted and pid in host_pids:
                 with contextlib.suppress(OSError):  # the process has closed it
-                    _shut(host_pids[pid], fd)
+                    _end(host_pids[pid], fd, wanted[target])
 
 
-def _shut(host_pid: int, fd: int) -> None:
+def _end(host_pid: int, fd: int, ending: Ending) -> None:
     pidfd = os.pidfd_open(host_pid)
     try:
         duplicate = _libc.syscall(_PIDFD_GETFD, pidfd, fd, 0)
         if duplicate < 0:
             raise OSError(ctypes.get_errno(), "pidfd_getfd")
         with socket.socket(fileno=duplicate) as sock:
-            sock.shutdown(socket.SHUT_RDWR)
+            if ending is Ending.SHUT:
+                sock.shutdown(socket.SHUT_RDWR)
+            else:  # connect(2): an address of the family AF_UNSPEC dissolves the association
+                _libc.connect(sock.fileno(), socket.AF_UNSPEC.to_bytes(2, sys.byteorder), 2)
     finally:
         os.close(pidfd)
 
@@ -97,6 +119,7 @@ def _unix(cell: Cell, inside: set[int], work: Path) -> Iterator[tuple[int, Outsi
         and each["connected"]
         and each["peer"] not in inside
     }
+    yield from _datagrams(listed, inside)
     if not half:
         return
     owners = dict(_owners(set(half.values()), without=set(processes.host_pids(cell))))
@@ -110,7 +133,41 @@ def _unix(cell: Cell, inside: set[int], work: Path) -> Iterator[tuple[int, Outsi
             what = f"is connected to {name or 'a unix socket'}{whose}, outside of the server"
         else:
             continue
-        yield inode, OutsideConnection(name=f"unix:{name}", what=what, accepted=bool(peer))
+        ending = Ending.IN_IMAGE if peer else Ending.SHUT
+        yield inode, OutsideConnection(name=f"unix:{name}", what=what, ending=ending)
+
+
+def _datagrams(
+    listed: Mapping[int, unix_diag.UnixSocket], inside: set[int]
+) -> Iterator[tuple[int, OutsideConnection]]:
+    """Yield the datagram sockets that are connected to others outside, such as a system's log.
+
+    CRIU finds only peers in the network of the server, and connects again by their names.
+    """
+    found = {
+        inode: each["peer"]
+        for inode, each in listed.items()
+        if inode in inside and each["type"] == socket.SOCK_DGRAM and each["peer"] not in {0, *inside}
+    }
+    names = _names_of_host() if found else {}
+    for inode, peer in found.items():
+        name = listed[peer]["name"] if peer in listed else names.get(peer, "")
+        yield (
+            inode,
+            OutsideConnection(
+                name=f"unix:{name}",
+                what=f"is connected to {name or 'a unix socket'}, outside of the server",
+                ending=Ending.DISCONNECT,
+                dumpable=bool(peer in listed and name),
+            ),
+        )
+
+
+def _names_of_host() -> dict[int, str]:
+    """Return the paths of the unix sockets of our own network, by inode."""
+    lines = os.fsdecode(Path("/proc/net/unix").read_bytes()).split("\n")[1:]
+    rows = (line.split(maxsplit=7) for line in lines)
+    return {int(fields[6]): fields[7] for fields in rows if len(fields) > 7}
 
 
 def _unix_sockets(cell: Cell, work: Path) -> list[unix_diag.UnixSocket]:

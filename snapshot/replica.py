@@ -54,7 +54,7 @@ from snapshot.describe import listened_endpoints, main_first, mapped_files, open
 from snapshot.hooks import around_dump
 from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
-from snapshot.outside_connections import Outside
+from snapshot.outside_connections import Ending, Outside
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import DATABASE, PrivatePaths
 from snapshot.private_paths import find as find_private
@@ -185,7 +185,7 @@ def _dumped(
     closed = {}
     if options.outside == Outside.CLOSE:
         found = find_outside(replica.cell, base.root_pid, Network.PRIVATE, work)
-        closed = {inode: each.name for inode, each in found.items() if each.accepted}
+        closed = {inode: each.name for inode, each in found.items() if each.ending is Ending.IN_IMAGE}
     with contextlib.ExitStack() as stack:
         try:
             dump = delta.dumped(

@@ -26,18 +26,26 @@ def test_a_connection_to_a_daemon_is_closed_and_made_again(
     rekindle: Rekindle, port: int, tmp_path: Path, restore: Restore
 ) -> None:
     place, deaf_place = tmp_path / "daemon.sock", tmp_path / "deaf.sock"
-    server = (f"unix:{place}", "waits", f"also=unix:{deaf_place}")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as deaf:
+    log_place = tmp_path / "log.sock"
+    server = (f"unix:{place}", "waits", f"also=unix:{deaf_place}", f"log={log_place}")
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as deaf,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
+    ):
+        log.bind(str(log_place))
         for sock, path in ((listener, place), (deaf, deaf_place)):
             sock.bind(str(path))
             sock.listen()
         with outside_daemon(listener, "first"):
             refused = snapshot(rekindle, port, *server)
             assert refused.status == 32, refused.stderr
-            assert "snapshot with --outside close" in refused.stderr
+            assert refused.stderr.count("snapshot with --outside close") == 4
+            for path in (place, log_place):
+                assert f"is connected to {path}" in refused.stderr
             done = snapshot(rekindle, port, *server, flags=("--outside", "close"))
             assert done.status == 0, done.stderr
-            assert done.json["closed"] == ["unix:", *[f"unix:{place}"] * 2], "one was not accepted"
+            assert done.json["closed"] == ["unix:", *[f"unix:{place}"] * 2, f"unix:{log_place}"]
             assert f"unix:{place}" in done.stderr
             record = rekindle("inspect", "caller", "--json").json["record"]
             assert record["process"]["closed"] == done.json["closed"]
@@ -47,6 +55,7 @@ def test_a_connection_to_a_daemon_is_closed_and_made_again(
                 found = json.loads(replica.ask("/call"))
                 assert found["calls"] in (["EOF", "second"], ["BrokenPipeError", "second"])
                 assert (found["ends"], found["also"]) == (["EOF"], "EOF")
+                assert found["logged"] == ["OSError", "1"]
                 assert json.loads(replica.ask("/call"))["calls"] == ["second"]
                 assert found["inside"] == ["!", "!"], "what is inside stays connected"
 

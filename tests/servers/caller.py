@@ -6,7 +6,7 @@
     GET  /call       asks the daemon, on a new connection if the old one is broken; how it went, as JSON
 
 Behaviours: waits (a thread reads from a second connection, and makes another when it ends), also=unix:PATH
-(there is another daemon, which accepts nothing).
+(there is another daemon, which accepts nothing), log=PATH (there is a log of datagrams).
 """
 
 import http.server
@@ -18,6 +18,7 @@ import threading
 
 PORT, DAEMON, BEHAVIOURS = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
 ALSO = next((word.partition("=")[2] for word in BEHAVIOURS if word.startswith("also=")), "")
+LOG = next((word.partition("=")[2] for word in BEHAVIOURS if word.startswith("log=")), "")
 
 
 def connect(to: str = "") -> socket.socket:
@@ -39,6 +40,17 @@ def call(sock: socket.socket) -> str:
         return type(error).__name__
 
 
+def tell_log() -> list[str]:
+    """Send to the log, as syslog(3) does: if that fails, connect again."""
+    if not LOG:
+        return []
+    try:
+        return [str(log.send(b"!"))]
+    except OSError as error:
+        log.connect(LOG)
+        return [type(error).__name__, str(log.send(b"!"))]
+
+
 def wait() -> None:
     while True:
         with connect() as sock:
@@ -53,6 +65,9 @@ inside = socket.create_connection(listener.getsockname())
 accepted = listener.accept()[0]
 assert call(connection)
 other = connect(ALSO) if ALSO else None
+log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+if LOG:
+    log.connect(LOG)
 if "waits" in BEHAVIOURS:
     threading.Thread(target=wait, daemon=True).start()
 
@@ -72,7 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         accepted.sendall(b"!")
         inner = [ours.recv(1).decode(), inside.recv(1).decode()]
         also = other.recv(1).decode() or "EOF" if other else ""
-        self.reply(json.dumps({"calls": found, "inside": inner, "ends": ends, "also": also}))
+        self.reply(
+            json.dumps({"calls": found, "inside": inner, "ends": ends, "also": also, "logged": tell_log()})
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
