@@ -2,7 +2,9 @@
 """Test rekindle on this machine's NVIDIA GPU; see docs/gpu/README.md.
 
 A step that fails or passes its deadline does not stop the others. The report is rewritten after every step,
-so that an interrupted run keeps what it has.
+so that an interrupted run keeps what it has. One call takes at most --deadline seconds: with --work, the
+next call goes on with the steps that are left. Exits with 0 when all are done, 1 if any failed, and 75 if
+steps are left.
 """
 
 import argparse
@@ -23,6 +25,9 @@ from hack.gpu.starts import MARK, Lab, marked
 from hack.gpu.steps import STEPS, AcceptanceStep
 from hack.gpu.trial import Trial, TrialOptions
 
+_END_SECONDS = 10.0  # for the end of the last step and the report
+_RUN_AGAIN = "no time left in this call: run it again with the same --work"
+
 
 def main() -> int:
     args = _arguments()
@@ -40,7 +45,7 @@ def main() -> int:
         journal.load()
         stack.callback(_kill_all, lab)
         os.environ[MARK] = lab.mark  # for processes that rekindle starts from within this one
-        deadline = time.monotonic() + args.deadline
+        deadline = time.monotonic() + args.deadline - _END_SECONDS
         journal.write()
         for step in _chosen(args.only, journal):
             journal.results[step.name] = _run(
@@ -48,8 +53,10 @@ def main() -> int:
             )
             journal.write()
     failed = [name for name in journal.results if journal.status(name) == "failed"]
-    print(f"gpu-acceptance: {args.out / 'report.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    left = [name for name in journal.results if journal.status(name) == "unfinished"]
+    told = [f"{what}: {', '.join(names)}" for what, names in (("failed", failed), ("left", left)) if names]
+    print("; ".join([f"gpu-acceptance: {args.out / 'report.md'}", *told]))
+    return 75 if left else 1 if failed else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -69,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gib", type=float, help="GiB of weights on the GPU (default: 4; with --quick: 1)")
     parser.add_argument("--runs", type=int, help="number of restores (default: 10; with --quick: 3)")
     parser.add_argument(
-        "--deadline", type=float, default=1500.0, metavar="S", help="seconds for all steps (default: 1500)"
+        "--deadline", type=float, default=540.0, metavar="S", help="seconds for this call (default: 540)"
     )
     parser.add_argument(
         "--work", type=Path, help="keep all files in this directory; a later run continues there"
@@ -102,24 +109,27 @@ def _options(args: argparse.Namespace) -> TrialOptions:
 
 
 def _chosen(only: list[str], journal: Journal) -> list[AcceptanceStep]:
-    """Return the steps to run: all that are not done yet, or the requested ones and the steps they need."""
+    """Return the steps to run: all that were not run yet, or the requested ones and the steps they need."""
     done = {step.name for step in STEPS if journal.status(step.name) == "done"}
     if not only:
-        return [step for step in STEPS if step.name not in done]
+        over = done | {step.name for step in STEPS if journal.status(step.name) == "failed" or step.asked}
+        return [step for step in STEPS if step.name not in over]
     wanted = {"machine", *only}
     needed = {name for step in STEPS if step.name in wanted for name in step.needs}
     return [s for s in STEPS if s.name in wanted or (s.name in needed and s.name not in done)]
 
 
 def _run(trial: Trial, step: AcceptanceStep, deadline: float) -> Found:
-    """Run one step. Return its findings, with `status` (`done`, `failed` or `skipped`), `reason` and
-    `seconds`."""
+    """Run one step. Return its findings, with `status` (`done`, `failed`, `skipped` or `unfinished`),
+    `reason` and `seconds`. Unfinished is a step for which this call has no time; one that began twice and is
+    still not done has failed."""
     missing = [name for name in step.needs if trial.journal.status(name) != "done"]
     if missing:
         return {"status": "skipped", "reason": f"needs {', '.join(missing)}", "seconds": 0.0}
     left = deadline - time.monotonic()
+    begun = trial.journal.results.get(step.name, {}).get("begun", 0)
     if left < 1:
-        return {"status": "skipped", "reason": "no time left", "seconds": 0.0}
+        return {"status": "unfinished", "reason": _RUN_AGAIN, "seconds": 0.0, "begun": begun}
     _say(f"{step.name} …")
     began = time.monotonic()
     found: Found = {}
@@ -129,6 +139,12 @@ def _run(trial: Trial, step: AcceptanceStep, deadline: float) -> Found:
             step.act(trial, found)
     except SkippedError as error:
         status, reason = "skipped", str(error)
+    except LateError as error:
+        if left < step.seconds and not begun:
+            _kill_all(trial.lab)
+            seconds = time.monotonic() - began
+            return {"status": "unfinished", "reason": _RUN_AGAIN, "seconds": seconds, "begun": begun + 1}
+        status, reason = "failed", in_words(error)
     except Exception as error:
         status, reason = "failed", in_words(error)
         with open(trial.lab.log("failures"), "a") as file:

@@ -17,7 +17,7 @@ from hack.gpu.trial import Trial
 from rekindle.cuda import search
 from rekindle.cuda.backend import Backend
 from rekindle.cuda.session import holders
-from rekindle.errors import RekindleError
+from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
 from rekindle.run import run, spawn
 
@@ -101,8 +101,12 @@ def try_backends(trial: Trial, found: Found) -> None:
     for name, one in found["backends"].items():
         try:
             _try_backend(trial, subject, name, one)
+        except CapabilityError as error:  # this machine has no such backend
+            one["missing"] = in_words(error)
         except (RekindleError, StepError) as error:
             one["problem"] = in_words(error)
+    if all("missing" in one for one in found["backends"].values()):
+        raise StepError("; ".join(one["missing"] for one in found["backends"].values()))
     problems = [f"{name}: {one['problem']}" for name, one in found["backends"].items() if "problem" in one]
     if problems:
         raise StepError("; ".join(problems))

@@ -4,6 +4,7 @@
     WORK/results.json       the result of every step that ran; a later run with the same WORK reads it
     OUT/report.json         all results, without paths of this machine
     OUT/report.md           the same in Markdown
+    OUT/probes.jsonl        the answers of the probes, a line of JSON each
     OUT/log.txt             the end of every log
 
 All files are rewritten after every step, so that an interrupted run keeps what it has.
@@ -21,6 +22,7 @@ from rekindle.fields import JSON
 SCHEMA = "rekindle.gpu-acceptance/1"
 _ROOT = Path(__file__).parents[2]
 _LOG_BYTES = 40_000  # of each log, in log.txt
+_LOGS = 200
 
 Found = dict[str, JSON]
 """The findings of a step; JSON values only."""
@@ -44,7 +46,7 @@ class Journal:
             self.results = json.loads(known.read_bytes())
 
     def status(self, step: str) -> str:
-        """Return `done`, `failed` or `skipped`, or "" if the step did not run."""
+        """Return `done`, `failed`, `skipped` or `unfinished`, or "" if the step did not run."""
         return str(self.results.get(step, {}).get("status", ""))
 
     def write(self) -> None:
@@ -62,8 +64,11 @@ class Journal:
             text = text.replace(json.dumps(str(path))[1:-1], name)
         (self.out / "report.json").write_text(text)
         (self.out / "report.md").write_text(report.render(json.loads(text)))
+        probes = json.loads(text)["steps"].get("probes", {}).get("probes", [])
+        lines = "".join(f"{json.dumps(each)}\n" for each in probes)
+        (self.out / "probes.jsonl").write_text(lines)
         with open(self.out / "log.txt", "wb") as file:
-            for log in sorted(self.logs.iterdir()):
+            for log in sorted(self.logs.iterdir())[:_LOGS]:
                 file.write(f"==== {log.name}\n".encode() + log.read_bytes()[-_LOG_BYTES:] + b"\n")
 
 

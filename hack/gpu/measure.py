@@ -64,13 +64,17 @@ def restores(
     found: list[Found],
     *environments: Mapping[str, str],
     before: Callable[[], None] = lambda: None,
+    options: Sequence[str] = (),
+    kill: bool | None = None,
 ) -> None:
-    """Time `runs` restores of the process, each after `kill -9` of the one before. A restored server must
-    give the recorded answer, and leave no process behind."""
+    """Time `runs` restores of the process, each after the end of the one before, as `restored` has it. A
+    restored server must give the recorded answer, and leave no process behind."""
     oracle = image(lab, name).record.oracle
     for _ in range(runs):
         before()
-        with restored(lab, subject, name, oracle, "restored", *environments) as server:
+        with restored(
+            lab, subject, name, oracle, "restored", *environments, options=options, kill=kill
+        ) as server:
             if not subject.engine.agree(oracle.answer, server.answer):
                 raise StepError(f"answered {server.answer} instead of {oracle.answer}")
             one = _measured(server)

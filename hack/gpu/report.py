@@ -27,6 +27,7 @@ def render(document: Mapping[str, Any]) -> str:
     ]
     sections: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
         ("machine", "Machine", _machine),
+        ("probes", "Probes", _probes),
         ("doctor", "rekindle doctor", _doctor),
         ("cold", "Starts without rekindle", _starts),
         ("snapshot", "Snapshot", _snapshot),
@@ -37,7 +38,13 @@ def render(document: Mapping[str, Any]) -> str:
         ("backends", "Both backends of the driver", _backends),
         ("load", "Restores under load", _restores),
         ("uncached", "Restores of a dump that is not in the page cache", lambda _: _uncached(steps)),
-        ("vllm", "vLLM", _vllm),
+        ("memory", "Memory mapped, and copied", _memory),
+        *((name, f"A server {name.replace('-', ' ', 1)}", _feature) for name in steps if "with-" in name),
+        ("vllm-start", "vLLM: starts without rekindle", _vllm_start),
+        ("vllm-snapshot", "vLLM: snapshot", lambda step: _snapshot(step["snapshot"])),
+        ("vllm-restore", "vLLM: restores", _restores),
+        ("vllm-cache", "vLLM: the kernel cache, with a doctored record", _cache),
+        ("kill", "kill -9 of a live restored server", _restores),
     )
     for name, title, written in sections:
         step = steps[name]
@@ -62,7 +69,7 @@ def _verdicts(steps: Mapping[str, Any]) -> str:
     lines = []
     for title, step_of_cold, step_of_runs in (
         ("The decoder", "cold", "restore"),
-        ("vLLM", "vllm", "vllm"),
+        ("vLLM", "vllm-start", "vllm-restore"),
     ):
         cold, runs = steps[step_of_cold].get("cold"), steps[step_of_runs].get("runs")
         if not cold or not runs:
@@ -247,8 +254,8 @@ def _cache(step: Mapping[str, Any]) -> str:
 def _backends(step: Mapping[str, Any]) -> str:
     text = ""
     for name, backend in step["backends"].items():
-        if "problem" in backend:
-            text += f"- {name}: {_line(backend['problem'])}\n"
+        if problem := backend.get("problem") or backend.get("missing"):
+            text += f"- {name}: {_line(problem)}\n"
             continue
         text += (
             f"- {name}: opened in {backend['open_seconds']:.2f} s; first token of a restore "
@@ -256,24 +263,38 @@ def _backends(step: Mapping[str, Any]) -> str:
         )
     rows = []
     for name, backend in step["backends"].items():
-        if "problem" not in backend:
+        if backend.get("cycles") and "problem" not in backend:
             for what in ("lock", "checkpoint", "restore", "unlock"):
                 seconds = [{"seconds": cycle[what]} for cycle in backend["cycles"]]
                 rows.append((name, what, str(len(seconds)), _spread(seconds, "seconds")))
     return text + ("\n" + _table(("backend", "step, on a live server", "n", ""), rows) if rows else "")
 
 
-def _vllm(step: Mapping[str, Any]) -> str:
-    parts = [f"`{' '.join(step['command'])}`\n"] if "command" in step else []
-    if step.get("warm"):
-        parts.append(_starts(step))
-    if "snapshot" in step:
-        parts.append(_snapshot(step["snapshot"]))
-    if step.get("runs"):
-        parts.append(_restores(step))
-    if step.get("cache", {}).get("runs"):
-        parts.append(_cache(step["cache"]))
-    return "\n".join(parts)
+def _vllm_start(step: Mapping[str, Any]) -> str:
+    return f"`{' '.join(step['command'])}`\n\n" + _starts(step)
+
+
+def _probes(step: Mapping[str, Any]) -> str:
+    rows = [(each["probe"], each["decides"], _line(each["answer"])) for each in step["probes"]]
+    return _table(("probe", "decides", "answer"), rows)
+
+
+def _memory(step: Mapping[str, Any]) -> str:
+    rows = []
+    for name in ("map", "copy"):
+        for cache in ("cached", "uncached"):
+            runs = step["runs"][name][cache]
+            both = [{"seconds": run["phases"].get("cuda", 0.0)} for run in runs]
+            rows.append((name, cache, str(len(runs)), _spread(runs, "seconds"), _spread(both, "seconds")))
+    return _table(("memory", "page cache", "n", "first token", "CUDA state to the GPU"), rows)
+
+
+def _feature(step: Mapping[str, Any]) -> str:
+    rows = [
+        ("snapshot", f"{step['snapshot']['report']['seconds']:.2f} s"),
+        ("first token of a restore", _spread(step["runs"], "seconds")),
+    ]
+    return _table(("", ""), rows)
 
 
 def _phase_table(runs: Sequence[Mapping[str, float]], title: str) -> str:

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,7 @@ class Model(Protocol):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     model: Model
+    extra: Callable[[], int] | None = None
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -58,7 +60,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         if self.path == "/answer":
-            self._reply(self.model.answer(asked["prompt"], asked["count"]))
+            answer = self.model.answer(asked["prompt"], asked["count"])
+            if self.extra is not None:
+                answer["checksum"] = [answer["checksum"], self.extra()]
+            self._reply(answer)
         elif self.path == "/count":
             self._reply(self.model.count())
         elif self.path == "/busy":
@@ -87,6 +92,7 @@ def main() -> None:
     serving.add_argument("port", type=int)
     serving.add_argument("--gib", type=float, default=4.0)
     serving.add_argument("--quick", action="store_true")
+    serving.add_argument("--with", dest="feature", default="", help="hold one of hack/gpu/features.py, too")
     loading = verbs.add_parser("load")
     loading.add_argument("started", type=Path)
     loading.add_argument("until", type=Path)
@@ -106,6 +112,9 @@ def main() -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
+    from hack.gpu import features
+
+    features.before_torch(args.feature)
     if args.stand_in:
         from hack.gpu import stand_in
 
@@ -114,6 +123,9 @@ def serve(args: argparse.Namespace) -> None:
         from hack.gpu import decoder
 
         Handler.model = decoder.Decoder(args.gib, BEGAN, quick=args.quick)
+        if args.feature:
+            held = features.held(args.feature)
+            Handler.extra = staticmethod(held)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
     server.daemon_threads = True
     print(json.dumps({"ready": True, **Handler.model.facts()}), flush=True)

@@ -3,6 +3,7 @@
 command to the first token at a client."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -19,8 +20,10 @@ from rekindle.engine.client import Client, Response
 from rekindle.errors import NotReadyError
 from rekindle.fields import JSON
 from rekindle.files import remove_tree
+from rekindle.node import gpu
 from rekindle.record import Oracle
 from rekindle.run import end_group, run, spawn
+from restore.rungs.cuda_state import HANGING_DRIVER
 
 _POLL_SECONDS = 0.005
 _ANSWER_SECONDS = 120.0
@@ -159,15 +162,19 @@ def restored(
     outcome: str,
     *more: Mapping[str, str],
     options: Sequence[str] = (),
+    kill: bool | None = None,
 ) -> Iterator[Started]:
     """Run `rekindle restore` in the environment of the snapshot and `more`, and wait for a client's answer to
     the recorded question. Afterwards, kill it if it restored the process, and terminate it if the server is
-    its child. Raises StepError, also for any other outcome than `outcome`."""
+    its child, or if a kill could hang the machine (driver 590 or newer) and `kill` is not True. Raises
+    StepError, also for any other outcome than `outcome`."""
     report, log = lab.work / "report.json", lab.log("restore")
     report.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "rekindle", "restore", image, "--report", str(report), *options]
     began = time.monotonic()
-    with _running(argv, lab.built(subject.environment, *more), log, kill=outcome == "restored") as process:
+    if kill is None:
+        kill = outcome == "restored" and not _may_hang()
+    with _running(argv, lab.built(subject.environment, *more), log, kill=kill) as process:
         _wait(report.exists, process.poll, log, "rekindle restore")
         document = json.loads(report.read_bytes())
         if document["outcome"] != outcome:
@@ -216,6 +223,12 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+@functools.cache
+def _may_hang() -> bool:
+    major = gpu.probe_nvidia().driver.partition(".")[0]
+    return major.isdecimal() and int(major) >= HANGING_DRIVER
 
 
 def _connect(host: str, port: int, timeout: float, source: str | None = None) -> socket.socket:

@@ -2,6 +2,7 @@
 """The steps of the acceptance test, most valuable first, since time may run out."""
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from hack.gpu import checkpoints, measure, subjects
-from hack.gpu.errors import StepError
+from hack.gpu import checkpoints, measure, probes, subjects
+from hack.gpu.errors import SkippedError, StepError
+from hack.gpu.features import FEATURES
 from hack.gpu.journal import Found
 from hack.gpu.starts import LONG_SECONDS
 from hack.gpu.trial import Trial
@@ -31,12 +33,14 @@ _READ_BYTES = 16 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptanceStep:
     """A step and its deadline. `act` fills the dictionary that goes into the report, so that a failed step
-    also reports what it found before. `needs` names the steps that must be done first."""
+    also reports what it found before. `needs` names the steps that must be done first. One that is `asked`
+    runs only if it is named."""
 
     name: str
     seconds: float
     act: Callable[[Trial, Found], None]
     needs: tuple[str, ...] = ()
+    asked: bool = False
 
 
 def describe_machine(trial: Trial, found: Found) -> None:
@@ -165,15 +169,65 @@ def restore_uncached(trial: Trial, found: Found) -> None:
     measure.restores(trial.lab, subject, subject.name, runs, found["runs"], before=forget)
 
 
-def try_vllm(trial: Trial, found: Found) -> None:
-    """Do all of this with vLLM, if the server's Python has it."""
+def compare_memory(trial: Trial, found: Found) -> None:
+    """Time restores with memory mapped and copied, from the page cache and without: does the driver read what
+    is mapped at the rate of the page cache?"""
+    subject, dump = subjects.decoder(trial), measure.dump(trial.lab, "gpu")
+    write_back(dump)
+    found["runs"] = {}
+    for memory in ("map", "copy"):
+        found["runs"][memory] = {"cached": [], "uncached": []}
+        for cache, runs in found["runs"][memory].items():
+            measure.restores(
+                trial.lab,
+                subject,
+                subject.name,
+                trial.options.few,
+                runs,
+                before=(lambda: drop_from_page_cache(dump)) if cache == "uncached" else lambda: None,
+                options=["--memory", memory],
+            )
+
+
+def start_vllm(trial: Trial, found: Found) -> None:
+    """Time starts of vLLM, if the server's Python has it."""
     subject = subjects.vllm(trial)
-    found |= {"command": subject.command, "cold": [], "warm": [], "runs": [], "cache": {}}
+    found |= {"command": subject.command, "cold": [], "warm": []}
     measure.starts(trial.lab, subject, 1, found["cold"], empty_caches=True)
     measure.starts(trial.lab, subject, 1, found["warm"], empty_caches=False)
+
+
+def take_vllm_snapshot(trial: Trial, found: Found) -> None:
+    subject = subjects.vllm(trial)
     found["snapshot"] = measure.snapshot(trial.lab, subject, subject.name, [])
+
+
+def restore_vllm(trial: Trial, found: Found) -> None:
+    subject = subjects.vllm(trial)
+    found["runs"] = []
     measure.restores(trial.lab, subject, subject.name, trial.options.runs, found["runs"])
-    measure.cache_starts(trial.lab, subject, subject.name, 1, found["cache"])
+
+
+def start_vllm_on_cache(trial: Trial, found: Found) -> None:
+    subject = subjects.vllm(trial)
+    measure.cache_starts(trial.lab, subject, subject.name, 1, found)
+
+
+def try_feature(feature: str, trial: Trial, found: Found) -> None:
+    """Take a snapshot of a server that also holds what real ones hold, and restore it once."""
+    if trial.options.stand_in and not feature.endswith("-parent"):
+        raise SkippedError("the stand-in has no torch")
+    subject = subjects.decoder(trial, feature)
+    found["runs"] = []
+    found["snapshot"] = measure.snapshot(trial.lab, subject, subject.name, ["--no-prove"])
+    measure.restores(trial.lab, subject, subject.name, 1, found["runs"])
+
+
+def kill_live(trial: Trial, found: Found) -> None:
+    """Kill a live restored server at once, which hung hosts with driver 595 (NVIDIA/cuda-checkpoint#53)."""
+    subject = subjects.decoder(trial)
+    found["runs"] = []
+    measure.restores(trial.lab, subject, subject.name, 1, found["runs"], kill=True)
 
 
 def _read_all(directory: Path) -> tuple[int, float]:
@@ -189,6 +243,7 @@ def _read_all(directory: Path) -> tuple[int, float]:
 
 STEPS = (
     AcceptanceStep(name="machine", seconds=30, act=describe_machine),
+    AcceptanceStep(name="probes", seconds=300, act=probes.probe),
     AcceptanceStep(name="doctor", seconds=120, act=run_doctor),
     AcceptanceStep(name="cold", seconds=300, act=start),
     AcceptanceStep(name="snapshot", seconds=400, act=take_snapshot),
@@ -199,5 +254,14 @@ STEPS = (
     AcceptanceStep(name="backends", seconds=400, act=checkpoints.try_backends, needs=("snapshot",)),
     AcceptanceStep(name="load", seconds=150, act=restore_beside_load, needs=("snapshot",)),
     AcceptanceStep(name="uncached", seconds=150, act=restore_uncached, needs=("snapshot",)),
-    AcceptanceStep(name="vllm", seconds=1500, act=try_vllm),
+    AcceptanceStep(name="memory", seconds=300, act=compare_memory, needs=("snapshot",)),
+    *(
+        AcceptanceStep(name=f"with-{name}", seconds=240, act=functools.partial(try_feature, name))
+        for name in FEATURES
+    ),
+    AcceptanceStep(name="vllm-start", seconds=500, act=start_vllm),
+    AcceptanceStep(name="vllm-snapshot", seconds=500, act=take_vllm_snapshot, needs=("vllm-start",)),
+    AcceptanceStep(name="vllm-restore", seconds=400, act=restore_vllm, needs=("vllm-snapshot",)),
+    AcceptanceStep(name="vllm-cache", seconds=400, act=start_vllm_on_cache, needs=("vllm-snapshot",)),
+    AcceptanceStep(name="kill", seconds=120, act=kill_live, needs=("snapshot",), asked=True),
 )

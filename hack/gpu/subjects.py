@@ -27,16 +27,19 @@ def server(options: TrialOptions, *words: str) -> Sequence[str]:
     return [options.python, str(_HACK / "gpu/server.py"), *flags, *words]
 
 
-def decoder(trial: Trial) -> Subject:
-    """Return the decoder. It listens on the same port in every run with this work directory."""
+def decoder(trial: Trial, feature: str = "") -> Subject:
+    """Return the decoder. It listens on the same port in every run with this work directory.
+
+    With `feature`, it also holds one of hack/gpu/features.py."""
     port, oracle = kept(trial.lab.work / "port", str(free_port())), trial.lab.work / "oracle.json"
     oracle.write_text(json.dumps(ORACLE))
     quick = ["--quick"] if trial.options.quick else []
-    command = server(trial.options, "serve", port, "--gib", str(trial.options.gib), *quick)
+    extra = ["--with", feature] if feature else []
+    command = server(trial.options, "serve", port, "--gib", str(trial.options.gib), *quick, *extra)
     ready = f"http://127.0.0.1:{port}/health"
     caches = trial.lab.work / "kernels"
     return Subject(
-        name="gpu",
+        name=f"gpu-{feature}" if feature else "gpu",
         command=command,
         engine=for_command(command, ready_url=ready, oracle_file=oracle),
         caches=caches,
@@ -64,7 +67,7 @@ def vllm(trial: Trial) -> Subject:
     command = [
         *(*program, "serve", str(model)),
         *("--served-model-name", "tiny"),
-        *("--host", "127.0.0.1", "--port", str(free_port())),
+        *("--host", "127.0.0.1", "--port", kept(trial.lab.work / "vllm-port", str(free_port()))),
         *("--max-model-len", "512", "--gpu-memory-utilization", "0.2"),
     ]
     engine = for_command(command)

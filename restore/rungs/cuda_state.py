@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SUSPEND_SECONDS = 60.0
 # Hosts with this driver hung after a live restored process was killed: NVIDIA/cuda-checkpoint#53.
-_HANGING_DRIVER = 590
+HANGING_DRIVER = 590
 
 
 class CudaRestore(Struct, frozen=True, kw_only=True):
@@ -67,7 +67,7 @@ def must_suspend(record: Record) -> bool:
     from rekindle.node import gpu
 
     major = gpu.probe_nvidia().driver.partition(".")[0]
-    return major.isdecimal() and int(major) >= _HANGING_DRIVER
+    return major.isdecimal() and int(major) >= HANGING_DRIVER
 
 
 def _suspend(cell: Cell, process: Process, home: Home) -> None:

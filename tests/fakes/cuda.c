@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +39,32 @@ enum { INVALID_VALUE = 1, UNKNOWN = 999 };
 
 extern char **environ;
 static int initialised;
+
+/* As libcuda 555: cuda_engine.py's begin_restore_thread, in a process that calls cuInit. */
+static int requests[2], answers[2];
+
+static void *serve(void *nothing)
+{
+    char byte;
+
+    (void)nothing;
+    while (read(requests[0], &byte, 1) == 1)
+        if (write(answers[1], &byte, 1) != 1)
+            break;
+    return NULL;
+}
+
+static void begin_restore_thread(void)
+{
+    char name[16];
+    pthread_t thread;
+
+    if (requests[1] || pipe2(requests, O_CLOEXEC) || pipe2(answers, O_CLOEXEC))
+        return;
+    snprintf(name, sizeof name, "cuda%06x%05x", requests[1] << 2 & 0xffffff, answers[0] & 0xfffff);
+    if (!pthread_create(&thread, NULL, serve, NULL))
+        pthread_setname_np(thread, name);
+}
 
 static const struct { CUresult code; const char *name, *text; } codes[] = { CODES };
 
@@ -93,6 +120,7 @@ CUresult cuInit(unsigned int flags)
 
     if (flags)
         return INVALID_VALUE;
+    begin_restore_thread();
     result = call("init", 0, "", &ignored);
     initialised = !result;
     return result;

@@ -71,7 +71,8 @@ class FakeCuda:
             library = self.place / name / "libcuda.so.1"
             subprocess.run(
                 [
-                    *(compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused", "-fPIC"),
+                    *(compiler, "-pthread"),
+                    *("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused", "-fPIC"),
                     *("-shared", f"-Wl,-soname,{library.name}", "-o", str(library), *flags),
                     *(f'-DPYTHON="{sys.executable}"', f'-DENGINE="{cuda_engine.__file__}"'),
                     *(f"-DCODES={codes}", str(source)),

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hack.gpu.features import FEATURES
 from tests.conftest import PREFIX, ROOT, VLLM_BIN, wait_for
 from tests.fakes import nodes
 from tests.fakes.cuda import FakeCuda
@@ -43,7 +45,7 @@ class Machine:
             timeout=timeout,
             check=False,
         )
-        assert done.returncode in {0, 1}, done.stderr
+        assert done.returncode in {0, 1, 75}, done.stderr
         assert self.leftovers() == [], done.stderr
         wait_for(lambda: not orphans() - before, 5)
         return done.returncode
@@ -84,13 +86,24 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.mark.criu
 @pytest.mark.timeout(300)
-def test_every_step_of_the_acceptance_test_is_done(machine: Machine) -> None:
+def test_every_step_of_the_acceptance_test_is_done(machine: Machine, tmp_path: Path) -> None:
+    """In two calls, each within its limit; the second goes on where the first one ended."""
     places = set(Path("/var/tmp").iterdir())
-    assert machine.run() == 0, machine.page
+    work = ["--work", str(tmp_path / "work")]
+    began = time.monotonic()
+    assert machine.run(*work, "--deadline", "32") == 75, machine.page
+    assert time.monotonic() - began < 45
+    first = machine.steps
+    assert "unfinished" in {step["status"] for step in first.values()}
+    assert machine.run(*work) == 0, machine.page
     steps = machine.steps
-    assert {name: step["status"] for name, step in steps.items()} == dict.fromkeys(steps, "done") | {
-        "vllm": "skipped"
-    }
+    skipped = {"with-" + name for name in FEATURES if not name.endswith("-parent")}
+    skipped |= {"vllm-start", "vllm-snapshot", "vllm-restore", "vllm-cache", "kill"}
+    expected = {name: "skipped" if name in skipped else "done" for name in steps}
+    assert {name: step["status"] for name, step in steps.items()} == expected
+    kept = [name for name, step in first.items() if step["status"] == "done"]
+    assert kept
+    assert all(steps[name] == first[name] for name in kept)
     assert steps["machine"]["gpus"][0]["name"] == nodes.H100.gpus[0].name
     assert steps["snapshot"]["cuda_pids"]
     assert len(steps["restore"]["runs"]) == 3
@@ -108,24 +121,39 @@ def test_every_step_of_the_acceptance_test_is_done(machine: Machine) -> None:
     assert "stand-ins" in machine.page
     assert str(ROOT) not in machine.page
     assert set(Path("/var/tmp").iterdir()) <= places
-    assert len(list(machine.out.iterdir())) == 3
+    probes = [json.loads(line) for line in (machine.out / "probes.jsonl").read_text().splitlines()]
+    assert {each["probe"]: each["answer"] for each in probes} == {
+        "node": "driver 580.65.06, 1 GPUs",
+        "nvml-only": "an initialized NVML holds no device: nothing to shut down",
+        "init-only": "a process that has only called cuInit cannot be locked (3)",
+        "caller": probes[3]["answer"],
+        "cycle": probes[4]["answer"],
+    }
+    assert "is answered with 0 after" in probes[3]["answer"]
+    assert "no device stayed open" in probes[4]["answer"]
+    assert all(each["decides"] for each in probes)
+    results = list(machine.out.iterdir())
+    assert len(results) <= 8
+    assert max(path.stat().st_size for path in results) <= 16 << 20
 
 
 @pytest.mark.criu
-def test_a_failed_step_is_reported_and_does_not_stop_the_others(machine: Machine) -> None:
-    machine.cuda.describe(utility=False)
-    assert machine.run("--only", "backends", "--only", "uncached") == 1
+def test_a_missing_backend_is_no_failure_and_a_failed_step_does_not_stop_the_others(machine: Machine) -> None:
+    machine.cuda.describe(utility=False, faults=[{"step": "restore", "nth": 2, "code": 2}])
+    assert machine.run("--only", "probes", "--only", "backends") == 1
     steps = machine.steps
-    assert steps["backends"]["status"] == "failed"
-    assert "cuda-checkpoint" in steps["backends"]["reason"]
-    assert steps["backends"]["backends"]["driver"]["runs"]
-    assert steps["uncached"]["status"] == "done"
+    assert steps["snapshot"]["status"] == "failed", "its proof has run out of memory"
     assert steps["rollback"] == {
         "status": "skipped",
         "reason": "not requested, or not run yet",
         "seconds": 0.0,
     }
-    assert steps["backends"]["reason"][:40] in machine.page
+    assert steps["snapshot"]["reason"][:40] in machine.page
+    machine.cuda.describe(utility=False)
+    assert machine.run("--only", "backends") == 0
+    backends = machine.steps["backends"]["backends"]
+    assert "cuda-checkpoint is not on PATH" in backends["utility"]["missing"]
+    assert backends["driver"]["runs"]
 
 
 @pytest.mark.criu
@@ -145,21 +173,15 @@ def test_a_driver_that_cannot_checkpoint_fails_the_steps_that_need_it(machine: M
 
 
 @pytest.mark.criu
-def test_a_step_that_hangs_ends_at_its_deadline_and_leaves_no_process(machine: Machine) -> None:
+def test_a_step_that_hangs_ends_with_its_call_and_has_failed_after_two(
+    machine: Machine, tmp_path: Path
+) -> None:
     machine.cuda.describe(faults=[{"step": "checkpoint", "hang": True}])
-    assert machine.run("--only", "snapshot", "--only", "vllm", "--deadline", "6") == 1
+    words = ["--only", "snapshot", "--only", "load", "--deadline", "16", "--work", str(tmp_path / "work")]
+    assert machine.run(*words) == 75
+    assert "run it again with the same --work" in machine.steps["snapshot"]["reason"]
+    assert machine.run(*words) == 1
     assert "not done after" in machine.steps["snapshot"]["reason"]
-    assert machine.steps["vllm"]["reason"] == "no time left"
-
-
-@pytest.mark.criu
-def test_a_second_run_continues_where_the_first_one_ended(machine: Machine, tmp_path: Path) -> None:
-    work = str(tmp_path / "work")
-    assert machine.run("--only", "snapshot", "--work", work) == 0
-    made = machine.steps["snapshot"]
-    assert machine.run("--only", "restore", "--work", work) == 0
-    assert machine.steps["snapshot"] == made
-    assert machine.steps["restore"]["status"] == "done"
 
 
 @pytest.mark.vllm
