@@ -20,9 +20,10 @@ import io
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Self, cast
 
 import zstandard
@@ -35,7 +36,7 @@ from rekindle import dump_tree as tree_of
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
-from rekindle.files import data_extents, nonzero_runs, write_at
+from rekindle.files import data_extents, nonzero_runs, punch_hole, write_at
 from rekindle.record import FileKind, StoredFile, numbered
 from rekindle.verified_stream import VerifiedStream
 
@@ -50,6 +51,10 @@ _LAYER_BYTES = 256 << 20  # of raw content: how much an interrupted upload has t
 _LAYERS_LIMIT = 100  # registries take about 127
 _DEFAULTS = Limits()
 _LEVEL = 1  # 0.5 to 1 GB/s per core; level 3 takes twice as long and saves a tenth
+
+
+Ranges = dict[int, list[tuple[int, int]]]
+"""Ranges [start, end) of files, by their number."""
 
 
 class Piece(Struct, frozen=True, kw_only=True):
@@ -172,6 +177,56 @@ class _Opened:
         return self._file.fileno()
 
 
+class Unpacked:
+    """Where layers have written in a tree, by digest.
+
+    `complete` has the layers whose digest has matched, `begun` those of which that is not known yet.
+    """
+
+    def __init__(self, complete: Mapping[str, Ranges] = MappingProxyType({})) -> None:
+        self.complete = dict(complete)
+        self.begun: dict[str, Ranges] = {}
+
+    def begin(self, layer: Descriptor) -> Ranges:
+        return self.begun.setdefault(str(layer.digest), {})
+
+    def end(self, layer: Descriptor) -> None:
+        self.complete[str(layer.digest)] = self.begun.pop(str(layer.digest))
+
+    def has(self, layer: Descriptor) -> bool:
+        return str(layer.digest) in self.complete
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that the complete layers have written."""
+        layers = self.complete.values()
+        return sum(end - start for each in layers for ranges in each.values() for start, end in ranges)
+
+    def drop_begun(self, files: Sequence[StoredFile], tree: Path) -> bool:
+        """Make holes of what was written without being verified.
+
+        Returns False if some of it is where a complete layer has written: then the tree is of no use.
+        """
+        complete = _by_file(self.complete.values())
+        for number, ranges in _by_file(self.begun.values()).items():
+            for start, end in ranges:
+                if any(first < end and last > start for first, last in complete.get(number, ())):
+                    return False
+            with open(tree / numbered(files)[number].path, "r+b", buffering=0) as file:
+                for start, end in ranges:
+                    punch_hole(file.fileno(), start, end - start)
+        self.begun.clear()
+        return True
+
+
+def _by_file(layers: Iterable[Ranges]) -> dict[int, list[tuple[int, int]]]:
+    found: dict[int, list[tuple[int, int]]] = {}
+    for each in layers:
+        for number, ranges in each.items():
+            found.setdefault(number, []).extend(ranges)
+    return found
+
+
 def unpack(
     blobs: Blobs,
     layers: Sequence[Descriptor],
@@ -180,17 +235,26 @@ def unpack(
     *,
     workers: int,
     limits: Limits = _DEFAULTS,
+    unpacked: Unpacked | None = None,
 ) -> int:
     """Write the files of a dump into `tree`, an empty directory; return the bytes written.
+
+    With `unpacked`, `tree` may be one that an earlier call has left; complete layers are not read again.
 
     The caller must not use the tree before this returns: only then has every digest matched. Raises
     IntegrityError if bytes do not match their digest, FormatError if a layer is malformed or expands beyond
     the limits.
     """
-    tree_of.make(files, tree)
+    unpacked = unpacked or Unpacked()
+    if not unpacked.complete:
+        tree_of.make(files, tree)
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_read_layer, blobs, layer, files, tree, stop, limits) for layer in layers]
+        jobs = [
+            pool.submit(_read_layer, blobs, layer, files, tree, stop, limits, unpacked)
+            for layer in layers
+            if not unpacked.has(layer)
+        ]
         try:
             written = sum(job.result() for job in jobs)
         except BaseException:
@@ -208,9 +272,13 @@ def _read_layer(
     tree: Path,
     stop: threading.Event,
     limits: Limits,
+    unpacked: Unpacked,
 ) -> int:
     with blobs.open_blob(layer) as stream:
-        return read_pieces(stream, layer, files, tree, stop, limits)
+        written = read_pieces(stream, layer, files, tree, stop, limits, unpacked.begin(layer))
+    if not stop.is_set():
+        unpacked.end(layer)
+    return written
 
 
 def read_pieces(
@@ -220,8 +288,13 @@ def read_pieces(
     tree: Path,
     stop: threading.Event,
     limits: Limits = _DEFAULTS,
+    ranges: Ranges | None = None,
 ) -> int:
-    """Read a layer to its end and write its pieces; return the bytes written."""
+    """Read a layer to its end and write its pieces; return the bytes written.
+
+    `ranges` gets the ranges of each file that are written, before they are.
+    """
+    ranges = {} if ranges is None else ranges
     checked = verified(stream, layer, kind="layer")
     source = _Source(checked, layer)
     decompressor = zstandard.ZstdDecompressor()
@@ -252,10 +325,18 @@ def read_pieces(
             piece = content[:length]
             if not _decompress(decompressor, source.read(compressed), piece):
                 raise source.verdict()
+            _add_range(ranges.setdefault(number, []), offset, offset + length)
             written += write_at(opened.fileno(number), piece, offset)
     if not stop.is_set():
         checked.finish()
     return written
+
+
+def _add_range(ranges: list[tuple[int, int]], start: int, end: int) -> None:
+    """Add a range. Pieces of a layer follow each other, so that it usually extends the last one."""
+    if ranges and ranges[-1][1] == start:
+        start = ranges.pop()[0]
+    ranges.append((start, end))
 
 
 def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, content: memoryview) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from rekindle.errors import BusyError
 
 PAGE_BYTES = 4096
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _COPY_BYTES = 1 << 20
 
 
@@ -230,3 +231,14 @@ def drop_from_page_cache(directory: Path) -> None:
     for path in files_below(directory):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Make a range of a file a hole, which reads as zeros. Raises OSError where the file system cannot."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int64(offset), ctypes.c_int64(length))
+    if libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, *arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"fallocate: {os.strerror(number)}")

@@ -6,6 +6,7 @@
         copied/                 made where memory cannot be mapped: CRIU's images with all of the memory
         ready.json              written last: boot id, size, seal, whose memory files it has; its mtime is the
                                 time of the last use
+    dumps/HEX.part/             layers of a dump whose unpacking was given up: restore/kept_layers.py
     dumps/HEX.lock              held shared while it is restored from or mapped, exclusively to write it
 
 An image and its deltas have the same memory files. If a dump with these is here already, `memory` is a link
@@ -16,6 +17,7 @@ therefore be incomplete, and is not used.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -90,9 +92,10 @@ def ready(
                     _evict(home.dumps, keep=target.name, limit=limit - room, room=room)
                     if expect:
                         layers = image.layers if lender is None else own_layers(image)
-                        expect(sum(layer.size for layer in layers))
+                        kept = set() if paranoid or lender else kept_layers(home, image)
+                        expect(sum(layer.size for layer in layers if str(layer.digest) not in kept))
                     with report.phase("unpack"):
-                        _unpack(image, work / "unpacked", target, report, lender)
+                        _unpack(image, work / "unpacked", target, report, lender, resume=not paranoid)
                 fresh = True
 
 
@@ -110,6 +113,15 @@ def has_memory(home: Home, image: Image) -> bool:
     """Return whether another dump has the memory files of an image. It may be removed at any time."""
     with _lender(home.dumps, image) as lender:
         return lender is not None
+
+
+def kept_layers(home: Home, image: Image) -> set[str]:
+    """Return the digests of the layers that a restore which was given up has unpacked already."""
+    part = _part(place(home, image))
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if _is_ready(part, image):
+            return set(json.loads((part / "layers.json").read_bytes()))
+    return set()
 
 
 def room(home: Home, image: Image) -> tuple[int, int]:
@@ -206,14 +218,24 @@ def _require_disk_size(dumps: Path, room: int) -> None:
         )
 
 
-def _unpack(image: Image, staged: Path, target: Path, report: Report, lender: Path | None) -> None:
-    from oci.dump_layers import (  # most restores find the dump unpacked, and zstandard takes time to load
-        unpack,
-        workers,
-    )
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
 
+
+def _unpack(
+    image: Image, staged: Path, target: Path, report: Report, lender: Path | None, *, resume: bool = True
+) -> None:
+    # Most restores find the dump unpacked, and zstandard takes time to load.
+    from oci.dump_layers import Unpacked, unpack, workers
+    from restore import kept_layers
+
+    resume = resume and lender is None
+    part = _part(target)
+    unpacked = Unpacked()
+    if resume and part.exists():
+        unpacked = kept_layers.take(part, staged, functools.partial(_is_ready, image=image))
     while True:
-        staged.mkdir(mode=0o700)
+        staged.mkdir(mode=0o700, exist_ok=True)
         try:
             written = unpack(
                 image.blobs,
@@ -222,22 +244,29 @@ def _unpack(image: Image, staged: Path, target: Path, report: Report, lender: Pa
                 staged,
                 workers=workers(),
                 limits=image.limits,
+                unpacked=unpacked,
             )
             break
         except (IntegrityError, FormatError):
             # Remove what a mirror sent before asking the registry itself.
             remove_tree(staged)
+            unpacked = Unpacked()
             if not image.blobs.fall_back_to_origin():
                 raise
+        except BaseException:
+            if resume:
+                mark = functools.partial(_mark_ready, image, lends=False)
+                kept_layers.keep(part, staged, unpacked, image.record.dump.files, mark)
+            raise
     report.bytes.written = written
     if lender is not None:
         (staged / "memory").symlink_to(lender / "memory")
-    _mark_ready(image, staged, written)
+    _mark_ready(image, staged, unpacked.bytes)
     staged.replace(target)
 
 
-def _mark_ready(image: Image, tree: Path, size: int) -> None:
-    marker = {"boot": boot_id(), "bytes": size, "memory": _memory_key(image)}
+def _mark_ready(image: Image, tree: Path, size: int, *, lends: bool = True) -> None:
+    marker = {"boot": boot_id(), "bytes": size, "memory": _memory_key(image) if lends else ""}
     marker |= {"seal": _seal(tree, image), "memory_seal": _seal_memory(tree, image)}
     (tree / "ready.json").write_text(json.dumps(marker))
 

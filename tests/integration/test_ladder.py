@@ -233,6 +233,23 @@ def test_a_registry_that_stalls_costs_no_more_than_the_deadline(scene: Scene, re
     assert report["seconds"] < 7
 
 
+def test_what_was_fetched_before_the_process_was_given_up_is_not_fetched_again(
+    scene: Scene, registry: Registry
+) -> None:
+    stalling, *others = scene.saved.layers["process"]
+    registry.misbehave(wrong.stalls(wrong.blob(stalling), after_bytes=1000))
+    image = image_in(registry)
+    serves_on_the_cache(scene, "--process-deadline", "3", image=image)
+    registry.behave()
+    registry.requests.clear()
+    running = scene.restore(image=image)
+    running.until_ready("restored")
+    assert registry.downloads(stalling)
+    assert not [digest for digest in others if registry.downloads(digest)]
+    running.process.terminate()
+    assert running.process.wait(30) == 7
+
+
 def test_without_its_layers_in_a_registry_there_is_a_cold_start(scene: Scene, registry: Registry) -> None:
     for digest in scene.saved.layers["process"] + scene.saved.layers["cache"]:
         registry.misbehave(wrong.status(404, on=wrong.blob(digest)))

@@ -2,28 +2,32 @@
 """A dump that is kept ready is taken only as it was when its digests matched; else it is made again."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import shutil
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
+import zstandard
 from msgspec import structs
 
 from oci import dump_layers
 from oci import image as images
+from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.trust import verifier
 from oci.trust.verifier import Verified
 from rekindle import dump_tree
 from rekindle.digest import Digest
-from rekindle.errors import BusyError, IntegrityError, SpaceError, UsageError
+from rekindle.errors import BusyError, IntegrityError, RegistryError, SpaceError, UsageError
 from rekindle.home import Home
-from rekindle.record import StoredMemory
+from rekindle.record import StoredMemory, numbered
 from rekindle.report import Report
 from restore import dumps
 from tests.samples.record import RECORD, holding
@@ -299,7 +303,7 @@ def test_a_lie_about_its_size_costs_no_other_dump(
     home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, stored_bytes: int
 ) -> None:
     assert use(home, image)
-    monkeypatch.setattr(dumps, "_unpack", lambda *_: pytest.fail("there is no need to come this far"))
+    monkeypatch.setattr(dumps, "_unpack", lambda *_, **__: pytest.fail("there is no need to come this far"))
     with pytest.raises((SpaceError, pytest.fail.Exception)):
         use(home, lying(image, 1 << 61, stored_bytes=stored_bytes))
     monkeypatch.undo()
@@ -320,9 +324,9 @@ def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
     unpacked = []
     real = dumps._unpack
 
-    def unpack(*args: Any) -> None:
+    def unpack(*args: Any, **options: Any) -> None:
         unpacked.append(args)
-        real(*args)
+        real(*args, **options)
 
     monkeypatch.setattr(dumps, "_unpack", unpack)
     monkeypatch.setattr(dumps, "_is_ready", lambda *_: False)
@@ -330,6 +334,132 @@ def test_a_dump_that_never_stays_as_it_was_is_unpacked_twice_at_most(
         use(home, image)
     assert len(unpacked) == 2
     assert not list(home.run.iterdir())
+
+
+# What was unpacked before a restore was given up
+
+
+class Breaking:
+    """Blobs of which those of one role give other bytes, what `end` makes of theirs, and then fail."""
+
+    def __init__(self, image: images.Image, role: str, end: Callable[[bytes], bytes]) -> None:
+        self._blobs, self._role, self._end = image.blobs, role, end
+        self.read_roles: list[str] = []
+
+    def open_blob(self, layer: Descriptor) -> Any:
+        role = layer.annotations["vnd.rekindle.role"]
+        self.read_roles.append(role)
+        stream = self._blobs.open_blob(layer)
+        if role != self._role:
+            return stream
+        with stream as opened:
+            return contextlib.closing(Ending(self._end(opened.read())))
+
+    def cancel(self) -> None:
+        pass
+
+    def fall_back_to_origin(self) -> bool:
+        return False
+
+
+class Ending(io.RawIOBase):
+    """Some bytes, and then the end of a connection, or of all patience."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._content.readinto(buffer)
+        if not count:
+            raise RegistryError("the connection has ended")
+        return count
+
+
+def piece_at(offset: int, length: int, *, file: str, image: images.Image) -> bytes:
+    """Bytes that no layer has, for a file of a dump."""
+    numbers = {str(each.path): number for number, each in numbered(image.record.dump.files).items()}
+    frame = zstandard.compress(b"!" * length)
+    return struct.pack("<IIIIQQ", 0x184D2A5E, 24, numbers[file], len(frame), offset, length) + frame
+
+
+def given_up(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, end: Callable[[bytes], bytes]
+) -> None:
+    """A restore that ends within the last layer."""
+    monkeypatch.setattr(dump_layers, "workers", lambda: 1)
+    with pytest.raises(RegistryError, match="has ended"):
+        use(home, structs.replace(image, blobs=Breaking(image, "shm", end)))
+    assert not place_of(home, image).exists()
+
+
+def roles_read(home: Home, image: images.Image, **options: Any) -> list[str]:
+    """The roles of the layers that are read to make a dump ready."""
+    blobs = Breaking(image, "", bytes)
+    assert use(home, structs.replace(image, blobs=blobs), **options)
+    return blobs.read_roles
+
+
+@pytest.mark.parametrize("length", [0, 40])
+def test_what_was_unpacked_before_a_restore_was_given_up_is_kept(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    given_up(home, image, monkeypatch, lambda content: content[:length])
+    assert dumps.kept_layers(home, image) == {str(layer.digest) for layer in image.layers[:2]}
+    assert roles_read(home, image) == ["shm"]
+    assert not dumps.kept_layers(home, image)
+    assert not use(home, image)
+
+
+def test_bytes_that_nothing_has_verified_are_not_kept(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`use` compares the files with what they were."""
+    given_up(home, image, monkeypatch, lambda _: piece_at(1, 3, file="shm/deep/segment", image=image))
+    (part,) = home.dumps.glob("*.part")
+    assert (part / "shm/deep/segment").read_bytes() == bytes(5)
+    assert roles_read(home, image) == ["shm"]
+
+
+def test_nothing_is_kept_if_unverified_bytes_were_written_over_verified_ones(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up(home, image, monkeypatch, lambda _: piece_at(8000, 2, file="criu/pages-1.img", image=image))
+    assert not list(home.dumps.glob("*.part"))
+    assert roles_read(home, image) == ["metadata", "pages", "shm"]
+
+
+@pytest.mark.parametrize("name", ["criu/pages-1.img", "layers.json", "ready.json"])
+def test_what_is_kept_is_not_used_once_it_was_changed(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    given_up(home, image, monkeypatch, lambda _: b"")
+    (part,) = home.dumps.glob("*.part")
+    (part / name).write_bytes(b"x" * 20480)
+    assert not dumps.kept_layers(home, image)
+    assert roles_read(home, image) == ["metadata", "pages", "shm"]
+    assert not list(home.dumps.glob("*.part"))
+
+
+def test_who_is_paranoid_uses_nothing_that_was_kept(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up(home, image, monkeypatch, lambda _: b"")
+    assert roles_read(home, image, paranoid=True) == ["metadata", "pages", "shm"]
+
+
+def test_what_is_kept_is_removed_to_make_room(
+    home: Home, image: images.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up(home, image, monkeypatch, lambda _: b"")
+    monkeypatch.setenv("REKINDLE_DUMPS_LIMIT", "0")
+    other = make(tmp_path / "other")
+    assert use(
+        home, structs.replace(other, process=structs.replace(other.process, digest=Digest.of_bytes(b"")))
+    )
+    assert not list(home.dumps.glob("*.part"))
 
 
 # Memory files of another dump
