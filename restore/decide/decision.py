@@ -114,13 +114,13 @@ def decide(
 def make_plan(facts: Facts, options: Options) -> Plan:
     """Return the plan with the deadlines and the policy of the options."""
     choice = structs.replace(facts.gpu_choice, wanted=options.gpus)
-    made = planning.make(structs.replace(facts, gpu_choice=choice), options.rung, strictness(options))
-    chosen = {Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline}
-    steps = [
-        structs.replace(step, deadline_seconds=chosen.get(step.rung) or step.deadline_seconds)
-        for step in made.steps
-    ]
-    return structs.replace(made, steps=steps)
+    return planning.make(
+        structs.replace(facts, gpu_choice=choice),
+        options.rung,
+        strictness(options),
+        deadlines={Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline},
+        require=options.require,
+    )
 
 
 def strictness(options: Options) -> Strictness:

@@ -30,7 +30,7 @@ from restore.decide import (
 )
 from restore.decide.abilities import Abilities
 from restore.decide.match_gpus import GpuChoice
-from restore.decide.plan import Facts
+from restore.decide.plan import FETCH_BYTES_PER_SECOND, Facts
 from restore.decide.remembered import Findings
 from restore.decide.rules import Strictness
 from restore.decide.source import read_kernels
@@ -79,6 +79,8 @@ def gather(
         local=isinstance(reference, LayoutReference),
         unpacked=unpacked,
         has_memory=not unpacked and dumps.has_memory(home, found),
+        kept_layers=frozenset() if unpacked else frozenset(dumps.kept_layers(home, found)),
+        fetch_bytes_per_second=_fetch_bytes_per_second(home, reference),
         given=list(given) or None,
         variables=match_environment.compare(record, engine, os.environ, given),
         enforced=engine.enforced(),
@@ -112,6 +114,14 @@ def of_image(
             *match_needs.compare(image, home),
         ],
     )
+
+
+def _fetch_bytes_per_second(home: Home, reference: Reference) -> float:
+    if isinstance(reference, LayoutReference):
+        return FETCH_BYTES_PER_SECOND
+    from restore import fetch_rates
+
+    return fetch_rates.known(home, reference) or FETCH_BYTES_PER_SECOND
 
 
 def _abilities(found: images.Image, home: Home, starting: "Search | None") -> Abilities:

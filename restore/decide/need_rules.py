@@ -44,4 +44,20 @@ NEED_RULES: Mapping[str, Rule] = {
         source="bind(2)",
         advice="end the other process, or make the snapshot without --network host",
     ),
+    "slow": Rule(
+        rung=Rung.PROCESS,
+        hard=True,
+        why="What has to be fetched is expected to take longer than the process rung may, which is no longer "
+        "than the cold start that it spares. So it is not begun, if a lower rung is possible. Expected are "
+        "100 MB/s, or what the registry gave in the last hour.",
+        source="docs/adr/0008-ladder.md",
+        advice="fetch it beforehand: `rekindle pull --unpack`; or allow more: --process-deadline S",
+    ),
+    "cache-slow": Rule(
+        rung=Rung.CACHE,
+        hard=True,
+        why="Likewise, for the layers of the kernel cache.",
+        source="docs/adr/0008-ladder.md",
+        advice="fetch it beforehand: `rekindle pull`; or allow more: --cache-deadline S",
+    ),
 }

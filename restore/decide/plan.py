@@ -6,6 +6,7 @@ Pure and total: the same facts give the same plan, and every set of facts gives 
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field, structs
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = "rekindle.plan/1"
 
 # For estimates, at the slow end of the measurements. Deadlines are longer.
-_FETCH_BYTES_PER_SECOND = 100e6
+FETCH_BYTES_PER_SECOND = 100e6
 _UNPACK_BYTES_PER_SECOND = 500e6
 _RESTORE_BYTES_PER_SECOND = 1.5e9
 _RESTORE_SECONDS = 0.6
@@ -42,11 +43,12 @@ class Facts(Struct, frozen=True, kw_only=True):
     `image` is None if it could not be read, for the reason `unreached`. `cache` is None if the image has no
     kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
     `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
-    `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump. `given`
-    is the command that the user gave; None for the recorded one. `variables` are the differences of the
-    environment; `enforced` are options of which the given command may have other values. `environment` is
-    that of a start today, and `api_keys` are those of which it would require one. `gpu_choice` decides which
-    GPUs take the places of the recorded ones.
+    `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump;
+    `kept_layers`: the digests of its layers that are. `fetch_bytes_per_second` is the speed of its registry.
+    `given` is the command that the user gave; None for the recorded one. `variables` are the differences of
+    the environment; `enforced` are options of which the given command may have other values. `environment`
+    is that of a start today, and `api_keys` are those of which it would require one. `gpu_choice` decides
+    which GPUs take the places of the recorded ones.
     """
 
     node: Fingerprint
@@ -60,6 +62,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     local: bool = False
     unpacked: bool = False
     has_memory: bool = False
+    kept_layers: frozenset[str] = frozenset()
+    fetch_bytes_per_second: float = FETCH_BYTES_PER_SECOND
     given: Sequence[str] | None = None
     variables: Sequence[Difference] = ()
     enforced: frozenset[str] = frozenset()
@@ -81,7 +85,8 @@ class Step(Struct, frozen=True, kw_only=True):
 
     It is possible if no reason is hard. `seconds` is an estimate of the time until the server answers;
     None if it is unknown. `deadline_seconds` limits the time until the process answers, or the kernel cache
-    is in place. `roots` are the names of the roots of the kernel cache that it needs.
+    is in place; `limited_seconds` is an estimate of that time, 0.0 if nothing has to be fetched. `roots` are
+    the names of the roots of the kernel cache that it needs.
     """
 
     rung: Rung
@@ -89,6 +94,7 @@ class Step(Struct, frozen=True, kw_only=True):
     fetch_bytes: int = 0
     seconds: float | None = None
     deadline_seconds: float | None = None
+    limited_seconds: float = 0.0
     roots: Sequence[str] = ()
 
     @property
@@ -133,8 +139,18 @@ class Plan(Struct, frozen=True, kw_only=True):
         }
 
 
-def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None = None) -> Plan:
-    """Return the plan for a restore whose first rung is `asked`."""
+def make(
+    facts: Facts,
+    asked: Rung = Rung.PROCESS,
+    strictness: Strictness | None = None,
+    *,
+    deadlines: Mapping[Rung, float | None] = MappingProxyType({}),
+    require: Rung = Rung.COLD,
+) -> Plan:
+    """Return the plan for a restore whose first rung is `asked`.
+
+    `deadlines` are those that the user gave. Rungs below `require` are not taken.
+    """
     rungs = list(Rung)
     strictness = strictness or Strictness()
     steps: Mapping[Rung, Callable[[Facts], Step]] = {
@@ -145,7 +161,13 @@ def make(facts: Facts, asked: Rung = Rung.PROCESS, strictness: Strictness | None
     made = []
     for rung in rungs[rungs.index(asked) :]:
         step = steps[rung](facts)
-        made.append(structs.replace(step, reasons=[strictness.apply(reason) for reason in step.reasons]))
+        deadline = deadlines.get(rung) or step.deadline_seconds
+        reasons = [strictness.apply(reason) for reason in step.reasons]
+        made.append(structs.replace(step, reasons=reasons, deadline_seconds=deadline))
+    for number, step in enumerate(made):
+        lower = [each for each in made[number + 1 :] if rungs.index(each.rung) <= rungs.index(require)]
+        if any(each.possible for each in lower) and (late := _expected_late(step)):
+            made[number] = structs.replace(step, reasons=[*step.reasons, strictness.apply(late)])
     places = {}
     if facts.image:
         places = match_gpus.device_map(facts.image.record, facts.node, facts.gpu_choice)
@@ -174,14 +196,14 @@ def _process(facts: Facts) -> Step:
     written = 0
     if not facts.unpacked:
         layers = [layer for layer in facts.image.layers if not (facts.has_memory and layer.is_memory)]
-        fetched += sum(layer.size for layer in layers)
+        fetched += sum(layer.size for layer in layers if str(layer.digest) not in facts.kept_layers)
         written = record.dump.stored_bytes
         written -= sum(each.data_bytes for each in record.dump.memory) if facts.has_memory else 0
     fetched = 0 if facts.local else fetched
     seconds = (
         _RESTORE_SECONDS
         + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
-        + max(fetched / _FETCH_BYTES_PER_SECOND, written / _UNPACK_BYTES_PER_SECOND)
+        + max(fetched / facts.fetch_bytes_per_second, written / _UNPACK_BYTES_PER_SECOND)
     )
     found = match_process.compare(
         record,
@@ -201,6 +223,7 @@ def _process(facts: Facts) -> Step:
         fetch_bytes=fetched,
         seconds=seconds,
         deadline_seconds=_deadline(seconds, record.start_seconds),
+        limited_seconds=seconds if fetched else 0.0,
         roots=roots,
     )
 
@@ -222,13 +245,14 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
     chosen = [root for root in inventory.roots if root.name in fit.roots]
     fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)
     written = sum(root.bytes for root in chosen)
-    seconds = fetched / _FETCH_BYTES_PER_SECOND + written / _UNPACK_BYTES_PER_SECOND
+    seconds = fetched / facts.fetch_bytes_per_second + written / _UNPACK_BYTES_PER_SECOND
     return Step(
         rung=Rung.CACHE,
         reasons=[*fit.reasons, *_no_command(facts, Rung.CACHE)],
         fetch_bytes=fetched,
         seconds=seconds + record.start_seconds if record.start_seconds else None,
         deadline_seconds=_deadline(seconds, record.start_seconds),
+        limited_seconds=seconds if fetched else 0.0,
         roots=[root.name for root in chosen],
     )
 
@@ -248,6 +272,15 @@ def _no_command(facts: Facts, rung: Rung) -> list[Reason]:
 def _unreached(facts: Facts, rung: Rung) -> list[Reason]:
     assert facts.unreached is not None
     return [structs.replace(facts.unreached, rung=rung)]
+
+
+def _expected_late(step: Step) -> Reason | None:
+    """Return the reason not to begin a rung: it is expected to pass its deadline."""
+    if step.deadline_seconds is None or step.limited_seconds <= step.deadline_seconds:
+        return None
+    code = "slow" if step.rung is Rung.PROCESS else "cache-slow"
+    limit, expected = f"within {step.deadline_seconds:.0f} s", f"about {step.limited_seconds:.0f} s"
+    return reason_for(Difference(code, "time", limit, expected))
 
 
 def _deadline(seconds: float, cold: float) -> float:

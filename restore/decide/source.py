@@ -49,7 +49,7 @@ class Source:
         self.tally = tally
         self.cuda = cuda
         self.prefetch = prefetch
-        self._reference = reference
+        self.reference = reference
         self._home = home
         self._registry = registry
         self._connections = connections
@@ -66,7 +66,7 @@ class Source:
 
     def reconnect(self) -> None:
         """Connect to the registry again after a failed rung, for the same digests."""
-        if not isinstance(self._reference, RegistryReference):
+        if not isinstance(self.reference, RegistryReference):
             return
         from oci.registry.repository import Repository
 
@@ -74,7 +74,7 @@ class Source:
         access = resolve.access(self._registry, self._home)
         if self.tally is not None:
             access = structs.replace(access, tally=self.tally)
-        blobs = self._connections.enter_context(Repository(self._reference, access))
+        blobs = self._connections.enter_context(Repository(self.reference, access))
         self.image = self.image.fetched_from(blobs)
         if self.kernels is not None:
             self.kernels = self.kernels.fetched_from(blobs)

@@ -81,7 +81,7 @@ def take(
         end_cell = functools.partial(end, cell, record, home, report)
         stack.callback(end_cell)
         with contextlib.ExitStack() as using:
-            with run.listener.progress(source.tally):
+            with run.listener.progress(source.tally), _measured(source, home):
                 dump = using.enter_context(
                     dumps.ready(
                         home,
@@ -125,6 +125,14 @@ def take(
         with report.phase("publish"):
             _publish(addresses, serving, record, _gate(record, decision.facts.api_keys))
     return TakenRung(rung=Rung.PROCESS, serving=serving, cell_init=cell.init_pid)
+
+
+def _measured(source: Source, home: Home) -> contextlib.AbstractContextManager[None]:
+    if source.tally is None:
+        return contextlib.nullcontext()
+    from restore import fetch_rates
+
+    return fetch_rates.measured(home, source.reference, source.tally)
 
 
 def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":

@@ -46,6 +46,12 @@ class Saved:
         return Layout(self.place / "images")
 
     @property
+    def layer_bytes(self) -> dict[str, int]:
+        """The sizes of the process's layers, by digest."""
+        image = images.load(self.layout, self.layout.resolve("1"))
+        return {str(layer.digest): layer.size for layer in image.layers}
+
+    @property
     def layers(self) -> dict[str, list[str]]:
         """The digests of the layers, of the process and of the cache."""
         image = images.load(self.layout, self.layout.resolve("1"))

@@ -250,6 +250,20 @@ def test_what_was_fetched_before_the_process_was_given_up_is_not_fetched_again(
     assert running.process.wait(30) == 7
 
 
+def test_a_process_that_is_too_slow_to_fetch_is_given_up_once(scene: Scene, registry: Registry) -> None:
+    """The second start knows how slow the registry is."""
+    largest, size = max(scene.saved.layer_bytes.items(), key=lambda each: each[1])
+    registry.misbehave(wrong.slow(wrong.blob(largest), bytes_per_second=size / 60))
+    image = image_in(registry)
+    report = serves_on_the_cache(scene, "--process-deadline", "4", image=image)
+    assert [each["code"] for each in report["reasons"]] == ["deadline"]
+    registry.requests.clear()
+    report = serves_on_the_cache(scene, "--process-deadline", "4", image=image)
+    assert [each["code"] for each in report["reasons"]] == ["slow"]
+    assert not registry.downloads(largest)
+    assert report["seconds"] < 3
+
+
 def test_without_its_layers_in_a_registry_there_is_a_cold_start(scene: Scene, registry: Registry) -> None:
     for digest in scene.saved.layers["process"] + scene.saved.layers["cache"]:
         registry.misbehave(wrong.status(404, on=wrong.blob(digest)))

@@ -325,6 +325,51 @@ def test_a_deadline_is_no_longer_than_the_cold_start_that_is_spared(
         assert found.deadline_seconds > 60 * 60
 
 
+THIRTY_GB = holding(structs.replace(RECORD, start_seconds=90.0), (), stored_bytes=30 << 30)
+SLOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[str, bool]]]] = {
+    "a network that is slow": ({"fetch_bytes_per_second": 20e6}, {}, [("slow", True)]),
+    "a network that is fast": ({"fetch_bytes_per_second": 1e9}, {}, []),
+    "one that is slow, but all is here": ({"fetch_bytes_per_second": 20e6, "local": True}, {}, []),
+    "one that is slow, but it is unpacked": ({"fetch_bytes_per_second": 20e6, "unpacked": True}, {}, []),
+    "one that is slow, but one layer is missing": (
+        {"fetch_bytes_per_second": 20e6, "kept_layers": frozenset({str(descriptor(8 * 10**9).digest)})},
+        {},
+        [],
+    ),
+    "a deadline that is enough": (
+        {"fetch_bytes_per_second": 20e6},
+        {"deadlines": {Rung.PROCESS: 900.0}},
+        [],
+    ),
+    "a deadline that is too short": ({}, {"deadlines": {Rung.PROCESS: 60.0}}, [("slow", True)]),
+    "nothing below it": ({"fetch_bytes_per_second": 20e6}, {"require": Rung.PROCESS}, []),
+    "a policy": (
+        {"fetch_bytes_per_second": 20e6},
+        {"strictness": Strictness(soft=frozenset({"slow"}))},
+        [("slow", False)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_process_that_cannot_be_fetched_in_time_is_not_begun(name: str) -> None:
+    changes, options, wanted = SLOW[name]
+    found = make(facts(THIRTY_GB, 8 * 10**9, 10**8, **changes), **options)
+    assert codes(step(found, Rung.PROCESS)) == wanted
+
+
+def test_a_process_that_cannot_be_fetched_in_time_is_begun_if_nothing_takes_its_place() -> None:
+    record = structs.replace(THIRTY_GB, command=["serve", HIDDEN])
+    found = step(make(facts(record, 8 * 10**9, fetch_bytes_per_second=20e6)), Rung.PROCESS)
+    assert codes(found) == []
+
+
+def test_a_kernel_cache_that_cannot_be_fetched_in_time_is_not_begun() -> None:
+    kernels = cache(root("/c", entry()), sizes=[8 * 10**9])
+    found = make(facts(THIRTY_GB, 1000, cache=kernels, fetch_bytes_per_second=20e6), Rung.CACHE)
+    assert ("cache-slow", True) in codes(step(found, Rung.CACHE))
+
+
 def test_what_is_fetched_makes_a_rung_slower() -> None:
     unpacked, fetched = (step(make(facts(RECORD, 10**9, unpacked=u)), Rung.PROCESS) for u in (True, False))
     assert unpacked.seconds is not None
