@@ -58,7 +58,10 @@ class Detached:
                 content = content[os.write(self._told, content) :]
 
     def ready(self, report: Report) -> None:
-        """Tell the caller that the server is ready, and let go of its terminal."""
+        """Tell the caller that the server is ready, or has exited before, and let go of its terminal."""
+        if report.error is not None:
+            name = self.registration.name
+            print(f"rekindle: error: {report.error.message} (rekindle logs {name})", file=sys.stderr)
         self.tell(report)
         theirs = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _stream(1), _stream(2)

@@ -105,7 +105,7 @@ class _Console(Listener):
             _report.write(report, self._args.report, to_stdout=self._args.json)
         except OSError as error:  # the running server matters more than its report
             report.say(f"WARNING: cannot write the report: {error}")
-        if self._detached is not None and report.error is None:
+        if self._detached is not None:
             self._detached.ready(report)
 
     def interrupted(self, report: Report) -> None:

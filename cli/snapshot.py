@@ -5,17 +5,29 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import _arguments, _progress, _report, _signing
+from oci.image import Image
 from oci.progress import Tally
 from oci.reference import parse
 from rekindle.cell import Network
 from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
-from rekindle.report import Outcome
+from rekindle.errors import UsageError
+from rekindle.report import Outcome, Report
 from snapshot.flow import snapshot
-from snapshot.options import Progress, SnapshotOptions
+from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
 from snapshot.outside_connections import Outside
+
+if TYPE_CHECKING:
+    from oci.trust.signer import Sign
+
+_OF_A_START = (
+    *("network", "ready_timeout", "ready_url", "oracle_request", "warm_requests", "weights", "reseed"),
+    *("no_cache", "keep_dump"),
+)
+"""The options that say how a server is started."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,10 +37,14 @@ def main(words: Sequence[str]) -> int:
     report = _report.begin("snapshot", args)
     report.allowed_secrets = sorted(set(args.allow_secret))
     with _report.reporting(report, args):
-        options = _options(args, command)
-        _arguments.require_root()
-        image = snapshot(options, report, _Bar(args))
-        if options.sign is None:
+        sign = _signing.chosen(args)
+        if args.replica:
+            image = _save_running(args, command, sign, report)
+        else:
+            options = _options(args, command, sign)
+            _arguments.require_root()
+            image = snapshot(options, report, _Bar(args))
+        if sign is None:
             _signing.advise(report, parse(args.image), [])
     saved = f"saved {args.image} {image.index.digest}, {image.size_bytes:,} bytes"
     _report.finish(report, args, Outcome.SAVED, saved)
@@ -38,9 +54,10 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rekindle snapshot",
-        usage="rekindle snapshot IMAGE [options] -- COMMAND…",
+        usage="rekindle snapshot IMAGE [options] -- COMMAND…\n"
+        "       rekindle snapshot IMAGE --replica NAME [options]",
         description="Start a server, warm it, check its answer, and save it as an image. The server ends "
-        "when its snapshot is made.",
+        "when its snapshot is made. Or save one that runs already, in a cell, and serves on.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
@@ -107,13 +124,55 @@ def _parser() -> argparse.ArgumentParser:
         help="allow this variable, option or kind of token in the image, where all its readers can see it",
     )
     parser.add_argument("--keep-dump", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    _add_replica(parser)
     _arguments.add_signing(parser)
     _arguments.add_registry(parser)
     _arguments.add_report(parser)
     return parser
 
 
-def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOptions:
+def _add_replica(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a server that runs")
+    group.add_argument(
+        "--replica", metavar="NAME", help="save this server, of `rekindle ps`, instead of starting one"
+    )
+    group.add_argument(
+        "--drain",
+        type=_arguments.seconds,
+        default=10.0,
+        metavar="S",
+        help="with --replica: let new requests wait while those in flight finish, for at most S seconds "
+        "(default: 10). One that takes longer goes on afterwards",
+    )
+
+
+def _save_running(
+    args: argparse.Namespace, command: Sequence[str], sign: "Sign | None", report: Report
+) -> Image:
+    """Save a server that runs already."""
+    from snapshot.lent import save_running
+
+    parser = _parser()
+    given = [name for name in _OF_A_START if getattr(args, name) != parser.get_default(name)]
+    if command or given:
+        what = f"--{given[0].replace('_', '-')}" if given else "a COMMAND"
+        raise UsageError(
+            f"--replica cannot be combined with {what}", hint="the server has been started already"
+        )
+    options = ReplicaOptions(
+        image=args.image,
+        runs_on=True,
+        outside=args.outside,
+        prove=not args.no_prove,
+        secrets=tuple(args.allow_secret),
+        sign=sign,
+        registry=_arguments.registry(args),
+    )
+    _arguments.require_root()
+    return save_running(args.replica, options, report, _Bar(args), drain_seconds=args.drain)
+
+
+def _options(args: argparse.Namespace, command: Sequence[str], sign: "Sign | None") -> SnapshotOptions:
     return SnapshotOptions(
         image=args.image,
         command=tuple(command),
@@ -129,7 +188,7 @@ def _options(args: argparse.Namespace, command: Sequence[str]) -> SnapshotOption
         with_cache=not args.no_cache,
         check_memory=not args.no_memory_check,
         secrets=tuple(args.allow_secret),
-        sign=_signing.chosen(args),
+        sign=sign,
         private_variables=_signing.VARIABLES,  # the server must not see what gives access to our keys
         registry=_arguments.registry(args),
         keep_dump=args.keep_dump,

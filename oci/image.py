@@ -12,7 +12,7 @@ from oci.descriptor import Blobs, Descriptor, cache_among, manifests_of, platfor
 from oci.layout import Layout
 from rekindle.config import Limits
 from rekindle.errors import FormatError, RekindleError
-from rekindle.fields import Fields
+from rekindle.fields import JSON, Fields
 from rekindle.record import Record
 
 _DEFAULTS = Limits()
@@ -39,6 +39,33 @@ class Image(Struct, frozen=True, kw_only=True):
     def fetched_from(self, blobs: Blobs) -> Self:
         """Return the same image with its layers fetched from elsewhere."""
         return structs.replace(self, blobs=blobs)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the image without its blobs, for another process of this machine; `from_json` reads it."""
+        return {
+            "index": self.index.to_json(),
+            "process": self.process.to_json(),
+            "config": self.config.to_json(),
+            "layers": [layer.to_json() for layer in self.layers],
+            "cache": self.cache.to_json() if self.cache else None,
+            "record": self.record.to_bytes().decode(),
+        }
+
+    @classmethod
+    def from_json(cls, value: object, blobs: Blobs) -> "Image":
+        """Read an image whose blobs, as far as they are still there, are in `blobs`. Raises FormatError."""
+        fields = Fields(value, "image")
+        cache = fields.json("cache")
+        return cls(
+            blobs=blobs,
+            limits=_DEFAULTS,
+            index=Descriptor.from_json(fields.json("index"), "image.index"),
+            process=Descriptor.from_json(fields.json("process"), "image.process"),
+            config=Descriptor.from_json(fields.json("config"), "image.config"),
+            layers=tuple(fields.list_of("layers", Descriptor.from_json, at_most=_DEFAULTS.layers)),
+            cache=Descriptor.from_json(cache, "image.cache") if cache else None,
+            record=Record.parse(fields.text("record").encode()),
+        )
 
     @property
     def size_bytes(self) -> int:

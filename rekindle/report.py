@@ -278,6 +278,38 @@ class AttachmentResult(Struct, frozen=True, kw_only=True):
         }
 
 
+class Pause(Struct, kw_only=True):
+    """The time for which the clients of a running server waited for a snapshot of it.
+
+    `seconds` counts from the first request that was held back, `still_seconds` from when nothing was
+    forwarded any more. `in_flight` is the number of requests that had not finished by then, and went on
+    afterwards.
+    """
+
+    in_flight: int = 0
+    seconds: float = 0.0
+    still_seconds: float = 0.0
+    _began: float = 0.0
+    _still: float = 0.0
+
+    def begin(self, began: float, in_flight: int) -> None:
+        """Note when requests were held back, by time.monotonic(), and that nothing is forwarded now."""
+        self.in_flight, self._began, self._still = in_flight, began, time.monotonic()
+
+    def end(self) -> None:
+        """Note that the server is reached again."""
+        if self._began:
+            now = time.monotonic()
+            self.seconds, self.still_seconds = now - self._began, now - self._still
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "in_flight": self.in_flight,
+            "seconds": round(self.seconds, 6),
+            "still_seconds": round(self.still_seconds, 6),
+        }
+
+
 class Report(Struct, kw_only=True):
     """A report, which a command fills while it runs. It calls `tell` with a line of text at each step."""
 
@@ -297,6 +329,7 @@ class Report(Struct, kw_only=True):
     addresses: list[ServerAddress] = field(default_factory=list)
     pid: int | None = None
     replica: str | None = None
+    pause: Pause | None = None
     error: Failure | None = None
     trusted_by: str | None = None
     allowed_secrets: list[str] = field(default_factory=list)
@@ -362,6 +395,7 @@ class Report(Struct, kw_only=True):
             "pid": self.pid,
             "addresses": [address.to_json() for address in self.addresses],
             "replica": self.replica,
+            "pause": self.pause.to_json() if self.pause else None,
             "memory": self.memory.to_json() if self.memory else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,

@@ -53,7 +53,14 @@ def restore(
     report.replica = registration.name if registration else None
     with Signals() as signals, contextlib.ExitStack() as stack:
         announcer = Announcer(report, listener, options.ready_file, registration)
-        run = Run(options=options, report=report, listener=listener, signals=signals, announcer=announcer)
+        run = Run(
+            options=options,
+            report=report,
+            listener=listener,
+            signals=signals,
+            announcer=announcer,
+            registration=registration,
+        )
         try:
             decision, taken = _bring_up(run, cell, stack)
         except BaseException as error:

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snapshot.flow import snapshot
+    from snapshot.lent import save_running
     from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
     from snapshot.replica import RunningReplica, save_replica
 
-__all__ = ["Progress", "ReplicaOptions", "RunningReplica", "SnapshotOptions", "save_replica", "snapshot"]
+__all__ = [
+    "Progress",
+    "ReplicaOptions",
+    "RunningReplica",
+    "SnapshotOptions",
+    "save_replica",
+    "save_running",
+    "snapshot",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from snapshot import replica
 
         return getattr(replica, name)
+    if name == "save_running":
+        from snapshot import lent
+
+        return lent.save_running
     if name in {"Progress", "ReplicaOptions", "SnapshotOptions"}:
         from snapshot import options
 

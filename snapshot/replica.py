@@ -13,7 +13,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -95,24 +95,45 @@ def save_replica(
     with CUDA state, SecretError, NotDumpableError, DumpError, OracleError, and the errors of registries and
     keys.
     """
+    home = home or store.open_home()
+
+    def borrow() -> contextlib.AbstractContextManager[RunningReplica]:
+        return contextlib.nullcontext(replica)
+
+    return save_borrowed(replica.image, replica.reference, borrow, options, report, progress, home=home)
+
+
+def save_borrowed(
+    image: Image,
+    found_as: Reference,
+    borrow: Callable[[], contextlib.AbstractContextManager[RunningReplica]],
+    options: ReplicaOptions,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    *,
+    home: Home,
+) -> Image:
+    """Save a replica, as `save_replica` does, that is at hand only within the context of `borrow`.
+
+    The context is entered when everything else is prepared, and left as soon as the replica runs on.
+    """
     report = report or Report(verb="snapshot")
-    base = replica.image.record
+    base, given = image.record, image
     _require_supported(base)
-    reference, home = parse(options.image), home or store.open_home()
+    reference = parse(options.image)
     access = resolve.access(options.registry, home)
     require_writable(reference, access)
     credentials = secret_search.KnownSecrets.of(os.environ, base.command, options.secrets)
     engine = from_record(base.engine.name, base.endpoint, base.engine.options)
-    with (
-        telling_server(replica.cell, base.process.root_pid, engine, ends=False),
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
         work = stack.enter_context(home.work("snapshot"))
         stack.enter_context(credentials.kept_out_of_errors())
         with report.phase("find criu"):
             tool = find_for_dump(home)
-        shared = stack.enter_context(_shared_blobs(replica, home, options))
+        shared = stack.enter_context(_shared_blobs(given, found_as, home, options))
         frozen = stack.enter_context(contextlib.ExitStack())
+        replica = frozen.enter_context(borrow())
+        frozen.enter_context(telling_server(replica.cell, base.process.root_pid, engine, ends=False))
         hooked = frozen.enter_context(around_dump(replica.cell, base.process.hooked, report))
         with report.phase("dump"):
             dumped = frozen.enter_context(_dumped(replica, work, tool, options))
@@ -130,7 +151,7 @@ def save_replica(
         with report.phase("search for secrets"):
             secret_search.require_no_secrets(dumped.directory, credentials)
         with report.phase("pack"):
-            image = _pack(record, dumped.directory, replica.image, shared, Layout.create(work / "layout"))
+            image = _pack(record, dumped.directory, given, shared, Layout.create(work / "layout"))
         staging = Layout(work / "layout")
         if record.proved:
             image = prove(home, work, staging, image, tool, engine, report)
@@ -139,9 +160,9 @@ def save_replica(
             subjects = [image.index, *([image.cache] if image.cache else [])]
             signatures = made_here.sign(staging, subjects, attested, options.sign, home)
         report.image = ImageName(reference=options.image, digest=image.index.digest)
-        report.bytes.dump, report.bytes.written = dumped.bytes, sum(_own_sizes(image, replica.image))
+        report.bytes.dump, report.bytes.written = dumped.bytes, sum(_own_sizes(image, given))
         with report.phase("publish"):
-            mount_from = _repositories(replica.reference, reference)
+            mount_from = _repositories(found_as, reference)
             shown = progress or Progress()
             publish(staging, image, signatures, reference, access, home, report, shown, mount_from=mount_from)
         if not record.proved:
@@ -160,16 +181,18 @@ def _require_supported(record: Record) -> None:
 
 
 @contextlib.contextmanager
-def _shared_blobs(replica: RunningReplica, home: Home, options: ReplicaOptions) -> Iterator[Blobs | None]:
+def _shared_blobs(
+    image: Image, reference: Reference, home: Home, options: ReplicaOptions
+) -> Iterator[Blobs | None]:
     """Keep the blobs of the replica's image readable within the context; None if they are gone."""
     with contextlib.ExitStack() as stack:
         blobs: Blobs | None = None
         with contextlib.suppress(NotFoundError, IntegrityError):
-            found = stack.enter_context(resolve.source(replica.reference, home, options.registry))
-            if cache := replica.image.cache:
+            found = stack.enter_context(resolve.source(reference, home, options.registry))
+            if cache := image.cache:
                 found.blobs.read(cache, limit_bytes=_MANIFEST_LIMIT_BYTES)
             if isinstance(found.blobs, Layout):
-                for layer in filter(lambda layer: layer.is_memory, replica.image.layers):
+                for layer in filter(lambda layer: layer.is_memory, image.layers):
                     found.blobs.open_blob(layer).close()
             blobs = found.blobs
         yield blobs

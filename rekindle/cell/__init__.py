@@ -103,15 +103,7 @@ class Cell:
 
     def __init__(self) -> None:
         """Start the launcher, which takes some 20 ms to boot; `enter` creates the namespaces."""
-        self._exits: dict[int, int] = {}
-        self._spawned: list[int] = []
-        self._problems: list[str] | None = None
-        self._untraced: set[tuple[int, str]] = set()
-        self._init = 0
-        self._ready = False
-        self._dial: socket.socket | None = None
-        self._dialing = threading.Lock()
-        self.clocks_offset = Clocks(monotonic_ns=0, boottime_ns=0)
+        self._reset()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = [sys.executable, "-I", "-S", "-B", init.__file__]
         try:
@@ -126,6 +118,17 @@ class Cell:
             raise
         finally:
             theirs.close()
+
+    def _reset(self) -> None:
+        self._exits: dict[int, int] = {}
+        self._spawned: list[int] = []
+        self._problems: list[str] | None = None
+        self._untraced: set[tuple[int, str]] = set()
+        self._init = 0
+        self._ready = False
+        self._dial: socket.socket | None = None
+        self._dialing = threading.Lock()
+        self.clocks_offset = Clocks(monotonic_ns=0, boottime_ns=0)
 
     def enter(self, network: Network, clocks: Clocks | None = None) -> Self:
         """Create the namespaces; with `clocks`, the cell's clocks continue from there.
@@ -228,6 +231,24 @@ class Cell:
     def launcher_pid(self) -> int:
         """The PID of the launcher, our child; the cell ends when it does."""
         return self._launcher.pid
+
+    @property
+    def has_own_network(self) -> bool:
+        return self._dial is not None
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors of its sockets, for `rekindle.cell.borrowed`."""
+        return [self._control.fileno(), *([self._dial.fileno()] if self._dial is not None else [])]
+
+    def settle(self) -> list[int]:
+        """Return the PIDs of what a borrower has started who did not live to hear of it."""
+        self.adjust([])  # init answers in order
+        self._spawned, started = [], self._spawned
+        return started
+
+    def note_exits(self, exits: Mapping[int, int]) -> None:
+        """Note wait statuses that somebody else was told, by PID in the cell."""
+        self._exits.update(exits)
 
     def clocks(self) -> Clocks:
         """Read the clocks as seen inside the cell."""

@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,7 @@ from typing import Self
 from rekindle.cell import MEMORY_PLACE, Cell, processes
 from rekindle.criu import Criu, dump_command, failed
 from rekindle.errors import DumpError
+from rekindle.proc import children
 
 _ROLL_BACK_SECONDS = 60.0
 _PLACE = MEMORY_PLACE.parent  # in the cell's own /dev/shm, which allows execution
@@ -92,6 +93,7 @@ class FrozenDump:
         self._stack.__exit__(kind, error, trace)
 
     def _fifo(self, path: Path) -> int:
+        _remove(path)  # of a dump whose maker was killed
         os.mkfifo(path, 0o600)
         self._stack.callback(_remove, path)
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -146,6 +148,35 @@ class FrozenDump:
                 cause=f"its wait status is {status}",
                 log=self._logs / "dump.log",
             )
+
+
+@contextlib.contextmanager
+def letting_run(cell: Cell) -> Iterator[None]:
+    """Within the context, decide for a maker of a dump who was killed: the processes run on.
+
+    The script would otherwise wait for somebody at the other ends of its pipes.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in (_FROZEN, _DECISION):
+            path = cell.root / _PLACE.relative_to("/") / name
+            with contextlib.suppress(OSError):  # it has not come so far
+                fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                if name == _DECISION:
+                    os.write(fd, b"run\n")
+        yield
+
+
+def is_dumping(cell: Cell) -> bool:
+    """Return whether CRIU works in a cell, or is about to start."""
+    proc = processes.proc(cell)
+    for pid in children(proc / "1"):
+        with contextlib.suppress(OSError):
+            words = (proc / str(pid) / "cmdline").read_bytes()
+            # Until it runs another program, a child of init has its command line.
+            if b"--images-dir=" in words or words == (proc / "1" / "cmdline").read_bytes():
+                return True
+    return False
 
 
 def _remove(path: Path) -> None:

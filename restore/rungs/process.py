@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from oci.image import Image
 from rekindle import criu
 from rekindle.cell import Cell, Network, exit_status, hook, processes
 from rekindle.cell.settings import to_apply
@@ -23,6 +24,7 @@ from rekindle.criu import Criu
 from rekindle.engine import Engine
 from rekindle.engine.choose import from_record
 from rekindle.errors import MismatchError, OracleError, PortError, RestoreError
+from rekindle.fields import JSON
 from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
@@ -117,10 +119,9 @@ def take(
                 stack.push(using.pop_all().__exit__)
                 stack.callback(end_cell)  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
-    from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
-
-    replica = RestoredServer(cell, record.process, end_cell if must_suspend(record) else None)
-    serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
+    mapped = report.memory is not None and report.memory.mode is MemoryMode.MAPPED
+    kill = end_cell if must_suspend(record) else None
+    serving = _serve(run, cell, image, kill, dump if mapped else None, stack)
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
             _publish(addresses, serving, record, _gate(record, decision.facts.api_keys))
@@ -133,6 +134,33 @@ def _measured(source: Source, home: Home) -> contextlib.AbstractContextManager[N
     from restore import fetch_rates
 
     return fetch_rates.measured(home, source.reference, source.tally)
+
+
+def _serve(
+    run: Run,
+    cell: Cell,
+    image: Image,
+    kill: Callable[[], None] | None,
+    mapped: Path | None,
+    stack: contextlib.ExitStack,
+) -> "Serving":
+    """Begin to serve the restored server, which maps the memory of the dump `mapped`, if any."""
+    from restore.serve.control import Control
+    from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
+
+    facts = functools.partial(_facts, image, mapped)
+    output = (run.options.output.stdout, run.options.output.stderr)
+    replica = RestoredServer(cell, image.record.process, kill, output, facts)
+    serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
+    if run.registration is not None:
+        with contextlib.suppress(OSError):  # a server without it is served as well
+            stack.enter_context(Control(run.registration.directory, serving, replica))
+    return serving
+
+
+def _facts(image: Image, mapped: Path | None) -> dict[str, JSON]:
+    """Return what a command that acts on the replica needs to know."""
+    return {"image": image.to_json(), "dump": str(mapped) if mapped else None}
 
 
 def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":

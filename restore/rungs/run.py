@@ -3,6 +3,7 @@
 
 from msgspec import Struct
 
+from rekindle.replicas import Registration
 from rekindle.report import Report
 from restore.listener import Listener
 from restore.options import Options
@@ -13,6 +14,7 @@ from restore.signals import Signals
 class Run(Struct, frozen=True, kw_only=True):
     """One restore: what was asked for, and where its progress is reported.
 
+    `registration` is the replica's entry in this home, if it has one.
     Work runs within `signals.raising`, so that it can be interrupted at any moment; clean-up does not.
     """
 
@@ -21,3 +23,4 @@ class Run(Struct, frozen=True, kw_only=True):
     listener: Listener
     signals: Signals
     announcer: Announcer
+    registration: Registration | None = None

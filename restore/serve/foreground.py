@@ -5,20 +5,33 @@ import contextlib
 import os
 import resource
 import selectors
+import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from rekindle.cell import Cell, exit_status, processes
+from rekindle.cell.borrowed import lend
+from rekindle.criu.frozen import is_dumping, letting_run
+from rekindle.documents import to_json
 from rekindle.engine import Endpoint
 from rekindle.errors import RestoreError
+from rekindle.fields import JSON
 from rekindle.record import Process
+from restore.serve.control import Loan
 from restore.serve.forward import Forwarder
 from restore.signals import ENDING, Signals
 
 if TYPE_CHECKING:
     from restore.serve.gate import NewGate
+
+
+_CRIU_SECONDS = 60.0
+_POLL_SECONDS = 0.01
+
+Facts = Callable[[], Mapping[str, JSON]]
 
 
 class Replica(Protocol):
@@ -43,18 +56,34 @@ class Replica(Protocol):
 class RestoredServer:
     """A server restored in a cell."""
 
-    def __init__(self, cell: Cell, process: Process, kill: Callable[[], None] | None = None) -> None:
-        """`kill` ends a server that must not end by itself when it is asked to."""
+    def __init__(
+        self,
+        cell: Cell,
+        process: Process,
+        kill: Callable[[], None] | None = None,
+        output: Sequence[int] = (),
+        facts: Facts = dict,
+    ) -> None:
+        """`kill` ends a server that must not end by itself when it is asked to.
+
+        Its output leads to the descriptors of ours `output`; `facts` are for whoever borrows its cell.
+        """
         self._cell = cell
         self._process = process
         self._kill = kill
         self._killed: int | None = None
+        self._output, self._facts = output, facts
+        self._is_lent = self._was_lost = False
 
     def status(self) -> int | None:
         if self._killed is not None:
             return 128 + self._killed
+        if self._is_lent:
+            return None
         root, server = self._process.root_pid, self._process.server_pid
         status = self._cell.wait(root, 0.0)
+        if status is None and self._was_lost and not processes.runs(self._cell, root):
+            status = signal.SIGKILL  # its end was told to a borrower that was killed
         if status is not None and os.WIFSIGNALED(status) and server != root:
             # A signal has ended only the shell above the server, which is a child of the cell's init now.
             runs = processes.runs(self._cell, server)
@@ -68,6 +97,30 @@ class RestoredServer:
             self._kill()
             return
         self._cell.relay(self._process.server_pid, signum)
+
+    def lend(self) -> Loan:
+        lent, fds = lend(self._cell)
+        self._is_lent = True
+        return Loan(cell=to_json(lent), fds=[*self._output, *fds])
+
+    def facts(self) -> Mapping[str, JSON]:
+        return self._facts()
+
+    def take_back(self, exits: Mapping[int, int] | None) -> None:
+        self._is_lent = False
+        if exits is None:
+            self._was_lost = True
+            self._await_criu()
+        self._cell.note_exits(exits or {})
+
+    def _await_criu(self) -> None:
+        """Wait until CRIU, whose borrower was killed, has let the processes run on."""
+        deadline = time.monotonic() + _CRIU_SECONDS
+        with letting_run(self._cell), contextlib.suppress(RestoreError):  # the cell has ended
+            for pid in self._cell.settle():
+                self._cell.wait(pid, _CRIU_SECONDS)
+            while time.monotonic() < deadline and is_dumping(self._cell):
+                time.sleep(_POLL_SECONDS)
 
     def child(self) -> int:
         return self._cell.launcher_pid
@@ -98,6 +151,7 @@ class Serving:
         self._signals = signals
         self._asked_to_end = asked_to_end
         self._forwarder: Forwarder | None = None
+        self._is_still = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -135,6 +189,29 @@ class Serving:
             self._forwarder = Forwarder(self._selector, self._replica)
             self._stack.callback(self._forwarder.close)
         self._forwarder.accept_from(sock, target, new_gate)
+
+    def hold(self) -> int:
+        """Let new requests wait; return how many are in flight."""
+        if self._forwarder is None:
+            return 0
+        self._forwarder.hold()
+        return self._forwarder.in_flight()
+
+    def be_still(self) -> None:
+        """Leave the server and its connections alone until `resume`. Signals are passed on meanwhile."""
+        self.forget(self._replica.fileno())
+        self._is_still = True
+        if self._forwarder is not None:
+            self._forwarder.be_still()
+
+    def resume(self) -> None:
+        """Go on after `hold` or `be_still`."""
+        if self._forwarder is not None:
+            self._forwarder.resume()
+        if self._is_still:
+            self._is_still = False
+            self.watch(self._replica.fileno(), self._look)
+            self._look()
 
     def run(self, until: Callable[[], bool] = lambda: False) -> int | None:
         """Serve until the server exits; return its exit status. Return None as soon as `until` holds."""

@@ -9,11 +9,13 @@ import selectors
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct, field
 
 from rekindle.engine import Endpoint
+from restore.serve.exchange import Exchange
 
 if TYPE_CHECKING:
     from restore.serve.gate import ApiKeyGate, NewGate
@@ -34,6 +36,7 @@ class _Side(Struct, eq=False):
     read_closed: bool = False
     write_closed: bool = False
     gate: "ApiKeyGate | None" = None  # of the connection, the same for both ends
+    exchange: Exchange = field(default_factory=Exchange)  # of the connection, too
 
     def stop_writing(self) -> None:
         """Write nothing more to it; what it has sent may still be read."""
@@ -54,8 +57,37 @@ class Forwarder:
     def __init__(self, selector: selectors.BaseSelector, network: Dialer) -> None:
         self._selector = selector
         self._network = network
-        self._listeners: list[socket.socket] = []
+        self._listeners: dict[socket.socket, Callable[[int], None]] = {}
         self._sides: set[_Side] = set()
+        self._holds = self._is_still = False
+
+    def hold(self) -> None:
+        """Let new connections wait, and new requests of connections on which nothing is asked just now."""
+        if not self._holds:
+            self._holds = True
+            for sock in self._listeners:
+                self._selector.unregister(sock)
+        for side in self._sides:
+            self._watch(side)
+
+    def in_flight(self) -> int:
+        """Return how many connections wait for an answer, or get one."""
+        return sum(not side.is_server and side.exchange.is_open for side in self._sides)
+
+    def be_still(self) -> None:
+        """Neither read nor write anything until `resume`: the server is going to be frozen."""
+        self._is_still = True
+        for side in self._sides:
+            self._watch(side)
+
+    def resume(self) -> None:
+        """Go on after `hold`, and serve what has waited."""
+        if self._holds:
+            self._holds = self._is_still = False
+            for sock, accept in self._listeners.items():
+                self._selector.register(sock, selectors.EVENT_READ, accept)
+            for side in self._sides:
+                self._watch(side)
 
     def accept_from(self, sock: socket.socket, target: Endpoint, new_gate: "NewGate | None" = None) -> None:
         """Forward connections from a listening socket to the server's address `target` from now on.
@@ -63,15 +95,16 @@ class Forwarder:
         With `new_gate`, each connection gets a gate, which sees all its bytes and decides what is passed on.
         """
         sock.setblocking(False)
-        self._listeners.append(sock)
         accept = functools.partial(self._accept, sock, target, new_gate)
-        self._selector.register(sock, selectors.EVENT_READ, lambda _: accept())
+        self._listeners[sock] = lambda _: accept()
+        self._selector.register(sock, selectors.EVENT_READ, self._listeners[sock])
 
     def drain(self) -> None:
         """Deliver what a server that has ended wrote to its clients, as the kernel would without a forwarder.
 
         Stop listening. Give up on clients once none has taken a byte for two seconds.
         """
+        self.resume()
         self._stop_listening()
         for side in self._sides:
             with contextlib.suppress(KeyError):
@@ -94,7 +127,8 @@ class Forwarder:
 
     def _stop_listening(self) -> None:
         for sock in self._listeners:
-            self._selector.unregister(sock)
+            if not self._holds:
+                self._selector.unregister(sock)
             sock.close()
         self._listeners.clear()
 
@@ -114,6 +148,7 @@ class Forwarder:
         near, far = _Side(client), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
         near.gate = far.gate = new_gate() if new_gate else None
+        far.exchange = near.exchange
         for side in (near, far):
             side.sock.setblocking(False)
             with contextlib.suppress(OSError):
@@ -135,8 +170,12 @@ class Forwarder:
         is_wanted = not side.read_closed and not side.other.write_closed
         if side.gate is not None and not side.is_server:
             is_wanted = is_wanted and side.gate.waiting_bytes < _BUFFER_BYTES
+        if self._holds and not side.is_server:
+            is_wanted = is_wanted and side.exchange.is_open
         if side.connected and is_wanted and len(side.other.pending) < _BUFFER_BYTES:
             events |= selectors.EVENT_READ
+        if self._is_still:
+            events = 0
         registered = side.sock in self._selector.get_map()
         if not events:
             if registered:
@@ -159,6 +198,10 @@ class Forwarder:
                 self._flush(side)
             if mask & selectors.EVENT_READ:
                 content = side.sock.recv(_BUFFER_BYTES)
+                if side.is_server:
+                    side.exchange.from_server(content)
+                else:
+                    side.exchange.from_client(content)
                 if side.gate is not None:
                     self._pass_gate(side, side.gate, content)
                 elif content:

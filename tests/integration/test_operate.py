@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers in the background: `restore --detach`, `ps`, `logs`, `stop`, `wait` and `exec`."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +253,96 @@ def test_who_waits_in_vain_sees_the_end_and_the_lower_rung_opens_the_port(
         assert b"200 OK" in answered(second)
     process.terminate()
     assert process.wait(20)
+
+
+@dataclass
+class Load:
+    """Clients that ask all the time, half of them over one connection each."""
+
+    port: int
+    answers: int = 0
+    slowest: float = 0.0
+    failures: list[str] = field(default_factory=list)
+    _ends: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> "Load":
+        for number in range(6):
+            self._threads.append(threading.Thread(target=self._ask, args=[number % 2 == 0]))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _ask(self, stays: bool) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        while not self._ends.is_set():
+            began = time.monotonic()
+            try:
+                connection.request("GET", "/stream?n=4")
+                response = connection.getresponse()
+                content = response.read()
+                if response.status != 200 or content.count(b"data") != 4:
+                    self.failures.append(f"{response.status} {content!r}")
+            except OSError as error:
+                self.failures.append(repr(error))
+                connection.close()
+            self.answers += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            if not stays:
+                connection.close()
+        connection.close()
+
+
+def test_a_server_is_saved_under_load_and_no_request_fails(rekindle: Rekindle, tmp_path: Path) -> None:
+    port, second = free_port(), free_port()
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
+    assert [ask(port, "/count", {}) for _ in range(3)] == [1, 2, 3]
+    with Load(port) as load, socket.create_connection(("127.0.0.1", port)) as idle:
+        time.sleep(0.3)
+        done = rekindle("snapshot", "later", "--replica", "web", "--no-prove", "--json")
+        assert done.status == 0, done.stderr
+        before = load.answers
+        wait_for(lambda: load.answers > before + 12, 10)
+        assert b"200 OK" in answered(idle)
+    assert not load.failures
+    report = done.json
+    assert report["oracle"]["match"]
+    assert report["pause"]["in_flight"] == 0, "each answer takes 0.2 s"
+    assert report["pause"]["still_seconds"] < report["pause"]["seconds"] < 1.5
+    assert load.slowest < 2
+    assert ask(port, "/count", {}) == 4
+    assert rekindle("restore", "later", "--detach", "--name", "two", "--publish", str(second)).status == 0
+    assert ask(second, "/count", {}) == 4, "it has the state of then"
+
+
+def test_a_request_that_takes_longer_goes_on_after_the_snapshot(rekindle: Rekindle) -> None:
+    port = free_port()
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"GET /stream?n=60 HTTP/1.1\r\nHost: horse\r\nConnection: close\r\n\r\n")
+        flags = ["--replica", "web", "--no-prove", "--json", "--drain", "0.2"]
+        done = rekindle("snapshot", "later", *flags)
+        assert done.status == 0, done.stderr
+        assert done.json["pause"]["in_flight"] == 1
+        assert b"".join(iter(lambda: client.recv(1 << 16), b"")).count(b"data") == 60
+
+
+def test_a_command_that_is_killed_leaves_the_server_as_it_was(rekindle: Rekindle, tmp_path: Path) -> None:
+    port = free_port()
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
+    for number in range(8):  # before CRIU runs, while it dumps, while it waits, and when all is over
+        log = tmp_path / f"log-{number}"
+        process = rekindle.spawn("snapshot", "later", "--replica", "web", "--no-prove", log=log)
+        wait_for(lambda: "rekindle: drain" in log.read_text() or process.poll() is not None, 20)  # noqa: B023
+        time.sleep(0.01 * number**1.5)
+        process.kill()
+        process.wait(10)
+        assert ask(port, "/count", {}) == number + 1
+    assert rekindle("snapshot", "later", "--replica", "web", "--no-prove").status == 0
+    assert ask(port, "/count", {}) == 9
+    assert rekindle("stop", "web").status == 0
+    assert listed(rekindle, "--all")["web"]["exit_status"] == HORSE_STATUS

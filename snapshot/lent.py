@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save a server that another rekindle serves, and that serves on.
+
+from snapshot import ReplicaOptions, save_running
+
+image = save_running("web-1", ReplicaOptions(image="tiny-monday", runs_on=True))
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from oci import store
+from oci.image import Image
+from oci.layout import Layout
+from oci.reference import parse
+from rekindle import replicas
+from rekindle.cell import Cell
+from rekindle.engine.choose import from_record
+from rekindle.engine.client import Client
+from rekindle.errors import OracleError, WorkloadError
+from rekindle.home import Home
+from rekindle.record import Record
+from rekindle.report import OracleAnswer, Pause, Report
+from restore.borrow import Lender
+from snapshot.options import Progress, ReplicaOptions
+from snapshot.replica import RunningReplica, save_borrowed
+
+_ANSWER_SECONDS = 60.0
+
+
+def save_running(
+    name: str,
+    options: ReplicaOptions,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    *,
+    drain_seconds: float = 10.0,
+    home: Home | None = None,
+) -> Image:
+    """Save a replica that another process serves, by its name, and fill the report.
+
+    New requests wait while those in flight finish, for at most `drain_seconds`; then the server is asked its
+    oracle, and frozen for as long as the dump takes. No request fails. With `options.runs_on` the server then
+    serves on, and the rest is done beside it. Otherwise it has ended when this returns.
+
+    Raises NotFoundError if there is no such replica, CapabilityError for one without a cell, BusyError,
+    OracleError for a server that answers wrongly by now, and the errors of `save_replica`. The server serves
+    on after an error.
+    """
+    home = home or store.open_home()
+    report = report or Report(verb="snapshot")
+    entry = replicas.running(home, name)
+    with Lender(entry) as lender:
+        facts = lender.facts()
+        image = Image.from_json(facts["image"], Layout(home.store))
+        reference, dump = parse(entry.status.image), facts["dump"]
+        report.replica, report.pause = name, Pause()
+
+        @contextlib.contextmanager
+        def borrow() -> Iterator[RunningReplica]:
+            assert report.pause is not None
+            with contextlib.ExitStack() as stack:
+                with report.phase("drain"):
+                    cell, output = stack.enter_context(lender.lent(drain_seconds, report.pause))
+                with report.phase("oracle"):
+                    _ask(cell, image.record, report)
+                yield RunningReplica(
+                    cell=cell,
+                    image=image,
+                    reference=reference,
+                    dump=Path(dump) if dump else None,
+                    output=output,
+                )
+
+        return save_borrowed(image, reference, borrow, options, report, progress, home=home)
+
+
+def _ask(cell: Cell, record: Record, report: Report) -> None:
+    """Raise OracleError unless the server still gives the recorded answer."""
+    engine = from_record(record.engine.name, record.endpoint, record.engine.options)
+    client = Client(record.endpoint, cell.connect)
+    try:
+        got = engine.answer(
+            client.ask(engine.authorize(record.oracle.request, os.environ), timeout=_ANSWER_SECONDS)
+        )
+    except OSError as error:
+        raise WorkloadError("the server does not answer", cause=str(error)) from error
+    agree = engine.agree(record.oracle.answer, got)
+    report.oracle = OracleAnswer(expected=record.oracle.answer, got=got, match=agree)
+    if not agree:
+        raise OracleError(
+            "the server's answer differs from the recorded one by now",
+            cause=f"expected {json.dumps(record.oracle.answer)[:300]}, got {json.dumps(got)[:300]}",
+        )
