@@ -28,14 +28,11 @@ take_lock() {
   flock 9
 }
 
-# unpack_debian SUITE DESTINATION PACKAGE...
-# Unpack packages with all their dependencies, libc included, below DESTINATION. The system's package database
-# is neither read nor changed: apt gets a state of its own in which nothing is installed, so that its resolver
-# names every dependency.
-unpack_debian() {
-  local suite=$1 destination=$2 state mirror keyring
-  shift 2
-  state=$(mktemp -d "$PREFIX/apt.XXXXXX")
+# use_debian SUITE COMPONENT STATE
+# Let apt use one component of a Debian suite. The system's package database is neither read nor changed: apt
+# gets a state of its own in which nothing is installed, in the directory STATE, until APT_CONFIG is unset.
+use_debian() {
+  local suite=$1 component=$2 state=$3 mirror keyring
   mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
 
   # Use the mirror that this machine already uses for Debian. apt-get expands the names in its format.
@@ -45,7 +42,7 @@ unpack_debian() {
   [ -n "$mirror" ] || die "no Debian mirror in apt's sources: set REKINDLE_DEBIAN_MIRROR to the URL of one"
   keyring=/usr/share/keyrings/debian-archive-keyring.gpg
   [ -e "$keyring" ] || die "missing $keyring: install the package debian-archive-keyring"
-  echo "deb [signed-by=$keyring] $mirror $suite main" >"$state/sources.list"
+  echo "deb [signed-by=$keyring] $mirror $suite $component" >"$state/sources.list"
   cat >"$state/apt.conf" <<APT
 Dir::State "$state";
 Dir::State::lists "$state/lists";
@@ -59,6 +56,16 @@ APT::Install-Recommends "false";
 APT
   export APT_CONFIG=$state/apt.conf
   quietly apt-get update
+}
+
+# unpack_debian SUITE DESTINATION PACKAGE...
+# Unpack packages with all their dependencies, libc included, below DESTINATION. apt's resolver names every
+# dependency, since nothing is installed.
+unpack_debian() {
+  local suite=$1 destination=$2 state
+  shift 2
+  state=$(mktemp -d "$PREFIX/apt.XXXXXX")
+  use_debian "$suite" main "$state"
   quietly apt-get install --yes --download-only "$@"
   # "Inst NAME (VERSION SUITE [ARCHITECTURE])"; apt writes the colon of an epoch as %3a in file names.
   local archives

@@ -61,7 +61,7 @@ static void begin_restore_thread(void)
 
     if (requests[1] || pipe2(requests, O_CLOEXEC) || pipe2(answers, O_CLOEXEC))
         return;
-    snprintf(name, sizeof name, "cuda%06x%05x", requests[1] << 2 & 0xffffff, answers[0] & 0xfffff);
+    snprintf(name, sizeof name, "cuda%011llx", ((unsigned long long)requests[1] << 22 | answers[0]) & 0xfffffffffffULL);
     if (!pthread_create(&thread, NULL, serve, NULL))
         pthread_setname_np(thread, name);
 }

@@ -79,7 +79,7 @@ NO_THREAD = "Could not find restore thread for process ID %d"
 NOT_DONE = 'Could not %s on process ID %d: "%s"'
 UNKNOWN_OPTION = "Invalid option(s) or option(s) not supported by this CUDA Driver"
 TEXTS = (NO_START, NO_STATE, NO_THREAD, NOT_DONE, UNKNOWN_OPTION)
-_THREAD = re.compile(r"cuda([0-9a-f]{6})([0-9a-f]{5})")
+_THREAD, _NAME_BITS = re.compile(r"cuda([0-9a-f]{11})"), 22
 PARENT = os.getppid()
 
 # As in the files, which tests write.
@@ -136,8 +136,8 @@ def write_state(pid: int, state: JSON) -> None:
 def begin_restore_thread() -> int:
     """Start the thread that cuInit starts, in this process; return its ID.
 
-    libcuda 555 names it after its pipes: `cuda`, four times the number of the end that requests are written
-    to, as six hexadecimal digits, and the number of the end that answers are read from, as five.
+    libcuda 555 names it after its pipes: `cuda` and eleven hexadecimal digits. The lowest 22 bits are the
+    descriptor that answers are read from, and those above the one that requests are written to.
     """
     requests, to_thread = os.pipe()
     answers, from_thread = os.pipe()
@@ -147,7 +147,7 @@ def begin_restore_thread() -> int:
     def serve() -> None:
         ids.append(threading.get_native_id())
         with open(f"/proc/self/task/{ids[0]}/comm", "w") as comm:
-            comm.write(f"cuda{to_thread << 2:06x}{answers:05x}")
+            comm.write(f"cuda{to_thread << _NAME_BITS | answers:011x}")
         started.set()
         while request := os.read(requests, 1):
             os.write(from_thread, request)
@@ -163,8 +163,14 @@ def find_restore_thread(pid: int) -> int:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(OSError), open(f"/proc/{pid}/task/{thread}/comm") as comm:
                 if found := _THREAD.fullmatch(comm.read().strip()):
-                    return int(thread) if answers(pid, int(found[1], 16) >> 2, int(found[2], 16)) else 0
+                    return int(thread) if answers(pid, *ends(found[0])) else 0
     return 0
+
+
+def ends(name: str) -> tuple[int, int]:
+    """The descriptors of a restore thread, by its name: to write requests to, and to read answers from."""
+    value = int(name.removeprefix("cuda"), 16)
+    return value >> _NAME_BITS, value & (1 << _NAME_BITS) - 1
 
 
 def answers(pid: int, request_end: int, answer_end: int) -> bool:

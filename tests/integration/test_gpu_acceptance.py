@@ -91,7 +91,7 @@ def test_every_step_of_the_acceptance_test_is_done(machine: Machine, tmp_path: P
     places = set(Path("/var/tmp").iterdir())
     work = ["--work", str(tmp_path / "work")]
     began = time.monotonic()
-    assert machine.run(*work, "--deadline", "32") == 75, machine.page
+    assert machine.run(*work, "--deadline", "22") == 75, machine.page
     assert time.monotonic() - began < 45
     first = machine.steps
     assert "unfinished" in {step["status"] for step in first.values()}
@@ -177,7 +177,7 @@ def test_a_step_that_hangs_ends_with_its_call_and_has_failed_after_two(
     machine: Machine, tmp_path: Path
 ) -> None:
     machine.cuda.describe(faults=[{"step": "checkpoint", "hang": True}])
-    words = ["--only", "snapshot", "--only", "load", "--deadline", "16", "--work", str(tmp_path / "work")]
+    words = ["--only", "snapshot", "--only", "load", "--deadline", "13", "--work", str(tmp_path / "work")]
     assert machine.run(*words) == 75
     assert "run it again with the same --work" in machine.steps["snapshot"]["reason"]
     assert machine.run(*words) == 1

@@ -16,7 +16,8 @@ file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, c
 tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
 uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more), cuda-idle (a
 process that has called cuInit, and no more), also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6
-address), nvml=N (calls nvmlInit so many times, and never nvmlShutdown).
+address), nvml=N (calls nvmlInit so many times, and never nvmlShutdown),
+libcuda (calls cuInit of the libcuda that there is, whatever comes of it).
 """
 
 import contextlib
@@ -38,7 +39,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, urlsplit
 
 PORT = int(sys.argv[1])
@@ -324,6 +325,12 @@ def wait_for_cuda() -> None:
         time.sleep(0.01)
 
 
+def opened_now() -> Iterator[tuple[str, str]]:
+    for path in pathlib.Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield path.name, os.readlink(path)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -334,6 +341,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif url.path == "/facts":
             os.write(to_child, b"?")
             deleted.seek(0)
+            own = pathlib.Path("/proc/self")
             with lock:
                 facts = {
                     "pid": os.getpid(),
@@ -349,6 +357,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     "hash_seed": os.environ.get("PYTHONHASHSEED"),
                     "odd": os.environ.get("odd.name"),  # noqa: SIM112
                     "large": len(os.environ.get("LARGE", "")),
+                    "threads": [path.read_text().strip() for path in own.glob("task/*/comm")],
+                    "descriptors": dict(opened_now()),
                     "cuda": [json.loads(path.read_bytes()) for path in cuda_states],
                 }
             self.reply(json.dumps(facts))
@@ -450,6 +460,8 @@ def main() -> None:
         claim_cuda()
     for _ in range(int(BEHAVIOURS.get("nvml", 0))):
         assert ctypes.CDLL("libnvidia-ml.so.1").nvmlInit_v2() == 0
+    if "libcuda" in BEHAVIOURS:
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
     if "cuda-idle" in BEHAVIOURS:
         fork(begin_restore_thread)
     if "uid" in BEHAVIOURS:
