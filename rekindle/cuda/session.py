@@ -108,12 +108,16 @@ class Session:
     ) -> None:
         """Restore every process, then unlock every one, whatever their states; this ends the transaction.
 
-        Raises CudaError, after a rollback as in `checkpoint_all`. Pass `roll_back=False` if the processes
-        will be killed after a failure.
+        Raises CudaError, after a rollback as in `checkpoint_all`. Pass `roll_back=False` for processes that
+        CRIU has restored: they will be killed after a failure, and one that is not checkpointed has lost its
+        state, which is a failure.
         """
         with self._all_or_nothing() if roll_back else contextlib.nullcontext():
             deadline = _Deadline(timeout_seconds)
             states = self._read_states(deadline)
+            lost = [pid for pid, state in states.items() if state is State.RUNNING and not roll_back]
+            if lost:
+                raise failure(Action.RESTORE, lost[0], 0, "", "its CUDA state is not in the dump")
             checkpointed = [pid for pid, state in states.items() if state is State.CHECKPOINTED]
             _do_all(
                 checkpointed,
