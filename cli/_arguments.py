@@ -88,6 +88,12 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--certificate-identity-regexp", metavar="PATTERN", help="trust signers whose whole name matches"
     )
+    group.add_argument(
+        "--ca-roots",
+        type=Path,
+        metavar="PEM",
+        help="certificates of an authority of your own, for --certificate-identity without an issuer",
+    )
     group.add_argument("--certificate-oidc-issuer", metavar="URL", help="OIDC issuer of that signer")
     group.add_argument(
         "--certificate-oidc-issuer-regexp", metavar="PATTERN", help="a pattern for the issuer instead"

@@ -7,7 +7,7 @@ import sys
 
 from oci.options import TrustOptions
 from oci.trust.keys import PublicKey
-from oci.trust.policy import Identity, TrustRule, identity
+from oci.trust.policy import Identity, TrustRule, authority, identity
 from rekindle.errors import FormatError, UsageError
 
 
@@ -29,6 +29,8 @@ def _rule(args: argparse.Namespace) -> TrustRule | None:
     who, issuer = args.certificate_identity, args.certificate_oidc_issuer
     who_like, issuer_like = args.certificate_identity_regexp, args.certificate_oidc_issuer_regexp
     named = who is not None or who_like is not None
+    if args.ca_roots is not None:
+        return _by_authority(args)
     if named != (issuer is not None or issuer_like is not None):
         raise UsageError(
             "--certificate-identity and --certificate-oidc-issuer are required together",
@@ -46,3 +48,18 @@ def _rule(args: argparse.Namespace) -> TrustRule | None:
         raise UsageError(error.message, cause=error.cause) from None
     keys = tuple(PublicKey.read(path) for path in args.verify_key)
     return TrustRule(name="", keys=keys, identities=identities, trusted_root=args.trusted_root)
+
+
+def _by_authority(args: argparse.Namespace) -> TrustRule:
+    from oci.trust import certificate
+
+    if args.policy or args.certificate_oidc_issuer or args.certificate_oidc_issuer_regexp:
+        raise UsageError("--ca-roots cannot be combined with --policy or an OIDC issuer")
+    name, pattern = args.certificate_identity or "", args.certificate_identity_regexp or ""
+    try:
+        accepted = authority(certificate.roots(args.ca_roots), name, pattern)
+    except FormatError as error:
+        hint = "add --certificate-identity NAME or --certificate-identity-regexp PATTERN"
+        raise UsageError(error.message, cause=error.cause, hint=hint) from None
+    keys = tuple(PublicKey.read(path) for path in args.verify_key)
+    return TrustRule(name="", keys=keys, authorities=(accepted,))

@@ -3,6 +3,10 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from cli import _arguments, _report, _signing
 from oci import attached, media_types, resolve, store
@@ -21,6 +25,9 @@ from rekindle.errors import UsageError
 from rekindle.fields import Fields
 from rekindle.report import ImageName, Outcome, Report
 
+if TYPE_CHECKING:
+    from oci.trust.certificate import Chain
+
 
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
@@ -34,6 +41,16 @@ def main(words: Sequence[str]) -> int:
         "--legacy-tag",
         action="store_true",
         help="with a key, also sign in the format that cosign before 2.6 reads",
+    )
+    parser.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="PEM",
+        help="also sign in that format with this certificate of --sign-key, which an authority of your own "
+        "issued, as KServe verifies it",
+    )
+    parser.add_argument(
+        "--certificate-chain", type=Path, metavar="PEM", help="the certificates above that one"
     )
     parser.add_argument(
         "--yes-by-tag", action="store_true", help="sign the image that a registry has under a tag now"
@@ -57,6 +74,7 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
         raise UsageError("no signing key", hint="add --sign-key cosign.key, --sign-keyless or --sign-command")
     if args.legacy_tag and not (key is not None and isinstance(reference, RegistryReference)):
         raise UsageError("--legacy-tag requires --sign-key or --sign-command, and an image in a registry")
+    chain = _chain(args, key)
     home = store.open_home()
     with home.work("sign") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
         report.image = ImageName(reference=args.image, digest=source.root.digest)
@@ -78,17 +96,30 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
         with report.phase("sign"):
             made = signer.sign(staging, signed, by, attested=attested)
         with report.phase("attach"):
-            _attach(source, reference, staging, signed, made, key if args.legacy_tag else None)
+            _attach(source, staging, signed, made)
+            if key is not None and (args.legacy_tag or chain is not None):
+                _sign_simple(source, reference, staging, signed, key, chain)
         return source.root.digest
+
+
+def _chain(args: argparse.Namespace, key: SigningKey | None) -> "Chain | None":
+    """Return the certificate of the key that the command line names, or None. Raises UsageError."""
+    if args.certificate is None:
+        if args.certificate_chain is not None:
+            raise UsageError("--certificate-chain requires --certificate")
+        return None
+    if key is None or not isinstance(parse(args.image), RegistryReference):
+        raise UsageError("--certificate requires --sign-key or --sign-command, and an image in a registry")
+    from oci.trust import certificate
+
+    return certificate.read(key.public, args.certificate, args.certificate_chain)
 
 
 def _attach(
     source: resolve.FoundImage,
-    reference: Reference,
     staging: Layout,
     subjects: Sequence[Descriptor],
     made: Sequence[Descriptor],
-    legacy: SigningKey | None,
 ) -> None:
     """Attach signatures to their image where it is stored."""
     if isinstance(source.blobs, Layout):
@@ -102,13 +133,26 @@ def _attach(
     for each in found:
         attached.copy(each, staging, source.blobs, done=done, tally=Tally())
     source.blobs.settle()
-    if legacy is not None:
-        simple = SimpleSignature.sign(source.root.digest, reference.policy_name, legacy)
+
+
+def _sign_simple(
+    source: resolve.FoundImage,
+    reference: Reference,
+    staging: Layout,
+    subjects: Sequence[Descriptor],
+    key: SigningKey,
+    chain: "Chain | None",
+) -> None:
+    """Add signatures in the form of cosign before 2.6, each under the tag of what it signs."""
+    assert isinstance(source.blobs, Repository)
+    for subject in subjects:
+        simple = SimpleSignature.sign(subject.digest, reference.policy_name, key)
+        if chain is not None:
+            simple = structs.replace(simple, certificate=chain.certificate, above=chain.above)
         image = attachments.store_simple(staging, [simple])
         content = staging.read(image, limit_bytes=image.size)
-        for blob in attached.children(
-            Fields.parse(content, "manifest", limit_bytes=image.size), source.limits
-        ):
+        fields = Fields.parse(content, "manifest", limit_bytes=image.size)
+        for blob in attached.children(fields, source.limits):
             source.blobs.upload(blob, staging)
-        tag = attachments.simple_tag(source.root.digest)
+        tag = attachments.simple_tag(subject.digest)
         attached.put_simple(source.blobs, tag, attached.simple_layers(content))

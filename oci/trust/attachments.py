@@ -34,6 +34,8 @@ from rekindle.fields import JSON, Fields
 __all__ = ["find", "find_simple", "simple_tag", "store", "store_simple"]
 
 _SIGNATURE = "dev.cosignproject.cosign/signature"
+_CERTIFICATE = "dev.sigstore.cosign/certificate"
+_CHAIN = "dev.sigstore.cosign/chain"
 _LIMIT = 500  # how many attachments of an image are read
 _SIMPLE_LIMIT = 100
 _OURS = frozenset({COSIGN_SIGN, SNAPSHOT})
@@ -104,7 +106,8 @@ def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterat
         if layer.media_type == bundles.SIMPLE_MEDIA_TYPE and signature:
             with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
                 payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
-                yield SimpleSignature.of(payload, signature)
+                texts = (layer.annotations.get(name, "") for name in (_CERTIFICATE, _CHAIN))
+                yield SimpleSignature.of(payload, signature, *texts)
 
 
 def store(layout: Layout, subject: Descriptor, bundle: Bundle, predicate_type: str) -> Descriptor:
@@ -135,7 +138,10 @@ def store_simple(layout: Layout, signatures: Sequence[SimpleSignature]) -> Descr
     layers = []
     for each in signatures:
         layer = layout.put(each.payload, bundles.SIMPLE_MEDIA_TYPE).to_json()
-        layers.append({**layer, "annotations": {_SIGNATURE: b64encode(each.signature).decode()}})
+        annotations = {_SIGNATURE: b64encode(each.signature).decode()}
+        if each.certificate:
+            annotations |= {_CERTIFICATE: each.certificate.decode(), _CHAIN: each.above.decode()}
+        layers.append({**layer, "annotations": annotations})
     config: Mapping[str, JSON] = {
         "architecture": "",
         "os": "",

@@ -74,10 +74,15 @@ class Bundle(Struct, frozen=True, kw_only=True):
 
 
 class SimpleSignature(Struct, frozen=True, kw_only=True):
-    """A signature in the form of cosign before 2.6: over a JSON document that holds the digest."""
+    """A signature in the form of cosign before 2.6: over a JSON document that holds the digest.
+
+    `certificate` and those `above` it are in PEM, and not verified; they are empty for a signature by a key.
+    """
 
     payload: bytes
     signature: bytes
+    certificate: bytes = b""
+    above: bytes = b""
 
     @classmethod
     def sign(cls, digest: Digest, repository: str, key: SigningKey) -> Self:
@@ -94,9 +99,14 @@ class SimpleSignature(Struct, frozen=True, kw_only=True):
         return cls(payload=payload, signature=key.sign(payload))
 
     @classmethod
-    def of(cls, payload: bytes, signature: str) -> Self:
+    def of(cls, payload: bytes, signature: str, certificate: str = "", above: str = "") -> Self:
         """Decode a signature. Raises FormatError."""
-        return cls(payload=payload, signature=from_base64(signature, "the signature"))
+        return cls(
+            payload=payload,
+            signature=from_base64(signature, "the signature"),
+            certificate=certificate.encode(errors="replace"),
+            above=above.encode(errors="replace"),
+        )
 
     def statement(self, key: PublicKey) -> Statement | None:
         """See `Bundle.statement`."""

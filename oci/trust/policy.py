@@ -5,6 +5,7 @@
     name = "registry.example.com/models/*"      a pattern over host and repository, or a name in the store
     keys = ["prod.pub"]                         files, beside this one unless their path is absolute
     identities = [{ identity = "…", issuer = "…" }, { identity_regexp = "…", issuer_regexp = "…" }]
+    authorities = [{ ca = "ca.pem", identity_regexp = "…" }]     of one's own, without a log
     max_age_days = 30
     transparency_log = true                     require an entry in a log, and so a keyless signature
     trusted_root = "trusted_root.json"          for keyless signatures; default: the public good instance's
@@ -24,6 +25,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from oci.trust import certificate
+from oci.trust.certificate import Authority
 from oci.trust.keys import PublicKey
 from rekindle.errors import FormatError, UsageError
 from rekindle.fields import Fields, text_item
@@ -32,7 +35,7 @@ _FILE_LIMIT_BYTES = 1 << 20
 _RULES_LIMIT = 1000
 _SIGNERS_LIMIT = 100
 _DAYS_LIMIT = 100_000
-_FIELDS = {"name", "keys", "identities", "max_age_days", "transparency_log", "trusted_root"}
+_FIELDS = {"name", "keys", "identities", "authorities", "max_age_days", "transparency_log", "trusted_root"}
 
 
 class Identity(Struct, frozen=True, kw_only=True):
@@ -48,11 +51,12 @@ class Identity(Struct, frozen=True, kw_only=True):
 
 
 class TrustRule(Struct, frozen=True, kw_only=True):
-    """The keys and identities of which one must have signed an image, and how old it may be."""
+    """The keys, identities and authorities of which one must have signed an image, and its greatest age."""
 
     name: str
     keys: tuple[PublicKey, ...] = ()
     identities: tuple[Identity, ...] = ()
+    authorities: tuple[Authority, ...] = ()
     max_age_days: int | None = None
     transparency_log: bool = False
     trusted_root: Path | None = None
@@ -119,17 +123,23 @@ def _rule(value: object, where: str, directory: Path) -> TrustRule:
     identities = (
         given.list_of("identities", _identity, at_most=_SIGNERS_LIMIT) if given.has("identities") else []
     )
-    if not paths and not identities:
-        raise FormatError(f"{where} has neither keys nor identities")
+    authorities = []
+    if given.has("authorities"):
+        authorities = given.list_of(
+            "authorities", lambda value, at: _authority(value, at, directory), at_most=_SIGNERS_LIMIT
+        )
+    if not paths and not identities and not authorities:
+        raise FormatError(f"{where} has neither keys nor identities nor authorities")
     logged = given.boolean("transparency_log", default=False)
-    if logged and paths:
+    if logged and (paths or authorities):
         raise FormatError(
-            f"{where} has keys and requires a transparency log, which key signatures are not in"
+            f"{where} has keys or authorities, and requires a transparency log, in which theirs are not"
         )
     return TrustRule(
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),
         identities=tuple(identities),
+        authorities=tuple(authorities),
         max_age_days=given.integer("max_age_days", at_least=1, at_most=_DAYS_LIMIT)
         if given.has("max_age_days")
         else None,
@@ -154,6 +164,28 @@ def _identity(value: object, where: str) -> Identity:
     return identity(*(given.text(name, "") for name in names))
 
 
+def _authority(value: object, where: str, directory: Path) -> Authority:
+    given = Fields(value, where)
+    given.only({"ca", "identity", "identity_regexp"})
+    roots = certificate.roots(directory / _path(given.text("ca"), where))
+    return authority(roots, given.text("identity", ""), given.text("identity_regexp", ""))
+
+
+def authority(roots: bytes, name: str, name_regexp: str = "") -> Authority:
+    """Return an authority. Raises FormatError if the name is missing, given twice or not a pattern."""
+    if bool(name) == bool(name_regexp) or "*" in name:
+        raise FormatError("an authority needs a name, in full and without *, or a regular expression")
+    _require_pattern(name_regexp)
+    return Authority(roots=roots, identity=name, identity_regexp=name_regexp)
+
+
+def _require_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(f"{pattern!r:.80} is not a regular expression", cause=str(error)) from None
+
+
 def identity(name: str, issuer: str, name_regexp: str = "", issuer_regexp: str = "") -> Identity:
     """Return an identity. Raises FormatError if a part is missing, given twice or not a pattern."""
     for text, pattern in ((name, name_regexp), (issuer, issuer_regexp)):
@@ -161,8 +193,5 @@ def identity(name: str, issuer: str, name_regexp: str = "", issuer_regexp: str =
             raise FormatError(
                 "an identity needs a name and an issuer, both in full and without *, or regular expressions"
             )
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(f"{pattern!r:.80} is not a regular expression", cause=str(error)) from None
+        _require_pattern(pattern)
     return Identity(identity=name, issuer=issuer, identity_regexp=name_regexp, issuer_regexp=issuer_regexp)

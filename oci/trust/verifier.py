@@ -179,7 +179,10 @@ def _accepted(
             failures.append(error)
     if image is not None:
         for signature in attachments.find_simple(blobs, image, limits):
-            yield from _by_key(signature, rule, refused, "of an older signature")
+            if signature.certificate:
+                yield from _certified(signature, rule, refused)
+            else:
+                yield from _by_key(signature, rule, refused, "of an older signature")
 
 
 def _by_key(
@@ -198,6 +201,28 @@ def _by_key(
             yield f"key {key.hint}", statement
             return
     refused.append(f"the key {_shown(hint)} is not accepted, or its signature is wrong")
+
+
+def _certified(
+    signature: SimpleSignature, rule: TrustRule, refused: list[str]
+) -> Iterator[tuple[str, Statement]]:
+    """Yield the statement of a signature with a certificate: of an accepted authority, or by a known key."""
+    if rule.authorities and not rule.transparency_log:
+        from oci.trust import certificate
+
+        chain = certificate.Chain(certificate=signature.certificate, above=signature.above)
+        found = certificate.verify(chain, rule.authorities)
+        if isinstance(found, str):
+            refused.append(found)
+        else:
+            by_this = TrustRule(name="", keys=(found.key,))
+            for _, statement in _by_key(signature, by_this, refused, found.key.hint):
+                yield f"{found.name} (own authority)", statement
+                return
+    if rule.keys:
+        yield from _by_key(signature, rule, refused, "of an older signature")
+    elif not rule.authorities:
+        refused.append("an older signature was made with a certificate, and the policy accepts no authority")
 
 
 def _keyless(bundle: Bundle, rule: TrustRule, refused: list[str]) -> Iterator[tuple[str, Statement]]:

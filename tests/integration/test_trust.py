@@ -19,11 +19,12 @@ from oci import media_types
 from oci.layout import Layout
 from oci.trust.attachments import simple_tag
 from oci.trust.bundle import MEDIA_TYPE, SIMPLE_MEDIA_TYPE, Bundle, SimpleSignature
-from oci.trust.keys import PrivateKey
+from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.statement import COSIGN_SIGN, PAYLOAD_TYPE, SNAPSHOT, Envelope, Statement
 from rekindle.digest import Digest
 from tests.conftest import COSIGN, COSIGN_2, Done, Rekindle, Replica, free_port
 from tests.samples.cache import triton
+from tests.samples.certificates import NAME, OwnAuthority
 from tests.servers.registry import misbehaviour as wrong
 from tests.servers.registry.docker_registry import DockerRegistry
 from tests.servers.registry.simulator import EMPTY, Registry
@@ -1066,6 +1067,38 @@ def test_other_kinds_of_keys_are_cosign_s_too(market: Market, tmp_path: Path) ->
             words = ["verify", "--key", f"{ours}.pub", *LOCALLY, market.image]
             done = cosign(program, *words, home=tmp_path)
             assert done.status == 0, done.stderr
+
+
+@pytest.mark.registry
+def test_certificates_of_one_s_own_authority_are_cosign_s_too(market: Market, tmp_path: Path) -> None:
+    """The options for cosign are what KServe's mode `cert` demands; it signs as cosign 2 does."""
+    root = OwnAuthority.make()
+    middle = OwnAuthority.make("middle", root)
+    (tmp_path / "ca.pem").write_bytes(root.pem)
+    (tmp_path / "chain.pem").write_bytes(middle.pem + root.pem)
+    for name in ("ours", "stranger"):
+        public = PublicKey.read(tmp_path / f"{name}.pub").key
+        (tmp_path / f"{name}.crt").write_bytes(middle.issue(public, NAME))
+    ours = ["--certificate", f"{tmp_path}/ours.crt", "--certificate-chain", f"{tmp_path}/chain.pem"]
+    done = market.rekindle("sign", market.image, "--sign-key", f"{market.ours}.key", *ours)
+    assert done.status == 0, done.stderr
+    accept = ["--certificate-identity-regexp", "^(?:spiffe://kserve/.*)$", "--ca-roots", f"{tmp_path}/ca.pem"]
+    words = ["verify", *accept, "--certificate-oidc-issuer-regexp", ".*", "--insecure-ignore-sct", *LOCALLY]
+    done = cosign(COSIGN_2, *words, market.image, home=tmp_path)
+    assert done.status == 0, done.stderr
+    assert cosign(COSIGN_2, *words, market.other, home=tmp_path).status != 0
+    assert market.rekindle("verify", market.image, *accept).status == 0
+    assert market.rekindle("verify", market.other, *accept).status == TRUST
+
+    words = ["sign", "--key", f"{market.stranger}.key", "--tlog-upload=false", "-y", *INSECURE]
+    theirs = ["--certificate", f"{tmp_path}/stranger.crt", "--certificate-chain", f"{tmp_path}/chain.pem"]
+    done = cosign(COSIGN_2, *words, *theirs, market.other, home=tmp_path)
+    assert done.status == 0, done.stderr
+    done = market.rekindle("verify", market.other, *accept)
+    assert done.status == 0, done.stderr
+    assert f"signed by {NAME}" in done.stdout
+    other = ["--certificate-identity", "spiffe://other", "--ca-roots", f"{tmp_path}/ca.pem"]
+    assert market.rekindle("verify", market.other, *other).status == TRUST
 
 
 @pytest.mark.registry

@@ -203,6 +203,9 @@ def test_an_identity_is_never_one_part_alone_and_never_a_pattern(name: str, issu
         {"certificate_identity": "a", "certificate_identity_regexp": "a", "certificate_oidc_issuer": "b"},
         {"certificate_identity": "a", "certificate_oidc_issuer": "b", "policy": Path("policy.toml")},
         {"verify_key": [Path("/nowhere")]},
+        {"ca_roots": Path("/nowhere")},
+        {"ca_roots": Path("/nowhere"), "certificate_identity": "a"},
+        {"ca_roots": Path("/nowhere"), "certificate_identity": "a", "certificate_oidc_issuer": "b"},
     ],
 )
 def test_the_command_line_is_as_strict(given_flags: dict[str, Any]) -> None:
@@ -210,7 +213,7 @@ def test_the_command_line_is_as_strict(given_flags: dict[str, Any]) -> None:
 
     flags: dict[str, object] = {
         **dict.fromkeys(("certificate_identity", "certificate_oidc_issuer", "policy", "trusted_root")),
-        **dict.fromkeys(("certificate_identity_regexp", "certificate_oidc_issuer_regexp")),
+        **dict.fromkeys(("certificate_identity_regexp", "certificate_oidc_issuer_regexp", "ca_roots")),
         "verify_key": [],
         "allow_rollback": False,
         "dangerously_skip_verification": False,
