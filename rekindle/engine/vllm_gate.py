@@ -19,12 +19,14 @@ HEADER = "x-rekindle-key"
 KEY_NAME = "key"
 KEY_BYTES = 64
 
-# The modules of the endpoints in vLLM 0.32 and before. The first versions defined them in the server's own
-# module, hence the list of paths.
+# The modules of the endpoints in vLLM 0.33 and before, and those that were proposed for its own checkpoints
+# (vllm-project/vllm#37925). The first versions defined them in the server's own module, hence the list of
+# paths.
 _MODULES = (
     *(".entrypoints.serve.dev.", ".entrypoints.serve.rpc.", ".entrypoints.serve.sleep."),
     *(".entrypoints.serve.cache.", ".entrypoints.serve.rlhf.", ".entrypoints.rl."),
-    ".entrypoints.serve.instrumentator.server_info.",
+    *(".entrypoints.serve.instrumentator.server_info.", ".entrypoints.serve.pause."),
+    *(".entrypoints.serve.checkpoint.", ".entrypoints.serve.snapshot."),
 )
 _PATHS = frozenset(
     {
@@ -34,6 +36,8 @@ _PATHS = frozenset(
         *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/weight_info"),
         *("/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update"),
         *("/update_weight_version", "/weight_checker"),
+        *("/suspend", "/is_suspended", "/device_unlock"),
+        *("/checkpoint", "/checkpoint/prepare", "/checkpoint/restore"),
     }
 )
 # An application may be mounted below a prefix, so the ends of a path are matched: up to this many parts, more

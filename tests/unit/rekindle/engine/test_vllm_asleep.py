@@ -84,6 +84,7 @@ def vllm(tmp_path: Path) -> str:
         (Weights.IMAGE, "0.9.2", {"asleep": 1}),
         (Weights.RELOAD, "0.31.0", {"asleep": "boundary"}),
         (Weights.RELOAD, "0.32.0+cu129", {"asleep": "boundary"}),
+        (Weights.RELOAD, "0.33.0", {"asleep": "boundary"}),
         (Weights.RELOAD, "1.0", {"asleep": "boundary"}),
         (Weights.RELOAD, "0.30.4", {"asleep": 2}),
         (Weights.RELOAD, "0.9", {"asleep": 2}),

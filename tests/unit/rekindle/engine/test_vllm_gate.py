@@ -152,6 +152,8 @@ def test_a_root_path_hides_nothing(root: str, tmp_path: Path) -> None:
         *("vllm.entrypoints.serve.cache.api_router", "vllm.entrypoints.serve.rlhf.api_router"),
         *("vllm.entrypoints.rl.online.api_router", "vllm.entrypoints.serve.dev"),
         "vllm.entrypoints.serve.instrumentator.server_info",
+        *("vllm.entrypoints.serve.checkpoint.api_router", "vllm.entrypoints.serve.snapshot.api_router"),
+        *("vllm.entrypoints.serve.pause.api_router", "vllm.frontend.entrypoints.serve.dev.sleep.api_router"),
     ],
 )
 def test_an_endpoint_that_nobody_knew_of_is_closed_by_its_module(module: str, tmp_path: Path) -> None:
