@@ -107,13 +107,17 @@ def test_a_full_disk(
     nothing_left()
 
 
-def test_a_full_disk_at_restore(rekindle: Rekindle, port: int, key_pair: KeyPair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("room", "status"), [("8m", 11), ("200m,nr_inodes=70", 14)])
+def test_a_full_disk_at_restore(
+    rekindle: Rekindle, port: int, key_pair: KeyPair, tmp_path: Path, room: str, status: int
+) -> None:
+    """Too few bytes are seen when deciding, too few inodes are not."""
     image = f"oci:{tmp_path / 'layout'}"
     assert rekindle.snapshot_workhorse(image, port, flags=key_pair.sign).status == 0
-    with small_disk(tmp_path / "disk", "8m"):
+    with small_disk(tmp_path / "disk", room):
         rekindle.home = tmp_path / "disk"
         done = rekindle("restore", image, *key_pair.verify, "--require", "process")
-        assert done.status == 14, done.stderr
+        assert done.status == status, done.stderr
         assert not list((rekindle.home / "run").iterdir())
         assert not [path for path in (rekindle.home / "dumps").iterdir() if path.is_dir()]
 

@@ -169,12 +169,14 @@ def test_a_criu_that_hangs_is_killed_in_time(scene: Scene) -> None:
     assert report["seconds"] < 7
 
 
-def test_a_disk_without_room(scene: Scene) -> None:
-    with small_disk(scene.directory / "disk", "8m"):
+@pytest.mark.parametrize(("room", "code"), [("8m", "disk"), ("200m,nr_inodes=70", "space")])
+def test_a_disk_without_room(scene: Scene, room: str, code: str) -> None:
+    """Too few bytes are seen when deciding, too few inodes are not."""
+    with small_disk(scene.directory / "disk", room):
         scene.rekindle.home = scene.directory / "disk"
         running = scene.restore()
         running.until_ready("cache")
-        assert running.reasons == [("process", "space")]
+        assert running.reasons == [("process", code)]
         assert running.end() == LOWER
         assert not list((scene.rekindle.home / "run").iterdir())
         assert not [path for path in (scene.rekindle.home / "dumps").iterdir() if path.is_dir()]
