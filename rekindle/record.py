@@ -176,7 +176,8 @@ class Process(Struct, frozen=True, kw_only=True):
     every process but the root; None if it is not known what they set, and everything stays as it was at the
     dump. `hooked` are the processes to reseed after a
     restore (rekindle/cell/hook.py). `private` are paths outside the cell of which each replica gets a copy
-    (rekindle/cell/private.py), `directories` those that it needs. `huge_pages` are those
+    (rekindle/cell/private.py), `made` are files that a restore makes from copies where they
+    are missing, `directories` those that it needs. `huge_pages` are those
     that they have mapped. `closed` names the connections to the outside that were closed in the dump.
     """
 
@@ -194,13 +195,14 @@ class Process(Struct, frozen=True, kw_only=True):
     settings: Annotated[tuple[ProcessSettings, ...], Meta(max_length=_FILES_LIMIT)] | None = None
     hooked: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     private: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
+    made: Annotated[tuple[AbsolutePath, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
     directories: Annotated[tuple[NeededDirectory, ...], Meta(max_length=_PRIVATE_LIMIT)] = ()
     huge_pages: Annotated[tuple[HugePages, ...], Meta(max_length=_SIZES_LIMIT)] = ()
     closed: Annotated[tuple[str, ...], Meta(max_length=_FILES_LIMIT)] = ()
 
     def __post_init__(self) -> None:
         """Require that what is private lies where the cell shows the node's own files."""
-        for path in (*self.private, *(each.path for each in self.directories)):
+        for path in (*self.private, *self.made, *(each.path for each in self.directories)):
             plain = posixpath.normpath(path) == path and not path.startswith("//")
             if (
                 not plain

@@ -143,7 +143,8 @@ def make(
     weights = _weights(engine, spec, report)
     with report.phase("describe files"):
         beside = [*(f"{each.recorded}/" for each in roots), *(f"{each}/" for each in kept.copied), f"{work}/"]
-        read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, kept.copied)
+        ours = [*kept.copied, *kept.made]
+        read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, ours)
     values, variables = describe_environment(spec.environment, engine, spec.credentials.values, spec.withheld)
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -215,7 +216,17 @@ def _inspect(
     own = {str(server.stdout), str(server.stderr)}
     gpus = spec.find_backend is not None
     pids = processes.tree(cell, server.root_pid)
-    private = find_private(cell, pids, since_ns=began_ns, environment=server.environment, own=own)
+    opened = opened_files(cell, pids) - own
+    caches = find_caches.find(server.environment, opened, lambda path: cell.root / path.lstrip("/"))
+    private = find_private(
+        cell,
+        pids,
+        since_ns=began_ns,
+        environment=server.environment,
+        own=own,
+        opened=opened,
+        left_out=[*(each.recorded for each in caches), *find_caches.models(server.environment)],
+    )
     require_dumpable(
         cell, server.root_pid, spec.network, private=private, work=work, outside=spec.outside, gpus=gpus
     )
@@ -224,7 +235,7 @@ def _inspect(
         listeners=main_first(listened_endpoint(engine, listeners), listeners),
         server_pid=server.server_pid,
         threads=sum(processes.threads(cell, pid) for pid in pids),
-        opened=opened_files(cell, pids) - own,
+        opened=opened,
         private=private,
         settings=read_settings(cell, server.root_pid),
         huge_pages=mapped_huge_pages(cell, pids),
@@ -243,8 +254,10 @@ def _tell_private(private: PrivatePaths, report: Report) -> None:
 
 def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
     """Copy what is private into the dump; return it without what is gone by now."""
-    kept = private.keep(cell, found.copied, [each.path for each in found.directories], tree / "shm")
-    return structs.replace(found, copied=kept)
+    directories = [each.path for each in found.directories]
+    kept = private.keep(cell, (*found.copied, *found.made), directories, tree / "shm")
+    made = tuple(path for path in kept if path in found.made)
+    return structs.replace(found, copied=tuple(path for path in kept if path not in made), made=made)
 
 
 def _dump(
@@ -335,6 +348,7 @@ def _process(
         settings=running.settings,
         hooked=hooked,
         private=dumped.kept.copied,
+        made=dumped.kept.made,
         directories=dumped.kept.directories,
         huge_pages=running.huge_pages,
         closed=dumped.closed,

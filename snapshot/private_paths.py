@@ -46,10 +46,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class PrivatePaths(Struct, frozen=True, kw_only=True):
     """The paths of which each replica gets a copy, the directories that a restore needs, and what is refused.
 
-    `refused` gives for a path what is wrong and the remedy.
+    `made` are files that the server made and only reads, for places where they are missing. `refused` gives
+    for a path what is wrong and the remedy.
     """
 
     copied: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
     directories: tuple[NeededDirectory, ...] = ()
     refused: Mapping[str, tuple[str, str]] = {}
 
@@ -73,8 +75,14 @@ def find(
     since_ns: int,
     environment: Mapping[str, str],
     own: Collection[str] = (),
+    opened: Collection[str] = (),
+    left_out: Sequence[str] = (),
 ) -> PrivatePaths:
-    """Sort what the processes use outside the cell. They began after `since_ns`; `own` are their logs."""
+    """Sort what the processes use outside the cell.
+
+    They began after `since_ns`; `own` are their logs. `opened` are all files that they have open or mapped;
+    those that they made count, unless they lie in directories that are `left_out`.
+    """
     used, deleted, databases = _used(cell, pids, own)
     made = _Made(cell, since_ns - _SLACK_NS, environment)
     working = {path for path, each in used.items() if stat.S_ISDIR(each.status.st_mode)}
@@ -92,9 +100,32 @@ def find(
         else:
             files.append(path)
     copied = tuple(sorted([*whole, *files]))
+    read = _read(cell, opened, [*copied, *refused, *left_out, *own], made)
     return PrivatePaths(
-        copied=copied, directories=tuple(_needed(copied, working, deleted, made)), refused=refused
+        copied=copied,
+        made=read,
+        directories=tuple(_needed([*copied, *read], working, deleted, made)),
+        refused=refused,
     )
+
+
+def _read(cell: Cell, opened: Collection[str], left_out: Sequence[str], made: "_Made") -> tuple[str, ...]:
+    """Return the files that the server made and only reads, as far as they are not too many or too large."""
+    found: list[str] = []
+    size = 0
+    beside = PrivatePaths(copied=tuple(left_out))
+    for path in sorted(opened):
+        if not path.startswith("/") or path.startswith((*_INSIDE, "/sys/")) or beside.holds(path):
+            continue
+        with contextlib.suppress(OSError):
+            status = (cell.root / path.lstrip("/")).lstat()
+            if not stat.S_ISREG(status.st_mode) or not made.born(path):
+                continue
+            size += status.st_blocks * 512
+            if size > FILE_LIMIT_BYTES or len(found) == _ENTRIES_LIMIT:
+                break
+            found.append(path)
+    return tuple(found)
 
 
 def _used(
@@ -199,11 +230,12 @@ class _Made:
         self._runtime = tuple(f"{path.rstrip('/')}/" for path in named if path.strip("/"))
 
     def directory(self, path: str) -> bool:
-        return path != "/" and _birth_ns(self._cell.root / path.lstrip("/")) >= self._since_ns
+        return path != "/" and self.born(path)
 
     def file(self, path: str) -> bool:
-        if path.startswith(self._runtime) or _HSPERFDATA.fullmatch(path):
-            return True
+        return path.startswith(self._runtime) or bool(_HSPERFDATA.fullmatch(path)) or self.born(path)
+
+    def born(self, path: str) -> bool:
         return _birth_ns(self._cell.root / path.lstrip("/")) >= self._since_ns
 
     def place(self, path: str) -> bool:

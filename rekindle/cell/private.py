@@ -5,7 +5,8 @@
         PATH                        the copy of PATH, with all directories above it
 
 A dump has the copies, and a restore covers the paths with them. What is not there is made first, as the
-server itself would make it: a directory with its owner and mode, or an empty file.
+server itself would make it: a directory with its owner and mode, or an empty file. Files that the server only
+reads are covered by nothing: they are made where they are missing.
 """
 
 import contextlib
@@ -53,8 +54,10 @@ def _make_parents(cell: Cell, path: str, top: Path) -> None:
             copy_attributes(here, status)
 
 
-def give(cell: Cell, paths: Sequence[str], directories: Sequence[str]) -> contextlib.ExitStack:
-    """Cover paths with the copies in a cell's /dev/shm; make the directories that are missing.
+def give(
+    cell: Cell, paths: Sequence[str], directories: Sequence[str], made: Sequence[str] = ()
+) -> contextlib.ExitStack:
+    """Cover paths with the copies in a cell's /dev/shm; make missing directories, and files that are `made`.
 
     Return what removes again what was made. Raises RestoreError, after which nothing of it is left.
     """
@@ -63,6 +66,9 @@ def give(cell: Cell, paths: Sequence[str], directories: Sequence[str]) -> contex
             for path in (*directories, *paths):
                 for place in _missing(path):
                     _make(cell, place, undo)
+            for path in made:
+                for place in _missing(path):
+                    _make(cell, place, undo, whole=str(place) == path)
             problems = cell.bind([(str(DIRECTORY / path.lstrip("/")), path) for path in paths])
         except OSError as error:
             problems = [f"{error.filename}: {error.strerror}"]
@@ -80,17 +86,34 @@ def _missing(path: str) -> Iterator[Path]:
     yield from (each for each in (*reversed(Path(path).parents), Path(path)) if not os.path.lexists(each))
 
 
-def _make(cell: Cell, place: Path, undo: contextlib.ExitStack) -> None:
-    """Make a place for a copy: a directory like it, or an empty file. Raises OSError."""
+def _make(cell: Cell, place: Path, undo: contextlib.ExitStack, *, whole: bool = False) -> None:
+    """Make a directory like the one that was copied, or an empty file, or if `whole` the file.
+
+    Another replica may make it at the same time. Raises OSError.
+    """
     copy = cell.root / str(DIRECTORY).lstrip("/") / str(place).lstrip("/")
     status = copy.lstat()
-    if stat.S_ISDIR(status.st_mode):
-        place.mkdir(mode=0o700)
+    with contextlib.suppress(FileExistsError):
+        if stat.S_ISDIR(status.st_mode):
+            place.mkdir(mode=0o700)
+        elif whole:
+            _put(copy, place)
+            undo.callback(place.unlink, missing_ok=True)
+            return
+        else:
+            place.touch(mode=0o600, exist_ok=False)
         undo.callback(_remove, place)
-    else:
-        place.touch(mode=0o600, exist_ok=False)
-        undo.callback(_remove, place)
-    copy_attributes(place, status)
+        copy_attributes(place, status)
+
+
+def _put(copy: Path, place: Path) -> None:
+    """Make a copy of a file. Others see it complete or not at all. Raises FileExistsError."""
+    staged = place.with_name(f".{place.name[:200]}.{os.urandom(6).hex()}")
+    try:
+        copy_path(copy, staged)
+        os.link(staged, place)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _remove(place: Path) -> None:

@@ -57,11 +57,11 @@ def find(
             if match := pattern.fullmatch(posixpath.normpath(path.removesuffix(_DELETED))):
                 candidates.setdefault(match[1], kind)
                 break
-    models = _models(environment)
+    hubs = models(environment)
     roots = [
         CacheRoot(kind=kind, path=readable(recorded), recorded=recorded)
         for recorded, kind in candidates.items()
-        if not any(is_within(model, recorded) or is_within(recorded, model) for model in models)
+        if not any(is_within(model, recorded) or is_within(recorded, model) for model in hubs)
     ]
     return _outermost(root for root in roots if _holds_a_file(root.path))
 
@@ -133,7 +133,7 @@ def _outermost(roots: Iterable[CacheRoot]) -> list[CacheRoot]:
     return sorted(kept, key=lambda root: (order.index(root.kind), root.recorded))
 
 
-def _models(environment: Mapping[str, str]) -> list[str]:
+def models(environment: Mapping[str, str]) -> list[str]:
     """Return the directories of models. A directory that contains or lies in one is not a kernel cache."""
     home = environment.get("HOME") or "/root"
     caches = environment.get("XDG_CACHE_HOME") or posixpath.join(home, ".cache")

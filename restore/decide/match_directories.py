@@ -24,7 +24,7 @@ def compare(record: Record) -> Iterator[Difference]:
         elif place := _read_only(posixpath.dirname(each.path)):
             yield Difference("directory", each.path, needed, f"missing, and {place} is read-only")
     known = {each.path for each in process.directories}
-    for path in process.private:
+    for path in (*process.private, *process.made):
         if path not in known and not os.path.lexists(path) and (place := _read_only(posixpath.dirname(path))):
             yield Difference("directory", path, "made by the server", f"missing, and {place} is read-only")
 

@@ -31,7 +31,7 @@ _ENTRY_POINTS_BYTES = 256 << 10
 
 
 def mapped(record: Record, findings: Findings = NOTHING_KNOWN) -> dict[str, str]:
-    """Return, by path, what is here instead of each mapped file that differs."""
+    """Return, by path, what is here instead of each mapped file that differs, unless a restore makes it."""
     files = record.mapped_files
     expected = (f"{file.path} {file.size} {file.identity or file.mtime_ns}" for file in files)
     found = findings.find(
@@ -40,7 +40,8 @@ def mapped(record: Record, findings: Findings = NOTHING_KNOWN) -> dict[str, str]
         lambda: {file.path: what for file in files if (what := difference(file))},
     )
     assert isinstance(found, dict)
-    return {path: str(what) for path, what in found.items()}
+    made = {*record.process.made}  # a restore makes them
+    return {path: str(what) for path, what in found.items() if what != _MISSING or path not in made}
 
 
 def compare(

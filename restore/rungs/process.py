@@ -253,10 +253,10 @@ def restore(
                 copy_sparse_tree(dump / "shm", cell.root / "dev/shm")
                 hook.renew_generation(cell.root)
             made = [each.path for each in process.directories if each.made]
-            if process.private or made:
+            if process.private or process.made or made:
                 from rekindle.cell import private
 
-                undo.push(private.give(cell, process.private, made))
+                undo.push(private.give(cell, process.private, made, process.made))
         used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
         if check is not None:
             check()

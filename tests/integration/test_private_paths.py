@@ -48,6 +48,7 @@ def expected(place: Path, *written: str) -> dict[str, Any]:
         "directory": str(place),
         "locked": True,
         "socket": True,
+        "library": "code",
     }
 
 
@@ -80,7 +81,7 @@ def test_each_replica_has_files_of_its_own(kept: Path, restore: Restore, rekindl
     assert contents(kept) == before, "what is outside stays as it was"
     # A fresh pod has nothing of it.
     shutil.rmtree(kept)
-    for name in ("lock", "log"):
+    for name in ("lock", "log", "library"):
         (kept.parent / name).unlink()
     with read_only(kept.parent):
         refused = rekindle("restore", "keeper", "--publish", str(free_port()), "--require", "process")

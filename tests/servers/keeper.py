@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server that keeps files outside its cell: `keeper.py PORT ROOM PLACE`.
 
-It makes the directory PLACE, works in it, and keeps there a memory map of 64 KiB that is only mapped, a file
-that it watches another through, and a unix socket. In the directory ROOM, which must exist, it keeps a lock
-and a log.
+It makes the directory PLACE, works in it, and keeps there a memory map of 64 KiB, a file that it reads, a
+pipe and a unix socket. In the directory ROOM, which must exist, it keeps a lock, a log and a mapped library.
 
     GET  /health     200
     POST /answer     the oracle's question
@@ -36,6 +35,9 @@ pipe = os.open("pipe", os.O_RDWR)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind("socket")
 listener.listen()
+(ROOM / "library").write_bytes(b"code" * 4096)
+with open(ROOM / "library", "rb") as source:
+    library = mmap.mmap(source.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
 lock = open(ROOM / "lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 log = open(ROOM / "log", "a+")
@@ -75,6 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "directory": os.getcwd(),
             "locked": not locked_again(),
             "socket": connects(),
+            "library": library[:4].decode(),
         }
         self.reply(json.dumps(found))
 

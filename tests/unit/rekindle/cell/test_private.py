@@ -84,6 +84,21 @@ def test_what_is_missing_is_made_and_removed_if_it_was_in_vain(place: Path) -> N
     assert not room.exists()
 
 
+def test_a_file_that_is_only_read_is_made_where_it_is_missing(place: Path) -> None:
+    lock = place.parent / "lock"
+    keep(place, lock)
+    lock.write_bytes(b"here")
+    here = FakeCell()
+    with private.give(cast("Cell", here), [], [], [str(lock)]):
+        assert lock.read_bytes() == b"here"
+    lock.unlink()
+    with private.give(cast("Cell", here), [], [], [str(lock)]):
+        assert lock.read_bytes() == b"1234"
+        assert sorted(path.name for path in place.parent.iterdir()) == ["lock", "pipe", "place"]
+    assert not lock.exists()
+    assert not here.bound
+
+
 def test_what_somebody_has_written_meanwhile_stays(place: Path) -> None:
     room = place.parent
     keep(place, room / "lock")

@@ -14,8 +14,10 @@ from restore.decide.rules import RULES
 from tests.samples.record import RECORD
 
 
-def differences(*directories: NeededDirectory, private: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
-    process = structs.replace(RECORD.process, directories=directories, private=private)
+def differences(
+    *directories: NeededDirectory, private: tuple[str, ...] = (), made: tuple[str, ...] = ()
+) -> list[tuple[str, str, str]]:
+    process = structs.replace(RECORD.process, directories=directories, private=private, made=made)
     found = list(match_directories.compare(structs.replace(RECORD, process=process)))
     assert {each.code for each in found} <= {code for code, rule in RULES.items() if rule.hard}
     return [(each.field, each.recorded, each.here) for each in found]
@@ -56,6 +58,7 @@ def test_what_must_be_made_needs_a_place(read_only: Path) -> None:
     here = f"missing, and {read_only} is read-only"
     assert differences(NeededDirectory(path=missing, made=True)) == [(missing, "made by the server", here)]
     assert differences(private=(missing,)) == [(missing, "made by the server", here)]
+    assert differences(made=(missing,)) == [(missing, "made by the server", here)]
     assert differences(NeededDirectory(path=str(read_only), made=True), private=(str(read_only),)) == []
     assert differences(NeededDirectory(path=str(read_only), written=True)) == [
         (str(read_only), "writable", "read-only")
