@@ -142,8 +142,8 @@ def make(
         roots = find_caches.find(server.environment, running.opened, readable, usual_places=engine.compiles)
     weights = _weights(engine, spec, report)
     with report.phase("describe files"):
-        beside = [*(f"{each.recorded}/" for each in roots), *(f"{each}/" for each in kept.copied), f"{work}/"]
-        ours = [*kept.copied, *kept.made]
+        beside = [*(f"{each.recorded}/" for each in roots), f"{work}/"]
+        ours = [*kept.copied, *kept.made, *kept.written]
         read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, ours)
     values, variables = describe_environment(spec.environment, engine, spec.credentials.values, spec.withheld)
     record = Record(

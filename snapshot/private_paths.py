@@ -9,6 +9,7 @@ large. Everything else is refused.
 
 import contextlib
 import ctypes
+import itertools
 import os
 import posixpath
 import re
@@ -46,11 +47,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class PrivatePaths(Struct, frozen=True, kw_only=True):
     """The paths of which each replica gets a copy, the directories that a restore needs, and what is refused.
 
-    `made` are files that the server made and only reads, for places where they are missing. `refused` gives
-    for a path what is wrong and the remedy.
+    `made` are files that the server made and only reads, for places where they are missing. `written` are
+    those that it writes to. `refused` gives for a path what is wrong and the remedy.
     """
 
     copied: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
     made: tuple[str, ...] = ()
     directories: tuple[NeededDirectory, ...] = ()
     refused: Mapping[str, tuple[str, str]] = {}
@@ -89,7 +91,7 @@ def find(
     shared = {path: each for path, each in used.items() if each.how}
     parents = {posixpath.dirname(path) for path in {*shared, *_bound(cell, pids)}}
     candidates = working | parents | deleted
-    whole = _outermost(path for path in candidates if made.directory(path) and _is_small(cell, path))
+    whole = _outermost(path for path in candidates if made.directory(path) and _is_small(cell, path, made))
     refused = dict.fromkeys(databases, DATABASE)
     files = []
     for path, each in shared.items():
@@ -103,6 +105,7 @@ def find(
     read = _read(cell, opened, [*copied, *refused, *left_out, *own], made)
     return PrivatePaths(
         copied=copied,
+        written=tuple(shared),
         made=read,
         directories=tuple(_needed([*copied, *read], working, deleted, made)),
         refused=refused,
@@ -230,7 +233,17 @@ class _Made:
         self._runtime = tuple(f"{path.rstrip('/')}/" for path in named if path.strip("/"))
 
     def directory(self, path: str) -> bool:
-        return path != "/" and self.born(path)
+        """Return whether the server made a directory.
+
+        On overlayfs, a directory is born again when something is first made in it, and a file when it is
+        first written to. So nothing in it may be older.
+        """
+        if path == "/" or not self.born(path):
+            return False
+        with contextlib.suppress(OSError), os.scandir(self._cell.root / path.lstrip("/")) as entries:
+            first = itertools.islice(entries, _ENTRIES_LIMIT)
+            return all(_birth_ns(Path(each.path)) >= self._since_ns for each in first)
+        return False
 
     def file(self, path: str) -> bool:
         return path.startswith(self._runtime) or bool(_HSPERFDATA.fullmatch(path)) or self.born(path)
@@ -255,12 +268,14 @@ def _birth_ns(path: Path) -> int:
     return int(seconds * 10**9 + nanoseconds) if mask & _STATX_BTIME else 0
 
 
-def _is_small(cell: Cell, path: str) -> bool:
-    """Return whether a directory with its content can be copied."""
+def _is_small(cell: Cell, path: str, made: _Made) -> bool:
+    """Return whether a directory with its content can be copied, and is all of the server's."""
     root = cell.root / path.lstrip("/")
     size = count = 0
     device = root.stat().st_dev
     for place, directories, names in os.walk(root):
+        if not made.directory(f"{path}{place[len(str(root)) :]}"):
+            return False
         for name in (*directories, *names):
             try:
                 status = Path(place, name).lstat()
