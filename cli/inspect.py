@@ -3,18 +3,20 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cli import _arguments, _plan, _report
+from msgspec import structs
+
+from cli import _arguments, _plan, _report, _trust
 from oci import image as images
 from oci import media_types, resolve
 from oci.cache import image as cache_image
 from oci.cache.image import CacheImage
 from oci.image import Image
-from oci.reference import parse
+from oci.reference import Reference, parse
 from oci.resolve import FoundImage
 from rekindle import documents
-from rekindle.errors import FormatError
+from rekindle.errors import FormatError, RekindleError
 from rekindle.fields import JSON
 from rekindle.home import Home
 from rekindle.report import Rung
@@ -33,21 +35,40 @@ def main(words: Sequence[str]) -> int:
         prog="rekindle inspect", description="Show what an image contains, and whether it fits this node."
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
+    _arguments.add_trust(parser)
     _arguments.add_registry(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.parse_args(words)
     reference, home = parse(args.image), Home.from_environment()
     with resolve.source(reference, home, _arguments.registry(args)) as source:
+        signed = _signed(source, reference, home, args)
         kernels = _cache_image(source)
         if kernels is None:
             image = images.load(source.blobs, source.root, source.limits)
             if image.cache is not None:
                 kernels = cache_image.load(source.blobs, image.cache, source.limits)
             made = plan.make(gathering.of_image(image, home, kernels), strictness=gathering.strictness())
-            _show_snapshot(image, kernels, made, args)
+            _show_snapshot(image, kernels, made, signed, args)
         else:
-            _show_cache(kernels, args)
+            _show_cache(kernels, signed, args)
     return 0
+
+
+def _signed(
+    source: FoundImage, reference: Reference, home: Home, args: argparse.Namespace
+) -> Mapping[str, JSON]:
+    """Return who signed by the options, the policy or this machine's key, or why nobody is accepted."""
+    options = structs.replace(_trust.options(args), allow_rollback=True)
+    try:
+        trust = resolve.verified(source, reference, home, options).trust
+    except RekindleError as error:
+        return {"verified": False, "by": None, "created": None, "problem": error.message}
+    created = trust.created.isoformat() if trust.created else None
+    return {"verified": trust.by is not None, "by": trust.by, "created": created, "problem": None}
+
+
+def _signed_row(signed: Mapping[str, JSON]) -> str:
+    return str(signed["by"] or f"not verified: {signed['problem'] or 'skipped'}")
 
 
 def _cache_image(source: FoundImage) -> CacheImage | None:
@@ -60,13 +81,20 @@ def _cache_image(source: FoundImage) -> CacheImage | None:
         return None
 
 
-def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: argparse.Namespace) -> None:
+def _show_snapshot(
+    image: Image,
+    kernels: CacheImage | None,
+    made: Plan,
+    signed: Mapping[str, JSON],
+    args: argparse.Namespace,
+) -> None:
     first = made.first
     if args.json:
         _report.print_document(
             {
                 "schema": SCHEMA,
                 "image": {"reference": args.image, "digest": image.index.digest},
+                "signed": signed,
                 "process_image": {
                     "digest": image.process.digest,
                     "bytes": image.size_bytes,
@@ -82,6 +110,7 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
     record = image.record
     rows = {
         "image": f"{args.image} {image.index.digest}",
+        "signed by": _signed_row(signed),
         "made": f"{record.created} by {record.made_by}, CRIU {record.criu.version}",
         "engine": record.engine.name,
         "command": replay(record.command),
@@ -107,15 +136,18 @@ def _show_snapshot(image: Image, kernels: CacheImage | None, made: Plan, args: a
         print(printable(line))
 
 
-def _show_cache(kernels: CacheImage, args: argparse.Namespace) -> None:
+def _show_cache(kernels: CacheImage, signed: Mapping[str, JSON], args: argparse.Namespace) -> None:
     if args.json:
         image = {"reference": args.image, "digest": kernels.manifest.digest}
-        _report.print_document({"schema": SCHEMA, "image": image, "cache": _cache_json(kernels)})
+        _report.print_document(
+            {"schema": SCHEMA, "image": image, "signed": signed, "cache": _cache_json(kernels)}
+        )
         return
     inventory = kernels.inventory
     targets = ", ".join(f"{target.backend} {target.arch}" for target in inventory.targets)
     rows = {
         "image": f"{args.image} {kernels.manifest.digest}",
+        "signed by": _signed_row(signed),
         "made": f"{kernels.created} by {inventory.made_by}",
         "holds": _summary(kernels),
         "made for": f"{targets or 'unknown targets'}, {kernels.architecture}",

@@ -3,16 +3,15 @@
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from cli import _arguments, _report
+from cli import _arguments, _report, _table
 from rekindle import documents, replicas
 from rekindle.cell import descendants
 from rekindle.fields import JSON
 from rekindle.home import Home
 from rekindle.proc import memory_bytes
 from rekindle.replicas import ReplicaEntry
-from rekindle.text import printable
 
 _SCHEMA = "rekindle.replicas/1"
 _HEAD = ("NAME", "IMAGE", "RUNG", "ENDPOINT", "AGE", "OWN", "SHARED", "STATE")
@@ -39,7 +38,7 @@ def main(words: Sequence[str]) -> int:
         for each in found:
             print(each.name)
     else:
-        _print_table([_HEAD, *map(_row, found)])
+        _table.print_table([_HEAD, *map(_row, found)])
     return 0
 
 
@@ -66,9 +65,9 @@ def _row(replica: ReplicaEntry) -> tuple[str, ...]:
         status.image,
         str(status.rung or "-"),
         status.endpoint or "-",
-        _age(time.time() - status.created),
-        _megabytes(own) if replica.runs else "-",
-        _megabytes(shared) if replica.runs else "-",
+        _table.age(time.time() - status.created),
+        _table.megabytes(own) if replica.runs else "-",
+        _table.megabytes(shared) if replica.runs else "-",
         state,
     )
 
@@ -77,21 +76,3 @@ def _memory(replica: ReplicaEntry) -> tuple[int, int]:
     """Return the bytes of a server's own memory, and of its mapped files."""
     process = replica.status.cell or replica.status.serving
     return memory_bytes(descendants.of(process.pid) if replica.runs else ())
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
-
-
-def _print_table(rows: Iterable[Sequence[str]]) -> None:
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

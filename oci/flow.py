@@ -82,6 +82,8 @@ def copy(
                 results = transfer.into_registry(blobs, tree, goal, access, mount_from=mount_from)
             else:
                 layout = store.layout_of(goal, home, create=True)
+                if warning := store.others_can_read(goal):
+                    report.say(warning)
                 before = layout.tags().get(goal.tag)
                 with store.collecting(layout, goal):
                     results = transfer.into_layout(blobs, tree, layout, goal.tag, access)
@@ -99,6 +101,23 @@ def verify(
     with resolve.source(reference, home, registry or RegistryOptions()) as source:
         verified = resolve.verified(source, reference, home, trust or TrustOptions())
         return source.root.digest, verified.trust
+
+
+def tags(where: str, *, registry: RegistryOptions | None = None) -> list[str]:
+    """Return the tags of a repository or a layout, given its name, without those of signatures.
+
+    Raises NotFoundError, RegistryError, CredentialsError.
+    """
+    reference, home = parse(where), Home.from_environment()
+    if isinstance(reference, LayoutReference):
+        layout = store.layout_of(reference, home)
+        found = sorted(layout.tags())
+        name = reference.tag.partition(":")[0]
+        return found if reference.directory else [tag for tag in found if tag.startswith(f"{name}:")]
+    from oci.registry.repository import Repository
+
+    with Repository(reference, resolve.access(registry or RegistryOptions(), home)) as repository:
+        return repository.tags()
 
 
 @contextlib.contextmanager

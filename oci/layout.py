@@ -7,19 +7,18 @@ DIR/
     blobs/sha256/HEX
     .lock                       held while the index is changed
     .reading                    shared by readers, exclusive for the collection of garbage
-    .garbage                    exists while there may be blobs that no tag needs
+    .garbage                    exists while there may be blobs that no tag needs; in a directory of the user,
+                                it lists those that replaced images needed
     .incoming/HEX/              a layout with what was received so far of an image, by its manifest's digest
     .incoming/HEX.lock          held while the image is being fetched
 """
 
 import contextlib
-import errno
 import io
 import json
 import os
-import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +29,15 @@ from oci.descriptor import BlobSource, Descriptor, open_verified
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import JSON, Fields
-from rekindle.files import locked, remove_tree, sync_directory, try_lock, write_atomically
+from rekindle.files import (
+    locked,
+    move_file,
+    open_regular,
+    remove_tree,
+    sync_directory,
+    try_lock,
+    write_atomically,
+)
 from rekindle.os_errors import naming_full_disk
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
@@ -40,7 +47,6 @@ _MANIFEST_LIMIT_BYTES = 64 << 20
 _CHILDREN_LIMIT = 100_000
 _INDEX_LIMIT_BYTES = 16 << 20
 _DESCRIPTORS_LIMIT = 10_000
-_NO_FILE = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 _FORGOTTEN_SECONDS = 24 * 3600.0
 _WAIT_SECONDS = 3600.0  # reading a large image holds the lock for minutes
 
@@ -72,7 +78,7 @@ class Layout:
     def reading(self) -> Iterator[None]:
         """Keep every blob in place while an image is read."""
         try:
-            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError:  # a read-only layout: no rekindle changes it either
             yield
             return
@@ -112,25 +118,13 @@ class Layout:
 
     def open_blob(self, descriptor: Descriptor) -> io.RawIOBase:
         """Open a blob, unchecked. Raises IntegrityError if it is missing or has another size."""
-        # Anyone who can write to a layout may have put a link there that leads out of it, or a pipe without a
-        # writer, which a plain open would wait for for ever.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            fd = os.open(self._blobs / descriptor.digest.hex, flags)
+            file = open_regular(self._blobs / descriptor.digest.hex)
         except FileNotFoundError:
             raise IntegrityError(
                 f"blob {descriptor.digest} is missing from {self.root}", hint="make the snapshot again"
             ) from None
-        except OSError as error:
-            if error.errno not in _NO_FILE:
-                raise
-            raise _not_a_file(descriptor, str(error)) from None
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise _not_a_file(descriptor, stat.filemode(status.st_mode))
-        file = open(fd, "rb", buffering=0)  # noqa: SIM115
-        size = status.st_size
+        size = os.fstat(file.fileno()).st_size
         if size != descriptor.size:
             file.close()
             raise IntegrityError(
@@ -302,29 +296,66 @@ class Layout:
                     queue.append(Descriptor.from_json(document.json("config"), "manifest.config"))
         return found
 
-    def expect_garbage(self) -> None:
-        """Note that there will be garbage, in case this process is killed before it collects it."""
-        (self.root / ".garbage").touch()
+    def expect_garbage(self, tag: str | None = None) -> None:
+        """Note that there will be garbage, in case this process is killed before it collects it.
+
+        With a tag, that is only what the image of this tag needs, with its attachments, and what was noted
+        before.
+        """
+        if tag is None:
+            (self.root / ".garbage").touch()
+            return
+        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+            parts = self.reachable([self.resolve(tag)])
+            attached = [each for each in self._entries() if self._subject(each) in parts]
+            noted = sorted(self._noted() | parts | self.reachable(attached))
+            write_atomically(self.root / ".garbage", "\n".join(noted).encode())
+
+    def _noted(self) -> set[Digest]:
+        """Return the blobs that `expect_garbage` has noted."""
+        with contextlib.suppress(OSError, IntegrityError, ValueError):
+            with open_regular(self.root / ".garbage") as file:
+                text = file.read(_INDEX_LIMIT_BYTES) or b""
+            return {Digest.parse(line) for line in text.decode().splitlines()}
+        return set()
+
+    def untag(self, tag: str) -> Descriptor:
+        """Remove a tag; its blobs stay until garbage is collected. Raises NotFoundError."""
+        with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
+            descriptor = self.resolve(tag)
+            document = self._document()
+            others = [entry for entry in document["manifests"] if not _is_tagged(entry, tag)]
+            self._write_index({**document, "manifests": others})
+        return descriptor
 
     def has_garbage(self) -> bool:
         """Tell whether garbage was left by a killed process, or its collection was postponed."""
         return (self.root / ".garbage").exists()
 
-    def collect_garbage(self) -> None:
-        """Remove the blobs that no tag needs. Only for a layout into which rekindle alone puts blobs.
+    def collect_garbage(self, *, only_noted: bool = False) -> None:
+        """Remove the blobs that no tag needs.
+
+        `only_noted` is for a layout of the user, into which others may have put blobs: it removes none but
+        those that `expect_garbage` has noted, with the attachments of images that are gone.
 
         While the layout is being read, or one of its images is damaged, this does nothing and raises nothing.
         """
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS):
-            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.root / ".reading", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if not try_lock(fd):
                     return
-                self._drop_unattached()
+                noted = self._noted() if only_noted else None
+                self._drop_unattached(noted)
                 keep = {digest.hex for digest in self.reachable(self._entries())}
-                for path in self._blobs.iterdir():
-                    if path.name not in keep:
-                        path.unlink()
+                names = (
+                    [path.name for path in self._blobs.iterdir()]
+                    if noted is None
+                    else {digest.hex for digest in noted}
+                )
+                for name in names:
+                    if name not in keep:
+                        (self._blobs / name).unlink(missing_ok=True)
                 for path in self.root.glob(".index.json.*"):  # left by a killed writer: we hold the lock
                     path.unlink()
                 (self.root / ".garbage").unlink(missing_ok=True)
@@ -333,12 +364,14 @@ class Layout:
             finally:
                 os.close(fd)
 
-    def _drop_unattached(self) -> None:
-        """Remove the entries of the index that refer to images that are gone."""
+    def _drop_unattached(self, noted: Collection[Digest] | None) -> None:
+        """Remove the entries of the index that refer to images that are gone, or to those of `noted`."""
         entries = self._entries()
         subjects = {entry.digest: self._subject(entry) for entry in entries}
         there = self.reachable([entry for entry in entries if subjects[entry.digest] is None])
         gone = {digest for digest, subject in subjects.items() if subject and subject not in there}
+        if noted is not None:
+            gone = {digest for digest in gone if subjects[digest] in noted}
         if gone:
             document = self._document()
             kept = [e for e in document["manifests"] if e.get("digest") not in gone]
@@ -355,7 +388,7 @@ class Layout:
     def _take(self, source: "Layout", digest: Digest) -> None:
         """Move a blob here. It may be missing from the source if it is here already."""
         try:
-            _move(source._blobs / digest.hex, self._blobs / digest.hex)
+            move_file(source._blobs / digest.hex, self._blobs / digest.hex)
         except FileNotFoundError:
             if not (self._blobs / digest.hex).exists():
                 raise IntegrityError(
@@ -370,8 +403,8 @@ class Layout:
     def _document(self) -> dict[str, JSON]:
         """Return the index as a JSON object."""
         try:
-            with open(self.root / "index.json", "rb") as file:
-                content = file.read(_INDEX_LIMIT_BYTES + 1)
+            with open_regular(self.root / "index.json") as file:
+                content = file.read(_INDEX_LIMIT_BYTES + 1) or b""
         except FileNotFoundError:
             raise NotFoundError(
                 f"{self.root} holds no images", hint="make one: rekindle snapshot NAME -- COMMAND"
@@ -444,14 +477,6 @@ def _remove_incoming(lock: Path) -> None:
         lock.parent.rmdir()
 
 
-def _not_a_file(descriptor: Descriptor, what: str) -> IntegrityError:
-    return IntegrityError(
-        f"blob {descriptor.digest} is not a regular file",
-        cause=what,
-        hint="make the snapshot again, or fetch it again",
-    )
-
-
 def _is_tagged(entry: JSON, tag: str, annotation: str = TAG_ANNOTATION) -> bool:
     return bool(entry.get("annotations", {}).get(annotation) == tag)
 
@@ -469,22 +494,3 @@ def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> l
 
 def _has_own_tag(attached: Descriptor) -> bool:
     return media_types.SIMPLE_TAG in attached.annotations
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move a blob, between disks by way of a staged copy: the target is whole or absent."""
-    try:
-        source.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        staged = target.with_name(f".staged-{target.name}")
-        try:
-            from shutil import copyfile  # rarely needed, and slow to import
-
-            copyfile(source, staged)
-            with open(staged, "rb") as file:
-                os.fsync(file.fileno())
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)

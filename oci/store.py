@@ -63,17 +63,28 @@ def layout_of(image: LayoutReference, home: Home, *, create: bool = False) -> La
 
 @contextlib.contextmanager
 def collecting(layout: Layout, target: LayoutReference) -> Iterator[None]:
-    """Remove from the local store the blobs of an image that is replaced within the context.
+    """Remove the blobs of an image that is replaced, or whose tag is removed, within the context.
 
-    A layout directory of the user is left alone: it may hold blobs that others put there.
+    In a layout directory of the user, that is what this image alone needed, since others may have put blobs
+    there; in the local store it is all that no tag needs. While the layout is read, they stay until the next
+    time.
     """
-    if target.directory is not None:
-        yield
-        return
-    layout.expect_garbage()
+    own = target.directory is not None
+    layout.expect_garbage(target.tag if own else None)
     try:
         yield
-        layout.collect_garbage()
+        layout.collect_garbage(only_noted=own)
     except BaseException:  # an interruption may also come during the collection itself
-        layout.collect_garbage()
+        layout.collect_garbage(only_noted=own)
         raise
+
+
+def others_can_read(target: LayoutReference) -> str:
+    """Return a warning if other users can read a layout directory, and so the memory of servers; or ""."""
+    if target.directory is not None:
+        with contextlib.suppress(OSError):
+            if target.directory.stat().st_mode & 0o077:
+                return (
+                    f"others can read {target.directory}, and so the memory of servers: chmod 700 protects it"
+                )
+    return ""

@@ -4,17 +4,19 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import stat
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from rekindle.errors import BusyError
+from rekindle.errors import BusyError, IntegrityError
 
 PAGE_BYTES = 4096
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2  # linux/falloc.h
 _COPY_BYTES = 1 << 20
+_NOT_REGULAR = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -31,6 +33,43 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         staged.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading that others may have put there. Raises IntegrityError for what is no file.
+
+    A link may lead anywhere, and a plain open of a pipe waits for ever for its writer.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _NOT_REGULAR:
+            raise
+        raise IntegrityError(f"{path} is not a regular file", cause=str(error)) from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise IntegrityError(f"{path} is not a regular file", cause=stat.filemode(mode))
+    return open(fd, "rb", buffering=0)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Move a file, between disks by way of a staged copy: the target is whole or absent."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        staged = target.with_name(f".staged-{target.name}")
+        try:
+            from shutil import copyfile  # rarely needed, and slow to import
+
+            copyfile(source, staged)
+            with open(staged, "rb") as file:
+                os.fsync(file.fileno())
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
@@ -70,7 +109,7 @@ def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterat
     BusyError after `timeout` seconds.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             if not try_lock(fd, shared=shared, timeout=timeout):
                 raise BusyError(

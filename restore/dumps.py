@@ -140,6 +140,29 @@ def room(home: Home, image: Image) -> tuple[int, int]:
     return needed, there
 
 
+class KeptDump(NamedTuple):
+    """A dump that is kept: its size, the Unix time of its last use, and whether a server uses it now."""
+
+    path: Path
+    bytes: int
+    used: float
+    in_use: bool
+
+
+def listed(home: Home) -> Iterator[KeptDump]:
+    """Yield the dumps that are kept, also those from before the last boot."""
+    for path in home.dumps.iterdir():
+        marker = _marker(path) if path.suffix != ".lock" else None
+        if marker is not None:
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                used = (path / "ready.json").stat().st_mtime
+                fd = os.open(
+                    path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+                )
+                stack.callback(os.close, fd)
+                yield KeptDump(path, marker.bytes, used, in_use=not try_lock(fd))
+
+
 def adopt(home: Home, image: Image, tree: Path) -> None:
     """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
     target = place(home, image)
@@ -425,7 +448,7 @@ def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
     total = sum(size for _, _, _, size in found)
     for useful, _, path, size in sorted(found):
         crowded = total > limit or _free_bytes(dumps) < room
-        if (crowded or not useful) and _remove(path):
+        if (crowded or not useful) and remove_unused(path):
             total -= size
 
 
@@ -439,7 +462,8 @@ def _free_bytes(directory: Path) -> int:
     return disk.f_frsize * disk.f_bavail
 
 
-def _remove(path: Path) -> bool:
+def remove_unused(path: Path) -> bool:
+    """Remove a dump, if it is there and nothing uses it. Return whether it is gone."""
     fd = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if not try_lock(fd):

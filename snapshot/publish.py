@@ -79,6 +79,8 @@ def publish(
             raise
         return
     layout = store.layout_of(reference, home, create=True)
+    if warning := store.others_can_read(reference):
+        report.say(warning)
     with store.collecting(layout, reference):
         attached = [*given, *(own if reference.directory is None else [])]
         with layout.reading():  # keeps what is there already

@@ -128,6 +128,12 @@ class Repository:
         """See `Blobs.open_blob`; the rest is fetched while the stream is read."""
         return self._downloads.open(descriptor)
 
+    def tags(self) -> list[str]:
+        """Return the tags of the repository, as the origin lists them. Raises NotFoundError."""
+        from oci.registry import tags
+
+        return tags.listed(self._origin, self._name)
+
     def tagged(self, tag: str) -> Descriptor | None:
         """Return the manifest under a tag of this repository; None if there is none."""
         try:

@@ -16,6 +16,7 @@ from rekindle.engine import Engine, caches
 from rekindle.engine.caches import VARIABLES, CacheKind, environment_for, is_within, path_below
 from rekindle.engine.choose import from_record
 from rekindle.errors import CapabilityError, UsageError
+from rekindle.files import try_lock
 from rekindle.record import Record
 from rekindle.secrets import HIDDEN
 from rekindle.secrets.redact import redact_command
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from oci.cache.inventory import StoredRoot
 
 _REASONS_LIMIT = 50
+_LOCK_SECONDS = 10.0
 
 
 def environment(
@@ -91,8 +93,22 @@ def place(
             directory = home.root / "caches" / source.read_kernels().value.manifest.digest.hex
             run.report.say(f"{error.message}: extracting the kernel cache to {directory} instead")
             where, variables = places(roots, {}, directory)
+            _keep_in_use(directory, stack)
             extract(run, source, where, stack)
     return {**found, **variables}, where
+
+
+def _keep_in_use(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Lock a directory of $REKINDLE_HOME/caches, and note that it is used now, for `rekindle prune`.
+
+    The lock is held while this process serves, or until the rung fails.
+    """
+    directory.parent.mkdir(mode=0o700, exist_ok=True)
+    lock = directory.with_name(f"{directory.name}.lock")
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    stack.push(lambda kind, *_: os.close(fd) if kind is not None else None)
+    try_lock(fd, shared=True, timeout=_LOCK_SECONDS)
+    os.utime(fd)
 
 
 def extract(run: Run, source: Source, where: Mapping[str, Path], stack: contextlib.ExitStack) -> None:
