@@ -17,6 +17,7 @@ The file that FAKE_CUDA names is what this driver is like; all of it may be miss
     seconds         {STEP: how long it takes}
     busy            [PID]: never come to rest, so a lock of them times out
     coordinators    [PID]: hold no CUDA, and have a state all the same
+    free_bytes      memory on the GPUs: a restore of more fails, and cannot be repeated (cuda-checkpoint#44)
     last_user_of    PATH: a device. If no process has it open after a checkpoint, the GPU is shut down and the
                     process dies, as without persistence mode
     lock_of_idle    the result of a lock of a process without a context; 3 (NOT_INITIALIZED) by default
@@ -52,7 +53,8 @@ CODES = {
     801: ("CUDA_ERROR_NOT_SUPPORTED", "operation not supported"),
     999: ("CUDA_ERROR_UNKNOWN", "unknown error"),
 }
-INVALID_VALUE, NOT_INITIALIZED, ILLEGAL_STATE, NOT_READY, NOT_PERMITTED, UNKNOWN = 1, 3, 401, 600, 800, 999
+INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED, OPERATING_SYSTEM = 1, 2, 3, 304
+ILLEGAL_STATE, NOT_READY, NOT_PERMITTED, UNKNOWN = 401, 600, 800, 999
 STATES = ["running", "locked", "checkpointed", "failed"]
 LAWFUL = {
     "lock": ("running", "locked"),
@@ -277,6 +279,11 @@ def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) ->
         if len(set(new)) != len(new) or not (there is None or set(new) <= set(there)):
             return INVALID_VALUE, 0
         held["uuids"] = new
+    if held.get("broken"):
+        return (OPERATING_SYSTEM if step == "restore" else ILLEGAL_STATE), 0
+    if step == "restore" and held["device_bytes"] > config.get("free_bytes", held["device_bytes"]):
+        write_state(pid, {**held, "broken": True})
+        return OUT_OF_MEMORY, 0
     device = config.get("last_user_of")
     if step == "checkpoint" and device and not is_open(device):
         write_state(pid, {**held, "state": "failed"})

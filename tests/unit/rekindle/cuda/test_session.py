@@ -147,6 +147,23 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
+def test_a_restore_without_memory_cannot_be_repeated(
+    fake: FakeCuda, backend: Backend, pids: list[int]
+) -> None:
+    """Whatever is freed later (NVIDIA/cuda-checkpoint#44)."""
+    Session(backend, pids[:1]).checkpoint_all(20)
+    fake.describe(free_bytes=1000)
+    with pytest.raises(CudaError, match="could not restore") as caught:
+        Session(backend, pids[:1]).restore_all({}, roll_back=False)
+    assert caught.value.number == 2
+    assert "cannot be repeated" in caught.value.hint
+    fake.describe()
+    with pytest.raises(CudaError, match="could not restore") as caught:
+        Session(backend, pids[:1]).restore_all({}, roll_back=False)
+    assert caught.value.number == 304
+    assert "cannot be repeated" in caught.value.hint
+
+
 def test_a_lock_that_times_out_leaves_every_process_running(
     fake: FakeCuda, backend: Backend, pids: list[int], journal: Path
 ) -> None:
