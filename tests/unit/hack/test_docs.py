@@ -73,3 +73,15 @@ def test_what_can_differ_from_a_start_of_today_names_rules_and_tests_that_exist(
         ]
         assert places
         assert all((ROOT / path).is_file() for path in places), tests
+
+
+def test_the_tests_that_hold_what_gpus_may_do_exist() -> None:
+    page = (ROOT / "docs/gpu/risks.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 10
+    there = {
+        each
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for each in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert not named - there
