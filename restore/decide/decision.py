@@ -113,7 +113,7 @@ def decide(
 
 def make_plan(facts: Facts, options: Options) -> Plan:
     """Return the plan with the deadlines and the policy of the options."""
-    choice = structs.replace(facts.gpu_choice, wanted=options.gpus)
+    choice = structs.replace(facts.gpu_choice, wanted=options.gpus, replica=options.replica_index)
     return planning.make(
         structs.replace(facts, gpu_choice=choice),
         options.rung,

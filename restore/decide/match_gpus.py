@@ -22,11 +22,13 @@ class GpuChoice(Struct, frozen=True, kw_only=True):
     """What decides which of this node's GPUs take the places of the recorded ones.
 
     `wanted` are the UUIDs that the user chose, in the order of the recorded ones. `free_bytes` is the free
-    memory of each GPU, by UUID; empty if it is unknown.
+    memory of each GPU, by UUID; empty if it is unknown. `replica` is the position among replicas that start
+    together, and so see the same memory free.
     """
 
     wanted: Sequence[str] = ()
     free_bytes: Mapping[str, int] = field(default_factory=dict)
+    replica: int = 0
 
 
 ANY_GPU = GpuChoice()
@@ -68,12 +70,14 @@ def _chosen(
         return {}
     wanted = held_gpus(record)
     fitting = [uuid for uuid, gpu in by_uuid.items() if wanted and _same_kind(gpu, wanted[0])]
-    free = choice.free_bytes
-    best = max(fitting, key=lambda uuid: free.get(uuid, 0), default="")
+    free = {uuid: choice.free_bytes.get(uuid, 0) for uuid in fitting}
+    with_room = [uuid for uuid in fitting if free[uuid] >= record.process.device_bytes]
+    ordered = sorted(with_room or fitting, key=lambda uuid: -free[uuid])
     now = places.get(held[0], "")
-    if not best or (now in fitting and free.get(best, 0) - free.get(now, 0) <= _NOTICEABLE_BYTES):
-        return {}
-    return {held[0]: best}
+    if now in ordered and free[ordered[0]] - free[now] <= _NOTICEABLE_BYTES:
+        ordered = [now, *(uuid for uuid in ordered if uuid != now)]
+    place = ordered[choice.replica % len(ordered)] if ordered else now
+    return {held[0]: place} if place != now else {}
 
 
 def choice_problem(record: Record, node: Fingerprint, wanted: Sequence[str]) -> str:

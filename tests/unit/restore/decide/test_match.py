@@ -283,6 +283,20 @@ def test_a_gpu_is_chosen_by_its_free_memory(free: tuple[int, ...], place: int) -
     assert device_map(record, node) == {}, "nothing is known of the memory"
 
 
+def test_replicas_that_start_together_go_to_different_gpus() -> None:
+    record, node, free_bytes = with_free(130, 130, 20, 131)
+    record = structs.replace(
+        record, process=structs.replace(record.process, device_bytes=40 << 30), node=node
+    )
+    first = H200.gpus[0].uuid
+    found = [
+        device_map(record, node, GpuChoice(free_bytes=free_bytes, replica=number)).get(first, first)
+        for number in range(4)
+    ]
+    a, b, _, d = (gpu.uuid for gpu in H200.gpus[:4])
+    assert found == [a, d, b, a], "the third GPU has no room"
+
+
 def test_the_user_chooses_a_gpu_and_the_others_make_room() -> None:
     record, node, free_bytes = with_free(130, 20, 130)
     record = structs.replace(record, node=node)
