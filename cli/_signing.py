@@ -14,9 +14,6 @@ from oci.trust.keys import CommandKey, PrivateKey, PublicKey, SigningKey
 from rekindle.errors import UsageError
 from rekindle.report import Report
 
-VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
-"""The environment variables that give access to signing keys."""
-
 
 def chosen_key(args: argparse.Namespace) -> SigningKey | None:
     """Return the key that the command line names, or None. Asks for its password."""

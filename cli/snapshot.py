@@ -189,7 +189,6 @@ def _options(args: argparse.Namespace, command: Sequence[str], sign: "Sign | Non
         check_memory=not args.no_memory_check,
         secrets=tuple(args.allow_secret),
         sign=sign,
-        private_variables=_signing.VARIABLES,  # the server must not see what gives access to our keys
         registry=_arguments.registry(args),
         keep_dump=args.keep_dump,
     )

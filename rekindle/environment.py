@@ -22,6 +22,8 @@ from rekindle.engine.variables import is_noise, names_a_cache
 
 SECRET = ""
 """The mark of a variable of which nothing but its name is recorded."""
+KEY_VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
+"""Variables that give access to keys with which images are signed. No server gets them."""
 _LIMIT = 100_000
 _SALT_BYTES = 16
 _DIGITS, _SHORT_DIGITS = 32, 4

@@ -95,7 +95,9 @@ def snapshot(
             keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
         )
         record = msgspec.structs.replace(made.record, proved=options.prove)
-        report.reasons += [reason_for(each) for each in match_limits.lost_settings(made.record)]
+        report.reasons += [
+            reason_for(each) for each in match_limits.lost_settings(made.record, made.record.node)
+        ]
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):

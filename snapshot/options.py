@@ -11,6 +11,7 @@ from oci.options import RegistryOptions
 from rekindle.cell import Network
 from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
+from rekindle.environment import KEY_VARIABLES
 from rekindle.errors import UsageError
 from snapshot.outside_connections import Outside
 
@@ -47,7 +48,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     check_memory: bool = True
     secrets: tuple[str, ...] = ()
     sign: "Sign | None" = None
-    private_variables: frozenset[str] = frozenset()
+    private_variables: frozenset[str] = KEY_VARIABLES
     registry: RegistryOptions = field(default_factory=RegistryOptions)
     keep_dump: Path | None = None
 

@@ -41,7 +41,8 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     kernel lets processes use, as in the register XCR0; 0 if unknown. `capabilities` has a bit for each
     capability of ours, as in capabilities(7), which are also those of a server that we start. `packages`
     are the versions that a command runs with. `cpus` are those that we may use, such as `0-3,8`; `cpu_quota`
-    is how many CPUs' time our control groups allow, 0 if they do not limit it. `limits` are our resource
+    is how many CPUs' time our control groups allow, 0 if they do not limit it. `memory_nodes` are the NUMA
+    nodes whose memory we may use, written likewise. `limits` are our resource
     limits, soft and hard, with -1 for none.
     """
 
@@ -58,6 +59,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     packages: Mapping[str, str] = {}
     cpus: str = ""
     cpu_quota: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    memory_nodes: str = ""
     limits: Annotated[Mapping[str, tuple[_Limit, _Limit]], Meta(max_length=64)] = {}
     devices: Gpus = Gpus()
 
@@ -84,6 +86,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
             packages=versions(command, os.environ if environment is None else environment) if command else {},
             cpus=cpus.of_thread(),
             cpu_quota=cpus.quota(),
+            memory_nodes=_memory_nodes(),
             limits=limits.of_process(),
             devices=probe_gpus(),
         )
@@ -121,6 +124,13 @@ def _capabilities() -> int:
         if line.startswith("CapPrm:"):
             return int(line.split()[1], 16)
     return 0
+
+
+def _memory_nodes() -> str:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Mems_allowed_list:"):
+            return line.split()[-1]
+    return ""
 
 
 def _xsave() -> int:

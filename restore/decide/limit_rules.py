@@ -43,8 +43,8 @@ LIMIT_RULES: Mapping[str, Rule] = {
     "memory-policy": Rule(
         rung=Rung.PROCESS,
         hard=False,
-        why="The server bound memory to NUMA nodes. CRIU does not save that, and no other process can set "
-        "it.",
+        why="The server bound memory to NUMA nodes that are not all of those here. CRIU does not save that, "
+        "and no other process can set it.",
         source="set_mempolicy(2), mbind(2)",
         advice="start rekindle with the policy: numactl",
     ),

@@ -4,6 +4,7 @@
 Pure. restore/decide/rules.py defines what each difference means.
 """
 
+import re
 from collections.abc import Iterator
 
 from rekindle.cell.settings import ProcessSettings
@@ -20,18 +21,29 @@ _WORDS = {"nofile": "open files", "memlock": "locked memory", "as": "address spa
 def compare(record: Record, here: Fingerprint) -> Iterator[Difference]:
     """Yield the differences in what this node allows the server."""
     yield from _cpus(record, here)
-    yield from lost_settings(record)
+    yield from lost_settings(record, here)
     for process in record.process.settings or ():
         yield from _changed_limits(process, here)
         yield from _used(process, here)
 
 
-def lost_settings(record: Record) -> Iterator[Difference]:
-    """Yield what the server has set and no restore can set again."""
+def lost_settings(record: Record, here: Fingerprint) -> Iterator[Difference]:
+    """Yield what the server has set and no restore can set again, if it makes a difference on a node."""
     for process in record.process.settings or ():
-        if process.memory_policy:
+        if not _names_all_nodes(process.memory_policy, here.memory_nodes):
             field = _name("NUMA policy", process)
             yield Difference("memory-policy", field, process.memory_policy, "that of rekindle")
+
+
+def _names_all_nodes(policies: str, nodes: str) -> bool:
+    """Tell whether each policy (`bind:0 interleave:0-1`) names all NUMA nodes, so that it forbids nothing."""
+    named = [policy.rpartition(":")[2] for policy in policies.split()]
+    return not named or (bool(nodes) and all(cpus.mask(nodes) & ~_mask(each) == 0 for each in named))
+
+
+def _mask(text: str) -> int:
+    """Return a bit for each node of a text; 0 for what names no nodes, such as `prefer`."""
+    return cpus.mask(text) if re.fullmatch(r"[0-9]{1,4}([-,][0-9]{1,4})*", text) else 0
 
 
 def _cpus(record: Record, here: Fingerprint) -> Iterator[Difference]:

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from rekindle.cell import Cell
 from rekindle.engine import Engine
+from rekindle.environment import KEY_VARIABLES
 from rekindle.errors import Interrupted, WorkloadError
 from rekindle.record import Oracle
 from rekindle.report import OracleAnswer, Report, Rung
@@ -26,6 +27,10 @@ from restore.signals import Signals
 
 if TYPE_CHECKING:
     from restore.rungs.proof import WatchedCache
+
+
+_OURS = {"NOTIFY_SOCKET", *KEY_VARIABLES}
+"""Variables that are for rekindle, and not for a server."""
 
 
 class StartedServer(Struct, frozen=True, kw_only=True):
@@ -112,7 +117,7 @@ def start_server(
         up = bring_up(
             stack,
             command,
-            environment={name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"},
+            environment={name: value for name, value in environment.items() if name not in _OURS},
             directory=_directory(decision),
             output=run.options.output,
             engine=engine,

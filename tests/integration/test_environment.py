@@ -155,13 +155,15 @@ def test_a_difference_can_be_accepted(scene: Scene, tmp_path: Path, by: str) -> 
 def test_a_lower_rung_gets_the_environment_of_today(scene: Scene, rung: str) -> None:
     names = [*SET_AT_THE_SNAPSHOT, "LD_PRELOAD"]
     unset(scene, *names)
-    scene.rekindle.env["TODAY"] = "yes"
+    keys = {"COSIGN_PASSWORD": "", "SIGSTORE_ID_TOKEN": "eyJ.today"}
+    scene.rekindle.env |= {"TODAY": "yes", **keys}
     running = scene.restore("--rung", rung)
     running.until_ready(rung)
     got = json.loads(running.ask("/facts"))["environment"]
     replayed = {"TORCHINDUCTOR_FREEZING": "1"} if rung == "cache" else {}
     assert {name: got[name] for name in names if name in got} == replayed
     assert got["TODAY"] == "yes"
+    assert not keys.keys() & got.keys(), "they give access to signing keys"
     told = [
         (reason["field"], reason["recorded"], reason["here"])
         for reason in running.report["reasons"]

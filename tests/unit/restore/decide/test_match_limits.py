@@ -52,6 +52,12 @@ ALL = (1 << 41) - 1
         ({"locked_bytes": 101}, {"capabilities": ALL}, []),
         ({"address_bytes": 101}, {"limits": {"as": (100, 200)}}, LIMIT),
         ({"memory_policy": "bind:0"}, {}, [("memory-policy", False)]),
+        ({"memory_policy": "bind:0"}, {"memory_nodes": "0"}, []),
+        ({"memory_policy": "bind:0"}, {"memory_nodes": "0-1"}, [("memory-policy", False)]),
+        ({"memory_policy": "bind:1"}, {"memory_nodes": "0"}, [("memory-policy", False)]),
+        ({"memory_policy": "bind=static:0-3 interleave:0,1-2"}, {"memory_nodes": "0-2"}, []),
+        ({"memory_policy": "bind:0-1 prefer:1"}, {"memory_nodes": "0-1"}, [("memory-policy", False)]),
+        ({"memory_policy": "prefer"}, {"memory_nodes": "0"}, [("memory-policy", False)]),
     ],
 )
 def test_limits(settings: dict[str, Any], here: dict[str, Any], expected: list[tuple[str, bool]]) -> None:
