@@ -86,7 +86,8 @@ class _Child:
         report = json.loads(content) if content else None
         if report is None or report["outcome"] == Outcome.FAILED:
             return self.end(None), report
-        return (0 if report["outcome"] == _OUTCOMES[report["asked"]] else LOWER_STATUS), report
+        is_as_asked = report["outcome"] in {Outcome.STARTED, _OUTCOMES[report["asked"]]}
+        return (0 if is_as_asked else LOWER_STATUS), report
 
     def end(self, signum: int | None) -> int:
         """Wait for the child's end, after a signal if one is given; return its exit status."""

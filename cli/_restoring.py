@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cli import _arguments, _report, _trust
+from cli._console import Console
 from rekindle.cell import Cell
 from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.replicas import Registration, register
-from rekindle.report import Report, Rung
+from rekindle.report import Rung
 from restore.flow import LOWER_STATUS, plan, require_one, restore
-from restore.listener import Listener
 from restore.options import Memory, Options, Output
 
 if TYPE_CHECKING:
     from cli._detach import Detached
-    from oci.progress import Tally
 
 
 def run(
@@ -54,7 +53,7 @@ def run(
         registration = detached.registration if detached else _register(args)
         if registration is not None and detached is None:
             stack.enter_context(registration)
-        status = restore(options, _Console(args, detached), cell, registration)
+        status = restore(options, Console(args, detached), cell, registration)
         if registration is not None:
             registration.end(status)
     return status
@@ -81,40 +80,3 @@ def _show_plan(options: Options, *, as_json: bool) -> int:
     _plan.show(decision.plan, decision.facts, options.image, digest, as_json=as_json)
     require_one(decision, options.require)
     return 0 if decision.plan.steps[0].possible else LOWER_STATUS
-
-
-class _Console(Listener):
-    """Print lines and progress to stderr, and write the report where it was asked for."""
-
-    def __init__(self, args: argparse.Namespace, detached: "Detached | None") -> None:
-        self._args, self._detached = args, detached
-        self._tell = _report.console(quiet=args.quiet)
-
-    def say(self, text: str) -> None:
-        self._tell(text)
-
-    def progress(self, tally: "Tally | None") -> contextlib.AbstractContextManager[None]:
-        if tally is None:
-            return contextlib.nullcontext()
-        from cli._progress import shown
-
-        return shown(tally, quiet=self._args.quiet)
-
-    def ready(self, report: Report) -> None:
-        try:
-            _report.write(report, self._args.report, to_stdout=self._args.json)
-        except OSError as error:  # the running server matters more than its report
-            report.say(f"WARNING: cannot write the report: {error}")
-        if self._detached is not None:
-            self._detached.ready(report)
-
-    def interrupted(self, report: Report) -> None:
-        with contextlib.suppress(OSError):
-            _report.write(report, self._args.report, to_stdout=False)
-
-    def failed(self, report: Report) -> None:
-        self.interrupted(report)
-        if self._detached is not None:
-            self._detached.tell(report)
-        with contextlib.suppress(OSError):
-            _report.write(report, None, to_stdout=self._args.json)

@@ -62,7 +62,7 @@ def _row(replica: ReplicaEntry) -> tuple[str, ...]:
     state = str(replica.state) if replica.runs else f"{replica.state} ({replica.exit_status})"
     return (
         status.name,
-        status.image,
+        status.image or "-",
         str(status.rung or "-"),
         status.endpoint or "-",
         _table.age(time.time() - status.created),

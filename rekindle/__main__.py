@@ -17,6 +17,7 @@ from rekindle.text import printable
 VERBS = {
     "snapshot": "start a server, warm it, and save it as an image",
     "restore": "restore a saved server, and serve",
+    "run": "run a server in a cell, to be saved while it runs",
     "ps": "list the servers that run",
     "logs": "print what a detached server has written",
     "stop": "end servers, gracefully or not",

@@ -168,7 +168,7 @@ class Registration:
         """Become the serving process, as a child of the one that registered it."""
         self.update(serving=ProcessIdentity.of(os.getpid()))
 
-    def ready(self, *, rung: Rung, digest: str, endpoint: str, cell_init: int | None) -> None:
+    def ready(self, *, rung: Rung | None, digest: str, endpoint: str, cell_init: int | None) -> None:
         """Note that the server is ready, and the PID of its cell's init."""
         cell = None
         if cell_init:

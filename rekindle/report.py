@@ -27,6 +27,7 @@ class Outcome(StrEnum):
     CACHE = "cache"
     COLD = "cold"
     SAVED = "saved"
+    STARTED = "started"
     FAILED = "failed"
 
 

@@ -44,9 +44,16 @@ from snapshot.warm import read_requests
 
 
 def snapshot(
-    options: SnapshotOptions, report: Report | None = None, progress: Progress | None = None
+    options: SnapshotOptions,
+    report: Report | None = None,
+    progress: Progress | None = None,
+    *,
+    start: make.Start | None = None,
+    given: Mapping[str, str] | None = None,
 ) -> images.Image:
     """Start a server, warm it, save it as an image, prove the image, and fill the report.
+
+    `start` brings the server up in another way, in the environment `given`.
 
     Needs root. The server has ended when this returns or raises. Atomic: the tag is written last, and a
     failure leaves nothing behind. Raises SecretError, NotDumpableError, DumpError, OracleError, and the
@@ -57,8 +64,7 @@ def snapshot(
     reference = parse(options.image)
     command = list(options.command)
     engine = for_command(command, ready_url=options.ready_url, oracle_file=options.oracle_file)
-    ours = {name: value for name, value in os.environ.items() if name not in options.private_variables}
-    environment = {**engine.environment(), **ours}
+    environment = _environment(engine, given or os.environ, options)
     nvidia = any(gpu.vendor == "nvidia" for gpu in probe().gpus)
     warmed = options.warm_file is not None
     engine = _sleeping_engine(engine, options.weights, command, environment, nvidia=nvidia, warmed=warmed)
@@ -93,6 +99,7 @@ def snapshot(
             report,
             scan=dump_tree.scan,
             keep_untouched=(lambda dump: _copy(dump, keep)) if keep else None,
+            start=start,
         )
         record = msgspec.structs.replace(made.record, proved=options.prove)
         report.reasons += [
@@ -106,8 +113,8 @@ def snapshot(
             remove_tree(work / "dump")
             image = images.build(staging, record, packed, kernels)
         if options.prove:
-            for name in ("stdout.log", "stderr.log"):  # a later restore will not find them either
-                (work / name).rename(work / f"before-{name}")
+            for log in filter(Path.exists, (work / "stdout.log", work / "stderr.log")):
+                log.rename(work / f"before-{log.name}")  # a later restore will not find them either
             image = prove(home, work, staging, image, tool, engine, report)
         with report.phase("sign"):
             subjects = [image.index, *([image.cache] if image.cache else [])]
@@ -118,6 +125,12 @@ def snapshot(
         with report.phase("publish"):
             publish(staging, image, signatures, reference, access, home, report, progress)
     return image
+
+
+def _environment(engine: Engine, given: Mapping[str, str], options: SnapshotOptions) -> dict[str, str]:
+    """Return the server's environment, without what gives access to our keys."""
+    ours = {name: value for name, value in given.items() if name not in options.private_variables}
+    return {**engine.environment(), **ours}
 
 
 def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:

@@ -16,17 +16,23 @@ from oci import store
 from oci.image import Image
 from oci.layout import Layout
 from oci.reference import parse
-from rekindle import replicas
-from rekindle.cell import Cell
-from rekindle.engine.choose import from_record
+from rekindle import documents, replicas
+from rekindle.cell import Cell, Network
+from rekindle.engine import Engine
+from rekindle.engine.choose import Weights, from_record
 from rekindle.engine.client import Client
-from rekindle.errors import OracleError, WorkloadError
+from rekindle.errors import OracleError, UsageError, WorkloadError
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import OracleAnswer, Pause, Report
 from restore.borrow import Lender
-from snapshot.options import Progress, ReplicaOptions
+from snapshot import make
+from snapshot.flow import snapshot
+from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
+from snapshot.outside_connections import Outside
 from snapshot.replica import RunningReplica, save_borrowed
+from snapshot.run import BegunServer
+from snapshot.server import Server
 
 _ANSWER_SECONDS = 60.0
 
@@ -54,10 +60,13 @@ def save_running(
     report = report or Report(verb="snapshot")
     entry = replicas.running(home, name)
     with Lender(entry) as lender:
+        report.replica, report.pause = name, Pause()
         facts = lender.facts()
+        if "run" in facts:
+            begun = documents.read(facts["run"], BegunServer, "the server's start")
+            return _save_begun(lender, begun, options, report, progress, drain_seconds)
         image = Image.from_json(facts["image"], Layout(home.store))
         reference, dump = parse(entry.status.image), facts["dump"]
-        report.replica, report.pause = name, Pause()
 
         @contextlib.contextmanager
         def borrow() -> Iterator[RunningReplica]:
@@ -76,6 +85,62 @@ def save_running(
                 )
 
         return save_borrowed(image, reference, borrow, options, report, progress, home=home)
+
+
+def _save_begun(
+    lender: Lender,
+    begun: BegunServer,
+    options: ReplicaOptions,
+    report: Report,
+    progress: Progress | None,
+    drain_seconds: float,
+) -> Image:
+    """Save a server that was started by `rekindle run`, as a snapshot of its command would be."""
+    if not options.runs_on or options.outside is not Outside.REFUSE:
+        raise UsageError(
+            "a server that was started by `rekindle run` can only be saved as it is, and runs on"
+        )
+
+    @contextlib.contextmanager
+    def start(_: make.ServerSpec, engine: Engine, __: Path, report: Report) -> Iterator[make.WarmServer]:
+        assert report.pause is not None
+        with contextlib.ExitStack() as stack:
+            with report.phase("drain"):
+                cell, _output = stack.enter_context(lender.lent(drain_seconds, report.pause))
+            server = Server.running(cell, begun.root_pid, begun.given, Path(begun.stdout), Path(begun.stderr))
+            with report.phase("oracle"):
+                oracle = make.known_oracle(server, engine, Client(engine.endpoint, cell.connect))
+            yield make.WarmServer(
+                cell=cell,
+                server=server,
+                oracle=oracle,
+                reads=_Reads(begun),
+                began_ns=begun.began_ns,
+                start_seconds=begun.start_seconds,
+                stop_watching=lambda: None,
+                runs_on=True,
+            )
+
+    asked = SnapshotOptions(
+        image=options.image,
+        command=begun.argv,
+        network=begun.network,
+        ready_url=begun.ready_url,
+        oracle_file=Path(begun.oracle_file) if begun.oracle_file else None,
+        weights=Weights.AS_IS if begun.ready_url is None else None,
+        prove=options.prove and begun.network is Network.PRIVATE,
+        secrets=options.secrets,
+        sign=options.sign,
+        registry=options.registry,
+    )
+    with contextlib.chdir(begun.directory):
+        return snapshot(asked, report, progress, start=start, given=begun.environment)
+
+
+class _Reads:
+    def __init__(self, begun: BegunServer) -> None:
+        self.read, self.problem = set(begun.read), begun.problem
+        self.written = set(begun.written)
 
 
 def _ask(cell: Cell, record: Record, report: Report) -> None:

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a dump and its record from a command: start the server, warm it, checkpoint it, describe it."""
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct, structs
 
 from rekindle import __version__, criu
-from rekindle.cell import Cell, Clocks, Network, private, processes, untraced
+from rekindle.cell import MEMORY_PLACE, Cell, Clocks, Network, private, processes, untraced
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
 from rekindle.criu import Criu, connections, inherited, timers, zero_pages
+from rekindle.criu.frozen import FrozenDump
 from rekindle.criu.memory_files import MemoryFile, move_memory
 from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
@@ -89,6 +91,35 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     outside: Outside = Outside.REFUSE
 
 
+class WhatWasRead(Protocol):
+    """The files that a server has opened since its start: see `OpenedFiles`."""
+
+    read: set[str]
+    written: set[tuple[int, int]]
+    problem: str
+
+
+class WarmServer(Struct, frozen=True, kw_only=True):
+    """A server that is ready, warm and answers.
+
+    `began_ns` is when it was started, in nanoseconds since 1970, `start_seconds` how long it took to be
+    ready. `stop_watching` ends the watch for what it reads. With `runs_on`, it is not ours to end.
+    """
+
+    cell: Cell
+    server: Server
+    oracle: Oracle
+    reads: WhatWasRead
+    began_ns: int
+    start_seconds: float
+    stop_watching: Callable[[], None]
+    runs_on: bool = False
+
+
+Start = Callable[[ServerSpec, Engine, Path, Report], contextlib.AbstractContextManager[WarmServer]]
+"""Brings a server up, or finds one that runs: spec, engine, work directory, report."""
+
+
 class _ProcessState(Struct, frozen=True, kw_only=True):
     """What belongs to a dump of processes: CUDA state, clocks, private paths, closed connections."""
 
@@ -106,26 +137,25 @@ def make(
     report: Report,
     scan: Callable[[Path], list[StoredFile]],
     keep_untouched: Callable[[Path], None] | None = None,
+    start: Start | None = None,
 ) -> Dumped:
-    """Start the server, dump it into `work/dump/{criu,memory,shm}`, and describe it.
+    """Start the server, by `start` if given, dump it into `work/dump/{criu,memory,shm}`, and describe it.
 
     `scan` lists the files of a dump. `keep_untouched` is called with CRIU's dump before it is compacted.
-    The server has ended when this returns or raises. Raises SecretError if the dump holds a credential
-    that was not allowed.
+    The server has ended when this returns or raises, unless it is another's. Raises SecretError if the dump
+    holds a credential that was not allowed.
     """
     _check_preconditions(spec)
     tree = _make_tree(work)
-    with Cell() as cell:
-        with report.phase("cell"):
-            cell.enter(spec.network)
-        began_ns = time.time_ns()
-        with OpenedFiles(cell) as reads:
-            server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
-            hooked = before_snapshot(cell, server, report)
-            with report.phase("check"), telling_server(cell, server.root_pid, engine, ends=True):
-                running = _inspect(cell, server, spec, engine, work, began_ns)
-            _tell_private(running.private, report)
-        dumped = _dump(cell, server, spec, engine, running, tool, work, report)
+    with (start or _started)(spec, engine, work, report) as started:
+        server, reads, began_ns = started.server, started.reads, started.began_ns
+        hooked = before_snapshot(started.cell, server, report)
+        ends = not started.runs_on
+        with report.phase("check"), telling_server(started.cell, server.root_pid, engine, ends=ends):
+            running = _inspect(started.cell, server, spec, engine, work, began_ns)
+        _tell_private(running.private, report)
+        started.stop_watching()  # CRIU reads files in the cell, too
+        dumped = _dump(started, spec, engine, running, tool, work, report)
         cuda, kept = dumped.cuda, dumped.kept
     with report.phase("compact"):
         dump_bytes = _size_bytes(tree / "criu")
@@ -156,7 +186,7 @@ def make(
         variables=variables,
         endpoint=running.listeners[0],
         listeners=running.listeners,
-        oracle=oracle,
+        oracle=started.oracle,
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
         process=_process(spec, server, running, hooked, dumped),
@@ -169,7 +199,7 @@ def make(
         ),
         weights=weights,
         loaded=read,
-        start_seconds=round(start_seconds, 3),
+        start_seconds=round(started.start_seconds, 3),
     )
     return Dumped(record=record, caches=roots)
 
@@ -179,6 +209,26 @@ def _make_tree(work: Path) -> Path:
     for directory in (tree, *(tree / top for top in TOPS)):
         directory.mkdir(mode=0o700)
     return tree
+
+
+@contextlib.contextmanager
+def _started(spec: ServerSpec, engine: Engine, work: Path, report: Report) -> Iterator[WarmServer]:
+    """Start the server in a new cell, which ends with the context."""
+    with Cell() as cell, contextlib.ExitStack() as watching:
+        with report.phase("cell"):
+            cell.enter(spec.network)
+        began_ns = time.time_ns()
+        reads = watching.enter_context(OpenedFiles(cell))
+        server, start_seconds, oracle = _bring_up(cell, spec, engine, work, report)
+        yield WarmServer(
+            cell=cell,
+            server=server,
+            oracle=oracle,
+            reads=reads,
+            began_ns=began_ns,
+            start_seconds=start_seconds,
+            stop_watching=watching.close,
+        )
 
 
 def _bring_up(
@@ -202,7 +252,7 @@ def _bring_up(
         batches = spec.warm_requests
         warm(server, engine, client, engine.warm_requests(client) if batches is None else batches)
     with report.phase("oracle"):
-        oracle = _oracle(server, engine, client)
+        oracle = known_oracle(server, engine, client)
     if engine.options().get("asleep"):
         with report.phase("quiesce"):
             engine.quiesce(client, oracle.answer, engine.authorize(oracle.request, os.environ))
@@ -261,8 +311,7 @@ def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
 
 
 def _dump(
-    cell: Cell,
-    server: Server,
+    started: WarmServer,
     spec: ServerSpec,
     engine: Engine,
     running: RunningServer,
@@ -271,16 +320,21 @@ def _dump(
     report: Report,
 ) -> _ProcessState:
     """Dump the server with what is in /dev/shm or private."""
-    tree = work / "dump"
+    tree, cell, root = work / "dump", started.cell, started.server.root_pid
     with (
-        telling_server(cell, server.root_pid, engine, ends=True),
+        telling_server(cell, root, engine, ends=not started.runs_on),
         checkpointed(cell, spec.find_backend, work, report, check_memory=spec.check_memory) as cuda,
         report.phase("dump"),
         naming_full_disk(work),
+        contextlib.ExitStack() as frozen,
     ):
-        closed = _call_criu(cell, server.root_pid, spec, tool, work)
+        closed: tuple[str, ...] = ()
+        if started.runs_on:
+            frozen.enter_context(FrozenDump(tool, cell, root, tree / "criu", logs=work))
+        else:
+            closed = _call_criu(cell, root, spec, tool, work)
         clocks = cell.clocks()
-        copy_sparse_tree(cell.root / "dev/shm", tree / "shm")
+        copy_sparse_tree(cell.root / "dev/shm", tree / "shm", without={MEMORY_PLACE.parts[3]})
         kept = _keep_private(cell, running.private, tree)
     if closed:
         report.closed = list(closed)
@@ -358,7 +412,7 @@ def _process(
 def _loaded(
     spec: ServerSpec,
     server: Server,
-    reads: OpenedFiles,
+    reads: WhatWasRead,
     began_ns: int,
     weights: Mapping[str, JSON],
     beside: Sequence[str],
@@ -411,7 +465,8 @@ def _size_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def _oracle(server: Server, engine: Engine, client: Client) -> Oracle:
+def known_oracle(server: Server, engine: Engine, client: Client) -> Oracle:
+    """Return the engine's oracle, or ask the server twice."""
     known = engine.known_oracle()
     if known is not None:
         request, answer = known

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from rekindle.cell import Cell, Command, exit_status, hook, processes
 from rekindle.cell.relay import SIGNALS
@@ -71,6 +72,16 @@ class Server:
                 workload=True,
             )
         )
+
+    @classmethod
+    def running(
+        cls, cell: Cell, root_pid: int, environment: Mapping[str, str], stdout: Path, stderr: Path
+    ) -> Self:
+        """Return a server that was started already, by its PID in the cell and what it was started with."""
+        server = cls.__new__(cls)
+        server.cell, server.root_pid, server.environment = cell, root_pid, dict(environment)
+        server.stdout, server.stderr, server.reseed = stdout, stderr, hook.Reseed.NONE
+        return server
 
     @property
     def server_pid(self) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from msgspec import Struct
+
 from rekindle.cell import Cell, exit_status, processes
 from rekindle.cell.borrowed import lend
 from rekindle.criu.frozen import is_dumping, letting_run
@@ -53,13 +55,20 @@ class Replica(Protocol):
         """Return a stream socket in the server's network."""
 
 
+class ServerPids(Struct, frozen=True, kw_only=True):
+    """The PIDs in the cell of the root of a server's processes, and of the one that gets its signals."""
+
+    root_pid: int
+    server_pid: int
+
+
 class RestoredServer:
-    """A server restored in a cell."""
+    """A server in a cell."""
 
     def __init__(
         self,
         cell: Cell,
-        process: Process,
+        process: Process | ServerPids,
         kill: Callable[[], None] | None = None,
         output: Sequence[int] = (),
         facts: Facts = dict,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rekindle.files import locked
-from tests.conftest import SERVERS, Rekindle, Replica, free_port, listening, wait_for
+from tests.conftest import SERVERS, Rekindle, Replica, free_port, listening, wait_for, workhorse
 
 pytestmark = pytest.mark.criu
 
@@ -346,3 +346,59 @@ def test_a_command_that_is_killed_leaves_the_server_as_it_was(rekindle: Rekindle
     assert ask(port, "/count", {}) == 9
     assert rekindle("stop", "web").status == 0
     assert listed(rekindle, "--all")["web"]["exit_status"] == HORSE_STATUS
+
+
+def run_flags(port: int) -> list[str]:
+    return [
+        "--ready-url",
+        f"http://127.0.0.1:{port}/health",
+        "--oracle-request",
+        str(SERVERS / "oracle.json"),
+    ]
+
+
+def test_a_server_that_is_run_can_be_saved_under_load(rekindle: Rekindle) -> None:
+    inside, port, second = 8000, free_port(), free_port()
+    command = workhorse(inside)
+    done = rekindle("run", "web", "--detach", "--publish", str(port), *run_flags(inside), "--", *command)
+    assert (done.status, done.stdout) == (0, "web\n"), done.stderr
+    assert listed(rekindle)["web"]["cell"] is not None
+    assert ask(port, "/count", {}) == 1
+    with Load(port) as load:
+        time.sleep(0.3)
+        done = rekindle("snapshot", "live", "--replica", "web", "--json")
+        assert done.status == 0, done.stderr
+        before = load.answers
+        wait_for(lambda: load.answers > before + 12, 10)
+    assert not load.failures
+    assert 0 < done.json["pause"]["seconds"] < 5
+    assert ask(port, "/count", {}) == 2
+    flags = ["--name", "two", "--publish", str(second), "--require", "process"]
+    done = rekindle("restore", "live", "--detach", *flags, "--", *command)
+    assert done.status == 0, done.stderr
+    assert ask(second, "/count", {}) == 2, "it has the state of then"
+    assert rekindle("stop", "web", "two").status == 0
+    assert {each["exit_status"] for each in listed(rekindle, "--all").values()} >= {HORSE_STATUS}
+
+
+def test_a_server_that_is_run_in_the_foreground(rekindle: Rekindle, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    mule = [sys.executable, str(SERVERS / "mule.py"), str(port)]
+    process = rekindle.spawn("run", "mule", *run_flags(port), "--", *mule, log=log)
+    wait_for(lambda: b"rekindle: ready on" in log.read_bytes() or process.poll() is not None, 20)
+    assert listed(rekindle)["mule"]["state"] == "ready"
+    ask(port, "/say", {})
+    ask(port, "/end", {})
+    assert process.wait(20) == 0
+    assert {b"to stdout", b"to stderr"} <= set(log.read_bytes().splitlines())
+    assert not listed(rekindle)
+
+
+def test_a_server_that_ends_before_it_is_ready_is_told(rekindle: Rekindle) -> None:
+    port = free_port()
+    dies = [sys.executable, str(SERVERS / "mule.py"), "dies=9", str(port)]
+    for flags in ([], ["--detach"]):
+        done = rekindle("run", "mule", *flags, *run_flags(port), "--", *dies)
+        assert done.status == 30
+        assert "exited with status 9" in done.stderr
+        assert not listed(rekindle)
