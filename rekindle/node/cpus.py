@@ -5,8 +5,7 @@ import contextlib
 import os
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
+from rekindle.node.control_groups import CGROUPS, OWN_GROUPS, directories
 
 
 def of_thread(tid: int = 0) -> str:
@@ -41,22 +40,13 @@ def numbers(text: str) -> list[int]:
     return [cpu for cpu in range(found.bit_length()) if found >> cpu & 1]
 
 
-def quota(own_groups: Path = _OWN_GROUPS, cgroups: Path = _CGROUPS) -> float:
+def quota(own_groups: Path = OWN_GROUPS, cgroups: Path = CGROUPS) -> float:
     """Return how many CPUs' time our control groups (version 1 or 2) allow us; 0 if they do not limit it."""
     limits = [0.0]
-    groups: list[str] = []
-    with contextlib.suppress(OSError):
-        groups = own_groups.read_text().splitlines()
-    for _, names, group in (line.split(":", 2) for line in groups if line.count(":") >= 2):
-        top = cgroups if not names else cgroups / names
-        if names and "cpu" not in names.split(","):
-            continue
-        directory = top / group.lstrip("/")
-        for each in (directory, *directory.parents):
+    for directory in directories("cpu", own_groups, cgroups):
+        for read in (_quota_v1, _quota_v2):
             with contextlib.suppress(OSError, ValueError):
-                limits.append(_quota_v1(each) if names else _quota_v2(each))
-            if each == top:
-                break
+                limits.append(read(directory))
     return min((limit for limit in limits if limit), default=0.0)
 
 

@@ -6,11 +6,13 @@ A mapping of huge pages reserves all of them (Linux, Documentation/admin-guide/m
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct
+
+from rekindle.node.control_groups import CGROUPS, OWN_GROUPS, directories, numbers
 
 _POOLS = Path("/sys/kernel/mm/hugepages")
 
@@ -44,8 +46,10 @@ def of_smaps(texts: Iterable[str]) -> tuple[HugePages, ...]:
     return tuple(HugePages(page_bytes=size, pages=len(pages)) for size, pages in sorted(mapped.items()))
 
 
-def available(pools: Path = _POOLS) -> Mapping[int, int]:
-    """Return how many huge pages of each size in bytes may be reserved here."""
+def available(
+    pools: Path = _POOLS, own_groups: Path = OWN_GROUPS, cgroups: Path = CGROUPS
+) -> Mapping[int, int]:
+    """Return how many huge pages of each size in bytes may be reserved here, within our control groups."""
     found: Counter[int] = Counter()
     with contextlib.suppress(OSError):
         for pool in pools.iterdir():
@@ -53,8 +57,26 @@ def available(pools: Path = _POOLS) -> Mapping[int, int]:
             names = ("free", "resv", "nr_overcommit", "surplus")
             with contextlib.suppress(OSError, ValueError):
                 free, reserved, more, surplus = (_read(pool, name) for name in names)
-                found[int(kib) * 1024] = max(0, free - reserved) + max(0, more - surplus)
+                size = int(kib) * 1024
+                there = max(0, free - reserved) + max(0, more - surplus)
+                found[size] = min([there, *(left // size for left in _allowed(size, own_groups, cgroups))])
     return found
+
+
+def _allowed(size: int, own_groups: Path, cgroups: Path) -> Iterator[int]:
+    """Yield the bytes of huge pages of a size that each of our control groups still allows.
+
+    A pod that has asked for none is allowed none, whatever the node has.
+    """
+    unit = (
+        f"{size >> 30}GB" if size >= 1 << 30 else f"{size >> 20}MB" if size >= 1 << 20 else f"{size >> 10}KB"
+    )
+    for directory in directories("hugetlb", own_groups, cgroups):
+        for kind in (f"hugetlb.{unit}", f"hugetlb.{unit}.rsvd"):
+            for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+                with contextlib.suppress(OSError, ValueError):
+                    limit, used = numbers(directory, *(f"{kind}.{name}" for name in names))
+                    yield max(0, limit - used)
 
 
 def _read(pool: Path, name: str) -> int:

@@ -4,9 +4,14 @@
 import contextlib
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
+from rekindle.node.control_groups import CGROUPS, OWN_GROUPS, directories, numbers
+
 _MEMINFO = Path("/proc/meminfo")
+# The limit and the use of a control group, of version 2 and 1, and in its memory.stat what can be reclaimed.
+_FILES = {
+    ("memory.max", "memory.current"): "inactive_file",
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"): "total_inactive_file",
+}
 
 
 def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
@@ -20,19 +25,16 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
     return None
 
 
-def within_groups(available: int, own_groups: Path = _OWN_GROUPS, cgroups: Path = _CGROUPS) -> int:
-    """Return the part of the available memory that our control groups (version 2) allow us.
+def within_groups(available: int, own_groups: Path = OWN_GROUPS, cgroups: Path = CGROUPS) -> int:
+    """Return the part of the available memory that our control groups allow us.
 
     It includes their page cache that can be reclaimed.
     """
     found = [available]
-    groups: list[str] = []
-    with contextlib.suppress(OSError):
-        groups = own_groups.read_text().splitlines()
-    for group in [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]:
-        for directory in (cgroups / group, *(cgroups / group).parents):
+    for directory in directories("memory", own_groups, cgroups):
+        for names, inactive in _FILES.items():
             with contextlib.suppress(OSError, ValueError):
-                limit, used = (int((directory / f"memory.{name}").read_text()) for name in ("max", "current"))
+                limit, used = numbers(directory, *names)
                 counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                found.append(limit - used + int(counts.get("inactive_file", 0)))  # reclaimed on demand
+                found.append(limit - used + int(counts.get(inactive, 0)))  # reclaimed on demand
     return max(0, min(found))

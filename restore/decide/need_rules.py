@@ -11,7 +11,8 @@ NEED_RULES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=True,
         why="The server has mapped huge pages, which a restore must reserve again before anything else can "
-        "use them. Their number on this node is set by its administrator.",
+        "use them. Their number on this node is set by its administrator, and a control group may allow "
+        "fewer.",
         source="Linux, Documentation/admin-guide/mm/hugetlbpage.rst; observed: mmap fails with ENOMEM",
         advice="reserve more: sysctl vm.nr_hugepages, hugepages-2Mi in a pod's limits",
     ),

@@ -54,3 +54,23 @@ def test_reserved_ones_are_not_free(tmp_path: Path, free: int, reserved: int, ex
 
 def test_a_kernel_without_huge_pages_has_none(tmp_path: Path) -> None:
     assert not available(tmp_path / "none")
+
+
+def test_a_pod_is_allowed_as_many_as_it_asked_for(tmp_path: Path) -> None:
+    pool, own, pod = tmp_path / "pools/hugepages-2048kB", tmp_path / "cgroup", tmp_path / "groups/pod"
+    for directory in (pool, pod / "server"):
+        directory.mkdir(parents=True)
+    for name, value in {"free": 100, "resv": 0, "nr_overcommit": 0, "surplus": 0}.items():
+        (pool / f"{name}_hugepages").write_text(f"{value}\n")
+    own.write_text("0::/pod/server\n")
+
+    def here() -> int:
+        return available(tmp_path / "pools", own, tmp_path / "groups")[2 << 20]
+
+    assert here() == 100
+    (pod / "hugetlb.2MB.max").write_text(f"{8 << 20}\n")
+    (pod / "hugetlb.2MB.current").write_text(f"{2 << 20}\n")
+    assert here() == 3
+    (pod / "server/hugetlb.2MB.rsvd.max").write_text("0\n")
+    (pod / "server/hugetlb.2MB.rsvd.current").write_text("0\n")
+    assert here() == 0

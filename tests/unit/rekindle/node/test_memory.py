@@ -74,3 +74,13 @@ def test_groups_that_tell_nothing_are_no_limit(tmp_path: Path, group: str) -> No
     limit(cgroups / "a/b", GIB, GIB)
     (cgroups / "a/memory.max").write_text("no number")
     assert within_groups(10 * GIB, own, cgroups) == 10 * GIB
+
+
+def test_groups_of_version_1_count(tmp_path: Path) -> None:
+    own, cgroups = groups_of(tmp_path, "4:memory:/a/b\n0::/\n")
+    directory = cgroups / "memory/a"
+    directory.mkdir(parents=True)
+    (directory / "memory.limit_in_bytes").write_text(f"{4 * GIB}\n")
+    (directory / "memory.usage_in_bytes").write_text(f"{3 * GIB}\n")
+    (directory / "memory.stat").write_text(f"inactive_file 9\ntotal_inactive_file {GIB // 2}\n")
+    assert within_groups(10 * GIB, own, cgroups) == GIB + GIB // 2

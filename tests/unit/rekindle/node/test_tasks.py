@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from rekindle.node.tasks import available
 
 
@@ -27,3 +29,12 @@ def test_the_tightest_group_counts(tmp_path: Path) -> None:
 
 def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert available(tmp_path / "none", tmp_path) is None
+
+
+@pytest.mark.parametrize("seen", ["pods/one", ""])
+def test_groups_of_version_1_count(tmp_path: Path, seen: str) -> None:
+    """In a container, the path is the host's, and the group is at the top."""
+    own = tmp_path / "cgroup"
+    own.write_text("9:cpu,cpuacct:/x\n8:pids:/pods/one\n0::/\n")
+    group(tmp_path / "pids", seen, "50", 20)
+    assert available(own, tmp_path) == 30
