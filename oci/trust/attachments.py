@@ -36,6 +36,7 @@ __all__ = ["find", "find_simple", "simple_tag", "store", "store_simple"]
 _SIGNATURE = "dev.cosignproject.cosign/signature"
 _CERTIFICATE = "dev.sigstore.cosign/certificate"
 _CHAIN = "dev.sigstore.cosign/chain"
+_ENTRY = "dev.sigstore.cosign/bundle"
 _LIMIT = 500  # how many attachments of an image are read
 _SIMPLE_LIMIT = 100
 _OURS = frozenset({COSIGN_SIGN, SNAPSHOT})
@@ -106,7 +107,7 @@ def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterat
         if layer.media_type == bundles.SIMPLE_MEDIA_TYPE and signature:
             with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
                 payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
-                texts = (layer.annotations.get(name, "") for name in (_CERTIFICATE, _CHAIN))
+                texts = (layer.annotations.get(name, "") for name in (_CERTIFICATE, _CHAIN, _ENTRY))
                 yield SimpleSignature.of(payload, signature, *texts)
 
 

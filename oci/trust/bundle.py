@@ -76,13 +76,15 @@ class Bundle(Struct, frozen=True, kw_only=True):
 class SimpleSignature(Struct, frozen=True, kw_only=True):
     """A signature in the form of cosign before 2.6: over a JSON document that holds the digest.
 
-    `certificate` and those `above` it are in PEM, and not verified; they are empty for a signature by a key.
+    `certificate` and those `above` it are in PEM; `entry` is that in a transparency log, in cosign's JSON.
+    None is verified, and they are empty for a signature by a key.
     """
 
     payload: bytes
     signature: bytes
     certificate: bytes = b""
     above: bytes = b""
+    entry: bytes = b""
 
     @classmethod
     def sign(cls, digest: Digest, repository: str, key: SigningKey) -> Self:
@@ -99,19 +101,24 @@ class SimpleSignature(Struct, frozen=True, kw_only=True):
         return cls(payload=payload, signature=key.sign(payload))
 
     @classmethod
-    def of(cls, payload: bytes, signature: str, certificate: str = "", above: str = "") -> Self:
+    def of(
+        cls, payload: bytes, signature: str, certificate: str = "", above: str = "", entry: str = ""
+    ) -> Self:
         """Decode a signature. Raises FormatError."""
         return cls(
             payload=payload,
             signature=from_base64(signature, "the signature"),
             certificate=certificate.encode(errors="replace"),
             above=above.encode(errors="replace"),
+            entry=entry.encode(errors="replace"),
         )
 
     def statement(self, key: PublicKey) -> Statement | None:
         """See `Bundle.statement`."""
-        if not key.verifies(self.signature, self.payload):
-            return None
+        return self.content() if key.verifies(self.signature, self.payload) else None
+
+    def content(self) -> Statement:
+        """Return the statement, of which the caller has verified the signature. Raises FormatError."""
         critical = Fields.parse(self.payload, "the payload", limit_bytes=LIMIT_BYTES).inner("critical")
         if critical.text("type") != _SIMPLE_TYPE:
             raise FormatError("the payload is not about an image")

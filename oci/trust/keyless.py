@@ -6,8 +6,10 @@ sigstore-python ships. `ClientTrustConfig.production(offline=True)` is not used,
 user's home. Importing sigstore takes a quarter of a second, so it is imported where it is needed.
 """
 
+import base64
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import re
@@ -16,15 +18,17 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec import Struct
 
-from oci.trust.bundle import Bundle
+from oci.trust.bundle import LIMIT_BYTES, Bundle, SimpleSignature
 from oci.trust.policy import Identity
-from oci.trust.statement import PAYLOAD_TYPE, Statement
+from oci.trust.statement import PAYLOAD_TYPE, Statement, from_base64
 from rekindle.errors import FormatError, RekindleError, TrustError, UsageError
+from rekindle.fields import Fields
 from rekindle.text import printable
 
 if TYPE_CHECKING:
@@ -75,6 +79,28 @@ def verify(bundle: Bundle, accepted: Sequence[Identity], *, trusted_root: Path |
         statement = Statement.parse(payload)
     except FormatError as error:
         return f"{pinned.signer.identity} signed something else than a statement: {error.message}"
+    return Signed(statement=statement, identity=pinned.signer, signed_at=_integrated(found))
+
+
+def verify_simple(
+    signature: SimpleSignature, accepted: Sequence[Identity], *, trusted_root: Path | None
+) -> Signed | str:
+    """Do the same for a signature in the form of cosign before 2.6, with its entry in the log."""
+    root = _trusted_root(trusted_root)
+    pinned = _AcceptedIdentities(accepted)
+    try:
+        from sigstore.verify import Verifier
+
+        found = _bundle_of(signature)
+        Verifier(trusted_root=root).verify_artifact(signature.payload, found, pinned)
+    except Exception as error:
+        return f"an older signature was made with a certificate, but {_objection(error)}"
+    if pinned.signer is None:
+        return "an older signature was made with a certificate whose identity was not checked"
+    try:
+        statement = signature.content()
+    except FormatError as error:
+        return f"{pinned.signer.identity} signed something else than an image: {error.message}"
     return Signed(statement=statement, identity=pinned.signer, signed_at=_integrated(found))
 
 
@@ -163,6 +189,64 @@ def _verify(bundle: Bundle, root: "TrustedRoot", policy: "VerificationPolicy") -
     if payload_type != PAYLOAD_TYPE or payload != bundle.envelope.payload:
         raise VerificationError("its payload is ambiguous")
     return found, payload
+
+
+def _bundle_of(signature: SimpleSignature) -> "Found":
+    """Return an older signature and its log entry as a bundle v0.1, which has nearly the same parts.
+
+    cosign stored the log's signed promise to include the entry, but no proof that it did, and verified that
+    promise alone, offline. sigstore-python demands a proof, so it gets an empty one, and an entry whose
+    promise is verified. If its inner parts change, no such signature verifies. Raises what parsers raise.
+    """
+    from sigstore.models import Bundle as Found
+    from sigstore.models import TransparencyLogEntry
+
+    class PromisedEntry(TransparencyLogEntry):
+        def _verify(self, keyring: Any) -> None:
+            self._verify_set(keyring)
+
+    def base64_of(content: bytes) -> str:
+        return base64.b64encode(content).decode()
+
+    entry = Fields.parse(signature.entry, "the log entry", limit_bytes=LIMIT_BYTES)
+    logged = entry.inner("Payload")
+    body = Fields.parse(from_base64(logged.text("body"), "its body"), "its body", limit_bytes=LIMIT_BYTES)
+    certificate = x509.load_pem_x509_certificate(signature.certificate)
+    document = {
+        "mediaType": "application/vnd.dev.sigstore.bundle+json;version=0.1",
+        "verificationMaterial": {
+            "x509CertificateChain": {
+                "certificates": [{"rawBytes": base64_of(certificate.public_bytes(Encoding.DER))}]
+            },
+            "tlogEntries": [
+                {
+                    "logIndex": str(logged.integer("logIndex")),
+                    "logId": {"keyId": base64_of(bytes.fromhex(logged.text("logID")))},
+                    "kindVersion": {"kind": body.text("kind"), "version": body.text("apiVersion")},
+                    "integratedTime": str(logged.integer("integratedTime")),
+                    "inclusionPromise": {"signedEntryTimestamp": entry.text("SignedEntryTimestamp")},
+                    "inclusionProof": {
+                        "logIndex": "0",
+                        "treeSize": "1",
+                        "rootHash": "",
+                        "hashes": [],
+                        "checkpoint": {"envelope": "none"},
+                    },
+                    "canonicalizedBody": logged.text("body"),
+                }
+            ],
+        },
+        "messageSignature": {
+            "messageDigest": {
+                "algorithm": "SHA2_256",
+                "digest": base64_of(hashlib.sha256(signature.payload).digest()),
+            },
+            "signature": base64_of(signature.signature),
+        },
+    }
+    found = Found.from_json(json.dumps(document).encode())
+    found._log_entry = PromisedEntry(found.log_entry._inner)
+    return found
 
 
 def _objection(error: Exception) -> str:

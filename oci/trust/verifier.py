@@ -206,7 +206,10 @@ def _by_key(
 def _certified(
     signature: SimpleSignature, rule: TrustRule, refused: list[str]
 ) -> Iterator[tuple[str, Statement]]:
-    """Yield the statement of a signature with a certificate: of an accepted authority, or by a known key."""
+    """Yield the statement of an older signature with a certificate.
+
+    The certificate is of an accepted authority, or of an accepted identity; or the key is accepted.
+    """
     if rule.authorities and not rule.transparency_log:
         from oci.trust import certificate
 
@@ -219,10 +222,18 @@ def _certified(
             for _, statement in _by_key(signature, by_this, refused, found.key.hint):
                 yield f"{found.name} (own authority)", statement
                 return
+    if rule.identities and signature.entry:
+        from oci.trust import keyless
+
+        logged = keyless.verify_simple(signature, rule.identities, trusted_root=rule.trusted_root)
+        if not isinstance(logged, str):
+            yield f"{logged.identity.identity} ({logged.identity.issuer})", logged.statement
+            return
+        refused.append(logged)
     if rule.keys:
         yield from _by_key(signature, rule, refused, "of an older signature")
-    elif not rule.authorities:
-        refused.append("an older signature was made with a certificate, and the policy accepts no authority")
+    elif not rule.authorities and not (rule.identities and signature.entry):
+        refused.append("an older signature was made with a certificate that the policy does not accept")
 
 
 def _keyless(bundle: Bundle, rule: TrustRule, refused: list[str]) -> Iterator[tuple[str, Statement]]:

@@ -2,6 +2,7 @@
 """A Sigstore on loopback, with keys of its own: Fulcio, its CT log, and Rekor's first version.
 
 POST /api/v2/signingCert      a certificate for whoever the token says it is; nobody checks the token
+POST /api/v1/signingCert      likewise, as cosign 2 asks for it
 POST /api/v1/log/entries      into the transparency log: dsse and hashedrekord, version 0.0.1
 
 What is signed is what clients demand: the certificate's SCT over the certificate without it, so that the
@@ -292,6 +293,8 @@ def _handler(sigstore: Sigstore) -> type[BaseHTTPRequestHandler]:
                 return self.answer(sigstore.status, {"code": sigstore.status, "message": "out of order"})
             if self.path == "/api/v2/signingCert":
                 return self.answer(200, self.certificate(asked))
+            if self.path == "/api/v1/signingCert":
+                return self.answer_pem("\n".join(self.chain(asked)))
             if self.path == "/api/v1/log/entries":
                 entry = sigstore.enter(_entry(asked))
                 name = f"{1:016x}{sigstore.leaves[-1].hex()}"
@@ -299,22 +302,33 @@ def _handler(sigstore: Sigstore) -> type[BaseHTTPRequestHandler]:
             return self.answer(404, {"code": 404, "message": "there is no such thing"})
 
         def certificate(self, asked: dict[str, Any]) -> dict[str, Any]:
+            return {"signedCertificateEmbeddedSct": {"chain": {"certificates": self.chain(asked)}}}
+
+        def chain(self, asked: dict[str, Any]) -> list[str]:
             given = self.headers.get("Authorization", "").removeprefix("Bearer ")
             given = given or asked["credentials"]["oidcIdentityToken"]
             body = given.split(".")[1]
             claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-            if "certificateSigningRequest" in asked:
+            if asked.get("certificateSigningRequest"):
                 pem = base64.b64decode(asked["certificateSigningRequest"])
                 key: object = x509.load_pem_x509_csr(pem).public_key()
+            elif "publicKey" in asked:
+                key = serialization.load_pem_public_key(base64.b64decode(asked["publicKey"]["content"]))
             else:
                 pem = asked["publicKeyRequest"]["publicKey"]["content"].encode()
                 key = serialization.load_pem_public_key(pem)
             assert isinstance(key, ec.EllipticCurvePublicKey)
             made = sigstore.certify(key, claims.get("email") or claims["sub"], claims["iss"])
-            chain = [
+            return [
                 each.public_bytes(serialization.Encoding.PEM).decode() for each in (made, sigstore.authority)
             ]
-            return {"signedCertificateEmbeddedSct": {"chain": {"certificates": chain}}}
+
+        def answer_pem(self, text: str) -> None:
+            self.send_response(201)
+            self.send_header("Content-Type", "application/pem-certificate-chain")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
 
         def answer(self, status: int, document: object, **headers: str) -> None:
             content = json.dumps(document).encode()

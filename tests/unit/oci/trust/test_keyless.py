@@ -3,6 +3,8 @@
 
 import base64
 import copy
+import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -17,22 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from msgspec import structs
 
 from oci import media_types, transfer
+from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
 from oci.registry.access import Access
 from oci.registry.repository import Repository
-from oci.trust import attachments, keyless
-from oci.trust.bundle import Bundle
+from oci.trust import attachments, keyless, verifier
+from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.keyless import Signed
-from oci.trust.policy import Identity
+from oci.trust.keys import PrivateKey
+from oci.trust.policy import Identity, TrustRule
 from oci.trust.statement import COSIGN_SIGN, Statement
 from rekindle.config import Config, Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, TrustError, UsageError
-from tests.conftest import COSIGN, ROOT
+from tests.conftest import COSIGN, COSIGN_2, ROOT
 from tests.servers.registry.docker_registry import DockerRegistry
 from tests.servers.sigstore import IDENTITY, ISSUER, Key, Sigstore, token
 
@@ -476,10 +482,12 @@ def test_nobody_is_asked_who_is_not_there(place: Place, monkeypatch: pytest.Monk
 # cosign. It must not look for roots and keys of its own in the network, so its home is empty.
 
 
-def cosign(home: Path, *words: object) -> "subprocess.CompletedProcess[str]":
+def cosign(
+    home: Path, *words: object, program: Path = COSIGN, **env: str
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [str(COSIGN), *map(str, words)],
-        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        [str(program), *map(str, words)],
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **env},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -533,13 +541,16 @@ def test_we_verify_what_cosign_signs(place: Place, tmp_path: Path) -> None:
     assert isinstance(keyless.verify(made, [US], trusted_root=None), str)
 
 
-@pytest.mark.registry
-def test_an_image_signed_by_us_and_by_cosign_is_verified_by_both(
-    place: Place, tmp_path: Path, docker_registry: DockerRegistry
-) -> None:
-    reference = parse(f"{docker_registry.host}/models/tiny:1")
+ACCESS = Access(config=Config(), tally=Tally(), limiter=Limiter(None), find_credentials=lambda _: None)
+
+
+def serve_image(
+    registry: DockerRegistry, directory: Path, *, sign: Callable[[Statement], Bundle] | None = None
+) -> tuple[RegistryReference, Descriptor]:
+    """An image in a registry, signed or not."""
+    reference = parse(f"{registry.host}/models/tiny:1")
     assert isinstance(reference, RegistryReference)
-    layout = Layout.create(tmp_path / "layout")
+    layout = Layout.create(directory / "layout")
     manifest = {
         "schemaVersion": 2,
         "mediaType": media_types.MANIFEST,
@@ -548,10 +559,17 @@ def test_an_image_signed_by_us_and_by_cosign_is_verified_by_both(
     }
     image = layout.put(json.dumps(manifest).encode(), media_types.MANIFEST)
     statement = Statement(subject=image.digest, predicate_type=COSIGN_SIGN, predicate={})
-    ours = attachments.store(layout, image, place.sign(identity=WORKFLOW)(statement), COSIGN_SIGN)
-    layout.publish(layout, image, "1", [ours])
-    access = Access(config=Config(), tally=Tally(), limiter=Limiter(None), find_credentials=lambda _: None)
-    transfer.into_registry(layout, transfer.explore(layout, image, Limits()), reference, access)
+    ours = [attachments.store(layout, image, sign(statement), COSIGN_SIGN)] if sign else []
+    layout.publish(layout, image, "1", ours)
+    transfer.into_registry(layout, transfer.explore(layout, image, Limits()), reference, ACCESS)
+    return reference, image
+
+
+@pytest.mark.registry
+def test_an_image_signed_by_us_and_by_cosign_is_verified_by_both(
+    place: Place, tmp_path: Path, docker_registry: DockerRegistry
+) -> None:
+    reference, image = serve_image(docker_registry, tmp_path, sign=place.sign(identity=WORKFLOW))
 
     name = f"{docker_registry.host}/models/tiny@{image.digest}"
     done = cosign(tmp_path, "verify", *pinned(place, identity=WORKFLOW), name)
@@ -560,10 +578,131 @@ def test_an_image_signed_by_us_and_by_cosign_is_verified_by_both(
 
     done = cosign(tmp_path, "sign", *by_cosign(place), name)
     assert done.returncode == 0, done.stderr
-    with Repository(reference, access) as repository:
+    with Repository(reference, ACCESS) as repository:
         found = [place.verify(each) for each in attachments.find(repository, image.digest, Limits(), [])]
     (by_them,) = (each for each in found if isinstance(each, Signed))
     assert by_them.statement.subject == image.digest
     assert by_them.statement.predicate_type == COSIGN_SIGN
     assert by_them.identity == US
     assert len(found) == 2
+
+
+# Older signatures.
+
+
+def older(place: Place, **options: Any) -> SimpleSignature:
+    """What cosign before 2.6 stores: a payload, a certificate, and an entry in the log."""
+    key = Key.make()
+    payload = SimpleSignature.sign(STATEMENT.subject, "x", PrivateKey(key=key.private)).payload
+    signature = key.sign(payload)
+    certificate = place.sigstore.certify(
+        key.private.public_key(), options.get("identity", IDENTITY), options.get("issuer", ISSUER)
+    ).public_bytes(serialization.Encoding.PEM)
+    body = {
+        "apiVersion": "0.0.1",
+        "kind": "hashedrekord",
+        "spec": {
+            "data": {"hash": {"algorithm": "sha256", "value": hashlib.sha256(payload).hexdigest()}},
+            "signature": {
+                "content": base64.b64encode(signature).decode(),
+                "publicKey": {"content": base64.b64encode(certificate).decode()},
+            },
+        },
+    }
+    at = datetime.now(UTC) + options.get("later", timedelta())
+    logged = place.sigstore.enter(json.dumps(body, separators=(",", ":")).encode(), at=at)
+    promise = logged.pop("verification")["signedEntryTimestamp"]
+    document = {"SignedEntryTimestamp": promise, "Payload": logged}
+    return SimpleSignature(
+        payload=payload, signature=signature, certificate=certificate, entry=json.dumps(document).encode()
+    )
+
+
+def verify_older(place: Place, signature: SimpleSignature, *accepted: Identity) -> Signed | str:
+    return keyless.verify_simple(signature, accepted or (US,), trusted_root=place.root)
+
+
+def test_an_older_keyless_signature_is_verified(place: Place) -> None:
+    found = signed(verify_older(place, older(place)))
+    assert found.statement.subject == STATEMENT.subject
+    assert found.identity == US
+    assert found.signed_at is not None
+
+
+def test_other_older_keyless_signatures_are_refused(place: Place) -> None:
+    sound, other = older(place), older(place)
+    refused = [
+        older(place, identity="other@example.com"),
+        older(place, issuer="https://other.example.com"),
+        older(place, later=timedelta(hours=1)),
+        older(place, later=-timedelta(hours=1)),
+        structs.replace(sound, payload=sound.payload + b" "),
+        structs.replace(sound, signature=other.signature),
+        structs.replace(sound, certificate=other.certificate),
+        structs.replace(sound, entry=other.entry),
+        structs.replace(sound, entry=b""),
+        structs.replace(sound, entry=b"{}"),
+        structs.replace(sound, entry=sound.entry.replace(b'"logIndex": ', b'"logIndex": 1')),
+        structs.replace(sound, certificate=b"no"),
+    ]
+    for each in refused:
+        assert isinstance(verify_older(place, each), str)
+    with Sigstore() as another:
+        elsewhere = dataclasses.replace(place, sigstore=another)
+        assert isinstance(verify_older(elsewhere, older(elsewhere)), str)
+
+
+def test_an_older_keyless_signature_is_one_of_an_image(place: Place, tmp_path: Path) -> None:
+    made = older(place)
+    layout = Layout.create(tmp_path)
+    root = Descriptor(media_type=media_types.INDEX, digest=STATEMENT.subject, size=1)
+    layer = layout.put(made.payload, media_types.SIMPLE_SIGNATURE).to_json()
+    annotations = {
+        "dev.cosignproject.cosign/signature": base64.b64encode(made.signature).decode(),
+        "dev.sigstore.cosign/certificate": made.certificate.decode(),
+        "dev.sigstore.cosign/bundle": made.entry.decode(),
+    }
+    manifest = {"layers": [{**layer, "annotations": annotations}]}
+    image = layout.put(json.dumps(manifest).encode(), media_types.MANIFEST)
+    layout.publish(layout, image, "other")
+
+    def verify(**accepts: Any) -> str | None:
+        rule = TrustRule(name="*", trusted_root=place.root, **accepts)
+        return verifier.verify("", layout, root, rule, Limits(), tagged=lambda _: image).trust.by
+
+    assert verify(identities=(US,)) == f"{IDENTITY} ({ISSUER})"
+    assert verify(identities=(US,), transparency_log=True) == f"{IDENTITY} ({ISSUER})"
+    with pytest.raises(TrustError, match="no signature that the policy accepts"):
+        verify(identities=(Identity(identity="other@example.com", issuer=ISSUER),))
+    with pytest.raises(TrustError):
+        verify(keys=(PrivateKey.generate().public,))
+
+
+@pytest.mark.registry
+def test_what_cosign_2_signs_is_verified(
+    place: Place, tmp_path: Path, docker_registry: DockerRegistry
+) -> None:
+    reference, image = serve_image(docker_registry, tmp_path)
+    pem = serialization.Encoding.PEM
+    files = {
+        "SIGSTORE_ROOT_FILE": place.sigstore.authority.public_bytes(pem),
+        "SIGSTORE_CT_LOG_PUBLIC_KEY_FILE": public_pem(place.sigstore.ct),
+        "SIGSTORE_REKOR_PUBLIC_KEY": public_pem(place.sigstore.rekor),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    services = ("--fulcio-url", place.sigstore.url, "--rekor-url", place.sigstore.url)
+    name = f"{docker_registry.host}/models/tiny@{image.digest}"
+    words = ("sign", *services, "--identity-token", token(), "--yes", name)
+    done = cosign(tmp_path, *words, program=COSIGN_2, **{each: str(tmp_path / each) for each in files})
+    assert done.returncode == 0, done.stderr
+    rule = TrustRule(name="*", identities=(US,), trusted_root=place.root, transparency_log=True)
+    with Repository(reference, ACCESS) as repository:
+        found = verifier.verify("", repository, image, rule, Limits(), tagged=repository.tagged)
+    assert found.trust.by == f"{IDENTITY} ({ISSUER})"
+
+
+def public_pem(key: Key) -> bytes:
+    return key.private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
