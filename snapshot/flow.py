@@ -108,9 +108,7 @@ def snapshot(
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):
-            workers = dump_layers.workers()
-            packed = dump_layers.pack(work / "dump", record.dump.files, staging, workers=workers)
-            remove_tree(work / "dump")
+            packed = _pack_dump(work / "dump", record, staging)
             image = images.build(staging, record, packed, kernels)
         if options.prove:
             for log in filter(Path.exists, (work / "stdout.log", work / "stderr.log")):
@@ -131,6 +129,13 @@ def _environment(engine: Engine, given: Mapping[str, str], options: SnapshotOpti
     """Return the server's environment, without what gives access to our keys."""
     ours = {name: value for name, value in given.items() if name not in options.private_variables}
     return {**engine.environment(), **ours}
+
+
+def _pack_dump(dump: Path, record: Record, staging: Layout) -> list[Descriptor]:
+    """Pack a dump, and remove it."""
+    packed = dump_layers.pack(dump, record.dump.files, staging, workers=dump_layers.workers())
+    remove_tree(dump)
+    return packed
 
 
 def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
@@ -54,7 +54,7 @@ from snapshot.hooks import before_snapshot
 from snapshot.loaded import Sources
 from snapshot.loaded import describe as describe_loaded
 from snapshot.obstacles import require_dumpable
-from snapshot.opened import OpenedFiles
+from snapshot.opened import OpenedFiles, WhatWasRead
 from snapshot.outside_connections import Ending, Outside, OutsideConnection, end_before_dump
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
@@ -89,14 +89,6 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     find_backend: "Callable[[], Backend] | None" = None
     withheld: frozenset[str] = frozenset()
     outside: Outside = Outside.REFUSE
-
-
-class WhatWasRead(Protocol):
-    """The files that a server has opened since its start: see `OpenedFiles`."""
-
-    read: set[str]
-    written: set[tuple[int, int]]
-    problem: str
 
 
 class WarmServer(Struct, frozen=True, kw_only=True):

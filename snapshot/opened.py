@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rekindle.cell import Cell
 
@@ -37,6 +37,14 @@ _MADE_UP = {
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class WhatWasRead(Protocol):
+    """The files that a server has opened since its start: see `OpenedFiles`."""
+
+    read: set[str]
+    written: set[tuple[int, int]]
+    problem: str
 
 
 class OpenedFiles:
