@@ -25,8 +25,8 @@ def main(words: Sequence[str]) -> int:
             return begun
         detached = begun
     from cli._console import Console
-    from cli._signing import VARIABLES
     from rekindle.cell import Network
+    from rekindle.environment import KEY_VARIABLES
     from snapshot.run import Follower, RunOptions, run
 
     with contextlib.ExitStack() as stack:
@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> int:
             ready_url=args.ready_url,
             ready_file=args.ready_file,
             oracle_file=args.oracle_request,
-            private_variables=VARIABLES,
+            private_variables=KEY_VARIABLES,
         )
         if detached is None:
             registration.log.touch(mode=0o600)
