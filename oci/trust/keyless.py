@@ -65,7 +65,7 @@ def verify(bundle: Bundle, accepted: Sequence[Identity], *, trusted_root: Path |
     The certificate must chain to the root and be logged, and must have been valid when the transparency log
     recorded the signature. Raises UsageError for a trusted root that cannot be used.
     """
-    root = _trusted_root(trusted_root)
+    root = read_trusted_root(trusted_root)
     pinned = _AcceptedIdentities(accepted)
     try:
         found, payload = _verify(bundle, root, pinned)
@@ -86,7 +86,7 @@ def verify_simple(
     signature: SimpleSignature, accepted: Sequence[Identity], *, trusted_root: Path | None
 ) -> Signed | str:
     """Do the same for a signature in the form of cosign before 2.6, with its entry in the log."""
-    root = _trusted_root(trusted_root)
+    root = read_trusted_root(trusted_root)
     pinned = _AcceptedIdentities(accepted)
     try:
         from sigstore.verify import Verifier
@@ -275,7 +275,8 @@ def _reason(error: BaseException) -> str:
 # Trusted roots and configurations.
 
 
-def _trusted_root(path: Path | None) -> "TrustedRoot":
+def read_trusted_root(path: Path | None) -> "TrustedRoot":
+    """Return a trusted root, by default that of the public good instance. Raises UsageError."""
     _silence()
     if path is None:
         return _config(None).trusted_root

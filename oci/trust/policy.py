@@ -7,8 +7,8 @@
     identities = [{ identity = "…", issuer = "…" }, { identity_regexp = "…", issuer_regexp = "…" }]
     authorities = [{ ca = "ca.pem", identity_regexp = "…" }]     of one's own, without a log
     max_age_days = 30
-    transparency_log = true                     require an entry in a log, and so a keyless signature
-    trusted_root = "trusted_root.json"          for keyless signatures; default: the public good instance's
+    transparency_log = true                     require an entry in a log
+    trusted_root = "trusted_root.json"          for logs and identities; default: the public good instance's
 
 The first rule whose pattern matches applies. One section is not about trust, but about this node:
 
@@ -131,10 +131,8 @@ def _rule(value: object, where: str, directory: Path) -> TrustRule:
     if not paths and not identities and not authorities:
         raise FormatError(f"{where} has neither keys nor identities nor authorities")
     logged = given.boolean("transparency_log", default=False)
-    if logged and (paths or authorities):
-        raise FormatError(
-            f"{where} has keys or authorities, and requires a transparency log, in which theirs are not"
-        )
+    if logged and authorities:
+        raise FormatError(f"{where} has authorities and requires a transparency log, which they do without")
     return TrustRule(
         name=given.text("name"),
         keys=tuple(PublicKey.read(directory / path) for path in paths),

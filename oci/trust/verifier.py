@@ -188,7 +188,7 @@ def _accepted(
 def _by_key(
     signed: Bundle | SimpleSignature, rule: TrustRule, refused: list[str], hint: str
 ) -> Iterator[tuple[str, Statement]]:
-    if rule.transparency_log:
+    if rule.transparency_log and not isinstance(signed, Bundle):
         refused.append("a key signed it without an entry in a transparency log, which the policy requires")
         return
     for key in rule.keys:
@@ -197,9 +197,16 @@ def _by_key(
         except FormatError as error:
             refused.append(f"the key {key.hint} signed something else than a statement: {error.message}")
             continue
-        if statement is not None:
-            yield f"key {key.hint}", statement
-            return
+        if statement is None:
+            continue
+        if rule.transparency_log and isinstance(signed, Bundle):
+            from oci.trust import log
+
+            if problem := log.problem_of(signed, key, rule.trusted_root):
+                refused.append(f"the key {key.hint} signed it, but {problem}")
+                return
+        yield f"key {key.hint}", statement
+        return
     refused.append(f"the key {_shown(hint)} is not accepted, or its signature is wrong")
 
 

@@ -255,7 +255,7 @@ class Sigstore:
             "signatures": [{"sig": _64(signature)}],
         }
         verifier = _64(certificate.public_bytes(serialization.Encoding.PEM))
-        entry = self.enter(_dsse_entry(json.dumps(envelope), [verifier]), at=at)
+        entry = self.enter(dsse_entry(json.dumps(envelope), [verifier]), at=at)
         proof = entry["verification"]["inclusionProof"]
         logged = {
             "logIndex": str(entry["logIndex"]),
@@ -346,12 +346,12 @@ def _entry(proposed: dict[str, Any]) -> bytes:
     """What goes into the log of what a client proposes, in canonical form."""
     if proposed["kind"] == "dsse":
         content = proposed["spec"]["proposedContent"]
-        return _dsse_entry(content["envelope"], content["verifiers"])
+        return dsse_entry(content["envelope"], content["verifiers"])
     assert proposed["kind"] == "hashedrekord", proposed
     return _canonical(proposed)
 
 
-def _dsse_entry(envelope: str, verifiers: list[str]) -> bytes:
+def dsse_entry(envelope: str, verifiers: list[str]) -> bytes:
     parsed = json.loads(envelope)
     signatures = [each["sig"] for each in parsed["signatures"]]
     spec = {

@@ -111,7 +111,7 @@ class Case:
         from sigstore.models import Bundle as Found
         from sigstore.verify import Verifier, policy
 
-        verifier = Verifier(trusted_root=keyless._trusted_root(self.trusted_root))
+        verifier = Verifier(trusted_root=keyless.read_trusted_root(self.trusted_root))
         who = policy.Identity(identity=self.who.identity, issuer=self.who.issuer)
         found = Found.from_json(self.content)
         if "dsseEnvelope" not in json.loads(self.content):

@@ -29,7 +29,7 @@ from oci.progress import Limiter, Tally
 from oci.reference import RegistryReference, parse
 from oci.registry.access import Access
 from oci.registry.repository import Repository
-from oci.trust import attachments, keyless, verifier
+from oci.trust import attachments, keyless, log, verifier
 from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.keyless import Signed
 from oci.trust.keys import PrivateKey
@@ -40,7 +40,7 @@ from rekindle.digest import Digest
 from rekindle.errors import FormatError, TrustError, UsageError
 from tests.conftest import COSIGN, COSIGN_2, ROOT
 from tests.servers.registry.docker_registry import DockerRegistry
-from tests.servers.sigstore import IDENTITY, ISSUER, Key, Sigstore, token
+from tests.servers.sigstore import IDENTITY, ISSUER, Key, Sigstore, dsse_entry, token
 
 WORKFLOW = "https://ci.example.com/models/.ci/release.yml@refs/heads/main"
 US = Identity(identity=IDENTITY, issuer=ISSUER)
@@ -706,3 +706,88 @@ def public_pem(key: Key) -> bytes:
     return key.private.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
+
+
+# Signatures by a key with an entry in the log.
+
+
+def logged(place: Place, key: PrivateKey, **changes: Any) -> Bundle:
+    """A bundle by a key, with an entry in the log; some of it changed."""
+    made = json.loads(Bundle.sign(STATEMENT, key).content)
+    verifier = changes.get("verifier", key.public).to_pem()
+    envelope = {**made["dsseEnvelope"], **changes.get("envelope", {})}
+    body = dsse_entry(json.dumps(envelope), [base64.b64encode(verifier).decode()])
+    entered = place.forge()  # for the form of an entry
+    taken = changes.get("log", place.sigstore).enter(body)
+    proof = taken["verification"]["inclusionProof"]
+    at = entry(entered)
+    at |= {
+        "logIndex": str(taken["logIndex"]),
+        "integratedTime": str(taken["integratedTime"]),
+        "inclusionPromise": {"signedEntryTimestamp": taken["verification"]["signedEntryTimestamp"]},
+        "canonicalizedBody": taken["body"],
+        "inclusionProof": {
+            "logIndex": str(proof["logIndex"]),
+            "rootHash": base64.b64encode(bytes.fromhex(proof["rootHash"])).decode(),
+            "treeSize": str(proof["treeSize"]),
+            "hashes": [base64.b64encode(bytes.fromhex(each)).decode() for each in proof["hashes"]],
+            "checkpoint": {"envelope": proof["checkpoint"]},
+        },
+    }
+    made["verificationMaterial"]["tlogEntries"] = changes.get("entries", [{**at, **changes.get("entry", {})}])
+    return bundle(made)
+
+
+def test_a_signature_by_a_key_may_have_to_be_in_the_log(place: Place, tmp_path: Path) -> None:
+    key, other = PrivateKey.generate(), PrivateKey.generate("rsa-2048")
+    sound = logged(place, key)
+    assert log.problem_of(sound, key.public, place.root) == ""
+    assert log.problem_of(logged(place, other), other.public, place.root) == ""
+    assert "it has none" in log.problem_of(Bundle.sign(STATEMENT, key), key.public, place.root)
+    refused = {
+        "it has none": logged(place, key, entries=[]),
+        "another signature": logged(place, key, verifier=other.public),
+        "another payload": logged(place, key, envelope={"payload": "e30="}),
+        "inclusion proof": logged(place, key, entry={"logIndex": "0", "canonicalizedBody": "e30="}),
+        "inclusion promise": logged(place, key, entry={"integratedTime": "5"}),
+        "not accepted": logged(place, key, entry={"logId": {"keyId": "AAAA"}}),
+        "malformed": logged(place, key, entries=[5]),
+    }
+    for said, each in refused.items():
+        problem = log.problem_of(each, key.public, place.root)
+        assert problem, said
+    with Sigstore() as another:
+        assert log.problem_of(logged(place, key, log=another), key.public, place.root)
+
+    layout = Layout.create(tmp_path)
+    root = Descriptor(media_type=media_types.INDEX, digest=STATEMENT.subject, size=1)
+
+    def verify(*bundles: Bundle) -> str | None:
+        made = [attachments.store(layout, root, each, COSIGN_SIGN) for each in bundles]
+        (tmp_path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": []}))
+        layout.attach(layout, made)
+        rule = TrustRule(name="*", keys=(key.public,), transparency_log=True, trusted_root=place.root)
+        return verifier.verify("", layout, root, rule, Limits()).trust.by
+
+    assert verify(Bundle.sign(STATEMENT, key), sound) == f"key {key.public.hint}"
+    with pytest.raises(TrustError) as caught:
+        verify(Bundle.sign(STATEMENT, key))
+    assert "requires an entry" in caught.value.cause
+
+
+@pytest.mark.registry
+def test_what_cosign_logs_of_a_key_is_accepted(
+    place: Place, tmp_path: Path, docker_registry: DockerRegistry
+) -> None:
+    reference, image = serve_image(docker_registry, tmp_path)
+    key = PrivateKey.generate()
+    key.write(tmp_path / "cosign.key", b"")
+    name = f"{docker_registry.host}/models/tiny@{image.digest}"
+    services = ("--signing-config", place.signing, "--trusted-root", place.root)
+    words = ("sign", "--key", tmp_path / "cosign.key", *services, "--yes", name)
+    done = cosign(tmp_path, *words, COSIGN_PASSWORD="")
+    assert done.returncode == 0, done.stderr
+    rule = TrustRule(name="*", keys=(key.public,), trusted_root=place.root, transparency_log=True)
+    with Repository(reference, ACCESS) as repository:
+        found = verifier.verify("", repository, image, rule, Limits())
+    assert found.trust.by == f"key {key.public.hint}"
