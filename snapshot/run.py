@@ -11,27 +11,29 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
 from rekindle import documents
-from rekindle.cell import Cell, Network
-from rekindle.engine import Engine
+from rekindle.cell import Cell, Network, processes
+from rekindle.engine import Endpoint, Engine
 from rekindle.engine.choose import for_command
 from rekindle.engine.client import Client
 from rekindle.errors import UsageError
 from rekindle.fields import JSON
 from rekindle.replicas import Registration
-from rekindle.report import Outcome, Report
-from restore.decide.publications import publications
+from rekindle.report import Outcome, Report, ServerAddress
+from restore.decide.publications import further, left_out, publications
 from restore.listener import Listener
 from restore.serve import notify
 from restore.serve.address import Addresses
+from restore.serve.announce import say_addresses
 from restore.serve.control import Control
 from restore.serve.foreground import RestoredServer, ServerPids, Serving
 from restore.signals import ENDING, Signals
+from snapshot.describe import listened_endpoints
 from snapshot.opened import OpenedFiles
 from snapshot.server import Server, make_temporary
 from snapshot.warm import wait_ready
@@ -102,6 +104,7 @@ def run(options: RunOptions, registration: Registration, listener: Listener | No
         report.outcome, report.pid = Outcome.STARTED, os.getpid()
         registration.ready(rung=None, digest="", endpoint=report.endpoint or "", cell_init=cell.init_pid)
         report.say(f"ready on {report.endpoint or 'its address'}")
+        say_addresses(report)
         listener.ready(report)
         notify.ready(options.ready_file)
         status = serving.run()
@@ -151,11 +154,26 @@ def _bring_up(
 
     serving = stack.enter_context(Serving(replica, signals, asked_to_end))
     stack.enter_context(Control(registration.directory, serving, replica))
+    listeners = listened_endpoints(cell, processes.tree(cell, server.root_pid))
     if options.network is Network.PRIVATE:
+        if not options.publish and not engine.serves_one_port:
+            addresses.add(further(listeners, engine.endpoint))
         for sock, target in addresses.listen(engine.endpoint):
             serving.publish(sock, target)
     report.endpoint = str(addresses.main) if addresses.main else None
+    report.addresses = _addresses(options, engine, addresses, listeners)
     return serving, cell
+
+
+def _addresses(
+    options: RunOptions, engine: Engine, addresses: Addresses, listeners: Sequence[Endpoint]
+) -> list[ServerAddress]:
+    """Return where the server listens and where clients reach it."""
+    if options.network is Network.HOST:
+        return [ServerAddress(server=str(each), published=str(each)) for each in listeners]
+    made = [each.publication for each in addresses.all]
+    left = [] if engine.serves_one_port else left_out(made, listeners, engine.endpoint)
+    return addresses.published(engine.endpoint) + [ServerAddress(server=str(each)) for each in left]
 
 
 def _start(

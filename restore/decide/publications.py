@@ -60,10 +60,22 @@ def moved(made: Sequence[Publication], index: int) -> tuple[Publication, ...]:
     )
 
 
+def further(listeners: Sequence[Endpoint], main: Endpoint) -> list[Publication]:
+    """Return what to publish of a server's other addresses, if nothing was asked for: each where it is."""
+    return [
+        Publication(at=each, listens=each, required=False) for each in listeners if each.port != main.port
+    ]
+
+
 def unpublished(made: Sequence[Publication], record: Record) -> list[Endpoint]:
     """Return the first address of each port of the server that is not to be published."""
-    ports = {(each.listens or record.endpoint).port for each in made}
-    left = {each.port: each for each in reversed(_for_clients(record)) if each.port not in ports}
+    return left_out(made, _for_clients(record), record.endpoint)
+
+
+def left_out(made: Sequence[Publication], listeners: Sequence[Endpoint], main: Endpoint) -> list[Endpoint]:
+    """Return the first address of each port among `listeners` that is not to be published."""
+    ports = {(each.listens or main).port for each in made}
+    left = {each.port: each for each in reversed(listeners) if each.port not in ports}
     return list(reversed(left.values()))
 
 

@@ -94,7 +94,12 @@ class Addresses:
     def __init__(self, publications: Sequence[Publication]) -> None:
         """Bind the addresses. Raises PortError if one that is required is taken."""
         self.all: list[Bound] = []
-        ipv4 = {each.at.port for each in publications if ":" not in each.at.host}
+        self.add(publications)
+
+    def add(self, publications: Sequence[Publication]) -> None:
+        """Bind more addresses. Raises PortError if one that is required is taken; all are released then."""
+        known = [*(each.publication for each in self.all), *publications]
+        ipv4 = {each.at.port for each in known if ":" not in each.at.host}
         try:
             for each in publications:
                 bound = Bound(publication=each)

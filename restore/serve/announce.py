@@ -13,6 +13,18 @@ _HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: 
 """How a server on each rung was started."""
 
 
+def say_addresses(report: Report) -> None:
+    """Print which further ports of the server are published, and which are not."""
+    further = [each for each in report.addresses if not each.published or each.published != report.endpoint]
+    for each in further:
+        if each.problem:
+            report.say(f"WARNING: the server's {each.server} is not published: {each.problem}")
+    if also := [each.shown for each in further if each.published]:
+        report.say(f"also on {', '.join(also)}")
+    if left := [each.server for each in further if not each.published and not each.problem]:
+        report.say(f"not published: {', '.join(left)} of the server (--publish PORT:SERVERPORT)")
+
+
 class Announcer:
     """Announces once that the server is ready, and once that it stops."""
 
@@ -37,27 +49,13 @@ class Announcer:
         published = [report.endpoint, *(each.published for each in report.addresses)]
         where = next((each for each in published if each), "its address")
         report.say(f"ready ({_HOW[rung]}) on {where}{after}")
-        self._say_addresses()
+        say_addresses(report)
         if report.cache is not None:
             cache = report.cache
             report.say(
                 f"kernel cache: {cache.verdict}; {cache.used} of {cache.entries} entries used, "
                 f"{cache.made} compiled again"
             )
-
-    def _say_addresses(self) -> None:
-        """Print which further ports of the server are published, and which are not."""
-        report = self._report
-        further = [
-            each for each in report.addresses if not each.published or each.published != report.endpoint
-        ]
-        for each in further:
-            if each.problem:
-                report.say(f"WARNING: the server's {each.server} is not published: {each.problem}")
-        if also := [each.shown for each in further if each.published]:
-            report.say(f"also on {', '.join(also)}")
-        if left := [each.server for each in further if not each.published and not each.problem]:
-            report.say(f"not published: {', '.join(left)} of the server (--publish PORT:SERVERPORT)")
 
     def register(self, rung: Rung, cell_init: int | None) -> None:
         """Note in the replica's entry that the server is ready, and the PID of its cell's init."""

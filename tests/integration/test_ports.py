@@ -118,3 +118,16 @@ def test_a_lower_rung_publishes_the_ports_of_the_command(scene: Scene) -> None:
     flags = ["--publish", f"{first}:{scene.main}", "--publish", f"{second}:{scene.other}"]
     with scene.restored(*flags, rung="cold"):
         assert all(answers(port) for port in (first, second, scene.main, scene.other))
+
+
+def test_a_server_that_runs_has_its_ports_once_it_is_ready(scene: Scene) -> None:
+    ready = scene.place / "ready"
+    words = ["run", "stall", *workhorse_flags(scene.main), "--ready-file", str(ready), "--", *scene.command]
+    process = scene.rekindle.spawn(*words, log=scene.log)
+    try:
+        wait_for(lambda: ready.exists() or process.poll() is not None, 60)
+        assert all(answers(port) for port in (scene.main, scene.other))
+        assert f"also on 127.0.0.1:{scene.other}" in scene.log.read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
