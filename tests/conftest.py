@@ -130,7 +130,8 @@ class Rekindle:
     def environment(self, extra: dict[str, str] | None = None) -> dict[str, str]:
         # pytest sets another value in each test: a difference between a snapshot and its restore.
         inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-        return {**inherited, "REKINDLE_HOME": str(self.home), **self.env, **(extra or {})}
+        own = {"REKINDLE_HOME": str(self.home), "REKINDLE_STATE": str(self.home)}
+        return {**inherited, **own, **self.env, **(extra or {})}
 
     def __call__(self, *words: str, env: dict[str, str] | None = None, timeout: float = 120) -> Done:
         done = subprocess.run(

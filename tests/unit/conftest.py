@@ -33,6 +33,14 @@ settings.register_profile(
 settings.load_profile("unit")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What root remembers for the host stays out of /var/lib."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REKINDLE_STATE", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> "Sample":
     """An image that can be pulled and pushed."""
