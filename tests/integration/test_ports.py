@@ -37,6 +37,7 @@ class Scene:
         """Restores the server; yields the report. What was said is in the log."""
         report = self.place / "report.json"
         report.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
         words = ["restore", "horse", "--rung", rung, "--require", "process", "--report", str(report), *flags]
         if rung == "cold":
             words.remove("--require")
@@ -122,6 +123,7 @@ def test_a_lower_rung_publishes_the_ports_of_the_command(scene: Scene) -> None:
 
 def test_a_server_that_runs_has_its_ports_once_it_is_ready(scene: Scene) -> None:
     ready = scene.place / "ready"
+    scene.log.unlink(missing_ok=True)
     words = ["run", "stall", *workhorse_flags(scene.main), "--ready-file", str(ready), "--", *scene.command]
     process = scene.rekindle.spawn(*words, log=scene.log)
     try:
