@@ -213,6 +213,6 @@ def _require_none(holders: Sequence[str]) -> None:
             "processes hold an NVIDIA device that is not part of their CUDA state",
             cause="\n".join(holders),
             hint="forked children inherit their parent's devices: set VLLM_WORKER_MULTIPROC_METHOD=spawn; "
-            "NVML without CUDA keeps /dev/nvidiactl open, and is shut down only in Python processes that "
-            "import rekindle's hook; a process that has only called cuInit keeps its devices until it ends",
+            "NVML without CUDA keeps /dev/nvidiactl open until nvmlShutdown, which is called in Python "
+            "processes with rekindle's hook; one that has only called cuInit keeps its devices until it ends",
         )

@@ -126,7 +126,7 @@ def prove(
             Cell() as cell,
             contextlib.ExitStack() as ending,
         ):
-            ending.callback(cuda_state.end, cell, record, home, report)
+            ending.callback(cuda_state.end, cell, record, record.node.devices.driver, home, report)
             process.restore(
                 cell,
                 image.record,

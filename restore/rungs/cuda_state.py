@@ -2,6 +2,7 @@
 """Restore the CUDA state of a server's processes, and put it away again before they are killed."""
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rekindle.cuda.search import Search
 
 _SUSPEND_SECONDS = 60.0
+_MEMORY_SECONDS = 5.0
 # Hosts with this driver hung after a live restored process was killed: NVIDIA/cuda-checkpoint#53.
 HANGING_DRIVER = 590
 
@@ -32,14 +34,35 @@ class CudaRestore(Struct, frozen=True, kw_only=True):
     device_map: Mapping[str, str] = field(default_factory=dict)
 
 
-def restore_cuda(cell: Cell, process: Process, cuda: CudaRestore | None) -> None:
+class GpuMemory:
+    """The free memory of this node's GPUs, asked in a thread while CRIU works."""
+
+    def __init__(self, process: Process) -> None:
+        self._free: Mapping[str, int] = {}
+        self._thread = threading.Thread(target=self._ask, name="gpu-memory", daemon=True)
+        if process.device_bytes:
+            self._thread.start()
+
+    def free_bytes(self) -> Mapping[str, int]:
+        """Return it by UUID; empty if it is not known in time."""
+        if self._thread.ident is not None:
+            self._thread.join(_MEMORY_SECONDS)
+        return self._free
+
+    def _ask(self) -> None:
+        from rekindle.node import gpu
+
+        self._free = gpu.free_bytes()
+
+
+def restore_cuda(cell: Cell, process: Process, cuda: CudaRestore | None, memory: GpuMemory) -> None:
     """Restore the CUDA state of the processes that had some. Raises RestoreError, CudaError."""
     from rekindle.cuda.keep import kept_initialized
     from rekindle.cuda.session import Session
 
     if cuda is None:
         raise CapabilityError("the snapshot holds CUDA state, which this node cannot restore")
-    _require_memory(process, cuda.device_map)
+    _require_memory(process, cuda.device_map, memory.free_bytes())
     outside = _outside(cell)
     if missing := [pid for pid in process.cuda_pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
@@ -49,10 +72,13 @@ def restore_cuda(cell: Cell, process: Process, cuda: CudaRestore | None) -> None
         Session(backend, holders).restore_all(cuda.device_map, roll_back=False)
 
 
-def end(cell: Cell, record: Record, home: Home, report: Report) -> None:
-    """End a cell, after its processes' CUDA state was put away if a kill could hang this machine."""
+def end(cell: Cell, record: Record, driver: str, home: Home, report: Report) -> None:
+    """End a cell, after its processes' CUDA state was put away if a kill could hang this machine.
+
+    `driver` is the version of this node's NVIDIA driver.
+    """
     try:
-        if must_suspend(record):
+        if must_suspend(record, driver):
             _suspend(cell, record.process, home)
     except (RekindleError, OSError) as error:
         report.say(f"WARNING: the server is killed with its state on the GPU: {error}")
@@ -60,14 +86,10 @@ def end(cell: Cell, record: Record, home: Home, report: Report) -> None:
         cell.end()
 
 
-def must_suspend(record: Record) -> bool:
+def must_suspend(record: Record, driver: str) -> bool:
     """Tell whether killing a restored server with its state on the GPU could hang this machine."""
-    if not record.process.cuda_pids:
-        return False
-    from rekindle.node import gpu
-
-    major = gpu.probe_nvidia().driver.partition(".")[0]
-    return major.isdecimal() and int(major) >= HANGING_DRIVER
+    major = driver.partition(".")[0]
+    return bool(record.process.cuda_pids) and major.isdecimal() and int(major) >= HANGING_DRIVER
 
 
 def _suspend(cell: Cell, process: Process, home: Home) -> None:
@@ -88,14 +110,11 @@ def _outside(cell: Cell) -> dict[int, int]:
     return {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
 
 
-def _require_memory(process: Process, device_map: Mapping[str, str]) -> None:
+def _require_memory(process: Process, device_map: Mapping[str, str], free: Mapping[str, int]) -> None:
     """Raise RestoreError if the GPUs have too little free memory now.
 
     A restore that runs out of memory cannot be repeated (NVIDIA/cuda-checkpoint#44).
     """
-    from rekindle.node import gpu
-
-    free = gpu.free_bytes() if process.device_bytes else {}
     places = [device_map.get(uuid, uuid) for uuid in process.gpus]
     if not places or any(uuid not in free for uuid in places):
         return

@@ -39,7 +39,7 @@ from restore.decide.plan import Step
 from restore.decide.rules import reason_for
 from restore.decide.source import Source
 from restore.options import Memory, Output
-from restore.rungs.cuda_state import CudaRestore, end, must_suspend, restore_cuda
+from restore.rungs.cuda_state import CudaRestore, GpuMemory, end, must_suspend, restore_cuda
 from restore.rungs.ladder import TakenRung
 from restore.rungs.memory import restore_with_memory
 from restore.rungs.run import Run
@@ -72,6 +72,7 @@ def take(
     image = source.image.value
     record, tool = image.record, decision.facts.abilities.criu
     assert tool is not None
+    driver = decision.facts.node.devices.driver
     with run.signals.raising(_seconds_left(run, step)):
         work = stack.enter_context(home.work("restore"))
         _check_weights(record, report)
@@ -80,7 +81,7 @@ def take(
         if step.roots:
             with report.phase("extract"):
                 _extract_mapped_files(run, source, step, stack)
-        end_cell = functools.partial(end, cell, record, home, report)
+        end_cell = functools.partial(end, cell, record, driver, home, report)
         stack.callback(end_cell)
         with contextlib.ExitStack() as using:
             with run.listener.progress(source.tally), _measured(source, home):
@@ -120,7 +121,7 @@ def take(
                 stack.callback(end_cell)  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
     mapped = report.memory is not None and report.memory.mode is MemoryMode.MAPPED
-    kill = end_cell if must_suspend(record) else None
+    kill = end_cell if must_suspend(record, driver) else None
     serving = _serve(run, cell, image, kill, dump if mapped else None, stack)
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
@@ -257,6 +258,7 @@ def restore(
                 from rekindle.cell import private
 
                 undo.push(private.give(cell, process.private, made, process.made))
+        gpu_memory = GpuMemory(process)  # asked while CRIU works
         used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
         if check is not None:
             check()
@@ -266,7 +268,7 @@ def restore(
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
         if process.cuda_pids:
             with report.phase("cuda"):
-                restore_cuda(cell, process, cuda)
+                restore_cuda(cell, process, cuda, gpu_memory)
         if engine.options().get("asleep"):
             _wake(cell, record, engine, report)
         with report.phase("oracle"):
