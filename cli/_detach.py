@@ -12,10 +12,11 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from cli import _report
+from cli import _replica_options, _report
 from rekindle.errors import Interrupted, UsageError
 from rekindle.fields import JSON
 from rekindle.home import Home
@@ -99,7 +100,7 @@ class _Child:
         return self._status
 
 
-def begin(args: argparse.Namespace) -> Detached | int:
+def begin(args: argparse.Namespace, command: Sequence[str] = (), *, wakes: bool = False) -> Detached | int:
     """Go on in a child for each replica: return its side there, and the exit status in the caller."""
     count = args.replicas or 1
     if not args.detach:
@@ -112,7 +113,15 @@ def begin(args: argparse.Namespace) -> Detached | int:
     try:
         for index in range(count):
             name = args.name if count == 1 or not args.name else f"{args.name}-{index + 1}"
-            registration = register(home, name, args.image, detached=True)
+            registration = register(
+                home,
+                name,
+                args.image,
+                detached=True,
+                options=_replica_options.words(args) if args.image else (),
+                command=command,
+                wakes=wakes,
+            )
             heard, told = os.pipe()
             pid = os.fork()
             if pid == 0:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cli import _arguments, _report, _trust
+from cli import _arguments, _replica_options, _report, _trust
 from cli._console import Console
 from rekindle.cell import Cell
 from rekindle.errors import UsageError
@@ -50,7 +50,7 @@ def run(
         return _show_plan(options, as_json=args.json)
     _report.refuse_unwritable(args.report)
     with contextlib.ExitStack() as stack:
-        registration = detached.registration if detached else _register(args)
+        registration = detached.registration if detached else _register(args, command)
         if registration is not None and detached is None:
             stack.enter_context(registration)
         status = restore(options, Console(args, detached), cell, registration)
@@ -59,10 +59,11 @@ def run(
     return status
 
 
-def _register(args: argparse.Namespace) -> Registration | None:
+def _register(args: argparse.Namespace, command: Sequence[str]) -> Registration | None:
     """Register the replica for `rekindle ps`; return None where nothing can be kept."""
     try:
-        return register(Home.from_environment(), args.name, args.image)
+        options = _replica_options.words(args)
+        return register(Home.from_environment(), args.name, args.image, options=options, command=command)
     except OSError:
         return None
     except UsageError as error:

@@ -31,7 +31,9 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the names")
     args = parser.parse_args(words)
-    found = [each for each in replicas.found(Home.from_environment()) if args.all or each.runs]
+    found = [
+        each for each in replicas.found(Home.from_environment()) if args.all or each.runs or each.can_wake
+    ]
     if args.json:
         _report.print_document({"schema": _SCHEMA, "replicas": [_document(each) for each in found]})
     elif args.quiet:
@@ -44,7 +46,7 @@ def main(words: Sequence[str]) -> int:
 
 def _document(replica: ReplicaEntry) -> dict[str, JSON]:
     status = documents.to_json(replica.status)
-    if not replica.runs:
+    if not replica.runs and not replica.can_wake:
         status["exit_status"] = replica.exit_status
     own, shared = _memory(replica)
     return {
@@ -59,7 +61,8 @@ def _document(replica: ReplicaEntry) -> dict[str, JSON]:
 def _row(replica: ReplicaEntry) -> tuple[str, ...]:
     status = replica.status
     own, shared = _memory(replica)
-    state = str(replica.state) if replica.runs else f"{replica.state} ({replica.exit_status})"
+    has_ended = not replica.runs and not replica.can_wake
+    state = f"{replica.state} ({replica.exit_status})" if has_ended else str(replica.state)
     return (
         status.name,
         status.image or "-",

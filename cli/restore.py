@@ -11,15 +11,15 @@ from cli import _arguments
 from rekindle.report import Rung
 
 
-def main(words: Sequence[str]) -> int:
-    """Run the command and return its exit status."""
+def main(words: Sequence[str], *, wakes: bool = False) -> int:
+    """Run the command and return its exit status. With `wakes`, a hibernated replica gives way."""
     words, command = _arguments.split_command(words)
     args = _parser().parse_args(words)
     detached = None
     if (args.detach or args.replicas) and not args.plan:
         from cli import _detach
 
-        begun = _detach.begin(args)
+        begun = _detach.begin(args, command, wakes=wakes)
         if isinstance(begun, int):
             return begun
         detached = begun

@@ -22,6 +22,8 @@ VERBS = {
     "logs": "print what a detached server has written",
     "stop": "end servers, gracefully or not",
     "wait": "wait until a server ends",
+    "hibernate": "save a restored server, and let go of its memory",
+    "wake": "bring a hibernated server back",
     "exec": "run a command in the cell of a server",
     "push": "push an image to a registry",
     "pull": "pull an image from a registry",

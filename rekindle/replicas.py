@@ -18,6 +18,7 @@ import os
 import re
 import select
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +53,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class ReplicaState(StrEnum):
-    """What a replica does. `killed`: the rekindle that served it is gone and has left no exit status."""
+    """What a replica does.
+
+    `hibernated`: its server has ended, and its state is in an image. `killed`: the rekindle that served it is
+    gone and has left no exit status.
+    """
 
     STARTING = "starting"
     READY = "ready"
     STOPPING = "stopping"
+    HIBERNATED = "hibernated"
     ENDED = "ended"
     KILLED = "killed"
 
@@ -102,6 +108,8 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
 
     `created` is in seconds since 1970. `serving` is the rekindle that serves it, `cell` the init of its cell,
     None on lower rungs. `exit_status` is None until it has ended. `endpoint` is "" if it is unknown.
+    `options` are words of the command line of `restore` with which it is restored once it has hibernated as
+    the image `hibernated`, and `command` is the one to start if that fails.
     """
 
     name: str
@@ -115,6 +123,9 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     detached: bool = False
     cell: ProcessIdentity | None = None
     exit_status: int | None = None
+    options: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    hibernated: str = ""
 
 
 class ReplicaEntry(Struct, frozen=True, kw_only=True):
@@ -130,7 +141,11 @@ class ReplicaEntry(Struct, frozen=True, kw_only=True):
 
     @property
     def runs(self) -> bool:
-        return self.state not in {ReplicaState.ENDED, ReplicaState.KILLED}
+        return self.state in {ReplicaState.STARTING, ReplicaState.READY, ReplicaState.STOPPING}
+
+    @property
+    def can_wake(self) -> bool:
+        return self.state is ReplicaState.HIBERNATED
 
     @property
     def log(self) -> Path:
@@ -198,17 +213,28 @@ class Registration:
     ) -> None:
         if error is not None:
             self.end(_status_of(error))
+        if self.status.hibernated and not self._was_ready:  # it can be tried again
+            self.update(state=ReplicaState.HIBERNATED)
         if not self._was_ready and not self.status.detached:  # its caller has been told why
             with contextlib.suppress(OSError):
                 remove_tree(self.directory)
         os.close(self._lock)
 
 
-def register(home: Home, name: str | None, image: str, *, detached: bool = False) -> Registration:
+def register(
+    home: Home,
+    name: str | None,
+    image: str,
+    *,
+    detached: bool = False,
+    options: Sequence[str] = (),
+    command: Sequence[str] = (),
+    wakes: bool = False,
+) -> Registration:
     """Add a replica that this process is going to serve.
 
-    Without a name, it gets the first free one after the image: `tiny-1`. Raises UsageError if the name is
-    invalid or another replica has it, OSError.
+    Without a name, it gets the first free one after the image: `tiny-1`. With `wakes`, it takes the place of
+    a hibernated one. Raises UsageError if the name is invalid or another replica has it, OSError.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(
@@ -219,7 +245,7 @@ def register(home: Home, name: str | None, image: str, *, detached: bool = False
         directory = home.replicas / name if name is not None else _free(home, image)
         if directory.exists():
             found = _look(directory)
-            if found is not None and found.runs:
+            if found is not None and (found.runs or (found.can_wake and not wakes)):
                 raise UsageError(
                     f"there is a replica '{name}' already",
                     hint=f"choose another name, or end it: rekindle stop {name}",
@@ -234,6 +260,9 @@ def register(home: Home, name: str | None, image: str, *, detached: bool = False
             created=time.time(),
             serving=ProcessIdentity.of(os.getpid()),
             detached=detached,
+            options=tuple(options),
+            command=tuple(command),
+            hibernated=image if wakes else "",
         )
         _write(directory, status)
     return Registration(directory, lock, status)
@@ -285,10 +314,28 @@ def wait(replica: ReplicaEntry, timeout: float | None = None) -> bool:
     return True
 
 
+def hibernate(home: Home, name: str, image: str) -> None:
+    """Note that a replica, whose server has ended, is in an image."""
+    with locked(home.root / "lock"):
+        entry = find(home, name)
+        _write(
+            entry.directory,
+            msgspec.structs.replace(entry.status, state=ReplicaState.HIBERNATED, hibernated=image),
+        )
+
+
+def forget(home: Home, name: str) -> None:
+    """Let a hibernated replica end."""
+    with locked(home.root / "lock"):
+        entry = find(home, name)
+        if entry.can_wake:
+            _write(entry.directory, msgspec.structs.replace(entry.status, state=ReplicaState.ENDED))
+
+
 def sweep(home: Home) -> None:
     """Remove all but the newest replicas that have ended."""
     with locked(home.root / "lock"):
-        ended = [each for each in found(home) if not each.runs]
+        ended = [each for each in found(home) if not each.runs and not each.can_wake]
         for each in ended[:-_ENDED_KEPT]:
             remove_tree(each.directory)
 
@@ -319,8 +366,9 @@ def _look(directory: Path) -> ReplicaEntry | None:
         except (OSError, FormatError, msgspec.DecodeError):  # torn by a power failure
             return None
     state = status.state
-    if has_ended and state is not ReplicaState.ENDED:
-        state = ReplicaState.KILLED
+    if has_ended and state not in {ReplicaState.ENDED, ReplicaState.HIBERNATED}:
+        is_waking = state is ReplicaState.STARTING and status.hibernated
+        state = ReplicaState.HIBERNATED if is_waking else ReplicaState.KILLED
     return ReplicaEntry(directory=directory, status=status, state=state)
 
 

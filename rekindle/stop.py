@@ -24,6 +24,7 @@ def stop(home: Home, names: Sequence[str], timeout: float) -> None:
     found = [replicas.find(home, name) for name in names]
     for replica in found:
         _signal(replica, signal.SIGTERM)
+        replicas.forget(home, replica.name)
     deadline = time.monotonic() + timeout
     for replica in found:
         if replicas.wait(replica, max(0.0, deadline - time.monotonic())):

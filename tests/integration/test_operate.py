@@ -402,3 +402,45 @@ def test_a_server_that_ends_before_it_is_ready_is_told(rekindle: Rekindle) -> No
         assert done.status == 30
         assert "exited with status 9" in done.stderr
         assert not listed(rekindle)
+
+
+def test_a_replica_hibernates_and_wakes_with_its_state(rekindle: Rekindle) -> None:
+    port = free_port()
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
+    for round_ in range(3):
+        assert ask(port, "/count", {}) == round_ + 1
+        web = listed(rekindle)["web"]
+        done = rekindle("hibernate", "web", "--json")
+        assert done.status == 0, done.stderr
+        assert done.json["image"]["reference"] == "hibernated/web"
+        assert not listening(port)
+        assert not Path(f"/proc/{web['cell']['pid']}").exists()
+        assert listed(rekindle)["web"]["state"] == "hibernated"
+        assert rekindle("hibernate", "web").status == 12
+        assert rekindle("restore", "horse", "--name", "web").status == 2, "the name is taken"
+        done = rekindle("wake", "web", "--json")
+        assert done.status == 0, done.stderr
+        assert done.json["outcome"] == "restored"
+        assert done.json["trust"]["verified"], "by this machine's key"
+    assert ask(port, "/count", {}) == 4
+    assert rekindle("stop", "web").status == 0
+    assert rekindle("wake", "web").status == 12
+
+
+def test_a_wake_that_fails_can_be_repeated(rekindle: Rekindle) -> None:
+    port = free_port()
+    flags = ["--name", "web", "--publish", str(port), "--detach"]
+    assert rekindle("restore", "horse", *flags).status == 0
+    assert ask(port, "/count", {}) == 1
+    assert rekindle("hibernate", "web").status == 0
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert rekindle("wake", "web").status == 13
+    assert listed(rekindle)["web"]["state"] == "hibernated"
+    assert rekindle("wake", "web").status == 0
+    assert ask(port, "/count", {}) == 2
+    assert rekindle("hibernate", "web").status == 0
+    assert rekindle("stop", "web").status == 0, "it is forgotten"
+    assert listed(rekindle, "--all")["web"]["state"] == "ended"
