@@ -6,12 +6,13 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from msgspec import Struct
 
-from rekindle.engine import Engine
+from rekindle.engine import Endpoint, Engine
 from rekindle.errors import RekindleError
 from rekindle.fields import JSON
 
@@ -40,8 +41,18 @@ class Ready(Struct, frozen=True, kw_only=True):
 class ReadinessWait:
     """The waiting thread, as a context. `fileno` is readable once there is a `result`."""
 
-    def __init__(self, engine: Engine, oracle: "Oracle | None") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        oracle: "Oracle | None",
+        *,
+        is_ours: Callable[[Endpoint], bool],
+        say: Callable[[str], None],
+    ) -> None:
+        """Prepare to wait. `is_ours` tells whether our server is the one that listens at its address."""
         self.result: Ready | None = None
+        self._is_ours = is_ours
+        self._say = say
         self._engine = engine
         self._oracle = oracle
         self._over = threading.Event()
@@ -68,9 +79,16 @@ class ReadinessWait:
         from rekindle.engine.client import Client
 
         client = Client(self._engine.endpoint, _connect)
+        has_said = False
         while not self._over.is_set():
             with contextlib.suppress(Exception):  # whatever the error is, the server is not ready
                 if self._engine.ready(client, _ASK_SECONDS):
+                    if not self._is_ours(self._engine.endpoint):
+                        if not has_said:
+                            self._say(f"another server answers at {self._engine.endpoint}; waiting for ours")
+                        has_said = True
+                        self._over.wait(_POLL_SECONDS)
+                        continue
                     self.result = self._ask(client, time.monotonic())
                     with contextlib.suppress(OSError):
                         os.write(self._writer, b"\n")

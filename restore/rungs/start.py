@@ -19,6 +19,7 @@ from restore.decide.decision import Decision
 from restore.options import Output
 from restore.rungs.child import ChildServer
 from restore.rungs.ladder import TakenRung
+from restore.rungs.listening import is_held_by_our_server
 from restore.rungs.readiness import ReadinessWait, Ready
 from restore.rungs.run import Run
 from restore.serve.address import Addresses, bind
@@ -56,6 +57,7 @@ def bring_up(
     oracle: Oracle | None,
     signals: Signals,
     asked_to_end: Callable[[int], None],
+    say: Callable[[str], None],
     listen: bool,
 ) -> StartedServer:
     """Start the command and wait until it is ready or exits. What ends the server is pushed onto `stack`.
@@ -76,7 +78,7 @@ def bring_up(
     serving = stack.enter_context(Serving(child, signals, asked_to_end))
     if engine is None:
         return StartedServer(serving=serving, child=child, ready=None, status=None)
-    with ReadinessWait(engine, oracle) as waiting:
+    with ReadinessWait(engine, oracle, is_ours=is_held_by_our_server, say=say) as waiting:
         serving.watch(waiting.fileno(), lambda: None)
         status = serving.run(until=lambda: waiting.result is not None)
         serving.forget(waiting.fileno())
@@ -124,6 +126,7 @@ def start_server(
             oracle=oracle,
             signals=run.signals,
             asked_to_end=run.announcer.asked_to_end,
+            say=report.say,
             listen=watched is not None,
         )
     if up.status is not None:

@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -363,6 +364,35 @@ def test_another_server_at_its_own_address_is_not_taken_for_it(scene: Scene) -> 
         assert running.process.returncode == 13, running.said
         assert f"cannot publish 127.0.0.1:{scene.saved.port}" in running.said
         assert "mule" not in running.said
+        stranger.kill()
+
+
+def test_a_server_that_takes_the_address_before_ours_listens_is_not_taken_for_it(scene: Scene) -> None:
+    scene.puts(*MULE, "late=3")
+    ready = scene.directory / "is-ready"
+    running = scene.restore("--rung", "cold", "--ready-file", str(ready))
+    running.until("mule: starts")
+    with subprocess.Popen([*MULE, str(scene.saved.port)], stderr=subprocess.DEVNULL) as stranger:
+        running.until("another server answers at")
+        assert running.process.wait(30) == 1  # ours cannot listen
+        assert "ready (cold)" not in running.said
+        assert not ready.exists()
+        stranger.kill()
+
+
+def test_a_server_of_a_daemon_is_waited_for(scene: Scene, tmp_path: Path) -> None:
+    """What listens for `docker run` is no process below it."""
+    daemon, docker = free_port(), tmp_path / "docker"
+    shutil.copy("/bin/sleep", docker)
+    with subprocess.Popen([*MULE, "late=1", str(daemon)], stderr=subprocess.DEVNULL) as stranger:
+        running = scene.restore(
+            *("--rung", "cold", "--ready-url", f"http://127.0.0.1:{daemon}/health"),
+            command=[str(docker), "600"],
+            port=daemon,
+        )
+        running.until_ready("cold")
+        running.send(signal.SIGTERM)
+        running.process.wait(20)
         stranger.kill()
 
 

@@ -14,7 +14,7 @@ It reads the kernel cache first, if there is one. SIGTERM, SIGINT and SIGHUP end
 Behaviours: never-ready, dies=STATUS, dies-on-a-cache, slow-end=SECONDS (once it was asked to end),
 drains=SECONDS (then it ends with status 0; with 9, and at once, if it is asked to end a second time), daemon
 (leaves a process in a session of its own), orphans (processes that end at once, and are nobody's children),
-loud (a megabyte of all bytes, to stdout and stderr in turns).
+loud (a megabyte of all bytes, to stdout and stderr in turns), late=SECONDS (it listens only then).
 """
 
 import http.server
@@ -114,6 +114,7 @@ def main() -> None:
     if "loud" in BEHAVIOURS:
         for number in range(1024):
             os.write(1 + number % 2, bytes(range(256)) * 4)
+    time.sleep(float(BEHAVIOURS.get("late", 0)))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", PORT), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
