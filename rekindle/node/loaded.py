@@ -23,6 +23,8 @@ _DIRECTORIES_LIMIT = 1000
 _ENTRIES_LIMIT = 50_000
 _PATH = Annotated[str, Meta(pattern=r"^[^\x00\ud800-\udc7f\udd00-\udfff]+$", max_length=4095)]
 _DISTRIBUTION = re.compile(r"([0-9A-Za-z][0-9A-Za-z._-]*?)-([0-9][^-]*)(?:-py3[^-]*)?\.(?:dist|egg)-info")
+# importlib.machinery.all_suffixes() of every CPython: `.py`, `.pyc`, `.so`, `.abi3.so`, `.cpython-311-….so`.
+_MODULE = re.compile(r"[^.]+\.(?:py|pyc|(?:[0-9A-Za-z_-]+\.)?so)")
 # Python runs these at its start, wherever on its search path they are: the documentation of `site`.
 _STARTERS = {"sitecustomize", "usercustomize"}
 
@@ -84,12 +86,14 @@ def module(path: str) -> str:
 def listing(directory: str, modules: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Return the distributions in a directory by name, and its entries that matter to a start.
 
-    Those are `.pth` files, `sitecustomize`, and what could be found in place of a loaded module. A broken
-    upgrade can leave several versions of one distribution; all are named. Raises OSError.
+    Those are `.pth` files, `sitecustomize`, and what Python could find in place of a loaded module: files
+    with a suffix of modules, and directories. A broken upgrade can leave several versions of one
+    distribution; all are named. Raises OSError.
     """
     distributions: dict[str, str] = {}
     entries = []
-    for name in _names(directory):
+    for entry in _entries(directory):
+        name = entry.name
         if match := _DISTRIBUTION.fullmatch(name):
             known = normalized(match[1])
             others = {match[2], *distributions.get(known, match[2]).split(", ")}
@@ -98,9 +102,14 @@ def listing(directory: str, modules: Collection[str]) -> tuple[dict[str, str], l
             entries.append(name)
         else:
             top = name.partition(".")[0]
-            if (top in modules or top in _STARTERS) and name != "__pycache__":
+            if (top in modules or top in _STARTERS) and _can_be_imported(entry):
                 entries.append(name)
     return distributions, sorted(entries)
+
+
+def _can_be_imported(entry: "os.DirEntry[str]") -> bool:
+    """Tell whether Python can import something by this name. A directory may become a package at any time."""
+    return entry.name != "__pycache__" if entry.is_dir() else _MODULE.fullmatch(entry.name) is not None
 
 
 def normalized(name: str) -> str:
@@ -108,9 +117,9 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _names(directory: str) -> Iterator[str]:
+def _entries(directory: str) -> Iterator["os.DirEntry[str]"]:
     with os.scandir(directory or ".") as entries:
         for number, entry in enumerate(entries):
             if number == _ENTRIES_LIMIT:
                 return
-            yield entry.name
+            yield entry

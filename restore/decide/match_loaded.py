@@ -104,7 +104,7 @@ def _code_differences(recorded: CodeDirectory, place: str, modules: frozenset[st
         return
     yield from _packages(recorded, place, distributions)
     for name in sorted({*entries} - {*recorded.entries}):
-        yield Difference("package", f"{place}/{name}", "missing", "a start would run or load it")
+        yield Difference("package", f"{place}/{name}", _MISSING, "there, and a start could run or load it")
     yield from _changed_code(recorded, place)
 
 
@@ -163,7 +163,9 @@ def _search_path(record: Record, here: Sequence[str]) -> Iterator[Difference]:
             continue
         yield from _packages(CodeDirectory(path=place), place, distributions)
         for name in entries:
-            yield Difference("package", f"{place}/{name}", "missing", "a start would run or load it")
+            yield Difference(
+                "package", f"{place}/{name}", _MISSING, "there, and a start could run or load it"
+            )
 
 
 def _files(files: Sequence[LoadedFile], base: str, findings: Findings) -> list[Difference]:
@@ -218,7 +220,7 @@ def _model(
                 code = missing if here == _MISSING else changed
                 yield Difference(code, path, f"{file.size:,} bytes, {_shown(file.identity)}", _shown(here))
         for name in sorted({*weights.names(place)} - {*names}) if not revision else ():
-            yield Difference(changed, f"{place}/{name}", "missing", "a start would find it")
+            yield Difference(changed, f"{place}/{name}", _MISSING, "there, and a start would find it")
 
     expected = [str(place), missing, *(f"{each.name} {each.size} {each.identity}" for each in model.files)]
     yield from _remember(findings, iter(expected), paths, differences())

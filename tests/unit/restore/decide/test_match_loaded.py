@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from rekindle.engine import weights
-from rekindle.node import sampled
+from rekindle.node import loaded, sampled
 from rekindle.node.loaded import CodeDirectory, Loaded, LoadedFile, LoadedKind
 from restore.decide import match_loaded
 from restore.decide.difference import Difference
@@ -260,3 +260,23 @@ def test_a_large_file_of_an_older_record_is_known_by_its_size(tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes(b"y" * (2 << 20))
     record = structs.replace(RECORD, mapped_files=[], weights=described)
     assert match_loaded.compare(record, (), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "matters"),
+    [
+        *(
+            (name, False)
+            for name in ("server.log", "server.bak", "json.txt", "server.py.orig", "server.so.1")
+        ),
+        *((name, True) for name in ("json.py", "json.pyc", "json.cpython-311-x86_64-linux-gnu.so", "json/")),
+        *((name, True) for name in ("server.abi3.so", "sitecustomize.py", "extra.pth")),
+        *((name, False) for name in ("notes.md", "other.py", "sitecustomize.txt")),
+    ],
+)
+def test_what_lies_beside_loaded_code_matters_if_python_can_import_it(
+    name: str, matters: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    _, entries = loaded.listing(str(tmp_path), {"server", "json"})
+    assert entries == ([name.rstrip("/")] if matters else [])
