@@ -85,12 +85,14 @@ def locate(model: str, asked: str, environment: Mapping[str, str], base: str = "
     A relative path starts at `base`, by default the working directory.
     """
     directory = Path(base, model)
-    return (directory, "") if directory.is_dir() else _in_hub_cache(model, asked, environment)
+    # Unlike Path.is_dir, os.path.isdir is false for what this user may not look at.
+    is_directory = model.startswith("/") or os.path.isdir(directory)  # noqa: PTH112
+    return (directory, "") if is_directory else _in_hub_cache(model, asked, environment)
 
 
 def names(directory: Path) -> list[str]:
     """Return the names of the files in a directory that belong to a model, in order."""
-    found = [path for path in _list(directory) if path.suffix in _SUFFIXES and path.is_file()]
+    found = [path for path in _list(directory) if path.suffix in _SUFFIXES and os.path.isfile(path)]  # noqa: PTH113
     return sorted(path.name for path in found)[:_FILES_LIMIT]
 
 

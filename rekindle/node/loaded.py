@@ -109,7 +109,11 @@ def listing(directory: str, modules: Collection[str]) -> tuple[dict[str, str], l
 
 def _can_be_imported(entry: "os.DirEntry[str]") -> bool:
     """Tell whether Python can import something by this name. A directory may become a package at any time."""
-    return entry.name != "__pycache__" if entry.is_dir() else _MODULE.fullmatch(entry.name) is not None
+    try:
+        is_directory = entry.is_dir()
+    except OSError:  # a link to where this user may not look
+        return True
+    return entry.name != "__pycache__" if is_directory else _MODULE.fullmatch(entry.name) is not None
 
 
 def normalized(name: str) -> str:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server has loaded is what a start would load here, or it is said what a start would load."""
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,22 @@ def test_what_lies_beside_loaded_code_matters_if_python_can_import_it(
     (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
     _, entries = loaded.listing(str(tmp_path), {"server", "json"})
     assert entries == ([name.rstrip("/")] if matters else [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_model_that_this_user_may_not_look_at_is_a_difference(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("1")
+    record = structs.replace(RECORD, mapped_files=[], weights=weights.identify(str(tmp_path), "main", {}))
+    tmp_path.chmod(0o700)
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.setuid(65534)
+        with contextlib.suppress(BaseException):
+            os.write(writer, repr(match_loaded.compare(record, (), {})).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as said:
+        found = said.read()
+    os.waitpid(pid, 0)
+    assert "Permission denied" in found
+    assert "model-changed" in found
