@@ -125,12 +125,10 @@ def kept_layers(home: Home, image: Image) -> set[str]:
 
 
 def room(home: Home, image: Image) -> tuple[int, int]:
-    """Return the bytes that an image's dump still takes on the disk, and those that could be freed for it.
+    """Return the bytes that an image's dump takes on the disk, and those that could be freed for it.
 
     Dumps in use count as if they could be removed.
     """
-    if is_ready(home, image):
-        return 0, 0
     with _lender(home.dumps, image) as lender:
         needed = _room_bytes(image, lender)
     there = _free_bytes(home.dumps)

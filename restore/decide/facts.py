@@ -74,7 +74,7 @@ def gather(
         loaded=[
             *(match_loaded.compare(record, given, os.environ, findings) if with_abilities else ()),
             *match_directories.compare(record),
-            *(match_needs.compare(found, home) if with_abilities else ()),
+            *(match_needs.compare(found, home, unpacked=unpacked) if with_abilities else ()),
         ],
         local=isinstance(reference, LayoutReference),
         unpacked=unpacked,
@@ -111,7 +111,7 @@ def of_image(
         loaded=[
             *match_loaded.compare(record, (), os.environ),
             *match_directories.compare(record),
-            *match_needs.compare(image, home),
+            *match_needs.compare(image, home, unpacked=dumps.is_ready(home, image)),
         ],
     )
 

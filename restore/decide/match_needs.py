@@ -19,10 +19,11 @@ from restore.decide.difference import Difference
 _OWN_TASKS = 5  # the cell's launcher and init, CRIU and its helpers
 
 
-def compare(image: Image, home: Home) -> Iterator[Difference]:
-    """Yield what the process would not get here."""
+def compare(image: Image, home: Home, *, unpacked: bool) -> Iterator[Difference]:
+    """Yield what the process would not get here. `unpacked`: its dump is ready on this node."""
     record = image.record
-    yield from _disk(image, home)
+    if not unpacked:
+        yield from _disk(image, home)
     yield from _tasks(record)
     if record.process.huge_pages:
         yield from _huge_pages(record)

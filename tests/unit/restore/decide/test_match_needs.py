@@ -36,7 +36,7 @@ def of(record: Record, place: Path) -> Image:
 
 
 def codes(record: Record, home: Home) -> list[str]:
-    found = [reason_for(each) for each in match_needs.compare(of(record, home.root), home)]
+    found = [reason_for(each) for each in match_needs.compare(of(record, home.root), home, unpacked=False)]
     assert all(reason.hard and reason.advice for reason in found)
     return [reason.code for reason in found]
 
