@@ -22,6 +22,7 @@ docs/operations.md explains it.
     ca_file = "/etc/ssl/our-ca.pem"         instead of the system's authorities
     cert_file = "/etc/ssl/node.pem"         our client certificate, with its key
     key_file = "/etc/ssl/node-key.pem"
+    chunk_bytes = 100000000                 upload larger blobs in several requests
 """
 
 import os
@@ -86,6 +87,7 @@ class RegistrySettings(Struct, frozen=True, kw_only=True):
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    chunk_bytes: int | None = None  # None: each blob in one request
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -154,7 +156,7 @@ def _transfer(value: object) -> TransferSettings:
 
 def _registry(value: object, where: str) -> RegistrySettings:
     given = Fields(value, where)
-    given.only({"mirrors", "plain_http", "ca_file", "cert_file", "key_file"})
+    given.only({"mirrors", "plain_http", "ca_file", "cert_file", "key_file", "chunk_bytes"})
     if given.has("cert_file") != given.has("key_file"):
         raise FormatError(f"{where} needs cert_file and key_file together")
     mirrors = given.list_of("mirrors", text_item, at_most=_MIRRORS_LIMIT) if given.has("mirrors") else []
@@ -164,6 +166,7 @@ def _registry(value: object, where: str) -> RegistrySettings:
         ca_file=_path(given, "ca_file"),
         cert_file=_path(given, "cert_file"),
         key_file=_path(given, "key_file"),
+        chunk_bytes=given.integer("chunk_bytes", at_least=1) if given.has("chunk_bytes") else None,
     )
 
 

@@ -248,6 +248,19 @@ class Repository:
 
     def upload(self, descriptor: Descriptor, source: BlobSource) -> None:
         """See `Destination.upload`. Raises IntegrityError for other bytes than those of the digest."""
+        body = BlobBody(descriptor, source, self._access)
+        chunk_bytes = self._access.config.registry(self.reference.host).chunk_bytes
+        if chunk_bytes is not None and descriptor.size > chunk_bytes:
+            from oci.registry import chunks  # rarely needed
+
+            said = chunks.upload(self._origin, self._name, self._push, descriptor.digest, body, chunk_bytes)
+        else:
+            said = self._upload_whole(descriptor, body)
+        if said != descriptor.digest:
+            raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
+
+    def _upload_whole(self, descriptor: Descriptor, body: BlobBody) -> str:
+        """Upload a blob in one request; return the digest that the registry says it stored."""
 
         def begin() -> Url:
             path = f"{self._name}/blobs/uploads/"
@@ -262,12 +275,10 @@ class Repository:
             scope=self._push,
             expected=_CREATED,
             headers={"Content-Type": "application/octet-stream"},
-            body=BlobBody(descriptor, source, self._access),
+            body=body,
             again=RETRYABLE | _FORGOTTEN,
         ) as answer:
-            said = answer.headers.get("Docker-Content-Digest", descriptor.digest)
-        if said != descriptor.digest:
-            raise IntegrityError(f"{self._origin.name} stored {said} for {descriptor.digest}")
+            return str(answer.headers.get("Docker-Content-Digest", descriptor.digest))
 
     def put_manifest(self, content: bytes, media_type: str, name: str | None = None) -> Digest:
         """See `Destination.put_manifest`. Raises FormatError for what is not a manifest."""

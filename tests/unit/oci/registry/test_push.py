@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from oci import transfer
+from oci.registry.access import Access
 from oci.registry.repository import Repository
+from rekindle.config import RegistrySettings
 from rekindle.errors import CredentialsError, IntegrityError, RegistryError
 from tests.samples.registry import (
     SETTINGS,
@@ -370,3 +373,31 @@ def test_a_source_that_fails_is_not_asked_by_way_of_the_target(sample: Sample) -
                 transfer.into_registry(repository, tree, named(f"{target.host}/a/b:1"), access)
         assert len(source.downloads(sample.big.digest)) == SETTINGS.retry.attempts
         assert not target.repositories["a/b"].tags
+
+
+# In chunks.
+
+
+def in_chunks(host: str, chunk_bytes: int) -> Access:
+    access = access_to()
+    settings = {host: RegistrySettings(chunk_bytes=chunk_bytes)}
+    return structs.replace(access, config=structs.replace(access.config, registries=settings))
+
+
+@pytest.mark.parametrize("auth", [Auth.NONE, Auth.TOKEN])
+@pytest.mark.parametrize("chunk_bytes", [1000, 100_000, 1 << 30])
+def test_no_request_has_more_than_a_chunk(auth: Auth, chunk_bytes: int, sample: Sample) -> None:
+    with Registry(auth=auth) as registry:
+        push(sample, f"{registry.host}/a/b:1", in_chunks(registry.host, chunk_bytes))
+        assert_pushed(registry, sample)
+        sent = [request.body_bytes for request in registry.requests if request.method == "PATCH"]
+        count = -(-sample.big.size // chunk_bytes) if chunk_bytes < sample.big.size else 0
+        assert len(sent) == count
+        assert all(size <= chunk_bytes for size in sent)
+        assert sum(sent) == (sample.big.size if count else 0)
+
+
+def test_an_upload_in_chunks_that_broke_begins_anew(sample: Sample) -> None:
+    with Registry(misbehave=[wrong.status(500, on=upload(None, "PATCH"), times=1)]) as registry:
+        push(sample, f"{registry.host}/a/b:1", in_chunks(registry.host, 100_000))
+        assert_pushed(registry, sample)
