@@ -2,6 +2,7 @@
 """Read what the processes of a server have set for themselves: see rekindle/cell/settings.py."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -18,10 +19,16 @@ _DEFAULT_POLICIES = {"", "default", "local"}  # "local" is what the default does
 
 
 def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
-    """Return the settings of every process of the cell but the root, which has what all of them inherited."""
+    """Return the settings of every process of the cell but the root, which has what all of them inherited.
+
+    Processes that end meanwhile are left out, and without the root so are all.
+    """
     outside = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
-    inherited = _Inherited.of(outside[root])
-    found = []
+    found: list[ProcessSettings] = []
+    try:
+        inherited = _Inherited.of(outside[root])
+    except (KeyError, ProcessLookupError, FileNotFoundError):
+        return ()
     sockets: set[int] = set()
     for inner, pid in sorted(outside.items()):
         if inner != root:
@@ -86,11 +93,14 @@ def _unless(value: int | None, inherited: int | None) -> int | None:
 
 
 def _thread(inner: int, tid: int) -> ThreadSettings:
-    """Return all settings of a thread, which has the ID `inner` in the cell."""
+    """Return all settings of a thread, whose ID in the cell is `inner`. Raises OSError if it has ended."""
     import psutil
 
     policy = os.sched_getscheduler(tid)
-    ionice = psutil.Process(tid).ionice()
+    try:
+        ionice = psutil.Process(tid).ionice()
+    except psutil.NoSuchProcess:
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} has ended") from None
     return ThreadSettings(
         tid=inner,
         cpus=cpus.of_thread(tid),

@@ -33,7 +33,7 @@ def servers(
     vllm: tuple[Rekindle, dict[str, object]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, int]]:
     """The ports of a cold start with the key, and of a process that was saved without and got it today."""
-    place = tmp_path_factory.mktemp("key")
+    place = tmp_path_factory.mktemp("vllm-key")
     rekindle = vllm[0]
     ports = free_port(), VLLM_PORT
 
@@ -144,6 +144,6 @@ def test_a_stream_comes_in_pieces(servers: tuple[int, int]) -> None:
 def test_the_log_and_the_home_hold_no_key(
     servers: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    place = next(Path(tmp_path_factory.getbasetemp()).glob("key*"))
+    place = next(Path(tmp_path_factory.getbasetemp()).glob("vllm-key*"))
     assert KEY not in (place / "restore.log").read_text()
     assert KEY not in (place / "report.json").read_text()
