@@ -83,8 +83,8 @@ def build(
     cannot use, is for none.
     """
     layers = [
-        structs.replace(layer, annotations={**layer.annotations, media_types.TITLE: _title(number, layer)})
-        for number, layer in enumerate(layers)
+        structs.replace(layer, annotations={**layer.annotations, media_types.TITLE: _title(layer)})
+        for layer in layers
     ]
     config = structs.replace(
         layout.put(record.to_bytes(), media_types.RECORD), annotations={media_types.TITLE: "record.json"}
@@ -187,9 +187,12 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
     )
 
 
-def _title(number: int, layer: Descriptor) -> str:
-    """Return the name of the file that `oras pull` makes of a layer; without one, it leaves the layer out."""
-    return f"{number:03}-{layer.annotations.get(media_types.ROLE, 'dump')}.zst"
+def _title(layer: Descriptor) -> str:
+    """Return the name of the file that `oras pull` makes of a layer; without one, it leaves the layer out.
+
+    It is the same in every image that shares the layer.
+    """
+    return f"{layer.annotations.get(media_types.ROLE, 'dump')}-{layer.digest.hex[:12]}.zst"
 
 
 def _is_cache(blobs: Blobs, descriptor: Descriptor, limits: Limits) -> bool:
