@@ -8,6 +8,7 @@
  *     init 18                        nvmlInit fails with this code
  *     driver 580.65.06
  *     cuda 13000
+ *     context 1610612736             bytes of each process with CUDA that no program has asked for
  *     gpu                            the lines below are of this GPU, up to the next
  *     name NVIDIA H200
  *     uuid GPU-...
@@ -68,6 +69,7 @@ struct process { unsigned pid; unsigned long long memory; unsigned gpu_instance,
 static struct {
     char driver[TEXT];
     int cuda, init, gpus;
+    long long context;
     struct gpu gpu[GPUS];
     struct failures failures;
 } node;
@@ -112,6 +114,8 @@ static void read_line(const char *word, const char *value)
         strcpy(node.driver, value);
     } else if (!strcmp(word, "cuda")) {
         node.cuda = atoi(value);
+    } else if (!strcmp(word, "context")) {
+        node.context = strtoll(value, NULL, 10);
     } else if (!gpu) {
         abort();
     } else if (!strcmp(word, "name")) {
@@ -397,7 +401,7 @@ static long long held(const char *pid, const char *uuid)
         return -1;
     for (line = text; (line = strstr(line, "GPU-")); line++)
         gpus++;
-    return strtoll(bytes + strlen("\"device_bytes\": "), NULL, 10) / gpus;
+    return strtoll(bytes + strlen("\"device_bytes\": "), NULL, 10) / gpus + node.context;
 }
 
 static unsigned add_holders(const char *uuid, struct process *into, unsigned room)

@@ -57,6 +57,7 @@ class FakeNvml:
         fails: Mapping[str, int] | None = None,
         one_fails: Mapping[int, Mapping[str, int]] | None = None,
         persistence: bool = True,
+        context: int = 0,
         used: Mapping[int, int] | None = None,
         init: int = 0,
     ) -> None:
@@ -64,10 +65,15 @@ class FakeNvml:
 
         `compute`, `graphics` and `mps` are the host PIDs on each GPU, by number; `fails` the error codes of
         functions, `one_fails` the same of single GPUs; `init` is that of nvmlInit. `used` are bytes that
-        others hold on a GPU, by its number.
+        others hold on a GPU, by its number, and `context` what each process with CUDA holds besides.
         """
         major, _, minor = (node.cuda or "0.0").partition(".")
-        lines = [f"init {init}", f"driver {node.driver}", f"cuda {int(major) * 1000 + int(minor) * 10}"]
+        lines = [
+            f"init {init}",
+            f"context {context}",
+            f"driver {node.driver}",
+            f"cuda {int(major) * 1000 + int(minor) * 10}",
+        ]
         lines += [f"fail {function} {code}" for function, code in (fails or {}).items()]
         for number, gpu in enumerate(node.gpus):
             lines += [

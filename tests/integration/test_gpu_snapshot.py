@@ -139,9 +139,12 @@ def test_a_server_with_cuda_in_two_processes_goes_on_where_it_was(
 def test_the_snapshot_is_proved_with_its_cuda_state(
     rekindle: Rekindle, node: FakeGpuNode, port: int, nothing_left: NothingLeft
 ) -> None:
+    context = 3 << 29
+    node.nvml.describe(ONE, context=context)  # which NVML counts, and no checkpoint moves
     done = rekindle.snapshot_workhorse("horse", port, *CUDA, flags=["--json"])
     assert done.status == 0, done.stderr
     assert done.json["oracle"]["match"] is True
+    assert done.json["bytes"]["device"] == 2 * (context + (64 << 20)) > done.json["bytes"]["dump"]
     done_to = [each.step for each in steps(node.cuda.log())]
     assert done_to == ["lock"] * 2 + ["checkpoint"] * 2 + ["restore"] * 2 + ["unlock"] * 2
     nothing_left()
