@@ -6,14 +6,17 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rekindle.errors import CapabilityError
 
 if TYPE_CHECKING:
     from oci.options import RegistryOptions
+
+T = TypeVar("T", bound=StrEnum)
 
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 REPLICA = "name of a server; see `rekindle ps`"
@@ -37,6 +40,32 @@ def _columns() -> int:
             return int(named)
         return os.get_terminal_size(1).columns or 80
     return 80
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for a command after which the server's command may follow. Says where that belongs."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        words = message.partition("unrecognized arguments: ")[2].split()
+        if words and not words[0].startswith("-"):
+            message += f"\n  hint:  put `--` before the server's command: rekindle … -- {words[0]} …"
+        super().error(message)
+
+
+def one_of(kind: type[T]) -> Callable[[str], T]:
+    """Return a function that parses a member of an enumeration, and names all if there is no such one."""
+
+    def parse(text: str) -> T:
+        try:
+            return kind(text)
+        except ValueError:
+            names = ", ".join(kind)
+            raise argparse.ArgumentTypeError(f"invalid choice '{text}' (choose from {names})") from None
+
+    return parse
 
 
 def seconds(text: str) -> float:

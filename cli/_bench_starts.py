@@ -334,6 +334,9 @@ class Bench:
         ):
             pass
         self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
+        if document["first_token_seconds"] is None:
+            problem = document["oracle"].get("lack", "")
+            raise WorkloadError(f"the restored server gave no answer: {problem or 'it was not asked'}")
         first = float(document["first_token_seconds"])
         phases = {phase["name"]: float(phase["seconds"]) for phase in document["phases"]}
         if "oracle" in phases:  # that phase lasts to the end of the answer

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rekindle bench`: compare cold starts and restores of one server, by phase."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ _REPLICAS_LIMIT = 1000
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
-    parser = argparse.ArgumentParser(
+    parser = _arguments.Parser(
         prog="rekindle bench",
         usage="rekindle bench [options] -- COMMAND…",
         description="Compare cold starts and restores of a server: the time to the first token, by phase.",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rekindle match`: compare this node with a snapshot. Runs nothing, and fetches no layer."""
 
-import argparse
 from collections.abc import Sequence
 
 from cli import _arguments, _plan, _trust
@@ -17,7 +16,7 @@ from restore.decide import plan
 def main(words: Sequence[str]) -> int:
     """Run the command and return its exit status."""
     words, command = _arguments.split_command(words)
-    parser = argparse.ArgumentParser(
+    parser = _arguments.Parser(
         prog="rekindle match",
         usage="rekindle match IMAGE [options] [-- COMMAND…]",
         description="Compare this node with a snapshot, field by field, and print which rungs a restore can "

@@ -38,9 +38,8 @@ def main(words: Sequence[str], *, wakes: bool = False) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _arguments.Parser(
         prog="rekindle restore",
-        formatter_class=_arguments.Formatter,
         usage="rekindle restore IMAGE [options] [-- COMMAND…]",
         description="Restore a saved server and serve until it ends. Restores its process if this node "
         "matches the recorded one, else starts its command on the saved kernel cache, else the command "
@@ -102,14 +101,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_rungs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rung",
-        type=Rung,
+        type=_arguments.one_of(Rung),
         choices=list(Rung),
         default=Rung.PROCESS,
         help="first rung to try (default: process)",
     )
     parser.add_argument(
         "--require",
-        type=Rung,
+        type=_arguments.one_of(Rung),
         choices=[Rung.PROCESS, Rung.CACHE],
         help="lowest rung to take; fail rather than go below it",
     )

@@ -53,9 +53,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _arguments.Parser(
         prog="rekindle run",
-        formatter_class=_arguments.Formatter,
         usage="rekindle run NAME [options] -- COMMAND…",
         description="Run a server in a cell, as a restored one runs, and serve until it ends: then "
         "`rekindle snapshot IMAGE --replica NAME` can save it while it serves on. Passes signals on to the "

@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _arguments.Parser(
         prog="rekindle snapshot",
         usage="rekindle snapshot IMAGE [options] -- COMMAND…\n"
         "       rekindle snapshot IMAGE --replica NAME [options]",
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
         "--network",
-        type=Network,
+        type=_arguments.one_of(Network),
         choices=list(Network),
         default=Network.PRIVATE,
         help="network of the server: its own, so that replicas do not collide, or the host's "
@@ -85,14 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights",
-        type=Weights,
+        type=_arguments.one_of(Weights),
         choices=list(Weights),
         help="for vLLM on a GPU: keep the weights in the image (default), reload them from the model's files "
         "after a restore, or dump all GPU memory as it is",
     )
     parser.add_argument(
         "--reseed",
-        type=Reseed,
+        type=_arguments.one_of(Reseed),
         choices=list(Reseed),
         default=Reseed.NONE,
         help="random numbers of Python processes to reseed after a restore: those that the program did not "
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--outside",
-        type=Outside,
+        type=_arguments.one_of(Outside),
         choices=list(Outside),
         default=Outside.REFUSE,
         help="connections of the server to daemons and other hosts: refuse to snapshot it, or close them in "

@@ -11,8 +11,9 @@ HEAD = """\
 
 Generated from `rekindle/errors.py` by `make docs`; do not edit.
 
-An error message says what failed, the cause in the tool's own words, a hint, where the log is, and the
-command to replay. With `--json` or `--report FILE`, the report has the same under `error`, with its code.
+An error message says what failed, the cause in the tool's own words, a hint and, where a program such as CRIU
+has failed, its log and the command to replay. With `--json` or `--report FILE`, the report has the same under
+`error`, with its code.
 
 The last column says whether `restore` may fall back to a lower rung, or must fail. If the image cannot be
 read, the only lower rung is a cold start of the command that `restore` was given

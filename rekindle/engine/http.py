@@ -28,6 +28,9 @@ _READ = ("SGLANG_", "SGL_", "LLAMA_ARG_", "OLLAMA_")
 _INDEX = re.compile(r"0|[1-9][0-9]*")
 
 
+_URL_HINT = "write http://HOST:PORT/PATH"
+
+
 class HttpEngine(Engine):
     """The engine for a server that only the user's options describe."""
 
@@ -48,9 +51,13 @@ class HttpEngine(Engine):
             ready_path = (url.path or "/") + (f"?{url.query}" if url.query else "")
             Request.from_json({"path": ready_path})
         except (ValueError, FormatError) as error:
-            raise UsageError(f"invalid --ready-url {ready_url!r}", cause=str(error)) from error
+            if "://" in ready_url:
+                raise UsageError(
+                    f"invalid --ready-url {ready_url!r}", cause=str(error), hint=_URL_HINT
+                ) from error
+            raise UsageError(f"invalid --ready-url {ready_url!r}", hint=_URL_HINT) from None
         if url.scheme != "http" or not host or not port:
-            raise UsageError(f"invalid --ready-url {ready_url!r}", hint="write http://HOST:PORT/PATH")
+            raise UsageError(f"invalid --ready-url {ready_url!r}", hint=_URL_HINT)
         options: dict[str, JSON] = {"ready_path": ready_path, "oracle": None, "select": []}
         if oracle_file is not None:
             try:
