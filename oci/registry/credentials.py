@@ -154,7 +154,9 @@ def configurations() -> list[Path]:
         return [*found, Path(named)]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         found.append(Path(runtime) / "containers" / "auth.json")
-    found.append(Path(f"/run/containers/{os.geteuid()}/auth.json"))
+    place = Path(f"/run/containers/{os.geteuid()}")
+    if os.access(place, os.X_OK):  # /run/containers is root's alone where only root has used podman
+        found.append(place / "auth.json")
     if config := expand_user(os.environ.get("XDG_CONFIG_HOME") or "~/.config"):
         found.append(config / "containers" / "auth.json")
     return found

@@ -3,6 +3,7 @@
 
 import base64
 import json
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_the_advice_says_whether_there_are_credentials(
 
 
 # Files.
+
+
+def test_a_place_that_this_user_may_not_enter_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Podman run by root leaves a /run/containers that only root may enter."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000650000)
+    monkeypatch.setattr(os, "access", lambda path, _: "/run/containers" not in str(path))
+    assert not any("/run/containers" in str(path) for path in credentials.configurations())
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    assert Path("/run/containers/1000650000/auth.json") in credentials.configurations()
 
 
 def test_the_first_file_that_has_some_counts(
