@@ -126,6 +126,8 @@ class Control:
                 case "return":
                     self._return({int(pid): status for pid, status in request["exits"].items()})
                     self._send({})
+                case _:
+                    self._leave()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self._leave()
 
