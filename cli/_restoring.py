@@ -24,14 +24,31 @@ def run(
     args: argparse.Namespace, command: Sequence[str], cell: Cell | None, detached: "Detached | None" = None
 ) -> int:
     """Restore, into a cell that boots, or print the plan; return the exit status."""
-    options = Options(
+    options = options_of(args, command, detached.index if detached else 0)
+    if args.plan:
+        return _show_plan(options, as_json=args.json)
+    _report.refuse_unwritable(args.report)
+    with contextlib.ExitStack() as stack:
+        registration = detached.registration if detached else _register(args, command)
+        if registration is not None and detached is None:
+            stack.enter_context(registration)
+        status = restore(options, Console(args, detached), cell, registration)
+        if registration is not None:
+            registration.end(status)
+    return status
+
+
+def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0) -> Options:
+    """Return the options of a parsed command line."""
+    return Options(
         image=args.image,
         command=tuple(command),
         rung=args.rung,
         require=args.require or Rung.COLD,
         publish=tuple(args.publish),
         listen_early=args.listen_early,
-        replica_index=detached.index if detached else 0,
+        listening=args.listen_fds,
+        replica_index=index,
         ready_url=args.ready_url,
         ready_file=args.ready_file,
         process_deadline=args.process_deadline,
@@ -46,24 +63,15 @@ def run(
         # With --json, only the report goes to stdout.
         output=Output(stdout=2 if args.json else 1, stderr=2),
     )
-    if args.plan:
-        return _show_plan(options, as_json=args.json)
-    _report.refuse_unwritable(args.report)
-    with contextlib.ExitStack() as stack:
-        registration = detached.registration if detached else _register(args, command)
-        if registration is not None and detached is None:
-            stack.enter_context(registration)
-        status = restore(options, Console(args, detached), cell, registration)
-        if registration is not None:
-            registration.end(status)
-    return status
 
 
 def _register(args: argparse.Namespace, command: Sequence[str]) -> Registration | None:
     """Register the replica for `rekindle ps`; return None where nothing can be kept."""
     try:
         options = _replica_options.words(args)
-        return register(Home.from_environment(), args.name, args.image, options=options, command=command)
+        return register(
+            Home.from_environment(), args.name, args.image, options=options, command=command, wakes=args.wakes
+        )
     except OSError:
         return None
     except UsageError as error:

@@ -15,6 +15,10 @@ def main(words: Sequence[str], *, wakes: bool = False) -> int:
     """Run the command and return its exit status. With `wakes`, a hibernated replica gives way."""
     words, command = _arguments.split_command(words)
     args = _parser().parse_args(words)
+    if args.on_demand and not args.plan:
+        from cli import _on_demand
+
+        return _on_demand.serve(args, command)
     detached = None
     if (args.detach or args.replicas) and not args.plan:
         from cli import _detach
@@ -144,6 +148,25 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         help="restore N replicas, published at N consecutive ports from --publish on; needs --detach. Only "
         "the first goes down the ladder",
     )
+    group.add_argument(
+        "--on-demand",
+        action="store_true",
+        help="open the port at once, restore the server when the first client connects, and let it hibernate "
+        "when it is idle; only the process rung is taken",
+    )
+    group.add_argument(
+        "--idle",
+        type=_arguments.seconds,
+        default=300.0,
+        metavar="S",
+        help="with --on-demand: hibernate after S seconds without a request (default: 300)",
+    )
+    parser.add_argument("--listen-fds", type=_fds, default=(), help=argparse.SUPPRESS)
+    parser.add_argument("--wakes", action="store_true", help=argparse.SUPPRESS)
+
+
+def _fds(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _count(text: str) -> int:

@@ -59,6 +59,14 @@ class Lender:
             found: Mapping[str, JSON] = json.load(file)
         return found
 
+    def idle_seconds(self) -> float:
+        """Return for how long no client has asked or got anything."""
+        return float(self._ask({"op": "idle"})[0]["seconds"])
+
+    def waiting(self) -> int:
+        """Return how many clients have sent something that nobody has read."""
+        return int(self._ask({"op": "waiting"})[0]["waiting"])
+
     @contextlib.contextmanager
     def lent(self, drain_seconds: float, pause: Pause) -> Iterator[tuple[BorrowedCell, Output]]:
         """Borrow the cell, and the server's output, once its requests have finished or the time is over.

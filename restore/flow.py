@@ -104,7 +104,7 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             prepares=cell is not None,
             with_cache=options.rung is Rung.CACHE,
         )
-        addresses = stack.enter_context(Addresses(decision.publications))
+        addresses = stack.enter_context(Addresses(decision.publications, options.listening))
         if options.listen_early:
             addresses.listen_early()
     take = functools.partial(_take, run, decision, addresses, cell)

@@ -38,7 +38,8 @@ class Options(Struct, frozen=True, kw_only=True):
     `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
     the server listens on. With `listen_early`, clients may connect before the server is ready, and wait.
     `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
-    `replica_index` is that of one of several replicas, whose ports are apart.
+    `listening` are descriptors of sockets that listen at published addresses already. `replica_index` is that
+    of one of several replicas, whose ports are apart.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's. `gpus` are
     the UUIDs of the GPUs to restore the process onto, in the order of the recorded ones.
     """
@@ -49,6 +50,7 @@ class Options(Struct, frozen=True, kw_only=True):
     require: Rung = Rung.COLD
     publish: str | tuple[str, ...] | None = None
     listen_early: bool = False
+    listening: tuple[int, ...] = ()
     replica_index: int = 0
     ready_url: str | None = None
     ready_file: Path | None = None

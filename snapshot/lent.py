@@ -21,7 +21,7 @@ from rekindle.cell import Cell, Network
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, from_record
 from rekindle.engine.client import Client
-from rekindle.errors import OracleError, UsageError, WorkloadError
+from rekindle.errors import BusyError, OracleError, UsageError, WorkloadError
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import OracleAnswer, Pause, Report
@@ -44,6 +44,7 @@ def save_running(
     progress: Progress | None = None,
     *,
     drain_seconds: float = 10.0,
+    unless_asked: bool = False,
     home: Home | None = None,
 ) -> Image:
     """Save a replica that another process serves, by its name, and fill the report.
@@ -51,6 +52,9 @@ def save_running(
     New requests wait while those in flight finish, for at most `drain_seconds`; then the server is asked its
     oracle, and frozen for as long as the dump takes. No request fails. With `options.runs_on` the server then
     serves on, and the rest is done beside it. Otherwise it has ended when this returns.
+
+    With `unless_asked`, a server that was going to end runs on, and BusyError is raised, if a client has sent
+    something meanwhile.
 
     Raises NotFoundError if there is no such replica, CapabilityError for one without a cell, BusyError,
     OracleError for a server that answers wrongly by now, and the errors of `save_replica`. The server serves
@@ -84,7 +88,13 @@ def save_running(
                     output=output,
                 )
 
-        return save_borrowed(image, reference, borrow, options, report, progress, home=home)
+        def before_end() -> None:
+            if unless_asked and lender.waiting():
+                raise BusyError(f"a client has asked the replica '{name}' meanwhile")
+
+        return save_borrowed(
+            image, reference, borrow, options, report, progress, home=home, before_end=before_end
+        )
 
 
 def _save_begun(

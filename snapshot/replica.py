@@ -112,10 +112,12 @@ def save_borrowed(
     progress: Progress | None = None,
     *,
     home: Home,
+    before_end: Callable[[], None] = lambda: None,
 ) -> Image:
     """Save a replica, as `save_replica` does, that is at hand only within the context of `borrow`.
 
-    The context is entered when everything else is prepared, and left as soon as the replica runs on.
+    The context is entered when everything else is prepared, and left as soon as the replica runs on. If
+    `before_end` raises, a replica that was going to end runs on.
     """
     report = report or Report(verb="snapshot")
     base, given = image.record, image
@@ -168,6 +170,7 @@ def save_borrowed(
         if not record.proved:
             dumps.adopt(home, image, dumped.directory)
         if not options.runs_on:
+            before_end()
             dumped.end()
     return image
 

@@ -6,6 +6,7 @@ is ready. Why that is not the default: docs/adr/0030-listen-early.md.
 """
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -78,7 +79,7 @@ class Bound(Struct, kw_only=True):
     sock: socket.socket | None = None
     problem: str = ""
 
-    is_open: bool = False
+    is_open: bool = False  # and whoever waits there is to be turned away
 
     def close(self) -> None:
         if self.sock is not None:
@@ -91,9 +92,13 @@ class Bound(Struct, kw_only=True):
 class Addresses:
     """The published addresses of a restore: bound by us, or released for the server to bind."""
 
-    def __init__(self, publications: Sequence[Publication]) -> None:
-        """Bind the addresses. Raises PortError if one that is required is taken."""
+    def __init__(self, publications: Sequence[Publication], inherited: Sequence[int] = ()) -> None:
+        """Bind the addresses. Raises PortError if one that is required is taken.
+
+        `inherited` are descriptors of listening sockets, which are used for the addresses that they have.
+        """
         self.all: list[Bound] = []
+        self._inherited = inherited
         self.add(publications)
 
     def add(self, publications: Sequence[Publication]) -> None:
@@ -105,7 +110,9 @@ class Addresses:
                 bound = Bound(publication=each)
                 self.all.append(bound)
                 with _noting(bound):
-                    bound.sock = bind(each.at, only_ipv6=each.at.port in ipv4)
+                    bound.sock = _adopted(each.at, self._inherited) or bind(
+                        each.at, only_ipv6=each.at.port in ipv4
+                    )
         except BaseException:
             self.release()
             raise
@@ -136,6 +143,10 @@ class Addresses:
                 with _noting(each):
                     listen(each.sock, each.publication.at)
                     each.is_open = True
+
+    def filenos(self) -> list[int]:
+        """Return the descriptors of the sockets."""
+        return [each.sock.fileno() for each in self.all if each.sock is not None]
 
     def listen(self, main: Endpoint | None) -> list[tuple[socket.socket, Endpoint]]:
         """Listen on the addresses that are bound. Returns each with the server's.
@@ -179,6 +190,17 @@ class Addresses:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _adopted(at: Endpoint, inherited: Sequence[int]) -> socket.socket | None:
+    """Return the inherited socket that listens at an address, if there is one."""
+    for fd in inherited:
+        sock = socket.socket(fileno=os.dup(fd))
+        host, port = sock.getsockname()[:2]
+        if port == at.port and (host == at.host or at.host in {"", "localhost"}):
+            return sock
+        sock.close()
+    return None
 
 
 def _is_same(published: Endpoint, listens: Endpoint) -> bool:

@@ -5,6 +5,8 @@
 
     from the command      the answer
     {"op": "facts"}       {} with a file, which holds what is known about the server, as JSON
+    {"op": "idle"}        {"seconds": S}: for how long no client has asked or got anything
+    {"op": "waiting"}     {"waiting": N}: how many clients have sent something that nobody has read
     {"op": "hold"}        {"in_flight": N}; new requests wait from now on. Asked again, it counts again
     {"op": "lend"}        {"cell": …} with descriptors: the server's output and error, and the cell's sockets.
                           Nothing is forwarded from now on
@@ -51,6 +53,12 @@ class Loop(Protocol):
 
     def hold(self) -> int:
         """Let new requests wait; return how many are in flight."""
+
+    def idle_seconds(self) -> float:
+        """Return for how long no client has asked or got anything."""
+
+    def waiting(self) -> int:
+        """Return how many clients have sent something that nobody has read."""
 
     def be_still(self) -> None:
         """Leave the server and its connections alone until `resume`."""
@@ -102,11 +110,17 @@ class Control:
         client, _ = self._listener.accept()
         client.settimeout(_SEND_SECONDS)
         if self._client is not None:
-            with client, contextlib.suppress(OSError):
-                client.send(b'{"busy": true}')
+            self._serving.watch(client.fileno(), lambda: self._refuse(client))
             return
         self._client = client
         self._serving.watch(client.fileno(), self._answer)
+
+    def _refuse(self, client: socket.socket) -> None:
+        """Tell another command, which has asked something, that there is one already."""
+        self._serving.forget(client.fileno())
+        with client, contextlib.suppress(OSError):
+            client.recv(MESSAGE_BYTES)
+            client.send(b'{"busy": true}')
 
     def _answer(self) -> None:
         assert self._client is not None
@@ -119,6 +133,10 @@ class Control:
             match request["op"]:
                 case "facts":
                     self._tell_facts()
+                case "idle":
+                    self._send({"seconds": self._serving.idle_seconds()})
+                case "waiting":
+                    self._send({"waiting": self._serving.waiting()})
                 case "hold":
                     self._send({"in_flight": self._serving.hold()})
                 case "lend":

@@ -206,6 +206,14 @@ class Serving:
         self._forwarder.hold()
         return self._forwarder.in_flight()
 
+    def idle_seconds(self) -> float:
+        """Return for how long no client has asked or got anything; 0 if that is unknown."""
+        return self._forwarder.idle_seconds() if self._forwarder is not None else 0.0
+
+    def waiting(self) -> int:
+        """Return how many clients have sent something that nobody has read yet."""
+        return self._forwarder.waiting() if self._forwarder is not None else 0
+
     def be_still(self) -> None:
         """Leave the server and its connections alone until `resume`. Signals are passed on meanwhile."""
         self.forget(self._replica.fileno())

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import os
+import select
 import selectors
 import socket
 import time
@@ -44,6 +45,14 @@ class _Side(Struct, eq=False):
         self.write_closed = True
 
 
+def _has_sent(sock: socket.socket) -> bool:
+    """Return whether a readable socket has content, rather than the end of its stream."""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
 class Dialer(Protocol):
     """A network in which a server listens: its cell's, or the host's."""
 
@@ -60,6 +69,11 @@ class Forwarder:
         self._listeners: dict[socket.socket, Callable[[int], None]] = {}
         self._sides: set[_Side] = set()
         self._holds = self._is_still = False
+        self._heard = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """Return for how long no client has asked or got anything; 0 while an answer is awaited."""
+        return 0.0 if self.in_flight() else time.monotonic() - self._heard
 
     def hold(self) -> None:
         """Let new connections wait, and new requests of connections on which nothing is asked just now."""
@@ -73,6 +87,16 @@ class Forwarder:
     def in_flight(self) -> int:
         """Return how many connections wait for an answer, or get one."""
         return sum(not side.is_server and side.exchange.is_open for side in self._sides)
+
+    def waiting(self) -> int:
+        """Return how many clients have sent something that nobody has read yet."""
+        poller = select.poll()
+        for side in self._sides:
+            if not side.is_server and not side.read_closed:
+                poller.register(side.sock, select.POLLIN)
+        found = [fd for fd, event in poller.poll(0) if event & select.POLLIN]
+        ended = [side for side in self._sides if side.sock.fileno() in found and not _has_sent(side.sock)]
+        return len(found) - len(ended)
 
     def be_still(self) -> None:
         """Neither read nor write anything until `resume`: the server is going to be frozen."""
@@ -198,6 +222,7 @@ class Forwarder:
                 self._flush(side)
             if mask & selectors.EVENT_READ:
                 content = side.sock.recv(_BUFFER_BYTES)
+                self._heard = time.monotonic()
                 if side.is_server:
                     side.exchange.from_server(content)
                 else:

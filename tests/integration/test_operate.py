@@ -444,3 +444,44 @@ def test_a_wake_that_fails_can_be_repeated(rekindle: Rekindle) -> None:
     assert rekindle("hibernate", "web").status == 0
     assert rekindle("stop", "web").status == 0, "it is forgotten"
     assert listed(rekindle, "--all")["web"]["state"] == "ended"
+
+
+def test_a_server_on_demand_is_there_only_while_it_is_asked(rekindle: Rekindle, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    flags = ["--name", "web", "--publish", str(port), "--on-demand", "--idle", "1"]
+    process = rekindle.spawn("restore", "horse", *flags, log=log)
+    wait_for(lambda: listening(port) or process.poll() is not None, 20)
+    assert not listed(rekindle), "nobody has asked for it"
+    for round_ in range(3):
+        assert ask(port, "/count", {}) == round_ + 1, "it has the state of before"
+        assert listed(rekindle)["web"]["state"] == "ready"
+        wait_for(lambda: listed(rekindle)["web"]["state"] == "hibernated", 30)
+        assert listening(port)
+    assert rekindle("stop", "web").status == 0
+    assert process.wait(20) == 0
+    assert not listening(port)
+
+
+def test_no_request_is_lost_between_waking_and_hibernating(rekindle: Rekindle, tmp_path: Path) -> None:
+    port = free_port()
+    flags = ["--name", "web", "--publish", str(port), "--on-demand", "--idle", "0.2"]
+    process = rekindle.spawn("restore", "horse", *flags, log=tmp_path / "log")
+    wait_for(lambda: listening(port) or process.poll() is not None, 20)
+    for number in range(12):  # while it is away, wakes, is idle, hibernates
+        assert ask(port, "/count", {}) == number + 1
+        time.sleep(0.13 * number)
+    process.terminate()
+    process.wait(30)
+    assert (tmp_path / "log").read_text().count("web hibernates") > 3
+
+
+def test_a_signal_ends_a_server_on_demand(rekindle: Rekindle, tmp_path: Path) -> None:
+    port = free_port()
+    flags = ["--name", "web", "--publish", str(port), "--on-demand"]
+    process = rekindle.spawn("restore", "horse", *flags, log=tmp_path / "log")
+    wait_for(lambda: listening(port) or process.poll() is not None, 20)
+    assert ask(port, "/count", {}) == 1
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not listening(port)
+    assert not listed(rekindle)

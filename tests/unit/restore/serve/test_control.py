@@ -47,6 +47,12 @@ class Noted:
         self.calls.append("hold")
         return self.busy.pop(0) if len(self.busy) > 1 else self.busy[0]
 
+    def idle_seconds(self) -> float:
+        return 4.0
+
+    def waiting(self) -> int:
+        return 5
+
     def be_still(self) -> None:
         self.calls.append("be still")
 
@@ -94,6 +100,7 @@ def test_a_cell_is_lent_once_nothing_is_in_flight(noted: Noted, entry: ReplicaEn
     pause = Pause()
     with Lender(entry) as lender:
         assert len(lender.facts()["much"]) == 500_000
+        assert (lender.idle_seconds(), lender.waiting()) == (4, 5)
         with lender.lent(5, pause) as (cell, output):
             assert noted.calls == ["hold", "hold", "hold", "be still", "lend"]
             assert cell.init_pid == os.getpid()
