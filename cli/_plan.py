@@ -69,7 +69,7 @@ def _value(name: str, value: Any) -> str:
         return f"{value:#x}"
     if isinstance(value, dict):
         return " ".join(f"{name} {version}" for name, version in sorted(value.items()))
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(str(each.get("name")) if isinstance(each, dict) else str(each) for each in value)
     return "" if value in {False} else str(value)
 

@@ -35,7 +35,11 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(words)  # TARGET may come after options
     source = parse(args.source)
     if not isinstance(source, RegistryReference):
-        raise UsageError(f"{args.source} is not in a registry", hint=_transfer.COPY_HINT)
+        raise UsageError(
+            f"{args.source} is not in a registry",
+            cause="the name of a registry has a dot or a port, such as localhost:5000",
+            hint=_transfer.COPY_HINT,
+        )
     if args.unpack:
         if args.target:
             raise UsageError("--unpack stores no image", hint="omit TARGET")

@@ -24,5 +24,9 @@ def main(words: Sequence[str]) -> int:
     if not isinstance(source, LayoutReference):
         raise UsageError(f"{args.source} is not on this machine", hint=_transfer.COPY_HINT)
     if not isinstance(target, RegistryReference):
-        raise UsageError(f"{args.target} is not in a registry", hint=_transfer.COPY_HINT)
+        raise UsageError(
+            f"{args.target} is not in a registry",
+            cause="the name of a registry has a dot or a port, such as localhost:5000",
+            hint=_transfer.COPY_HINT,
+        )
     return _transfer.run("push", str(source), str(target), args)

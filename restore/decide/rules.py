@@ -364,7 +364,7 @@ RULES: Mapping[str, Rule] = {
         fixed=True,
         why="The image has no kernel cache.",
         source="the image's index: docs/format.md",
-        advice="make the snapshot without --no-cache",
+        advice="make the snapshot of a server that keeps its kernels in a cache, and without --no-cache",
     ),
     "cache-architecture": Rule(
         rung=Rung.CACHE,
