@@ -2,6 +2,7 @@
 """`rekindle sign`: sign an image, in the formats that cosign reads."""
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,15 @@ from oci.layout import Layout
 from oci.progress import Tally
 from oci.reference import Reference, RegistryReference, parse
 from oci.registry.repository import Repository
-from oci.trust import attachments, signer
+from oci.trust import attachments, signer, verifier
 from oci.trust.bundle import SimpleSignature
 from oci.trust.keys import SigningKey
+from oci.trust.machine import machine_public
+from oci.trust.policy import TrustRule
 from rekindle.digest import Digest
-from rekindle.errors import UsageError
+from rekindle.errors import RekindleError, UsageError
 from rekindle.fields import Fields
+from rekindle.home import Home
 from rekindle.report import ImageName, Outcome, Report
 
 if TYPE_CHECKING:
@@ -79,11 +83,8 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
     with home.work("sign") as work, resolve.source(reference, home, _arguments.registry(args)) as source:
         report.image = ImageName(reference=args.image, digest=source.root.digest)
         if isinstance(reference, RegistryReference) and reference.digest is None and not args.yes_by_tag:
-            raise UsageError(
-                f"{args.image} is {source.root.digest} now, and a tag can be moved",
-                hint=f"sign what you have looked at: {reference.policy_name}@{source.root.digest}; "
-                "or add --yes-by-tag to sign whatever the tag names",
-            )
+            _require_made_here(args.image, reference, source, home)
+            report.say(f"{args.image} is {source.root.digest}, which this machine has made")
         staging = Layout.create(work / "layout")
         signed: list[Descriptor] = [source.root]
         if source.root.media_type == media_types.INDEX:
@@ -100,6 +101,24 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
             if key is not None and (args.legacy_tag or chain is not None):
                 _sign_simple(source, reference, staging, signed, key, chain)
         return source.root.digest
+
+
+def _require_made_here(
+    name: str, reference: RegistryReference, source: resolve.FoundImage, home: Home
+) -> None:
+    """Raise UsageError unless what a tag names is in the local store, with the signature of this machine."""
+    machine = machine_public(home)
+    if machine is not None:
+        rule = TrustRule(name="", keys=(machine,))
+        with contextlib.suppress(RekindleError):
+            verifier.verify(None, Layout(home.store), source.root, rule, source.limits)
+            return
+    raise UsageError(
+        f"{name} is {source.root.digest} now, and a tag can be moved",
+        cause="this machine has not made that image",
+        hint=f"sign what you have looked at: {reference.policy_name}@{source.root.digest}; "
+        "or add --yes-by-tag to sign whatever the tag names",
+    )
 
 
 def _chain(args: argparse.Namespace, key: SigningKey | None) -> "Chain | None":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli import sign, verify
+from cli import copy, pack_cache, sign, verify
 from oci.cache import image as cache_image
 from oci.cache import pack
 from oci.layout import Layout
@@ -74,6 +74,22 @@ def test_a_tag_is_shown_and_its_digest_demanded(tmp_path: Path, monkeypatch: pyt
         assert not registry.uploads()
         assert sign.main([*words, "--yes-by-tag"]) == 0
         assert registry.uploads()
+
+
+def test_a_tag_of_what_this_machine_has_made_is_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REKINDLE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COSIGN_PASSWORD", "")
+    PrivateKey.generate().write(tmp_path / "cosign.key", b"")
+    with Registry() as registry:
+        assert pack_cache.main(["mine", "--dir", str(triton(tmp_path / "t").path), "--quiet"]) == 0
+        assert copy.main(["mine", f"{registry.host}/a/b:1", "--quiet"]) == 0
+        words = [f"{registry.host}/a/b:1", "--sign-key", str(tmp_path / "cosign.key"), "--quiet"]
+        assert sign.main(words) == 0
+        other = serve_cache(registry, tmp_path / "other")  # somebody moves the tag
+        with pytest.raises(UsageError, match=other):
+            sign.main(words)
 
 
 def test_a_command_signs_in_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
