@@ -399,7 +399,7 @@ def test_an_image_that_mcv_made_is_verified_and_extracted(
     assert rekindle("copy", f"oci:{tmp_path}/image:1", where).status == 0
     assert rekindle("extract", where, "--to", str(out), *key_pair.verify).status == 22
     assert not out.exists()
-    assert rekindle("sign", where, *key_pair.sign).status == 0
+    assert rekindle("sign", where, "--yes-by-tag", *key_pair.sign).status == 0
     done = rekindle("extract", where, "--to", str(out), *key_pair.verify)
     assert done.status == 0, done.stderr
     assert done.stdout == f"export VLLM_CACHE_ROOT={out}/vllm\n"
