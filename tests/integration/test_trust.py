@@ -73,7 +73,9 @@ def prey(tmp_path_factory: pytest.TempPathFactory) -> Prey:
     there = repositories[REPOSITORY]
     index = there.tags[TAG]
     parts: dict[str, list[str]] = {"manifest": [], "config": [], "layer": []}
-    for entry in json.loads(there.manifests[index][1])["manifests"]:
+    entries = json.loads(there.manifests[index][1])["manifests"]
+    # The process first: readers that know nothing of it get the cache, which stands before it.
+    for entry in sorted(entries, key=lambda each: media_types.ROLE in each.get("annotations", {})):
         manifest = json.loads(there.manifests[entry["digest"]][1])
         parts["manifest"].append(entry["digest"])
         parts["config"].append(manifest["config"]["digest"])
