@@ -10,6 +10,7 @@ from rekindle.engine.client import Client
 from rekindle.errors import NotReadyError, RekindleError
 
 _ANSWER_SECONDS = 5.0
+_END_SECONDS = 0.5  # until we hear of a process that was killed just now
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def telling_server(cell: Cell, root_pid: int, engine: Engine, *, ends: bool) -> 
 
 
 def _state(cell: Cell, root_pid: int, engine: Engine, *, ends: bool) -> str:
-    if cell.wait(root_pid, 0.0) is not None:
+    if cell.wait(root_pid, _END_SECONDS) is not None:
         return "it has ended"
     try:
         answers = engine.ready(Client(engine.endpoint, cell.connect), _ANSWER_SECONDS)
