@@ -88,6 +88,17 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+def add_ready_timeout(parser: argparse.ArgumentParser, default: float) -> None:
+    """Add the option that limits the start of a server."""
+    parser.add_argument(
+        "--ready-timeout",
+        type=seconds,
+        default=default,
+        metavar="S",
+        help=f"fail unless the server is ready within S seconds (default: {default:.0f})",
+    )
+
+
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Add the options for the report."""
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")

@@ -9,6 +9,7 @@ from pathlib import Path
 from cli import _arguments, _detach, _report
 from rekindle.home import Home
 from rekindle.replicas import register
+from snapshot.options import READY_SECONDS
 
 
 def main(words: Sequence[str]) -> int:
@@ -74,13 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         default="private",
         help="network of the server: its own, or the host's (default: private)",
     )
-    parser.add_argument(
-        "--ready-timeout",
-        type=_arguments.seconds,
-        default=1800.0,
-        metavar="S",
-        help="fail unless the server is ready within S seconds (default: 1800)",
-    )
+    _arguments.add_ready_timeout(parser, READY_SECONDS)
     parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
     parser.add_argument("--oracle-request", type=Path, metavar="FILE", help=_arguments.ORACLE_REQUEST)
     parser.add_argument(

@@ -17,7 +17,7 @@ from rekindle.engine.choose import Weights
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report
 from snapshot.flow import snapshot
-from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
+from snapshot.options import READY_SECONDS, Progress, ReplicaOptions, SnapshotOptions
 from snapshot.outside_connections import Outside
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="network of the server: its own, so that replicas do not collide, or the host's "
         "(default: private)",
     )
-    parser.add_argument(
-        "--ready-timeout",
-        type=float,
-        default=1800.0,
-        metavar="S",
-        help="fail unless the server is ready within S seconds (default: 1800)",
-    )
+    _arguments.add_ready_timeout(parser, READY_SECONDS)
     parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
     parser.add_argument("--oracle-request", type=Path, metavar="FILE", help=_arguments.ORACLE_REQUEST)
     parser.add_argument(

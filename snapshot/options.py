@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from oci.trust.signer import Sign
 
 
+READY_SECONDS = 1800.0
+"""How long a server may take to become ready, by default."""
+
+
 class SnapshotOptions(Struct, frozen=True, kw_only=True):
     """The options of `rekindle snapshot`. Raises UsageError if they contradict each other.
 
@@ -36,7 +40,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     image: str
     command: tuple[str, ...]
     network: Network = Network.PRIVATE
-    ready_seconds: float = 1800.0
+    ready_seconds: float = READY_SECONDS
     ready_url: str | None = None
     oracle_file: Path | None = None
     warm_file: Path | None = None

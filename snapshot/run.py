@@ -35,6 +35,7 @@ from restore.serve.foreground import RestoredServer, ServerPids, Serving
 from restore.signals import ENDING, Signals
 from snapshot.describe import listened_endpoints
 from snapshot.opened import OpenedFiles
+from snapshot.options import READY_SECONDS
 from snapshot.server import Server, make_temporary
 from snapshot.warm import wait_ready
 
@@ -47,7 +48,7 @@ class RunOptions(Struct, frozen=True, kw_only=True):
     command: tuple[str, ...]
     network: Network = Network.PRIVATE
     publish: tuple[str, ...] = ()
-    ready_seconds: float = 1800.0
+    ready_seconds: float = READY_SECONDS
     ready_url: str | None = None
     ready_file: Path | None = None
     oracle_file: Path | None = None
