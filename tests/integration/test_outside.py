@@ -61,6 +61,23 @@ def test_a_home_that_is_read_only_can_be_read_from(rekindle: Rekindle, tmp_path:
         assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["tmp", "project"])
+def test_a_directory_for_something_else_becomes_no_home(
+    rekindle: Rekindle, tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    place.chmod(0o1777 if name == "tmp" else 0o755)
+    if name == "project":
+        (place / "README").touch()
+    rekindle.home, before = place, (place.stat().st_mode, list(place.iterdir()))
+    for words in (["doctor"], ["match", "image"], ["restore", "image"]):
+        done = rekindle(*words, env={"TMPDIR": str(tmp_path / "tmp")})
+        assert done.status in {2, 10}, done.stderr
+        assert f"cannot use {place} as REKINDLE_HOME" in done.stderr
+        assert (place.stat().st_mode, list(place.iterdir())) == before
+
+
 @pytest.mark.parametrize("report", ["nowhere/r.json", ".", "file/r.json", "fifo"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     rekindle: Rekindle, tmp_path: Path, report: str

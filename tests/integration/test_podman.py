@@ -23,6 +23,7 @@ from hack.containers import (
     ContainerTrial,
     trial,
 )
+from restore.flow import LOWER_STATUS
 from tests.integration.scenes import MULE
 
 pytestmark = [
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("podman"), reason="this test needs podman and crun"),
 ]
 FILTERED = next(each for each in CONTAINERS if each.name == "... and `--read-only`")
+USER = next(each for each in CONTAINERS if each.user)
 LIMITED = Container(name="", flags=["--privileged", "--memory=200m", "--memory-swap=200m"])
 
 
@@ -62,6 +64,12 @@ def test_a_read_only_container_with_the_default_filter_restores_the_process(trie
     name, report = tried.restore(FILTERED, "few")
     assert report["outcome"] == "restored", report["reasons"]
     assert tried.stop(name) == 0
+
+
+def test_another_user_than_root_is_served_cold(tried: ContainerTrial) -> None:
+    name, report = tried.restore(USER, "mule")
+    assert report["outcome"] == "cold", report["reasons"]
+    assert tried.stop(name) == LOWER_STATUS
 
 
 def ask(tried: ContainerTrial, name: str, path: str) -> None:
