@@ -88,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reseed",
         type=_arguments.one_of(Reseed),
         choices=list(Reseed),
-        default=Reseed.NONE,
+        default=Reseed.UNSEEDED,
         help="random numbers of Python processes to reseed after a restore: those that the program did not "
-        "seed itself, all, or none (default: none)",
+        "seed itself (default), all, or none",
     )
     parser.add_argument(
         "--outside",

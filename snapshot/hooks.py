@@ -55,6 +55,6 @@ def _call(cell: Cell, phase: hook.HookPhase, log: Path | None = None) -> tuple[i
         raise WorkloadError(
             f"the hook `{phase}` failed in process {error.pid} ({processes.command(cell, error.pid)})",
             cause=error.problem,
-            hint="to do without the hooks, and let replicas share random numbers, omit --reseed",
+            hint="to do without the hooks, and let replicas share random numbers, --reseed none",
             log=log,
         ) from error

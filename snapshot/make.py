@@ -84,7 +84,7 @@ class ServerSpec(Struct, frozen=True, kw_only=True):
     ready_timeout: float
     warm_requests: Sequence[Sequence[Request]] | None
     credentials: secret_search.KnownSecrets
-    reseed: Reseed = Reseed.NONE
+    reseed: Reseed = Reseed.UNSEEDED
     check_memory: bool = True
     find_backend: "Callable[[], Backend] | None" = None
     withheld: frozenset[str] = frozenset()

@@ -45,7 +45,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     oracle_file: Path | None = None
     warm_file: Path | None = None
     weights: Weights | None = None
-    reseed: Reseed = Reseed.NONE
+    reseed: Reseed = Reseed.UNSEEDED
     outside: Outside = Outside.REFUSE
     prove: bool = True
     with_cache: bool = True

@@ -205,7 +205,7 @@ TODAY_ROWS = (
     (
         "random numbers of Python processes, if the program has not seeded them itself: `random`, NumPy, "
         "OpenSSL, `uuid1`, `tempfile`",
-        "with `snapshot --reseed`, reseeded before the server is asked anything "
+        "reseeded before the server is asked anything, unless by `snapshot --reseed none` "
         "([secrets.md](secrets.md#random-numbers)); those of other programs are shared by all replicas",
         "`test_reseed.py`",
     ),

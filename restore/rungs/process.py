@@ -334,7 +334,7 @@ def _reseed(cell: Cell, hooked: Sequence[int]) -> None:
         raise RestoreError(
             f"process {error.pid} ({processes.command(cell, error.pid)}) could not be reseeded",
             cause=error.problem,
-            hint="if replicas may share random numbers: take a snapshot without --reseed",
+            hint="if replicas may share random numbers: take a snapshot with --reseed none",
         ) from error
 
 

@@ -34,7 +34,6 @@ def save(rekindle: Rekindle, port: int) -> Callable[..., Done]:
     """Makes a snapshot of dice, `image` unless named."""
 
     def snapshot(*behaviours: str, flags: tuple[str, ...] = ()) -> Done:
-        flags = flags if "--reseed" in flags else ("--reseed", "unseeded", *flags)
         command = [sys.executable, str(SERVERS / "dice.py"), str(port), *behaviours]
         return rekindle("snapshot", "dice", *workhorse_flags(port), *flags, "--", *command)
 
