@@ -2,11 +2,12 @@
 """`rekindle wake`: bring a hibernated server back."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from cli import _arguments, restore
 from rekindle import replicas
-from rekindle.errors import NotFoundError
+from rekindle.errors import NotFoundError, UsageError
 from rekindle.home import Home
 
 
@@ -25,6 +26,10 @@ def main(words: Sequence[str]) -> int:
     if not entry.can_wake:
         raise NotFoundError(f"the replica '{args.name}' does not hibernate", cause=f"it is {entry.state}")
     status = entry.status
+    if status.guarded and not os.environ.get("VLLM_API_KEY"):
+        raise UsageError(
+            f"the replica '{args.name}' required an API key, which is not kept", hint="set VLLM_API_KEY"
+        )
     asked = [status.hibernated, *status.options, "--name", args.name, "--detach", *_passed(args)]
     return restore.main([*asked, *(["--", *status.command] if status.command else [])], wakes=True)
 

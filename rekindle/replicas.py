@@ -109,7 +109,8 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     `created` is in seconds since 1970. `serving` is the rekindle that serves it, `cell` the init of its cell,
     None on lower rungs. `exit_status` is None until it has ended. `endpoint` is "" if it is unknown.
     `options` are words of the command line of `restore` with which it is restored once it has hibernated as
-    the image `hibernated`, and `command` is the one to start if that fails.
+    the image `hibernated`, and `command` is the one to start if that fails. `guarded` tells whether clients
+    needed an API key; no key is kept.
     """
 
     name: str
@@ -126,6 +127,7 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     options: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     hibernated: str = ""
+    guarded: bool = False
 
 
 class ReplicaEntry(Struct, frozen=True, kw_only=True):
@@ -183,14 +185,34 @@ class Registration:
         """Become the serving process, as a child of the one that registered it."""
         self.update(serving=ProcessIdentity.of(os.getpid()))
 
-    def ready(self, *, rung: Rung | None, digest: str, endpoint: str, cell_init: int | None) -> None:
-        """Note that the server is ready, and the PID of its cell's init."""
+    def ready(
+        self,
+        *,
+        rung: Rung | None,
+        digest: str,
+        endpoint: str,
+        cell_init: int | None,
+        keys: Sequence[str] = (),
+    ) -> None:
+        """Note that the server is ready, the PID of its cell's init, and whether it needs an API key.
+
+        A command that holds one of the keys is forgotten: the recorded one takes its place.
+        """
         cell = None
         if cell_init:
             with contextlib.suppress(OSError):
                 cell = ProcessIdentity.of(cell_init)
         self._was_ready = True
-        self.update(state=ReplicaState.READY, rung=rung, digest=digest, endpoint=endpoint, cell=cell)
+        holds_key = any(key in word for key in keys for word in self.status.command)
+        self.update(
+            state=ReplicaState.READY,
+            rung=rung,
+            digest=digest,
+            endpoint=endpoint,
+            cell=cell,
+            guarded=bool(keys),
+            command=() if holds_key else self.status.command,
+        )
 
     def stopping(self) -> None:
         """Note that the server was asked to end."""

@@ -166,7 +166,7 @@ def _addresses(decision: Decision, addresses: Addresses, rung: Rung) -> list[Ser
 def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
     """Announce that the server is ready and serve until it exits; return the exit status."""
     if taken.status is None:
-        run.announcer.register(taken.rung, taken.cell_init)
+        run.announcer.register(taken.rung, taken.cell_init, decision.facts.api_keys.keys)
     run.listener.ready(run.report)
     # Killed commands may have left gigabytes: do not wait for their removal.
     if decision.home is not None:

@@ -26,6 +26,7 @@ from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import OracleAnswer, Pause, Report
 from restore.borrow import Lender
+from restore.decide.match_api_key import requires_key
 from snapshot import make
 from snapshot.flow import snapshot
 from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
@@ -155,7 +156,8 @@ class _Reads:
 
 def _ask(cell: Cell, record: Record, report: Report) -> None:
     """Raise OracleError unless the server still gives the recorded answer."""
-    engine = from_record(record.engine.name, record.endpoint, record.engine.options)
+    keys = None if requires_key(record) else ()
+    engine = from_record(record.engine.name, record.endpoint, record.engine.options, keys)
     client = Client(record.endpoint, cell.connect)
     try:
         got = engine.answer(

@@ -57,7 +57,7 @@ def today(record: Record, given: Sequence[str], environment: Mapping[str, str]) 
 
 def compare(record: Record, keys: ApiKeys) -> Iterator[Difference]:
     """Yield a difference if today's keys cannot be enforced, or only the image's server requires one."""
-    inside = _KEY if _requires_key(record) else _NONE
+    inside = _KEY if requires_key(record) else _NONE
     if keys.problem:
         yield Difference("api-key", "API key", inside, keys.problem)
     elif keys.keys and record.process.network is Network.HOST:
@@ -68,7 +68,7 @@ def compare(record: Record, keys: ApiKeys) -> Iterator[Difference]:
         yield Difference("api-key", "API key", inside, _NONE)
 
 
-def _requires_key(record: Record) -> bool:
+def requires_key(record: Record) -> bool:
     """Tell whether the server in the image requires a key. Older images tell only by their command."""
     count = record.engine.options.get("api_keys", 0)
     return (isinstance(count, int) and count > 0) or (

@@ -34,7 +34,7 @@ from restore import dumps
 from restore.decide import match_loaded
 from restore.decide.decision import Decision
 from restore.decide.difference import Difference
-from restore.decide.match_api_key import ApiKeys
+from restore.decide.match_api_key import ApiKeys, requires_key
 from restore.decide.plan import Step
 from restore.decide.rules import reason_for
 from restore.decide.source import Source
@@ -107,8 +107,12 @@ def take(
                 work=work,
                 output=run.options.output,
                 report=report,
+                # A server that asks for no key gets none from us either: its memory may be saved.
                 engine=from_record(
-                    record.engine.name, record.endpoint, record.engine.options, decision.facts.api_keys.keys
+                    record.engine.name,
+                    record.endpoint,
+                    record.engine.options,
+                    decision.facts.api_keys.keys if requires_key(record) else (),
                 ),
                 cuda=cuda,
                 memory=run.options.memory,
@@ -173,7 +177,8 @@ def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":
 
     version = record.node.packages.get("vllm", "")
     guard = Guard.of(api_keys.keys, version=version, root_path=api_keys.root_path)
-    return functools.partial(ApiKeyGate, guard, str(record.endpoint))
+    hides_key = not requires_key(record)  # the saved server asks for none, and what it gets can be saved
+    return functools.partial(ApiKeyGate, guard, str(record.endpoint), hides_key=hides_key)
 
 
 def _publish(addresses: Addresses, serving: "Serving", record: Record, new_gate: "NewGate | None") -> None:

@@ -2,6 +2,7 @@
 """Announce the state of a server: to the platform by sd_notify and a file, to the caller by the report."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from rekindle.replicas import Registration
@@ -57,14 +58,18 @@ class Announcer:
                 f"{cache.made} compiled again"
             )
 
-    def register(self, rung: Rung, cell_init: int | None) -> None:
-        """Note in the replica's entry that the server is ready, and the PID of its cell's init."""
+    def register(self, rung: Rung, cell_init: int | None, keys: Sequence[str]) -> None:
+        """Note in the replica's entry that the server is ready, and the PID of its cell's init.
+
+        `keys` are the API keys of which clients need one.
+        """
         if self._registration is not None:
             self._registration.ready(
                 rung=rung,
                 digest=str(self._report.image.digest) if self._report.image else "",
                 endpoint=self._report.endpoint or "",
                 cell_init=cell_init,
+                keys=keys,
             )
 
     def ready(self) -> None:

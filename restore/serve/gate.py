@@ -64,13 +64,17 @@ class _Exchange:
 class ApiKeyGate:
     """The gate of one connection. After each call, take `to_client` and `to_server`, then heed `is_over`."""
 
-    def __init__(self, guard: Guardian, host: str) -> None:
-        """`host` is the value of the header Host for a request of HTTP/1.0 that has none."""
+    def __init__(self, guard: Guardian, host: str, *, hides_key: bool = False) -> None:
+        """`host` is the value of the header Host for a request of HTTP/1.0 that has none.
+
+        With `hides_key`, the server does not get the header Authorization: its memory may be saved.
+        """
         self.to_client = bytearray()
         self.to_server = bytearray()
         self.is_over = False
         self._guard = guard
         self._host = host.encode()
+        self._hides_key = hides_key
         self._unread = bytearray()
         self._exchange: _Exchange | None = None
         self._is_tunnel = False
@@ -157,6 +161,8 @@ class ApiKeyGate:
             return
         if request.method == b"CONNECT":
             raise _InvalidRequestError(405)
+        if self._hides_key:
+            headers = [item for item in headers if item[0].lower() != b"authorization"]
         if not any(name.lower() == b"host" for name, _ in headers):
             headers = [(b"Host", self._host), *headers]
         exchange.far = h11.Connection(h11.CLIENT)

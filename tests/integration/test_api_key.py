@@ -189,3 +189,33 @@ def test_nobody_reaches_the_server_but_through_the_gate(stage: Stage) -> None:
     listeners = {fields[1] for fields in lines if fields[3] == "0A"}
     assert len([each for each in listeners if each.endswith(f":{stage.port:04X}")]) == 1
     assert started.status() == 401
+
+
+@pytest.mark.parametrize("way", ["variable", "option"])
+def test_a_server_that_hibernates_needs_its_key_again_and_holds_none(stage: Stage, way: str) -> None:
+    stage.snapshot()
+    env = {"VLLM_API_KEY": ONE} if way == "variable" else None
+    words = ["--api-key", ONE] if way == "option" else []
+    home = stage.rekindle.home
+
+    def run(*command: str, key: str | None = None) -> int:
+        done = stage.rekindle(*command, env=None if key is None else {"VLLM_API_KEY": key})
+        assert ONE not in done.stdout + done.stderr
+        return done.status
+
+    done = stage.rekindle(
+        "restore", "tiny", "--detach", "--name", "web", "--", *stage.command, *words, env=env
+    )
+    assert done.status == 0, done.stderr
+    web = Started(subprocess.Popen(["true"]), home, home, stage.port)
+    web.process.wait()
+    try:
+        assert [web.status(key) for key in (None, TWO, ONE)] == [401, 401, 200]
+        assert run("hibernate", "web") == 0
+        holders = [path for path in home.rglob("*") if path.is_file() and ONE.encode() in path.read_bytes()]
+        assert holders == []
+        assert run("wake", "web") == 2
+        assert run("wake", "web", key=TWO) == 0
+        assert [web.status(key) for key in (None, ONE, TWO)] == [401, 401, 200]
+    finally:
+        run("stop", "web")
