@@ -463,7 +463,7 @@ def test_nvml_is_shut_down_before_the_dump(
 ) -> None:
     """As in vLLM's API server, which initializes it, never shuts it down, and uses no CUDA itself."""
     rekindle.prefix = with_device("/dev/nvidiactl", tmp_path / "dev")
-    done = rekindle.snapshot_workhorse("horse", port, "nvml=2", flags=["--no-prove"])
+    done = rekindle.snapshot_workhorse("horse", port, "nvml=2", flags=["--no-prove", "--reseed", "none"])
     assert done.status == 0, done.stderr
     assert process_of(rekindle)["hooked"] == [], "nothing is reseeded"
 

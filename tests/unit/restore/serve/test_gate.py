@@ -155,6 +155,16 @@ def test_a_request_is_parsed_however_it_is_cut() -> None:
         assert not passing.to_client
 
 
+def test_a_key_is_kept_from_a_server_that_asks_for_none() -> None:
+    hiding = ApiKeyGate(GUARD, "127.0.0.1:8000", hides_key=True)
+    hiding.from_client(ALLOWED)
+    assert hiding.to_server.startswith(b"GET /v1/models HTTP/1.1\r\n")
+    assert b"authorization" not in hiding.to_server.lower()
+    passing = gate()
+    passing.from_client(ALLOWED)
+    assert b"authorization" in passing.to_server.lower()
+
+
 def test_no_byte_of_a_refused_request_reaches_the_server() -> None:
     passing = gate()
     passing.from_client(b"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + b"a" * 50)
