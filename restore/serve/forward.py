@@ -216,9 +216,13 @@ class Forwarder:
         try:
             if mask & selectors.EVENT_WRITE:
                 if not side.connected:
-                    if number := side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    number = side.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if number not in {0, errno.ECONNRESET, errno.EPIPE}:
                         raise OSError(number, os.strerror(number))
                     side.connected = True
+                    if number:  # the server took the connection and ended it, and may have answered before
+                        side.stop_writing()
+                        mask |= selectors.EVENT_READ
                 self._flush(side)
             if mask & selectors.EVENT_READ:
                 content = side.sock.recv(_BUFFER_BYTES)
