@@ -267,13 +267,13 @@ def restore(
         used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
         if check is not None:
             check()
-        if process.hooked:
-            with report.phase("reseed"):
-                _reseed(cell, process.hooked)
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
         if process.cuda_pids:
             with report.phase("cuda"):
                 restore_cuda(cell, process, cuda, gpu_memory)
+        if process.hooked:  # not before: a thread may hold Python's lock while it waits for the GPU
+            with report.phase("reseed"):
+                _reseed(cell, process.hooked)
         if engine.options().get("asleep"):
             _wake(cell, record, engine, report)
         with report.phase("oracle"):

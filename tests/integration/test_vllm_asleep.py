@@ -143,7 +143,7 @@ def test_it_sleeps_through_the_snapshot_and_answers_as_before(
     assert replica.report["outcome"] == "restored", replica.log.read_text()
     assert replica.report["oracle"]["match"] is True
     names = [phase["name"] for phase in replica.report["phases"]]
-    order = ["restore", "cuda", *waking, "oracle"]
+    order = ["restore", "cuda", "reseed", *waking, "oracle"]
     assert names[names.index("restore") :][: len(order)] == order
     assert answer(replica) == expected
     replica.kill()
