@@ -61,9 +61,7 @@ def interrupt(scene: Scene, moment: Moment, *signums: int) -> Running:
     assert there.exists(), running.said
     for signum in signums:
         running.send(signum)
-    began = time.monotonic()
-    running.process.wait(30)
-    assert time.monotonic() - began < 10
+    running.process.wait(30)  # the pause is longer
     return running
 
 
