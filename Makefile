@@ -52,7 +52,7 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/python -m hack.docs.schemas --check
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
-	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder --reruns 1
 
 test-field: setup-dev ## Snapshot and restore servers of other kinds, which are installed for it; takes minutes
 	@hack/get-field-servers >/dev/null
