@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -21,6 +21,20 @@ T = TypeVar("T", bound=StrEnum)
 IMAGE = "name[:tag], oci:DIR[:tag] or HOST[:PORT]/repository[:tag][@digest]"
 REPLICA = "name of a server; see `rekindle ps`"
 READY_URL = "for a COMMAND other than vLLM: URL that answers 2xx when the server is ready"
+# The options of `add_trust`, to hand them on.
+TRUST = (
+    "policy",
+    "verify_key",
+    "certificate_identity",
+    "certificate_identity_regexp",
+    "ca_roots",
+    "certificate_oidc_issuer",
+    "certificate_oidc_issuer_regexp",
+    "trusted_root",
+    "allow_rollback",
+    "dangerously_skip_verification",
+)
+REGISTRY = ("jobs", "limit_rate", "mirror", "plain_http")  # the options of `add_registry`
 ORACLE_REQUEST = "for a COMMAND other than vLLM: request whose answer proves the server"
 
 
@@ -86,6 +100,19 @@ def split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def option_words(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return the words of a command line that give these options as `args` has them."""
+    words: list[str] = []
+    for name in names:
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [option] if value else []
+        elif value is not None:
+            for each in value if isinstance(value, list) else [value]:
+                words += [option, str(each)]
+    return words
 
 
 def add_ready_timeout(parser: argparse.ArgumentParser, default: float) -> None:

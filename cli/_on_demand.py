@@ -53,8 +53,10 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
                     status = child.wait_until_idle(home, args.name, args.idle)
                     if status is not None:
                         return status
+                    from snapshot.lent import hibernate
+
                     with contextlib.suppress(BusyError):  # a client was quicker
-                        _hibernate(home, args.name)
+                        hibernate(args.name, unless_asked=True, home=home)
                         break
                 image, wakes = f"hibernated/{args.name}", True
             tell(f"{args.name} hibernates")
@@ -67,18 +69,6 @@ def _wait_for_client(fds: Sequence[int], home: Home, hibernated: str | None) -> 
             if hibernated and not replicas.find(home, hibernated).can_wake:
                 return False
     return True
-
-
-def _hibernate(home: Home, name: str) -> None:
-    from snapshot.lent import save_running
-    from snapshot.options import ReplicaOptions
-
-    image = f"hibernated/{name}"
-    entry = replicas.running(home, name)
-    options = ReplicaOptions(image=image, runs_on=False, prove=False)
-    save_running(name, options, unless_asked=True, home=home)
-    replicas.wait(entry)
-    replicas.hibernate(home, name, image)
 
 
 class _Restored:
@@ -95,8 +85,10 @@ class _Restored:
     ) -> None:
         words = [image, *_replica_options.words(args), "--name", args.name, "--require", "process"]
         words += ["--listen-fds", ",".join(map(str, fds))]
-        words += ["--wakes"] if wakes else _trust_words(args)
-        words += ["--quiet"] if args.quiet else []
+        words += _arguments.option_words(args, ("process_deadline", "paranoid", "quiet"))
+        # This machine has saved a replica that wakes, and trusts its own key.
+        origin = (*_arguments.TRUST, *_arguments.REGISTRY)
+        words += ["--wakes"] if wakes else _arguments.option_words(args, origin)
         argv = [sys.executable, "-m", "rekindle", "restore", *words, *(["--", *command] if command else [])]
         self._process = spawn(argv, stdout=1, stderr=2, pass_fds=fds)
 
@@ -120,13 +112,3 @@ class _Restored:
                         if lender.idle_seconds() >= idle_seconds:
                             return None
         return code if code >= 0 else 128 - code
-
-
-def _trust_words(args: argparse.Namespace) -> list[str]:
-    words = [word for key in args.verify_key for word in ("--verify-key", str(key))]
-    for name in ("policy", "certificate_identity", "certificate_oidc_issuer", "trusted_root"):
-        if (value := getattr(args, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in ("allow_rollback", "dangerously_skip_verification"):
-        words += [f"--{name.replace('_', '-')}"] if getattr(args, name) else []
-    return words

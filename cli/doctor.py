@@ -152,7 +152,7 @@ def _cell(_: Home) -> Iterator[Check]:
         with Cell() as cell:
             cell.enter(Network.PRIVATE, Clocks.now())
     except RekindleError as error:
-        yield Check(name="cell", ok=False, detail=f"{error.message}: {error.cause}", remedy=error.hint)
+        yield Check(name="cell", ok=False, detail=error.summary, remedy=error.hint)
         return
     yield Check(name="cell", ok=True, detail="processes, mounts, IPC, clocks and network of its own")
 
@@ -190,7 +190,7 @@ def _amx(_: Home) -> Iterator[Check]:
         os.close(amx.open_object())
         yield Check(name="amx", ok=True, detail="CRIU requests the permission for restored processes")
     except CapabilityError as error:
-        yield Check(name="amx", ok=False, detail=f"{error.message}: {error.cause}")
+        yield Check(name="amx", ok=False, detail=error.summary)
 
 
 def _shell(_: Home) -> Iterator[Check]:

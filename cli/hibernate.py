@@ -5,11 +5,8 @@ import argparse
 from collections.abc import Sequence
 
 from cli import _arguments, _report
-from rekindle import replicas
-from rekindle.home import Home
 from rekindle.report import Outcome
-from snapshot.lent import save_running
-from snapshot.options import ReplicaOptions
+from snapshot.lent import hibernate
 
 
 def main(words: Sequence[str]) -> int:
@@ -38,14 +35,8 @@ def main(words: Sequence[str]) -> int:
     _arguments.add_report(parser)
     args = parser.parse_args(words)
     report = _report.begin("hibernate", args)
-    image = f"hibernated/{args.name}"
     with _report.reporting(report, args):
         _arguments.require_root()
-        home = Home.from_environment()
-        entry = replicas.running(home, args.name)
-        options = ReplicaOptions(image=image, runs_on=False, prove=False, secrets=tuple(args.allow_secret))
-        save_running(args.name, options, report, drain_seconds=args.drain, home=home)
-        replicas.wait(entry)
-        replicas.hibernate(home, args.name, image)
+        hibernate(args.name, report, secrets=args.allow_secret, drain_seconds=args.drain)
     _report.finish(report, args, Outcome.SAVED, f"hibernated {args.name}: rekindle wake {args.name}")
     return 0

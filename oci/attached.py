@@ -35,7 +35,6 @@ from rekindle.report import AttachmentResult
 LIMIT = 200  # how many attachments of an image are copied
 _LISTED_LIMIT = 5000
 _BYTES_LIMIT = 64 << 20  # of their manifests together
-_SIGNATURE = "dev.cosignproject.cosign/signature"
 _SIMPLE_LIMIT = 100  # older signatures of one image
 _WRITES_LIMIT = 10
 
@@ -102,7 +101,7 @@ def _listed(
         try:
             listed = source.referrers(digest)
         except FormatError as error:  # as for too many: then the signatures alone
-            left_out.append(AttachmentResult(digest="", subject=digest, problem=_problem(error)))
+            left_out.append(AttachmentResult(digest="", subject=digest, problem=error.summary))
             with contextlib.suppress(FormatError):
                 listed = source.referrers(digest, artifact_type=media_types.BUNDLE)
         count += len(listed)
@@ -119,7 +118,7 @@ def _listed(
         except CredentialsError:  # some refuse what they do not know
             there = None
         except (FormatError, IntegrityError) as error:
-            left_out.append(AttachmentResult(digest="", subject=digest, problem=_problem(error)))
+            left_out.append(AttachmentResult(digest="", subject=digest, problem=error.summary))
             there = None
         if there is not None:
             annotations = {**there.annotations, media_types.SIMPLE_TAG: tag}
@@ -261,7 +260,7 @@ def _refused(each: Attachment, error: RekindleError, hint: str) -> RekindleError
     kind = CredentialsError if isinstance(error, CredentialsError) else RegistryError
     return kind(
         f"the target does not take the signature {each.node.descriptor.digest} of {each.subject}",
-        cause=_problem(error),
+        cause=error.summary,
         hint=hint,
     )
 
@@ -273,12 +272,8 @@ def _failed(
         digest=descriptor.digest,
         subject=subject,
         artifact_type=artifact_type or descriptor.artifact_type,
-        problem=_problem(error),
+        problem=error.summary,
     )
-
-
-def _problem(error: RekindleError) -> str:
-    return f"{error.message}: {error.cause}" if error.cause else error.message
 
 
 # Older signatures.
@@ -317,7 +312,7 @@ def put_simple(target: Destination, tag: str, layers: Sequence[JSON]) -> None:
 def _mark(layer: JSON) -> tuple[object, object]:
     """Return what tells one older signature from another."""
     annotations = layer.get("annotations") if isinstance(layer, dict) else None
-    signature = annotations.get(_SIGNATURE) if isinstance(annotations, dict) else None
+    signature = annotations.get(media_types.SIGNATURE_ANNOTATION) if isinstance(annotations, dict) else None
     return (layer.get("digest") if isinstance(layer, dict) else None), signature
 
 

@@ -36,6 +36,7 @@ MEMORY_ROLE = "memory"  # of a layer with memory files alone
 # Signatures: Sigstore's bundles, and the form of cosign before 2.6, whose image is found by its tag.
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIMPLE_SIGNATURE = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
 PREDICATE = "dev.sigstore.bundle.predicateType"  # of the statement in a bundle
 SIMPLE_TAG = "vnd.rekindle.simple-signatures"  # that tag, of an image in the index of a layout
 

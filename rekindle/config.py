@@ -118,7 +118,7 @@ class Config(Struct, frozen=True, kw_only=True):
         except FormatError as error:
             raise UsageError(
                 f"{path} is not valid",
-                cause=": ".join(part for part in (error.message, error.cause) if part),
+                cause=error.summary,
                 hint="see docs/operations.md for the settings",
             ) from None
 

@@ -62,6 +62,11 @@ class RekindleError(Exception):
         self.command = tuple(command)
         self.server = ""
 
+    @property
+    def summary(self) -> str:
+        """Return the message and its cause in one line."""
+        return ": ".join(part for part in (self.message, self.cause) if part)
+
     def to_json(self) -> dict[str, str]:
         """Return the error in the form of reports and other documents."""
         found = {"code": self.code, "message": self.message, "cause": self.cause, "hint": self.hint}

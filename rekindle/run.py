@@ -58,14 +58,7 @@ def run(
         messages = stack.enter_context(tempfile.TemporaryFile())
         out = stack.enter_context(open(stdout, "wb")) if stdout else messages
         process = spawn(argv, env=env, cwd=cwd, stdout=out.fileno(), stderr=messages.fileno())
-        try:
-            status, peak = _wait(process, timeout)
-        except BaseException:
-            end_group(process)
-            raise
-        if status is None:
-            end_group(process)
-            status = 124
+        status, peak = _finish(process, timeout)
         messages.seek(max(0, messages.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
         output = messages.read().decode(errors="replace")
     return Completed(argv=tuple(argv), status=status, output=output, peak_rss_bytes=peak)
@@ -82,14 +75,7 @@ def ask(argv: Sequence[str], content: bytes, *, timeout: float) -> tuple[int, by
     try:
         write_at(given, memoryview(content), 0)
         process = spawn(argv, stdin=given, stdout=out, stderr=2)
-        try:
-            status, _ = _wait(process, timeout)
-        except BaseException:
-            end_group(process)
-            raise
-        if status is None:
-            end_group(process)
-            status = 124
+        status, _ = _finish(process, timeout)
         return status, os.pread(out, _OUTPUT_BYTES, 0)
     finally:
         os.close(given)
@@ -165,6 +151,19 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             break
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int, int]:
+    """Wait for a process; end its group if that takes longer (status 124) or is interrupted."""
+    try:
+        status, peak = _wait(process, timeout)
+    except BaseException:
+        end_group(process)
+        raise
+    if status is None:
+        end_group(process)
+        status = 124
+    return status, peak
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, int]:

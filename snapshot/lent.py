@@ -9,7 +9,7 @@ image = save_running("web-1", ReplicaOptions(image="tiny-monday", runs_on=True))
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from oci import store
@@ -96,6 +96,24 @@ def save_running(
         return save_borrowed(
             image, reference, borrow, options, report, progress, home=home, before_end=before_end
         )
+
+
+def hibernate(
+    name: str,
+    report: Report | None = None,
+    *,
+    secrets: Sequence[str] = (),
+    drain_seconds: float = 10.0,
+    unless_asked: bool = False,
+    home: Home | None = None,
+) -> None:
+    """Save a replica as hibernated/NAME, where `rekindle wake` finds it, and end it; see `save_running`."""
+    home = home or store.open_home()
+    entry, image = replicas.running(home, name), f"hibernated/{name}"
+    options = ReplicaOptions(image=image, runs_on=False, prove=False, secrets=tuple(secrets))
+    save_running(name, options, report, drain_seconds=drain_seconds, unless_asked=unless_asked, home=home)
+    replicas.wait(entry)
+    replicas.hibernate(home, name, image)
 
 
 def _save_begun(

@@ -22,5 +22,5 @@ class SkippedError(Exception):
 def in_words(error: Exception) -> str:
     """Return the text for the report. An unexpected error is named by its class, too."""
     if isinstance(error, RekindleError):
-        return f"{error.message}: {error.cause}" if error.cause else error.message
+        return error.summary
     return str(error) if isinstance(error, StepError | LateError) else f"{type(error).__name__}: {error}"

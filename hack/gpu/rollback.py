@@ -139,7 +139,7 @@ def provoke(case: Case, backend: Backend, pids: list[int], journal: Path) -> str
     try:
         case.act(Watched(backend, case.fails_at, case.when), pids, journal)
     except CudaError as error:
-        return f"{error.message}: {error.cause}" if error.cause else error.message
+        return error.summary
     except _DumpError as error:
         return str(error)
     return ""

@@ -124,7 +124,7 @@ def find(where: str) -> Credentials | None:
         except FormatError as error:
             raise CredentialsError(
                 f"cannot read the credentials for {place.host} in {path}",
-                cause=": ".join(part for part in (error.message, error.cause) if part),
+                cause=error.summary,
             ) from None
     return None
 
@@ -173,9 +173,7 @@ def read(path: Path) -> dict[str, JSON] | None:
     try:
         document = Fields.parse(content, "it", limit_bytes=_FILE_LIMIT_BYTES).as_json()
     except FormatError as error:
-        raise CredentialsError(
-            f"cannot read the credentials in {path}", cause=f"{error.message}: {error.cause}"
-        ) from None
+        raise CredentialsError(f"cannot read the credentials in {path}", cause=error.summary) from None
     # The older form of Kubernetes has what is in `auths` now, and nothing else.
     return {"auths": document} if path.name == OLD_FILE else document
 

@@ -124,8 +124,7 @@ def _read(path: Path) -> list[RegistryEntry]:
     except OSError as error:
         raise UsageError(f"cannot read {path}", cause=str(error)) from None
     except FormatError as error:
-        cause = ": ".join(part for part in (error.message, error.cause) if part)
-        raise UsageError(f"cannot use {path}", cause=cause) from None
+        raise UsageError(f"cannot use {path}", cause=error.summary) from None
 
 
 def _entry(value: JSON, where: str) -> RegistryEntry:

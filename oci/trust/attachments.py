@@ -33,7 +33,6 @@ from rekindle.fields import JSON, Fields
 
 __all__ = ["find", "find_simple", "simple_tag", "store", "store_simple"]
 
-_SIGNATURE = "dev.cosignproject.cosign/signature"
 _CERTIFICATE = "dev.sigstore.cosign/certificate"
 _CHAIN = "dev.sigstore.cosign/chain"
 _ENTRY = "dev.sigstore.cosign/bundle"
@@ -103,7 +102,7 @@ def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterat
         manifest = _manifest(source, descriptor, limits)
         layers = manifest.list_of("layers", Descriptor.from_json, at_most=_SIMPLE_LIMIT)
     for layer in layers:
-        signature = layer.annotations.get(_SIGNATURE)
+        signature = layer.annotations.get(media_types.SIGNATURE_ANNOTATION)
         if layer.media_type == bundles.SIMPLE_MEDIA_TYPE and signature:
             with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
                 payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
@@ -139,7 +138,7 @@ def store_simple(layout: Layout, signatures: Sequence[SimpleSignature]) -> Descr
     layers = []
     for each in signatures:
         layer = layout.put(each.payload, bundles.SIMPLE_MEDIA_TYPE).to_json()
-        annotations = {_SIGNATURE: b64encode(each.signature).decode()}
+        annotations = {media_types.SIGNATURE_ANNOTATION: b64encode(each.signature).decode()}
         if each.certificate:
             annotations |= {_CERTIFICATE: each.certificate.decode(), _CHAIN: each.above.decode()}
         layers.append({**layer, "annotations": annotations})

@@ -105,7 +105,7 @@ class PublicKey(Struct, frozen=True, kw_only=True):
         except FormatError as error:
             raise UsageError(
                 f"{path} cannot be used to verify",
-                cause=": ".join(part for part in (error.message, error.cause) if part),
+                cause=error.summary,
             ) from None
 
     def verifies(self, signature: bytes, content: bytes) -> bool:

@@ -89,7 +89,7 @@ class Policy(Struct, frozen=True, kw_only=True):
         except FormatError as error:
             raise UsageError(
                 f"invalid policy {path}",
-                cause=": ".join(part for part in (error.message, error.cause) if part),
+                cause=error.summary,
                 hint="docs/trust.md describes the format",
             ) from None
 

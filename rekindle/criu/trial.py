@@ -117,7 +117,7 @@ def _try(home: Home, path: Path) -> CriuCandidate:
             else:
                 _dump_and_restore(tool, directory)
     except (DumpError, RestoreError) as error:
-        problem = f"{error.message}: {error.cause}" if error.cause else error.message
+        problem = error.summary
     return CriuCandidate(path=path, version=version, problem=problem)
 
 

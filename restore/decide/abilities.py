@@ -40,7 +40,7 @@ def probe(home: Home) -> Abilities:
     try:
         return Abilities(criu=search.find(home), memory_bytes=memory.available_bytes())
     except CapabilityError as error:
-        problem = f"{error.message}: {error.cause}" if error.cause else error.message
+        problem = error.summary
         return Abilities(problems={"criu": problem})
 
 

@@ -86,9 +86,9 @@ class Case:
                 statement = None if isinstance(found, str) else found.statement
                 reason = found if isinstance(found, str) else ""
         except FormatError as error:
-            return f"{error.message}: {error.cause}"
+            return error.summary
         except UsageError as error:
-            return f"{error.message}: {error.cause}"
+            return error.summary
         if statement is None:
             return reason
         digest = hashlib.sha256(self.artifact).hexdigest()
