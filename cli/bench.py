@@ -24,7 +24,7 @@ _LABELS = {
     "process-delta": "restore: delta of a replica",
     "criu-plain": "criu restore alone",
 }
-"""How the picture calls the starts."""
+"""The names of the starts in the picture."""
 
 _REPLICAS_LIMIT = 1000
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is attached to an image, such as signatures: find it, and copy it with the image.
+"""Find what is attached to an image, such as signatures, and copy it with the image.
 
 An attachment is a manifest whose `subject` is a manifest of the image. Signatures in the form of cosign
 before 2.6 are an image under a tag that is made of the digest of what they sign.

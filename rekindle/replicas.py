@@ -53,7 +53,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 class ReplicaState(StrEnum):
-    """What a replica does.
+    """The state of a replica.
 
     `hibernated`: its server has ended, and its state is in an image. `killed`: the rekindle that served it is
     gone and has left no exit status.

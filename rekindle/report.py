@@ -160,7 +160,7 @@ class MemoryUse(Struct, frozen=True, kw_only=True):
 
 
 class CacheUse(Struct, frozen=True, kw_only=True):
-    """What a start read from the kernel cache, and what it compiled.
+    """A start's use of the kernel cache: entries that it read, and those that it compiled.
 
     `used` of the image's `entries` were read; in `made` entries something was compiled, `made_files` with
     `made_bytes` in `made_seconds`. The lists name the first ones. `complete` says that no observation was

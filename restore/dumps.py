@@ -154,11 +154,7 @@ def listed(home: Home) -> Iterator[KeptDump]:
         if marker is not None:
             with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
                 used = (path / "ready.json").stat().st_mtime
-                fd = os.open(
-                    path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-                )
-                stack.callback(os.close, fd)
-                yield KeptDump(path, marker.bytes, used, in_use=not try_lock(fd))
+                yield KeptDump(path, marker.bytes, used, in_use=not _try_locked(path, stack))
 
 
 def adopt(home: Home, image: Image, tree: Path) -> None:
@@ -329,7 +325,7 @@ def _lender(dumps: Path, image: Image) -> Iterator[Path | None]:
         if marker is None or marker.memory != key or (path / "memory").is_symlink():
             continue
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            if not _try_shared(path, stack):
+            if not _try_locked(path, stack, shared=True):
                 continue
             if marker.boot == boot_id() and marker.memory_seal == _seal_memory(path, image):
                 yield path
@@ -349,13 +345,14 @@ def _used(target: Path) -> Iterator[list[Path]]:
             yield [target]
             return
         lender = link.readlink().parent
-        yield [target, lender] if _try_shared(lender, stack) else []
+        yield [target, lender] if _try_locked(lender, stack, shared=True) else []
 
 
-def _try_shared(dump: Path, stack: contextlib.ExitStack) -> bool:
+def _try_locked(dump: Path, stack: contextlib.ExitStack, *, shared: bool = False) -> bool:
+    """Lock a dump until `stack` is closed; return False at once if another holds it."""
     fd = os.open(dump.with_name(f"{dump.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     stack.callback(os.close, fd)
-    return try_lock(fd, shared=True)
+    return try_lock(fd, shared=shared)
 
 
 def _is_ready(target: Path, image: Image) -> bool:
@@ -462,14 +459,11 @@ def _free_bytes(directory: Path) -> int:
 
 def remove_unused(path: Path) -> bool:
     """Remove a dump, if it is there and nothing uses it. Return whether it is gone."""
-    fd = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        if not try_lock(fd):
+    with contextlib.ExitStack() as stack:
+        if not _try_locked(path, stack):
             return False
         _clear(path)
         return True
-    finally:
-        os.close(fd)
 
 
 def _clear(path: Path) -> None:

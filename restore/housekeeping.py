@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept in $REKINDLE_HOME: images of the store, unpacked dumps, and kernel caches in its `caches/`.
+"""List and remove what $REKINDLE_HOME keeps: images of the store, unpacked dumps, and kernel caches.
 
 Nothing is removed that a server uses: its dump is locked while it runs (`restore.dumps`), and so is its
 kernel cache (`caches/HEX.lock`). An image is in use if its dump or its kernel cache is, or if a server that
@@ -30,7 +30,7 @@ _MANIFEST_LIMIT_BYTES = 64 << 20
 
 
 class KeptKind(StrEnum):
-    """What is kept."""
+    """The kinds of things that are kept."""
 
     IMAGE = "image"
     DUMP = "dump"

@@ -64,7 +64,7 @@ _OF_THE_SHELL = {"_", "SHELL"}
 
 
 class Sources(Struct, frozen=True, kw_only=True):
-    """What a server was started from, and what its files are told apart by.
+    """A server's command and files, and the means to tell the files apart.
 
     `opened` are the paths of the files that it has opened, `written` the devices and inodes of those that it
     has written. `since_ns` is when it was started. `left_out` are directories whose files do not count.
@@ -137,7 +137,7 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
 
 
 class _Names(Struct, frozen=True, kw_only=True):
-    """How the command names files: by real path, the files and directories that its words name."""
+    """The names of files in the command: by real path, the files and directories that its words name."""
 
     files: Mapping[str, str]
     directories: Mapping[str, str]

@@ -113,7 +113,7 @@ Start = Callable[[ServerSpec, Engine, Path, Report], contextlib.AbstractContextM
 
 
 class _ProcessState(Struct, frozen=True, kw_only=True):
-    """What belongs to a dump of processes: CUDA state, clocks, private paths, closed connections."""
+    """The state beside a dump of processes: CUDA state, clocks, private paths, closed connections."""
 
     cuda: CudaState
     clocks: Clocks

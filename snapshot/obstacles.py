@@ -18,7 +18,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rekindle.cell import Cell, Command, Network, descendants, processes
+from rekindle.cell import Cell, Command, Network, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
 from rekindle.criu import GHOST_LIMIT_BYTES
 from rekindle.errors import NotDumpableError
@@ -139,7 +139,7 @@ def obstacles(
     leading_out = {inode: each for inode, each in leading_out.items() if not each.dumpable}
     sockets = Sockets(cell, root, private, leading_out)
     strays = processes.strays(cell, root)
-    host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    host_pids = processes.host_pids_by_inner(cell)
     groups = multicast_obstacles.joined(processes.proc(cell) / str(root) / "net")
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 READY_SECONDS = 1800.0
-"""How long a server may take to become ready, by default."""
+"""The seconds in which a server must become ready, by default."""
 
 
 class SnapshotOptions(Struct, frozen=True, kw_only=True):
@@ -64,7 +64,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
 
 
 class ReplicaOptions(Struct, frozen=True, kw_only=True):
-    """How to save a replica as `image`, a reference as users write it.
+    """Options for saving a replica as `image`, a reference as users write it.
 
     With `runs_on`, the replica runs on as soon as its dump is complete; else it ends once the image is
     published. `outside`, `prove`, `secrets`, `sign` and `registry` are as in SnapshotOptions.

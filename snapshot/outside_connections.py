@@ -17,7 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from rekindle.cell import Cell, Command, Network, descendants, processes
+from rekindle.cell import Cell, Command, Network, processes
 from snapshot import unix_diag
 
 OUTSIDE_REMEDY = (
@@ -32,14 +32,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Outside(StrEnum):
-    """What a snapshot does about connections to the outside."""
+    """A way to treat connections to the outside."""
 
     REFUSE = "refuse"
     CLOSE = "close"
 
 
 class Ending(StrEnum):
-    """How a connection is closed: in the image alone, or by us before the dump, since CRIU would fail."""
+    """A way to close a connection: in the image alone, or by us before the dump, since CRIU would fail."""
 
     IN_IMAGE = "in image"
     SHUT = "shut"
@@ -79,7 +79,7 @@ def end_before_dump(cell: Cell, root: int, found: Mapping[int, OutsideConnection
     }
     if not wanted:
         return
-    host_pids = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    host_pids = processes.host_pids_by_inner(cell)
     for pid in processes.tree(cell, root):
         for fd, target in processes.descriptors(cell, pid):
             if target in wanted and pid in host_pids:

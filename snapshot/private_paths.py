@@ -63,7 +63,7 @@ class PrivatePaths(Struct, frozen=True, kw_only=True):
 
 
 class _Used(Struct):
-    """How processes use a path: `how` says in words why replicas would share it; "" if they would not."""
+    """The use of a path: `how` says in words why replicas would share it; "" if they would not."""
 
     status: os.stat_result
     how: str = ""

@@ -15,7 +15,7 @@ from snapshot.outside_connections import CONNECTED_STATES, OUTSIDE_REMEDY, Outsi
 from snapshot.private_paths import PrivatePaths, socket_paths
 
 Finding = tuple[str, str]
-"""What is wrong, and the remedy."""
+"""A problem, and its remedy."""
 
 # The tables of /proc/net, and the column of the socket's inode.
 _TABLES = {

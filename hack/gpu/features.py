@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What real servers hold besides weights and kernels, one at a time, for the server of the acceptance test.
+"""Things that real servers hold besides weights and kernels, one at a time, for the acceptance test.
 
     pinned          page-locked host memory
     registered      host memory that was page-locked later (cudaHostRegister)

@@ -24,7 +24,7 @@ _TARGETS_LIMIT = 64
 
 
 class ForeignCache(Struct, frozen=True, kw_only=True):
-    """What the labels tell: the cache as an inventory of one root, and the caches in directories of that.
+    """A cache by its labels: as an inventory of one root, with the caches in directories of that.
 
     The root's number of files is unknown, 0. `inner` has the directory of each by its variable.
     """

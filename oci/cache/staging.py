@@ -17,7 +17,7 @@ from rekindle.errors import FormatError, UsageError
 from rekindle.files import remove_tree, try_lock
 
 FILES_LIMIT = 1_000_000
-"""How many files and directories one cache may have."""
+"""The most files and directories that one cache may have."""
 
 _STAGED = ".rekindle-"
 _ALONE_SECONDS = 60.0

@@ -73,7 +73,7 @@ def _send(
 
 
 class _Rest:
-    """What was not sent yet of a stream of pieces."""
+    """The unsent rest of a stream of pieces."""
 
     def __init__(self, pieces: Iterator[memoryview]) -> None:
         self._pieces = pieces

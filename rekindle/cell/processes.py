@@ -73,6 +73,11 @@ def host_pids(cell: Cell) -> list[int]:
     return descendants.of(cell.init_pid)
 
 
+def host_pids_by_inner(cell: Cell) -> dict[int, int]:
+    """Return the PIDs on the host of every process of the cell except its init, by its PID in the cell."""
+    return {descendants.inner_pid(pid): pid for pid in host_pids(cell)}
+
+
 def task_ids(cell: Cell, pid: int) -> list[int]:
     """List the threads of a process."""
     with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ def read_settings(cell: Cell, root: int) -> tuple[ProcessSettings, ...]:
 
     Processes that end meanwhile are left out, and without the root so are all.
     """
-    outside = {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
+    outside = processes.host_pids_by_inner(cell)
     found: list[ProcessSettings] = []
     try:
         inherited = _Inherited.of(outside[root])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of NVIDIA's drivers by their branches, for `rekindle doctor`; docs/gpu/drivers.md has it all.
+"""Facts about NVIDIA's drivers by their branches, for `rekindle doctor`; docs/gpu/drivers.md has it all.
 
 Nothing is decided by this but what a person should know: rekindle tries what a driver can do.
 """

@@ -19,7 +19,7 @@ _NOTICEABLE_BYTES = 1 << 30
 
 
 class GpuChoice(Struct, frozen=True, kw_only=True):
-    """What decides which of this node's GPUs take the places of the recorded ones.
+    """The facts by which it is decided which of this node's GPUs take the places of the recorded ones.
 
     `wanted` are the UUIDs that the user chose, in the order of the recorded ones. `free_bytes` is the free
     memory of each GPU, by UUID; empty if it is unknown. `replica` is the position among replicas that start

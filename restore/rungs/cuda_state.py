@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
 
-from rekindle.cell import Cell, descendants, processes
+from rekindle.cell import Cell, processes
 from rekindle.errors import CapabilityError, RekindleError, RestoreError
 from rekindle.home import Home
 from rekindle.record import Process, Record
@@ -63,7 +63,7 @@ def restore_cuda(cell: Cell, process: Process, cuda: CudaRestore | None, memory:
     if cuda is None:
         raise CapabilityError("the snapshot holds CUDA state, which this node cannot restore")
     _require_memory(process, cuda.device_map, memory.free_bytes())
-    outside = _outside(cell)
+    outside = processes.host_pids_by_inner(cell)
     if missing := [pid for pid in process.cuda_pids if pid not in outside]:
         raise RestoreError("processes with CUDA state were not restored", cause=f"PIDs {missing}")
     holders = [outside[pid] for pid in process.cuda_pids]
@@ -94,7 +94,7 @@ def must_suspend(record: Record, driver: str) -> bool:
 
 def _suspend(cell: Cell, process: Process, home: Home) -> None:
     """Move the state of the processes that are left into host memory, where a kill does no harm."""
-    outside = _outside(cell)
+    outside = processes.host_pids_by_inner(cell)
     pids = [outside[pid] for pid in process.cuda_pids if pid in outside]
     if not pids:
         return
@@ -103,11 +103,6 @@ def _suspend(cell: Cell, process: Process, home: Home) -> None:
 
     with Search(home) as search, contextlib.closing(search.backend()) as backend:
         Session(backend, pids).checkpoint_all(_SUSPEND_SECONDS)
-
-
-def _outside(cell: Cell) -> dict[int, int]:
-    """Return the PIDs on the host of a cell's processes, by those in the cell."""
-    return {descendants.inner_pid(pid): pid for pid in processes.host_pids(cell)}
 
 
 def _require_memory(process: Process, device_map: Mapping[str, str], free: Mapping[str, int]) -> None:

@@ -11,7 +11,7 @@ from restore.listener import Listener
 from restore.serve import notify
 
 _HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}
-"""How a server on each rung was started."""
+"""The outcome of a start on each rung."""
 
 
 def say_addresses(report: Report) -> None:

@@ -36,7 +36,7 @@ _SEND_SECONDS = 5.0
 
 
 class Loan(Struct, frozen=True, kw_only=True):
-    """What a command gets: the description of the lent cell, and descriptors."""
+    """A lent cell as a command gets it: the description of the lent cell, and descriptors."""
 
     cell: Mapping[str, JSON]
     fds: Sequence[int]

@@ -81,7 +81,7 @@ class ApiKeyGate:
 
     @property
     def waiting_bytes(self) -> int:
-        """How much of what the client sent waits for the end of an earlier response."""
+        """Return the bytes of the client that wait for the end of an earlier response."""
         return len(self._unread)
 
     def from_client(self, content: bytes) -> None:
