@@ -9,6 +9,7 @@ docs/adr/0026-environment.md says why. For each variable, except noise and the p
     secret               nothing: it was set
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Collection, Mapping
@@ -24,6 +25,8 @@ SECRET = ""
 """The mark of a variable of which nothing but its name is recorded."""
 KEY_VARIABLES = frozenset({"COSIGN_PASSWORD", "SIGSTORE_ID_TOKEN"})
 """Variables that give access to keys with which images are signed. No server gets them."""
+FILE_KEY_VARIABLE = "REKINDLE_FILE_KEY"
+"""Holds the key to the digests of secret files. Only the shell at the root of a server's processes has it."""
 _LIMIT = 100_000
 _SALT_BYTES = 16
 _DIGITS, _SHORT_DIGITS = 32, 4
@@ -46,6 +49,14 @@ class RecordedVariables(Struct, frozen=True, kw_only=True):
         """Return whether a variable had this value; None if nothing of its value is recorded."""
         mark = self.marks[name]
         return None if mark == SECRET else _digest(self.salt, name, value)[: len(mark)] == mark
+
+
+def file_key(environment: Mapping[str, str]) -> bytes:
+    """Return the key to the digests of secret files that a process was started with; b"" if none."""
+    with contextlib.suppress(ValueError):
+        key = bytes.fromhex(environment.get(FILE_KEY_VARIABLE, ""))
+        return key if len(key) <= hashlib.blake2b.MAX_KEY_SIZE else b""
+    return b""
 
 
 def describe_environment(

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describe a server for its record: where it listens, and which files it uses."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from rekindle.cell import Cell, processes
 from rekindle.cell.settings import ProcessSettings
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
+from rekindle.node import sampled
 from rekindle.node.huge_pages import HugePages, of_smaps
+from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import LISTENERS_LIMIT, Record
 from snapshot.private_paths import PrivatePaths
@@ -98,3 +101,9 @@ def mapped_files(opened: set[str]) -> list[MappedFile]:
         if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV"))
     ]
     return [file for path in paths if (file := describe(path)) is not None]
+
+
+def without_secrets(mapped: Sequence[MappedFile], loaded: Loaded) -> list[MappedFile]:
+    """Return what to record of mapped or open files: of those that hold secrets, no digest of their own."""
+    keyed = {os.path.realpath(each.path) for each in loaded.files if each.identity.startswith(sampled.KEYED)}
+    return [structs.replace(each, identity="", mtime_ns=0) if each.path in keyed else each for each in mapped]

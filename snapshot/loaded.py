@@ -18,6 +18,7 @@ from msgspec import Struct, structs
 from rekindle.errors import WorkloadError
 from rekindle.node import loaded, packages, sampled
 from rekindle.node.loaded import CodeDirectory, Loaded, LoadedFile, LoadedKind
+from snapshot import secret_files
 
 _SCRIPTS = (
     ".py",
@@ -40,10 +41,11 @@ _OF_THE_PLACE = {
     *("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab", "/etc/machine-id"),
     *("/etc/ld.so.cache",),
 }
-_BESIDE = ("/proc/", "/sys/", "/dev/", "/run/", "/var/run/")
+_BESIDE = ("/proc/", "/sys/", "/dev/")
+_RUN = ("/run/", "/var/run/")  # only what is named or a secret is part of a deployment
 _TOO_WIDE = {
     *("/", "/bin", "/boot", "/etc", "/home", "/lib", "/lib64", "/media", "/mnt", "/opt", "/root", "/sbin"),
-    *("/srv", "/tmp", "/usr", "/usr/lib", "/usr/local", "/var"),  # noqa: S108
+    *("/run", "/srv", "/tmp", "/usr", "/usr/lib", "/usr/local", "/var"),  # noqa: S108
 }
 
 _CACHED = re.compile(r"(.*/)__pycache__/([^/]+?)\.[^./]+-[^./]+(?:\.opt-[^./]+)?\.pyc")
@@ -70,6 +72,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     has written. `since_ns` is when it was started. `left_out` are directories whose files do not count.
     `mapped` are the files that are compared because they are mapped, `described` those of the model. Unless
     `watched`, it is unknown what was opened: the files that the command names count, and every package.
+    `file_key` is the key to the digests of secret files; without one, these are always different.
     """
 
     argv: Sequence[str]
@@ -82,6 +85,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     mapped: Collection[str]
     described: Collection[str] = ()
     watched: bool = True
+    file_key: bytes = b""
 
 
 def describe(sources: Sources) -> tuple[Loaded, int]:
@@ -97,7 +101,7 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
     left_out = 0
     opened = _sources(sources) if sources.watched else set(names.files)
     for path in sorted(opened):
-        status = _compared(path, sources)
+        status = _compared(path, sources, names)
         if status is None:
             continue
         kind = _kind(path, names)
@@ -107,14 +111,15 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
                 cause="it is unknown whether the server has loaded the old file or the new one",
                 hint="make the snapshot again",
             )
-        if path in sources.mapped and names.is_plain(path):
+        small = status.st_size <= sampled.WHOLE_BYTES
+        secret = small and _is_secret(path, kind, names)
+        if path in sources.mapped and names.is_plain(path) and not secret:
             continue
         if not room[kind]:
             left_out += 1
             continue
         room[kind] -= 1
         with contextlib.suppress(FileNotFoundError):
-            small = status.st_size <= sampled.WHOLE_BYTES
             if kind is LoadedKind.CODE and small:
                 root = _root(path)
                 place = code.setdefault(names.roots.get(root, root), {})
@@ -122,8 +127,9 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
             if kind is not LoadedKind.CODE or not small or path in names.files:
                 named = names.name(path)
                 here = LoadedKind.NAMED if path in names.files else kind
-                identity = sampled.identity(path)
-                files[named] = LoadedFile(path=named, size=status.st_size, identity=identity, kind=here)
+                identity = _keyed(path, sources) if secret else sampled.identity(path)
+                size = 0 if secret else status.st_size
+                files[named] = LoadedFile(path=named, size=size, identity=identity, kind=here)
     modules = frozenset(loaded.module(path) for found in code.values() for path in found)
     directories = [_directory(path, found, modules) for path, found in sorted(code.items())]
     if not sources.watched:
@@ -137,9 +143,13 @@ def describe(sources: Sources) -> tuple[Loaded, int]:
 
 
 class _Names(Struct, frozen=True, kw_only=True):
-    """The names of files in the command: by real path, the files and directories that its words name."""
+    """The names of files in the command: by real path, the files and directories that its words name.
+
+    `named_by` are the options and variables whose values the files are.
+    """
 
     files: Mapping[str, str]
+    named_by: Mapping[str, Collection[str]]
     directories: Mapping[str, str]
     search_path: Sequence[str]
     roots: Mapping[str, str]
@@ -149,7 +159,10 @@ class _Names(Struct, frozen=True, kw_only=True):
         files: dict[str, str] = {}
         directories: dict[str, str] = {}
         roots: dict[str, str] = {}
+        named_by: dict[str, set[str]] = {}
         home = sources.environment.get("HOME")
+        for name, word in _options(sources.argv):
+            named_by.setdefault(os.path.realpath(posixpath.join(sources.directory, word)), set()).add(name)
         for word in _words(sources):
             real = os.path.realpath(posixpath.join(sources.directory, word))
             if os.path.isfile(real) and real not in sources.mapped:  # noqa: PTH113
@@ -161,11 +174,12 @@ class _Names(Struct, frozen=True, kw_only=True):
         for name, value in sources.environment.items():
             if value.startswith("/") and name not in _OF_THE_SHELL and os.path.isfile(value):  # noqa: PTH113
                 files.setdefault(os.path.realpath(value), value)
+                named_by.setdefault(os.path.realpath(value), set()).add(name)
         if sources.directory not in _TOO_WIDE:
             roots.setdefault(sources.directory, ".")  # where `python -m` looks first
         found = [str(path) for path in packages.search_path(sources.argv, sources.environment)]
         roots |= {os.path.realpath(path): path for path in found}
-        return cls(files=files, directories=directories, search_path=found, roots=roots)
+        return cls(files=files, named_by=named_by, directories=directories, search_path=found, roots=roots)
 
     def is_plain(self, path: str) -> bool:
         """Return whether the command does not call a file or its directory otherwise, by way of a link."""
@@ -199,6 +213,22 @@ def _words(sources: Sources) -> list[str]:
     return [word for word in dict.fromkeys(words[:_WORDS_LIMIT]) if word and "\0" not in word]
 
 
+def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the values of a command that may name files, with the option or variable of each."""
+    option = ""
+    for word in argv[1:_WORDS_LIMIT]:
+        name, equals, value = word.partition("=")
+        if equals:
+            found = name, value
+        elif word.startswith("-"):
+            option = word
+            continue
+        else:
+            found = option, word
+        if found[1] and "\0" not in found[1]:
+            yield found
+
+
 def _sources(sources: Sources) -> set[str]:
     """Return the opened paths, with the sources of Python's cached modules in their place."""
     prefix = sources.environment.get("PYTHONPYCACHEPREFIX", "")
@@ -214,11 +244,15 @@ def _sources(sources: Sources) -> set[str]:
     return found | {str(path) for hub in hubs for path in Path(hub, "refs").rglob("*")}
 
 
-def _compared(path: str, sources: Sources) -> os.stat_result | None:
+def _compared(path: str, sources: Sources, names: _Names) -> os.stat_result | None:
     """Return the status of a file that a start would read again; None for any other."""
     if path.endswith(_HEADERS) or path.startswith(_OF_COMPILERS):
         return None
     if path in _OF_THE_PLACE or path in sources.described or path.startswith((*_BESIDE, *sources.left_out)):
+        return None
+    if secret_files.is_issued_anew(path):
+        return None
+    if path.startswith(_RUN) and not (names.within(path) or secret_files.PLACES.match(path)):
         return None
     try:
         status = os.stat(path)  # noqa: PTH116
@@ -233,11 +267,26 @@ def _kind(path: str, names: _Names) -> LoadedKind:
     installed = _PACKAGES.match(path)
     if path.endswith(_SCRIPTS) or (installed and "/RECORD" not in path) or _NODE_PACKAGES.match(path):
         return LoadedKind.CODE
-    if names.within(path):
+    if names.within(path) or secret_files.PLACES.match(path):
         return LoadedKind.NAMED
     if path.endswith(_WEIGHTS) or _HUB.match(path):
         return LoadedKind.MODEL
     return LoadedKind.OTHER
+
+
+def _is_secret(path: str, kind: LoadedKind, names: _Names) -> bool:
+    """Tell whether a small file may hold a secret that a person has chosen, and so could guess."""
+    if kind not in {LoadedKind.NAMED, LoadedKind.OTHER}:
+        return False
+    content = None
+    if kind is LoadedKind.NAMED:
+        with contextlib.suppress(OSError):
+            content = Path(path).read_bytes()
+    return secret_files.is_secret(path, names.named_by.get(path, ()), content)
+
+
+def _keyed(path: str, sources: Sources) -> str:
+    return sampled.keyed_identity(path, sources.file_key) if sources.file_key else sampled.KEYED
 
 
 def _is_package(directory: str) -> bool:

@@ -49,6 +49,7 @@ from snapshot.describe import (
     mapped_huge_pages,
     opened_files,
     readable_path,
+    without_secrets,
 )
 from snapshot.hooks import before_snapshot
 from snapshot.loaded import Sources
@@ -182,7 +183,7 @@ def make(
         node=Fingerprint.probe(spec.argv, server.environment),
         criu=RecordedCriu(version=tool.version),
         process=_process(spec, server, running, hooked, dumped),
-        mapped_files=mapped,
+        mapped_files=without_secrets(mapped, read),
         dump=Dump(
             dump_bytes=dump_bytes,
             stored_bytes=_size_bytes(tree / "criu") + sum(each.data_bytes for each in memory),
@@ -426,6 +427,7 @@ def _loaded(
         directory=str(Path.cwd()),
         opened=reads.read,
         watched=not reads.problem,
+        file_key=server.file_key,
         written=reads.written,
         since_ns=began_ns,
         left_out=beside,

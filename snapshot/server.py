@@ -10,23 +10,28 @@ from typing import Self
 
 from rekindle.cell import Cell, Command, exit_status, hook, processes
 from rekindle.cell.relay import SIGNALS
+from rekindle.environment import FILE_KEY_VARIABLE, file_key
 from rekindle.errors import UsageError, WorkloadError
 from rekindle.proc import children
 
 # A shell is the root of the process tree, above the server. CRIU restores the memory of the root after that
 # of all others: with a root that has next to none, the server's memory is restored in parallel with theirs.
 # It outlives signals to a whole control group, since the server may drain first. The server does not inherit
-# traps, as it would ignored signals.
+# traps, as it would ignored signals, nor the key that its memory keeps with the snapshot.
 _TRAPPED = " ".join(sorted(signum.name.removeprefix("SIG") for signum in SIGNALS))
-_ROOT = ["/bin/sh", "-c", f'trap : {_TRAPPED}; "$@"; exit $?', "sh"]
+_ROOT = ["/bin/sh", "-c", f'unset {FILE_KEY_VARIABLE}; trap : {_TRAPPED}; "$@"; exit $?', "sh"]
 TEMPORARY = Path("/dev/shm/tmp")  # noqa: S108 - in the cell's private file system, and kept in the snapshot
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOG_TAIL_BYTES = 4000
 _SPAWN_SECONDS = 10.0
+_KEY_BYTES = 32
 
 
 class Server:
-    """The running server. `root_pid` and `server_pid` are PIDs in the cell."""
+    """The running server. `root_pid` and `server_pid` are PIDs in the cell.
+
+    `file_key` is the key to the digests of secret files; b"" if the server was started without one.
+    """
 
     def __init__(
         self,
@@ -63,10 +68,11 @@ class Server:
         if gpus or reseed is not hook.Reseed.NONE:
             hook.install(cell.root, reseed)
             started_with = hook.environment(self.environment)
+        self.file_key = os.urandom(_KEY_BYTES)
         self.root_pid = cell.spawn(
             Command(
                 argv=[*_ROOT, *_env_command(self.environment), *argv],
-                env=started_with,
+                env={**started_with, FILE_KEY_VARIABLE: self.file_key.hex()},
                 cwd=cwd,
                 files={0: Path(os.devnull), 1: self.stdout, 2: self.stderr},
                 workload=True,
@@ -81,6 +87,7 @@ class Server:
         server = cls.__new__(cls)
         server.cell, server.root_pid, server.environment = cell, root_pid, dict(environment)
         server.stdout, server.stderr, server.reseed = stdout, stderr, hook.Reseed.NONE
+        server.file_key = file_key(processes.environment(cell, root_pid))
         return server
 
     @property

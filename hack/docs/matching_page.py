@@ -136,6 +136,11 @@ TODAY_ROWS = (
         "`test_environment.py`",
     ),
     (
+        "secret files: of containers, of Kubernetes, of systemd, on the disk",
+        "compared once the process is restored, before its port opens: `named-file`",
+        "`test_secret_files.py`",
+    ),
+    (
         "API keys of vLLM",
         "of today, enforced by rekindle ([secrets.md](secrets.md)); else `api-key`",
         "`test_api_key.py`, `test_vllm_key.py`",
@@ -274,6 +279,14 @@ READ = (
         "`named-file`, hard",
     ),
     (
+        "files that may hold a secret: in `/run/secrets`, `/run/credentials` and `/etc/secrets`, in memory "
+        "and not writable, with the name of a secret or named by an option or variable with such a name, or "
+        "named and with a password in them ([ADR 34](adr/0034-secret-files.md))",
+        "a digest whose key the restored process has, so not before it is restored; only whether they are "
+        "there",
+        "`named-file`, hard, or as other files",
+    ),
+    (
         "the model that vLLM's command names",
         "the commit, if it is the hub's; each file by the digest in the hub's cache, or as above; new"
         " files in a directory",
@@ -307,8 +320,10 @@ what its name says.
 
 - what was read before the command was started, or by other processes for it: a database, a service;
 - directories: a file that was not there and would be read today, except the modules and model files above;
-- files that the server has written itself, the kernel caches, `/proc`, `/sys`, `/dev`, `/run`, and what
-  container runtimes and machines make for themselves: `/etc/hosts`, `/etc/resolv.conf`, `/etc/hostname`;
+- files that the server has written itself, the kernel caches, `/proc`, `/sys`, `/dev`, and what container
+  runtimes and machines make for themselves: `/etc/hosts`, `/etc/resolv.conf`, `/etc/hostname`;
+- files below `/run` that are no secrets and that neither the command nor a variable names;
+- tokens that a platform issues for each pod, and that clients read again: service accounts, web identities;
 - cached bytecode, if its source exists: a start would use stale bytecode only if somebody made it for that;
 - `RECORD` and other metadata of packages that the server has not read;
 - bytes that the server would read from the network.

@@ -42,6 +42,13 @@ def status(cell: Cell, pid: int) -> dict[str, str]:
     return {}
 
 
+def environment(cell: Cell, pid: int) -> dict[str, str]:
+    """Return the variables that a process was started with. Raises OSError."""
+    variables = (proc(cell) / str(pid) / "environ").read_bytes().split(b"\0")[:-1]
+    pairs = (os.fsdecode(each).partition("=") for each in variables)
+    return {name: value for name, _, value in pairs}
+
+
 def runs(cell: Cell, pid: int) -> bool:
     """Tell whether there is a process with this PID that has not been reaped."""
     return (proc(cell) / str(pid)).exists()

@@ -21,6 +21,8 @@ from rekindle.digest import Digest
 
 WHOLE_BYTES = 1 << 20
 """Files up to this size are read whole."""
+KEYED = "keyed:"
+"""The beginning of a digest that only whoever has its key can compare with a guess."""
 
 _EDGE_BYTES = 64 << 10
 _PAGE_BYTES = 4096
@@ -47,6 +49,12 @@ def identity(path: str | Path) -> str:
         return f"sampled:{hasher.hexdigest()}"
 
 
+def keyed_identity(path: str | Path, key: bytes) -> str:
+    """Return `keyed:HEX` of a small file. Raises OSError, also for a larger one."""
+    with _opened(path) as fd:
+        return KEYED + hashlib.blake2b(_content(fd), key=key, digest_size=32).hexdigest()
+
+
 def short_digest(path: str) -> str:
     """Return the first 16 hex digits of a small file's sha256. Raises OSError, also for a larger one."""
     with _opened(path) as fd:
@@ -65,10 +73,14 @@ def _opened(path: str | Path) -> Iterator[int]:
 
 
 def _whole(fd: int) -> "hashlib._Hash":
+    return hashlib.sha256(_content(fd))
+
+
+def _content(fd: int) -> bytes:
     content = os.read(fd, WHOLE_BYTES + 1)
     if len(content) > WHOLE_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-    return hashlib.sha256(content)
+    return content
 
 
 def _parts(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -242,6 +242,11 @@ def _forms_in(content: bytes) -> Iterator[Form]:
     return (form for form in FORMS if any(anchor in content for anchor in form.anchors))
 
 
+def names_password(name: str) -> bool:
+    """Tell whether a variable's or option's name means a password, which a person may have chosen."""
+    return _PASSWORD.search(name) is not None
+
+
 def is_secret_value(name: str, value: str) -> bool:
     """Tell whether the value of a variable or option with a secret's name can be a secret.
 
@@ -251,7 +256,7 @@ def is_secret_value(name: str, value: str) -> bool:
     if name in _PUBLIC or not text or text.lower() in _NOTHING:
         return False
     if _NUMBER.fullmatch(text):
-        return len(text) >= 4 and _PASSWORD.search(name) is not None
+        return len(text) >= 4 and names_password(name)
     if text.startswith(("/", "./", "../", "~/")):
         path = Path(text)
         has_parent = path.parent != Path("/") and path.parent.is_dir()

@@ -144,7 +144,7 @@ def _values(name: str, text: str) -> Iterator[Secret]:
 
 def _by_form(name: str, text: str) -> Iterator[Secret]:
     """Yield the tokens and the passwords of URLs in a text."""
-    for value in (*forms.tokens_in(text), *_passwords(text)):
+    for value in (*forms.tokens_in(text), *url_passwords(text)):
         yield Secret(name=name, value=value, by_name=False)
 
 
@@ -166,14 +166,14 @@ def _shell_words(text: str) -> list[str]:
     return [word for word in out if HIDDEN not in word]
 
 
-def _passwords(text: str) -> Iterator[str]:
-    """Yield the passwords of URLs, both percent-encoded and decoded."""
+def url_passwords(text: str) -> list[str]:
+    """Return the passwords of URLs, both percent-encoded and decoded."""
     if "://" not in text:
-        return
+        return []
     from urllib.parse import unquote
 
-    for password in _PASSWORD.findall(text) or _LOOSE_PASSWORD.findall(text):
-        yield from {password, unquote(password)}
+    found = _PASSWORD.findall(text) or _LOOSE_PASSWORD.findall(text)
+    return [each for password in found for each in {password, unquote(password)}]
 
 
 def _redact_text(text: str, hide: Collection[str]) -> str:

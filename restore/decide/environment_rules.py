@@ -38,9 +38,10 @@ OF_PROCESSES: Mapping[str, Rule] = {
         rung=Rung.PROCESS,
         hard=False,
         fixed=True,
-        why="A secret was set and is set. The record does not hold it, so it is compared after the process "
-        "is restored: if it is another, that is `environment-secret`.",
-        source="docs/adr/0026-environment.md",
+        why="A secret was set and is set, or a file that may hold one was read and is here. The record does "
+        "not hold it, so it is compared after the process is restored: if it is another, that is "
+        "`environment-secret`, or the code of the file.",
+        source="docs/adr/0026-environment.md, docs/adr/0034-secret-files.md",
         advice="no action needed if it is the same",
     ),
     "oracle-variable": Rule(

@@ -6,6 +6,7 @@ Reads file contents where `Findings` does not know them already, and of large fi
 
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _RULES = {
     LoadedKind.CODE: "code-file",
     LoadedKind.OTHER: "read-file",
 }
+_AS_READ, _ANOTHER, _UNKNOWN = "as it was read", "different", "without the key to compare it"
+_CREDENTIAL = re.compile(r"/run/(?:user/[0-9]+/)?credentials/[^/]+/(.+)")  # systemd.exec(5)
 _NOT_PLUGINS = {"console_scripts", "gui_scripts"}
 _ENTRY_POINTS_BYTES = 256 << 10
 
@@ -62,8 +65,40 @@ def compare(
         found += _code(directory, base, modules, findings)
     found += _search_path(record, [str(path) for path in packages.search_path(command, environment)])
     for kind in LoadedKind:
-        found += _files([file for file in record.loaded.files if file.kind is kind], base, findings)
+        files = [file for file in record.loaded.files if file.kind is kind]
+        found += _files(files, [_place(file, base, environment) for file in files], findings)
     return [*found, *_model(record, base, environment, findings)]
+
+
+def compare_secret_files(
+    record: Record, given: Sequence[str], environment: Mapping[str, str], key: bytes
+) -> list[Difference]:
+    """Return the secret files of today that the restored process has not read.
+
+    `key` is that of the process, b"" if it has none. The others are those of `compare`.
+    """
+    base = _directory(record, given)
+    found = []
+    for file in _secret(record.loaded.files):
+        try:
+            here = sampled.keyed_identity(_place(file, base, environment), key) if key else _UNKNOWN
+        except (OSError, ValueError) as error:
+            here = _what(error)
+        if here != file.identity:
+            shown = _ANOTHER if here.startswith(sampled.KEYED) else here
+            found.append(Difference(_RULES[file.kind], file.path, _AS_READ, shown))
+    return found
+
+
+def _secret(files: Sequence[LoadedFile]) -> list[LoadedFile]:
+    return [file for file in files if file.identity.startswith(sampled.KEYED)]
+
+
+def _place(file: LoadedFile, base: str, environment: Mapping[str, str]) -> str:
+    """Return where a file is here. systemd gives each unit's credentials a directory of their own."""
+    credential = _CREDENTIAL.fullmatch(file.path)
+    today = environment.get("CREDENTIALS_DIRECTORY")
+    return posixpath.join(today, credential[1]) if credential and today else posixpath.join(base, file.path)
 
 
 def _directory(record: Record, given: Sequence[str]) -> str:
@@ -168,8 +203,7 @@ def _search_path(record: Record, here: Sequence[str]) -> Iterator[Difference]:
             )
 
 
-def _files(files: Sequence[LoadedFile], base: str, findings: Findings) -> list[Difference]:
-    places = [posixpath.join(base, file.path) for file in files]
+def _files(files: Sequence[LoadedFile], places: Sequence[str], findings: Findings) -> list[Difference]:
     expected = (f"{file.kind} {file.path} {file.size} {file.identity}" for file in files)
     differences = (
         Difference(
@@ -181,13 +215,18 @@ def _files(files: Sequence[LoadedFile], base: str, findings: Findings) -> list[D
         for file, place in zip(files, places, strict=True)
         if (here := _other(place, file.size, file.identity))
     )
-    return _remember(findings, iter([base, *expected]), places, differences)
+    found = _remember(findings, iter([*places, *expected]), places, differences)
+    known = {each.field for each in found}
+    unknown = [file.path for file in _secret(files) if file.path not in known]
+    return found + [Difference("secret-unknown", path, _AS_READ, "to be compared") for path in unknown]
 
 
 def _other(place: str, size: int, identity: str) -> str:
     """Return what a file is instead of a recorded one; "" if it is the same, as far as was recorded."""
     try:
         status = os.stat(place)  # noqa: PTH116
+        if identity.startswith(sampled.KEYED):
+            return ""
         if status.st_size != size:
             return f"{status.st_size:,} bytes"
         here = sampled.identity(place) if identity else ""

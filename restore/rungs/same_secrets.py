@@ -9,7 +9,8 @@ import os
 
 from rekindle.cell import Cell, processes
 from rekindle.engine.choose import from_record
-from restore.decide import match_environment
+from rekindle.environment import file_key
+from restore.decide import match_environment, match_loaded
 from restore.decide.decision import Decision, strictness
 from restore.decide.match_environment import RestoredStart
 from restore.decide.plan import require_possible
@@ -18,16 +19,17 @@ from restore.rungs.run import Run
 
 
 def require_same_secrets(run: Run, decision: Decision, cell: Cell) -> None:
-    """Report each secret that is another today. Raises MismatchError unless all of these are accepted."""
+    """Report each secret that is another today: a variable's, an option's, a file's.
+
+    Raises MismatchError unless all of these are accepted.
+    """
     record = decision.image.value.record
     engine = from_record(record.engine.name, record.endpoint, record.engine.options)
-    found = match_environment.compare_restored(
-        record,
-        engine,
-        os.environ,
-        decision.facts.given or (),
-        _restored_start(cell, record.process.root_pid),
-    )
+    given = decision.facts.given or ()
+    start = _restored_start(cell, record.process.root_pid)
+    found = match_environment.compare_restored(record, engine, os.environ, given, start)
+    key = file_key(start.environment)
+    found += match_loaded.compare_secret_files(record, given, os.environ, key)
     rules = strictness(run.options)
     reasons = [rules.apply(reason_for(each)) for each in found]
     run.report.reasons += reasons
@@ -37,6 +39,5 @@ def require_same_secrets(run: Run, decision: Decision, cell: Cell) -> None:
 def _restored_start(cell: Cell, root_pid: int) -> RestoredStart:
     place = processes.proc(cell) / str(root_pid)
     words = (place / "cmdline").read_bytes().split(b"\0")[:-1]
-    variables = (place / "environ").read_bytes().split(b"\0")[:-1]
-    pairs = (os.fsdecode(each).partition("=")[::2] for each in variables)
-    return RestoredStart(argv=[os.fsdecode(word) for word in words], environment=dict(pairs))
+    variables = processes.environment(cell, root_pid)
+    return RestoredStart(argv=[os.fsdecode(word) for word in words], environment=variables)

@@ -301,3 +301,20 @@ def test_a_model_that_this_user_may_not_look_at_is_a_difference(tmp_path: Path) 
     os.waitpid(pid, 0)
     assert "Permission denied" in found
     assert "model-changed" in found
+
+
+def test_a_secret_file_is_compared_with_the_key_and_not_without(tmp_path: Path) -> None:
+    path, key = tmp_path / "password", b"k" * 32
+    path.write_text("1234")
+    identity = sampled.keyed_identity(path, key)
+    file = LoadedFile(path=str(path), size=0, identity=identity, kind=LoadedKind.NAMED)
+    record = structs.replace(RECORD, mapped_files=[], loaded=Loaded(files=(file,)))
+    assert [each.code for each in compared(file)] == ["secret-unknown"]
+    assert match_loaded.compare_secret_files(record, (), {}, key) == []
+    for other in (b"", b"l" * 32):
+        assert [each.code for each in match_loaded.compare_secret_files(record, (), {}, other)] == [
+            "named-file"
+        ]
+    path.write_text("4321")
+    (found,) = match_loaded.compare_secret_files(record, (), {}, key)
+    assert (found.code, found.here) == ("named-file", "different")
