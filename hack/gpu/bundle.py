@@ -30,7 +30,8 @@ from rekindle.run import run
 
 SCHEMA = "rekindle.gpu-bundle/1"
 ROOT = Path(__file__).parents[2]
-PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # rekindle needs 3.11
+PYTHONS = ("3.11", "3.12", "3.13")  # rekindle needs 3.11; each has 11 MiB of wheels of its own
+_LIMIT_MIB = 64  # of a bundle without options
 _GLIBC = 28  # wheels may require glibc 2.28 (2018) at most
 _GLIBC_OF_SERVERS = 39
 _PIECE_LIMIT_MIB = 64
@@ -90,8 +91,10 @@ def main() -> None:
                 raise SystemExit(f"gpu-bundle: {target} exists and is not a bundle")
             remove_tree(target)
         out.rename(target)
-    total = sum(int(piece["bytes"]) for piece in pieces)
-    print(f"gpu-bundle: {target}: {total / (1 << 20):.1f} MiB in {len(pieces)} pieces", file=sys.stderr)
+    mib = sum(int(piece["bytes"]) for piece in pieces) / (1 << 20)
+    print(f"gpu-bundle: {target}: {mib:.1f} MiB in {len(pieces)} pieces", file=sys.stderr)
+    if mib > _LIMIT_MIB and not args.python and not args.server_wheel:
+        raise SystemExit(f"gpu-bundle: it was to have {_LIMIT_MIB} MiB at most: choose one --python")
 
 
 def requirements() -> list[str]:
