@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rekindle import proc
 from rekindle.cell import Cell, Clocks, Network
 from rekindle.criu import amx
 from rekindle.criu.search import FILTER_HINT, candidates, dump_problem
@@ -240,6 +241,14 @@ def _cuda_notes() -> Iterator[Check]:
     for note in drivers.notes(version):
         yield Check(
             name="cuda", ok=False, needed=False, detail=f"driver {version}: {note.text}", remedy=note.remedy
+        )
+    for pid, name in proc.not_ending().items():
+        yield Check(
+            name="cuda",
+            ok=False,
+            needed=False,
+            detail=f"process {pid} ({name}) was killed and does not end: it keeps its memory, on GPUs too",
+            remedy="if it waits for the GPU's driver, reboot this node",
         )
     for name in gpu.without_persistence():
         yield Check(

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+_PF_EXITING = 4  # linux/sched.h
+
 
 def boot_id() -> str:
     """Return the OS kernel's random identifier of this boot."""
@@ -78,6 +80,32 @@ def process_age() -> float:
     """Return the seconds since this process started, with a resolution of 10 ms."""
     started = start_ticks("self") / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+
+
+def not_ending(seconds: float = 1.0) -> dict[int, str]:
+    """Return the names of processes that are stuck in the OS kernel in their exit, by PID.
+
+    Waits to see whether those that are found end within some seconds.
+    """
+    found = _exiting()
+    if found:
+        time.sleep(seconds)
+        later = _exiting()
+        found = {pid: name for pid, name in found.items() if pid in later}
+    return found
+
+
+def _exiting() -> dict[int, str]:
+    """Return the names of the processes of which a thread waits in its exit where no signal reaches it."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError):
+                for task in (process / "task").iterdir():
+                    fields = (task / "stat").read_text().rpartition(")")[2].split()
+                    if fields[0] == "D" and int(fields[6]) & _PF_EXITING:
+                        found[int(process.name)] = (process / "comm").read_text().strip()
+    return found
 
 
 def memory_bytes(pids: Iterable[int]) -> tuple[int, int]:

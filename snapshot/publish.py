@@ -20,8 +20,9 @@ from rekindle import criu
 from rekindle.cell import Cell, working_set
 from rekindle.cuda import search
 from rekindle.engine import Engine
-from rekindle.errors import RekindleError, UsageError
+from rekindle.errors import RekindleError, RestoreError, UsageError
 from rekindle.home import Home
+from rekindle.record import Record
 from rekindle.report import Report
 from restore import dumps
 from restore.decide import match_loaded, match_process, plan
@@ -88,6 +89,16 @@ def publish(
             layout.publish(staging, image.index, reference.tag, attached)
 
 
+def _end(cell: Cell, record: Record, home: Home, report: Report, error: BaseException | None) -> None:
+    """End the cell of a proof. If a process of it is stuck, that says nothing against the image."""
+    try:
+        cuda_state.end(cell, record, record.node.devices.driver, home, report, error)
+    except RestoreError as stuck:
+        if error is not None:
+            raise
+        report.say(f"WARNING: {stuck.message}: {stuck.cause} ({stuck.hint})")
+
+
 def _stage_missing(staging: Layout, image: images.Image, target: Layout) -> None:
     """Fetch the blobs that an image shares with an older one, if the target does not have them."""
     for blob in transfer.explore(image.blobs, image.index, image.limits).blobs:
@@ -126,7 +137,7 @@ def prove(
             Cell() as cell,
             contextlib.ExitStack() as ending,
         ):
-            ending.callback(cuda_state.end, cell, record, record.node.devices.driver, home, report)
+            ending.push(lambda _, error, __: _end(cell, record, home, report, error))
             process.restore(
                 cell,
                 image.record,

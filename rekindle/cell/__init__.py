@@ -23,7 +23,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 from rekindle.cell import descendants, init
-from rekindle.errors import CapabilityError, RestoreError
+from rekindle.errors import CapabilityError, RekindleError, RestoreError
 from rekindle.run import TimeoutExpired, spawn
 
 MEMORY_PLACE = Path(init.MEMORY_PLACE)
@@ -168,7 +168,19 @@ class Cell:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end()
+        self.end_after(error)
+
+    def end_after(self, error: BaseException | None) -> None:
+        """End the cell as `end` does, after an error, if there was one: that is what has to be told.
+
+        So if processes are stuck, they are named in the error's cause.
+        """
+        try:
+            self.end()
+        except RestoreError as stuck:
+            if not isinstance(error, RekindleError):
+                raise
+            error.cause = "; ".join(filter(None, [error.cause, f"{stuck.message}: {stuck.cause}"]))
 
     def end(self) -> None:
         """Kill every process of the cell and wait until the namespaces are gone. Idempotent.
@@ -211,7 +223,7 @@ class Cell:
                         "the cell does not end: a process is stuck in the OS kernel",
                         cause="; ".join(descendants.stuck(self._init)) or "which one is unknown",
                         hint="it waits for a file system or a driver, and until that answers it keeps its "
-                        "memory and the cell's mounts",
+                        "memory, on GPUs too, and the cell's mounts; a driver may need a reboot of the node",
                     )
             self._launcher.wait()
         finally:

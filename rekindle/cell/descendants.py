@@ -31,8 +31,8 @@ def stuck(ancestor: int) -> list[str]:
     for pid in of(ancestor):
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{pid}/task").iterdir():
-                name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
-                if rest.split()[0] == "D":
+                if (task / "stat").read_text().rpartition(")")[2].split()[0] == "D":
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()  # the thread's says little
                     where = (task / "wchan").read_text().strip("0") or "an unknown place"
                     found.append(f"{name} (PID {pid}, {inner_pid(pid)} in the cell) waits in {where}")
                     break

@@ -72,18 +72,20 @@ def restore_cuda(cell: Cell, process: Process, cuda: CudaRestore | None, memory:
         Session(backend, holders).restore_all(cuda.device_map, roll_back=False)
 
 
-def end(cell: Cell, record: Record, driver: str, home: Home, report: Report) -> None:
+def end(
+    cell: Cell, record: Record, driver: str, home: Home, report: Report, error: BaseException | None = None
+) -> None:
     """End a cell, after its processes' CUDA state was put away if a kill could hang this machine.
 
-    `driver` is the version of this node's NVIDIA driver.
+    `driver` is the version of this node's NVIDIA driver, and `error` what has failed before, if anything has.
     """
     try:
         if must_suspend(record, driver):
             _suspend(cell, record.process, home)
-    except (RekindleError, OSError) as error:
-        report.say(f"WARNING: the server is killed with its state on the GPU: {error}")
+    except (RekindleError, OSError) as failed:
+        report.say(f"WARNING: the server is killed with its state on the GPU: {failed}")
     finally:
-        cell.end()
+        cell.end_after(error)
 
 
 def must_suspend(record: Record, driver: str) -> bool:

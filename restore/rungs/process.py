@@ -82,7 +82,7 @@ def take(
             with report.phase("extract"):
                 _extract_mapped_files(run, source, step, stack)
         end_cell = functools.partial(end, cell, record, driver, home, report)
-        stack.callback(end_cell)
+        stack.push(lambda _, error, __: end_cell(error))
         with contextlib.ExitStack() as using:
             with run.listener.progress(source.tally), _measured(source, home):
                 dump = using.enter_context(
@@ -122,7 +122,7 @@ def take(
             # other restores may remove it to make room.
             if report.memory is not None and report.memory.mode is MemoryMode.MAPPED:
                 stack.push(using.pop_all().__exit__)
-                stack.callback(end_cell)  # before the dump is unlocked
+                stack.push(lambda _, error, __: end_cell(error))  # before the dump is unlocked
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
     mapped = report.memory is not None and report.memory.mode is MemoryMode.MAPPED
     kill = end_cell if must_suspend(record, driver) else None

@@ -40,7 +40,10 @@ class Replica(Protocol):
     """A running server, in a cell or as our child."""
 
     def status(self) -> int | None:
-        """Return its exit status, 128 + N for signal N; None while it runs."""
+        """Return its exit status, 128 + N for signal N; None while it runs.
+
+        Raises RestoreError if it was killed and does not end.
+        """
 
     def signal(self, signum: int) -> None:
         """Pass on a signal that we got, unless its sender has signalled the server, too."""
@@ -81,10 +84,13 @@ class RestoredServer:
         self._process = process
         self._kill = kill
         self._killed: int | None = None
+        self._stuck: RestoreError | None = None
         self._output, self._facts = output, facts
         self._is_lent = self._was_lost = False
 
     def status(self) -> int | None:
+        if self._stuck is not None:
+            raise self._stuck
         if self._killed is not None:
             return 128 + self._killed
         if self._is_lent:
@@ -103,7 +109,10 @@ class RestoredServer:
     def signal(self, signum: int) -> None:
         if self._kill is not None and signum in ENDING:
             self._killed = self._killed or signum
-            self._kill()
+            try:
+                self._kill()
+            except RestoreError as stuck:
+                self._stuck = stuck
             return
         self._cell.relay(self._process.server_pid, signum)
 

@@ -20,6 +20,10 @@ The file that FAKE_CUDA names is what this driver is like; all of it may be miss
     free_bytes      memory on the GPUs: a restore of more fails, and cannot be repeated (cuda-checkpoint#44)
     last_user_of    PATH: a device. If no process has it open after a checkpoint, the GPU is shut down and the
                     process dies, as without persistence mode
+    held_by_restored
+                    PATH: a file that a restored process opens, and keeps open until its next checkpoint. If
+                    it is one of tests.servers.silent_fuse, a process that is killed meanwhile does not end
+                    (cuda-checkpoint#53)
     lock_of_idle    the result of a lock of a process without a context; 3 (NOT_INITIALIZED) by default
     faults          [{"step", "pid" or "nth" or neither, "code", "hang", "seconds", "state", "times"}]
 
@@ -80,6 +84,7 @@ NO_STATE = 'Error getting process state for process ID %d: "%s"'
 NO_THREAD = "Could not find restore thread for process ID %d"
 NOT_DONE = 'Could not %s on process ID %d: "%s"'
 UNKNOWN_OPTION = "Invalid option(s) or option(s) not supported by this CUDA Driver"
+QUESTION, OPEN, CLOSE = b"?", b"o", b"c"  # to a restore thread
 TEXTS = (NO_START, NO_STATE, NO_THREAD, NOT_DONE, UNKNOWN_OPTION)
 _THREAD, _NAME_BITS = re.compile(r"cuda([0-9a-f]{11})"), 22
 PARENT = os.getppid()
@@ -151,7 +156,13 @@ def begin_restore_thread() -> int:
         with open(f"/proc/self/task/{ids[0]}/comm", "w") as comm:
             comm.write(f"cuda{to_thread << _NAME_BITS | answers:011x}")
         started.set()
+        held = -1
         while request := os.read(requests, 1):
+            if request == OPEN and held < 0:
+                held = os.open(configuration()["held_by_restored"], os.O_RDONLY | os.O_CLOEXEC)
+            if request == CLOSE and held >= 0:
+                os.close(held)
+                held = -1
             os.write(from_thread, request)
 
     threading.Thread(target=serve, daemon=True).start()
@@ -159,13 +170,13 @@ def begin_restore_thread() -> int:
     return ids[0]
 
 
-def find_restore_thread(pid: int) -> int:
+def find_restore_thread(pid: int, request: bytes = QUESTION) -> int:
     """The restore thread of a process, as it is called here; 0 if there is none. Its pipes must answer."""
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with suppress(OSError), open(f"/proc/{pid}/task/{thread}/comm") as comm:
                 if found := _THREAD.fullmatch(comm.read().strip()):
-                    return int(thread) if answers(pid, *ends(found[0])) else 0
+                    return int(thread) if answers(pid, *ends(found[0]), request) else 0
     return 0
 
 
@@ -175,21 +186,21 @@ def ends(name: str) -> tuple[int, int]:
     return value >> _NAME_BITS, value & (1 << _NAME_BITS) - 1
 
 
-def answers(pid: int, request_end: int, answer_end: int) -> bool:
+def answers(pid: int, request_end: int, answer_end: int, request: bytes = QUESTION) -> bool:
     """Whether the restore thread of a process answers at its pipes."""
     with suppress(OSError):
-        request = os.open(f"/proc/{pid}/fd/{request_end}", os.O_WRONLY | os.O_NONBLOCK)
+        end = os.open(f"/proc/{pid}/fd/{request_end}", os.O_WRONLY | os.O_NONBLOCK)
         try:
             answer = os.open(f"/proc/{pid}/fd/{answer_end}", os.O_RDONLY)
             try:
-                if not stat.S_ISFIFO(os.fstat(request).st_mode):
+                if not stat.S_ISFIFO(os.fstat(end).st_mode):
                     return False
-                os.write(request, b"?")
-                return os.read(answer, 1) == b"?"
+                os.write(end, request)
+                return os.read(answer, 1) == request
             finally:
                 os.close(answer)
         finally:
-            os.close(request)
+            os.close(end)
     return False
 
 
@@ -289,6 +300,8 @@ def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) ->
         write_state(pid, {**held, "state": "failed"})
         os.kill(pid, signal.SIGKILL)
         return NOT_PERMITTED, 0
+    if config.get("held_by_restored") and step in {"restore", "checkpoint"}:
+        find_restore_thread(pid, OPEN if step == "restore" else CLOSE)
     try:
         write_state(pid, {**held, "state": target})
     except OSError:  # it ended just now

@@ -18,7 +18,6 @@ from rekindle.errors import RestoreError
 from tests.conftest import listening, need, wait_for
 from tests.integration.scenes import MULE, Saved, Scene, save, scene
 from tests.servers import silent_fuse
-from tests.servers.silent_fuse import MNT_FORCE
 from tests.traces import adopting_orphans, children
 
 pytestmark = pytest.mark.criu
@@ -72,7 +71,7 @@ def test_who_dies_slowly_is_waited_for(silent: Path, monkeypatch: pytest.MonkeyP
         ticks = iter(range(1000))
         monkeypatch.setattr("rekindle.cell.descendants.cpu_ticks", lambda _: {1: next(ticks)})
         began = time.monotonic()
-        release = threading.Timer(4, cells.init.libc.umount2, [str(silent).encode(), MNT_FORCE])
+        release = threading.Timer(4, silent_fuse.let_go, [silent])
         release.start()
         cell.end()
         assert time.monotonic() - began >= 4
@@ -120,5 +119,5 @@ def test_a_restore_ends_though_a_process_is_stuck(scene: Scene, silent: Path, si
     assert not listening(running.port)
     assert Path("/proc/self/mountinfo").read_text() == mounts
     assert len(children()) >= 1  # it is still there, and holds the cell's namespaces
-    cells.init.libc.umount2(str(silent).encode(), MNT_FORCE)  # the file system answers: with an error
+    silent_fuse.let_go(silent)
     scene.nothing_is_left()
