@@ -14,6 +14,7 @@ _NAMES = (
     "ready_url",
     "cache_dir",
     "listen_early",
+    "no_prefetch",
 )
 
 

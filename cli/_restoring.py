@@ -56,6 +56,7 @@ def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0)
         cache_dir=args.cache_dir,
         paranoid=args.paranoid,
         memory=Memory(args.memory),
+        prefetch=not args.no_prefetch,
         accept_environment=tuple(args.accept_environment),
         gpus=tuple(args.gpu),
         trust=_trust.options(args),

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import _arguments, _progress, _report, _trust
-from oci import resolve
+from oci import image as images
+from oci import media_types, resolve
 from oci.cache import extract
 from oci.cache import image as cache_image
 from oci.cache.staging import Owner
 from oci.reference import parse
+from oci.resolve import FoundImage
+from oci.trust.verifier import Verified
 from rekindle.engine.caches import CacheKind
 from rekindle.home import Home
+from rekindle.node.start_reads import StartRead, decode
 from rekindle.report import ByteCounts, ImageName, Outcome, Report, Rung
+from restore.read_ahead import ReadAhead
 
 _ID_LIMIT = (1 << 32) - 2
 
@@ -45,6 +50,11 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace existing entries whose content differs"
+    )
+    parser.add_argument(
+        "--prefetch",
+        action="store_true",
+        help="also read ahead, into the memory of this node, what the snapshot's server reads at its start",
     )
     parser.add_argument(
         "--owner",
@@ -86,7 +96,7 @@ def _owner(text: str) -> Owner:
 def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
     reference, home = parse(args.image), Home.from_environment()
     trust = _trust.options(args)
-    with resolve.source(reference, home, _arguments.registry(args)) as source:
+    with resolve.source(reference, home, _arguments.registry(args)) as source, ReadAhead() as read_ahead:
         with report.phase("resolve"):
             verified = resolve.verified(source, reference, home, trust)
             report.trusted_by = verified.trust.by
@@ -94,6 +104,8 @@ def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
                 lambda s: cache_image.load(s.blobs, cache_image.find(s.blobs, s.root, s.limits), s.limits)
             )
         report.image = ImageName(reference=args.image, digest=source.root.digest)
+        if args.prefetch:
+            read_ahead.begin(_start_reads(verified))
         with report.phase("extract"), _progress.progress(source.tally, quiet=args.quiet):
             done = extract.extract(
                 image,
@@ -104,12 +116,28 @@ def _extract(args: argparse.Namespace, report: Report) -> extract.Extraction:
                 own=os.environ,
                 owner=args.owner,
             )
+        if args.prefetch:
+            with report.phase("prefetch"):
+                read_ahead.wait()
+            report.read_ahead = read_ahead.use
         # Nothing is fetched from the store or a layout.
         fetched = source.tally.fetched_bytes if source.tally else 0
     report.bytes = ByteCounts(fetched=fetched, written=done.written_bytes)
+    if read := report.read_ahead:
+        report.say(f"read {read.files:,} files ahead, {read.bytes:,} bytes")
+    elif args.prefetch:
+        report.say("nothing is read ahead: the image does not say what its server reads")
     for root in done.roots:
         report.say(f"{root.kind}: {root.files:,} files, {root.bytes:,} bytes to {root.path}")
         if root.kept:
             some = ", ".join(root.kept[:5]) + (" …" if len(root.kept) > 5 else "")
             report.say(f"{root.kind}: kept existing entries that differ (see --overwrite): {some}")
     return done
+
+
+def _start_reads(found: Verified[FoundImage]) -> Sequence[StartRead]:
+    """Return what the server of a snapshot reads at its start; nothing for a kernel cache without one."""
+    if found.value.root.media_type != media_types.INDEX:
+        return ()
+    image = found.map(lambda s: images.load(s.blobs, s.root, s.limits)).value
+    return decode(image.record.reads)

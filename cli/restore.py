@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         help="map the dump's memory, which replicas share (default), or copy it for this one",
     )
     parser.add_argument(
+        "--no-prefetch",
+        action="store_true",
+        help="on lower rungs, do not read ahead what the server will read at its start",
+    )
+    parser.add_argument(
         "--paranoid", action="store_true", help="unpack the dump again, which checks every byte of it"
     )
     _add_replicas(parser)

@@ -21,6 +21,7 @@ from rekindle.engine import Endpoint, Request
 from rekindle.environment import RecordedVariables
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
+from rekindle.node import start_reads
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.huge_pages import HugePages
 from rekindle.node.loaded import Loaded
@@ -244,8 +245,8 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     `weights` describes the model's files, and `loaded` what else the server has read. `proved` tells whether
     the image was restored, and answered, before it was published. `environment` holds the variables that
     choose kernels, `variables` all others without their values. `listeners` are all TCP addresses that the
-    server listened on, `endpoint` first. Older records have none of these but `environment`, which holds more
-    in them.
+    server listened on, `endpoint` first. `reads` is what a start reads (rekindle/node/start_reads.py). Older
+    records have none of these but `environment`, which holds more in them.
     """
 
     created: str
@@ -264,6 +265,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     dump: Dump
     weights: Mapping[str, JSON] = {}
     loaded: Loaded = Loaded()
+    reads: Annotated[str, Meta(max_length=start_reads.TEXT_LIMIT)] = ""
     start_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     proved: bool = True
     variables: RecordedVariables | None = None

@@ -203,6 +203,26 @@ class CacheUse(Struct, frozen=True, kw_only=True):
         }
 
 
+class ReadAheadUse(Struct, frozen=True, kw_only=True):
+    """What was read ahead of a server that started, whether it was in memory already or not.
+
+    Not `complete`: the server was ready before, or memory was short.
+    """
+
+    files: int
+    bytes: int
+    seconds: float
+    complete: bool
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 6),
+            "complete": self.complete,
+        }
+
+
 class Failure(Struct, frozen=True, kw_only=True):
     """Why a command failed: a stable code, and text. `cause`, `hint` and `server` may be None."""
 
@@ -325,6 +345,7 @@ class Report(Struct, kw_only=True):
     oracle: OracleAnswer | None = None
     memory: MemoryUse | None = None
     cache: CacheUse | None = None
+    read_ahead: ReadAheadUse | None = None
     first_token_seconds: float | None = None
     endpoint: str | None = None
     addresses: list[ServerAddress] = field(default_factory=list)
@@ -398,6 +419,7 @@ class Report(Struct, kw_only=True):
             "replica": self.replica,
             "pause": self.pause.to_json() if self.pause else None,
             "memory": self.memory.to_json() if self.memory else None,
+            "read_ahead": self.read_ahead.to_json() if self.read_ahead else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,
             "closed": self.closed,

@@ -19,6 +19,7 @@ from restore.decide.plan import Step, require_possible
 from restore.decide.publications import unpublished
 from restore.listener import Listener
 from restore.options import Options
+from restore.read_ahead import ReadAhead
 from restore.rungs import ladder
 from restore.rungs.ladder import TakenRung
 from restore.rungs.run import Run
@@ -59,6 +60,7 @@ def restore(
             listener=listener,
             signals=signals,
             announcer=announcer,
+            read_ahead=stack.enter_context(ReadAhead()),
             registration=registration,
         )
         try:
@@ -103,6 +105,7 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             connections,
             prepares=cell is not None,
             with_cache=options.rung is Rung.CACHE,
+            read_ahead=run.read_ahead,
         )
         addresses = stack.enter_context(Addresses(decision.publications, options.listening))
         if options.listen_early:

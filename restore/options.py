@@ -41,7 +41,8 @@ class Options(Struct, frozen=True, kw_only=True):
     `listening` are descriptors of sockets that listen at published addresses already. `replica_index` is that
     of one of several replicas, whose ports are apart.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's. `gpus` are
-    the UUIDs of the GPUs to restore the process onto, in the order of the recorded ones.
+    the UUIDs of the GPUs to restore the process onto, in the order of the recorded ones. With `prefetch`,
+    what a server that is started anew will read is read ahead.
     """
 
     image: str
@@ -59,6 +60,7 @@ class Options(Struct, frozen=True, kw_only=True):
     cache_dir: Path | None = None
     paranoid: bool = False
     memory: Memory = Memory.MAP
+    prefetch: bool = True
     accept_environment: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
     trust: TrustOptions = field(default_factory=TrustOptions)

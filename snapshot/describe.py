@@ -17,6 +17,7 @@ from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile, describe
 from rekindle.record import LISTENERS_LIMIT, Record
 from snapshot.private_paths import PrivatePaths
+from snapshot.start_reads import StartReads
 
 
 class Dumped(Struct, frozen=True, kw_only=True):
@@ -32,7 +33,8 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     `listeners` are where it listens, the main address first. `server_pid` is the PID in the cell that gets
     its signals. `threads` is the number of its threads. `opened` are the paths that its processes have
     mapped or open, without its own logs. `settings` are those that its processes have set for themselves,
-    `private` the paths of which each replica gets a copy, `huge_pages` those that they have mapped.
+    `private` the paths of which each replica gets a copy, `huge_pages` those that they have mapped. `reads`
+    is what a start would read.
     """
 
     listeners: tuple[Endpoint, ...]
@@ -42,6 +44,7 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     settings: tuple[ProcessSettings, ...]
     private: PrivatePaths
     huge_pages: tuple[HugePages, ...]
+    reads: StartReads
 
 
 def listened_endpoint(engine: Engine, listeners: Sequence[Endpoint]) -> Endpoint:

@@ -9,7 +9,7 @@ image = save_running("web-1", ReplicaOptions(image="tiny-monday", runs_on=True))
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from oci import store
@@ -170,6 +170,11 @@ class _Reads:
     def __init__(self, begun: BegunServer) -> None:
         self.read, self.problem = set(begun.read), begun.problem
         self.written = set(begun.written)
+        self._lasting = begun.lasting
+
+    def lasting(self, pids: Collection[int]) -> Sequence[str]:  # noqa: ARG002
+        """Return what was found where the server's processes are known by other PIDs."""
+        return self._lasting
 
 
 def _ask(cell: Cell, record: Record, report: Report) -> None:

@@ -36,7 +36,7 @@ from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, Recorde
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command
 from rekindle.text import listed
-from snapshot import secret_search
+from snapshot import secret_search, start_reads
 from snapshot.aftermath import telling_server
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
@@ -145,7 +145,7 @@ def make(
         hooked = before_snapshot(started.cell, server, report)
         ends = not started.runs_on
         with report.phase("check"), telling_server(started.cell, server.root_pid, engine, ends=ends):
-            running = _inspect(started.cell, server, spec, engine, work, began_ns)
+            running = _inspect(started, spec, engine, work)
         _tell_private(running.private, report)
         started.stop_watching()  # CRIU reads files in the cell, too
         dumped = _dump(started, spec, engine, running, tool, work, report)
@@ -192,6 +192,7 @@ def make(
         ),
         weights=weights,
         loaded=read,
+        reads=start_reads.describe(running.reads, reads.written, beside),
         start_seconds=round(started.start_seconds, 3),
     )
     return Dumped(record=record, caches=roots)
@@ -252,10 +253,9 @@ def _bring_up(
     return server, start_seconds, oracle
 
 
-def _inspect(
-    cell: Cell, server: Server, spec: ServerSpec, engine: Engine, work: Path, began_ns: int
-) -> RunningServer:
+def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) -> RunningServer:
     """Describe the server's processes and remove its disposable files. Raise if it cannot be dumped."""
+    cell, server = started.cell, started.server
     own = {str(server.stdout), str(server.stderr)}
     gpus = spec.find_backend is not None
     pids = processes.tree(cell, server.root_pid)
@@ -264,7 +264,7 @@ def _inspect(
     private = find_private(
         cell,
         pids,
-        since_ns=began_ns,
+        since_ns=started.began_ns,
         environment=server.environment,
         own=own,
         opened=opened,
@@ -282,6 +282,7 @@ def _inspect(
         private=private,
         settings=read_settings(cell, server.root_pid),
         huge_pages=mapped_huge_pages(cell, pids),
+        reads=start_reads.find(cell, started.reads),
     )
     _drop_disposable(cell, pids, engine.disposable())
     return running

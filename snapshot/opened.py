@@ -15,7 +15,7 @@ import select
 import stat
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -42,7 +42,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class WhatWasRead(Protocol):
     """The files that a server has opened since its start: see `OpenedFiles`."""
 
-    read: set[str]
+    @property
+    def read(self) -> Collection[str]: ...
+
+    def lasting(self, pids: Collection[int]) -> Sequence[str]: ...
+
     written: set[tuple[int, int]]
     problem: str
 
@@ -50,12 +54,13 @@ class WhatWasRead(Protocol):
 class OpenedFiles:
     """Watch a cell within a context. Leaving it ends the watch; the findings stay.
 
-    `read` are the paths of the regular files that were opened, `written` are the devices and inodes of those
-    that were closed after writing. `problem` says why there is no watch, or why it is not complete.
+    `read` are the paths of the regular files that were opened, in order, each with the PIDs on the host of
+    the processes that did. `written` are the devices and inodes of those that were closed after writing.
+    `problem` says why there is no watch, or why it is not complete.
     """
 
     def __init__(self, cell: Cell) -> None:
-        self.read: set[str] = set()
+        self.read: dict[str, set[int]] = {}
         self.written: set[tuple[int, int]] = set()
         self.problem = ""
         self._cell = cell
@@ -89,6 +94,10 @@ class OpenedFiles:
     ) -> None:
         self._undo.close()
 
+    def lasting(self, pids: Collection[int]) -> list[str]:
+        """Return the files that any of these processes has opened, in the order of their first opening."""
+        return [path for path, readers in list(self.read.items()) if not readers.isdisjoint(pids)]
+
     def _collect(self, fd: int, ends: int) -> None:
         """Take events until the pipe closes, and then those that are left."""
         poll = select.poll()
@@ -114,12 +123,12 @@ class OpenedFiles:
             if opened >= 0:
                 try:
                     if pid != self._cell.init_pid:
-                        self._add(opened, mask)
+                        self._add(opened, mask, pid)
                 finally:
                     os.close(opened)
         return bool(events)
 
-    def _add(self, opened: int, mask: int) -> None:
+    def _add(self, opened: int, mask: int, pid: int) -> None:
         with contextlib.suppress(OSError):
             status = os.fstat(opened)
             if not stat.S_ISREG(status.st_mode):
@@ -127,7 +136,8 @@ class OpenedFiles:
             if mask & _CLOSE_WRITE:
                 self.written.add((status.st_dev, status.st_ino))
             if len(self.read) < _FILES_LIMIT:
-                self.read.add(os.readlink(f"/proc/self/fd/{opened}"))  # noqa: PTH115 - thousands of times
+                path = os.readlink(f"/proc/self/fd/{opened}")  # noqa: PTH115 - thousands of times
+                self.read.setdefault(path, set()).add(pid)
             else:
                 self.problem = f"more than {_FILES_LIMIT:,} files were opened"
 

@@ -66,6 +66,7 @@ class BegunServer(Struct, frozen=True, kw_only=True):
 
     `environment` is that of rekindle, `given` that of the server. `read` and `written` are the files that it
     has opened and the devices and inodes of those that it has written; `problem` says why that is unknown.
+    `lasting` are those that processes have opened which still run, in order.
     """
 
     argv: tuple[str, ...]
@@ -83,6 +84,7 @@ class BegunServer(Struct, frozen=True, kw_only=True):
     read: list[str]
     written: list[tuple[int, int]]
     problem: str
+    lasting: list[str] = []
 
 
 def run(options: RunOptions, registration: Registration, listener: Listener | None = None) -> int:
@@ -216,6 +218,7 @@ def _facts(
         read=list(reads.read),
         written=list(reads.written),
         problem=reads.problem,
+        lasting=reads.lasting(processes.host_pids(server.cell)),
     )
     return {"run": documents.to_json(begun)}
 

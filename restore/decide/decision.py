@@ -17,6 +17,7 @@ from rekindle.engine import Engine
 from rekindle.engine.choose import for_command, from_record
 from rekindle.errors import CapabilityError, RekindleError, UsageError
 from rekindle.home import Home
+from rekindle.node import start_reads
 from rekindle.record import Record
 from rekindle.report import ImageName, Report, Rung
 from restore import dumps
@@ -30,6 +31,7 @@ from restore.decide.rules import Strictness, failure_reason
 from restore.decide.source import Source
 from restore.options import Memory, Options
 from restore.prefetch import Prefetch
+from restore.read_ahead import ReadAhead
 from restore.signals import DeadlinePassed, Signals
 
 _DECIDE_SECONDS = 30.0  # limit where a cold start can replace the image: registries may retry for longer
@@ -65,13 +67,15 @@ def decide(
     *,
     prepares: bool,
     with_cache: bool,
+    read_ahead: ReadAhead | None = None,
 ) -> Decision:
     """Gather the facts and make the plan. Fetches no layer.
 
     If the image cannot be read, the plan is a cold start of the given command, if that is allowed.
     `connections` gets the connections to the image. With `prepares`, what restores a process begins
-    meanwhile: the driver starts if the record needs it, and the working set is read. Raises TrustError,
-    FormatError and IntegrityError, after which no rung may be taken.
+    meanwhile: the driver starts if the record needs it, and the working set is read. `read_ahead` begins once
+    it is known that a lower rung comes first. Raises TrustError, FormatError and IntegrityError, after which
+    no rung may be taken.
     """
     replaceable = bool(options.command) and options.require is Rung.COLD
     limit = options.process_deadline or _DECIDE_SECONDS
@@ -81,7 +85,7 @@ def decide(
         with signals.raising(limit if replaceable else None), os_errors_as_capability():
             home = _open_home()
             facts, source = _gather(
-                options, home, report, connections, prepares=prepares, with_cache=with_cache
+                options, home, report, connections, read_ahead, prepares=prepares, with_cache=with_cache
             )
     except (Exception, DeadlinePassed) as error:
         if not replaceable or (isinstance(error, RekindleError) and not error.descends):
@@ -98,6 +102,8 @@ def decide(
     if facts.image and (problem := choice_problem(facts.image.record, facts.node, options.gpus)):
         raise UsageError(f"--gpu: {problem}")
     plan = make_plan(facts, options)
+    if read_ahead and facts.image and plan.first and plan.first.rung is not Rung.PROCESS:
+        begin_reading(read_ahead, facts.image.record, options)
     if source is not None and source.prefetch is not None and not plan.steps[0].possible:
         source.prefetch.stop()
     engine = _engine(facts, options)
@@ -147,6 +153,7 @@ def _gather(
     home: Home,
     report: Report,
     connections: contextlib.ExitStack,
+    read_ahead: ReadAhead | None,
     *,
     prepares: bool,
     with_cache: bool,
@@ -158,6 +165,8 @@ def _gather(
     report.trusted_by = verified.trust.by
     image = gathering.load(verified)
     report.image = ImageName(reference=options.image, digest=image.value.index.digest)
+    if read_ahead and options.rung is not Rung.PROCESS:
+        begin_reading(read_ahead, image.value.record, options)
     cuda = connections.enter_context(begin_search(image.value.record, home)) if prepares else None
     prefetch = None
     if prepares and options.memory is Memory.MAP:
@@ -184,6 +193,12 @@ def _gather(
         connections=connections,
     )
     return facts, source
+
+
+def begin_reading(read_ahead: ReadAhead, record: Record, options: Options) -> None:
+    """Begin to read what the record's server reads at its start, if that is wanted and will be started."""
+    if options.prefetch:
+        read_ahead.begin(start_reads.decode(record.reads))
 
 
 def _open_home() -> Home:

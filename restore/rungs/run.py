@@ -7,6 +7,7 @@ from rekindle.replicas import Registration
 from rekindle.report import Report
 from restore.listener import Listener
 from restore.options import Options
+from restore.read_ahead import ReadAhead
 from restore.serve.announce import Announcer
 from restore.signals import Signals
 
@@ -14,7 +15,8 @@ from restore.signals import Signals
 class Run(Struct, frozen=True, kw_only=True):
     """One restore: what was asked for, and where its progress is reported.
 
-    `registration` is the replica's entry in this home, if it has one.
+    `registration` is the replica's entry in this home, if it has one. `read_ahead` reads what the server of a
+    lower rung will read, once it has begun.
     Work runs within `signals.raising`, so that it can be interrupted at any moment; clean-up does not.
     """
 
@@ -23,4 +25,5 @@ class Run(Struct, frozen=True, kw_only=True):
     listener: Listener
     signals: Signals
     announcer: Announcer
+    read_ahead: ReadAhead
     registration: Registration | None = None

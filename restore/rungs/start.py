@@ -15,7 +15,7 @@ from rekindle.environment import KEY_VARIABLES
 from rekindle.errors import Interrupted, WorkloadError
 from rekindle.record import Oracle
 from rekindle.report import OracleAnswer, Report, Rung
-from restore.decide.decision import Decision
+from restore.decide.decision import Decision, begin_reading
 from restore.options import Output
 from restore.rungs.child import ChildServer
 from restore.rungs.ladder import TakenRung
@@ -115,6 +115,8 @@ def start_server(
     known = image and engine and image.record.engine.name == engine.name
     oracle = image.record.oracle if image and known else None
     run.signals.check()
+    if image is not None:
+        begin_reading(run.read_ahead, image.record, run.options)
     with report.phase("server"):
         up = bring_up(
             stack,
@@ -129,6 +131,8 @@ def start_server(
             say=report.say,
             listen=watched is not None,
         )
+    report.read_ahead = run.read_ahead.use
+    run.read_ahead.stop()
     if up.status is not None:
         error = WorkloadError(f"the server exited with status {up.status} before it was ready")
         if rung is Rung.CACHE:

@@ -133,6 +133,7 @@ ADDED = (
     "listeners",
     "weights",
     "loaded",
+    "reads",
     "proved",
     "start_seconds",
     "variables",

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The working set is read ahead, and no more; nothing that is missing keeps a restore from going on."""
 
-import ctypes
-import mmap
-import os
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -11,31 +8,16 @@ import pytest
 from rekindle.record import StoredMemory
 from restore.prefetch import Prefetch
 from tests.conftest import wait_for
+from tests.samples.page_cache import on_disk, resident
 
 _PAGES = 4096  # 16 MiB, of which the OS kernel would read more than was asked for
-
-
-def resident(path: Path) -> list[int]:
-    """The pages of a file that are in the page cache."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        found = (ctypes.c_ubyte * _PAGES)()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
-        return [page for page, state in enumerate(found) if state & 1]
 
 
 @pytest.fixture(name="dump")
 def _dump(tmp_path: Path) -> Path:
     """A dump whose memory is on the disk alone."""
     (tmp_path / "memory").mkdir()
-    path = tmp_path / "memory/7"
-    path.write_bytes(os.urandom(_PAGES * 4096))
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if resident(path):
-        pytest.skip("this file system keeps files in memory")
+    on_disk(tmp_path / "memory/7", _PAGES)
     return tmp_path
 
 

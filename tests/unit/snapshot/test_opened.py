@@ -45,7 +45,7 @@ def test_without_fanotify_it_says_so(init: int, problem: str, monkeypatch: pytes
     with OpenedFiles(ThisProcess()) as watch:  # type: ignore[arg-type]
         assert watch.problem == problem
         assert len(os.listdir("/proc/self/fd")) == before
-    assert watch.read == set()
+    assert not watch.read
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="fanotify needs root")
@@ -66,3 +66,23 @@ def test_files_of_others_are_seen_and_nothing_is_left(tmp_path: Path) -> None:
     status = (tmp_path / "new").stat()
     assert (status.st_dev, status.st_ino) in watch.written
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (descriptors, threads)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="fanotify needs root")
+def test_what_only_ended_processes_opened_is_told_apart(tmp_path: Path) -> None:
+    for name in ("first", "second", "compiled"):
+        (tmp_path / name).write_text("x")
+    script = "exec 3<second 4<first; cat compiled; echo ready; read line"
+    argv, pipe = ["/bin/sh", "-c", script], subprocess.PIPE
+    with (
+        OpenedFiles(ThisProcess()) as watch,  # type: ignore[arg-type]
+        subprocess.Popen(argv, cwd=tmp_path, stdin=pipe, stdout=pipe) as shell,
+    ):
+        assert shell.stdout is not None
+        assert shell.stdout.read(7) == b"xready\n"
+        pid = shell.pid
+    below = [Path(path).name for path in watch.read if path.startswith(f"{tmp_path}/")]
+    lasting = [Path(path).name for path in watch.lasting([pid]) if path.startswith(f"{tmp_path}/")]
+    assert below == ["second", "first", "compiled"]
+    assert lasting == ["second", "first"]
+    assert watch.lasting([]) == []
