@@ -6,6 +6,7 @@ Every start is timed to the first token of the oracle's answer, and then ended:
     cold                    the command, with empty kernel caches
     warm-cache              the command again, with the caches that the cold start left
     cache                   `rekindle restore --rung cache`, with the image's kernel cache and none on disk
+    cache-cold-page-cache   the same, with what the server reads dropped from the page cache
     process                 `rekindle restore`, with the dump in the page cache
     process-cold-page-cache `rekindle restore`, with the dump dropped from the page cache
     process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME
@@ -40,8 +41,16 @@ from rekindle.engine import Engine, Request
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, OracleError, WorkloadError
 from rekindle.fields import JSON
-from rekindle.files import copy_sparse_tree, drop_from_page_cache, remove_tree, write_atomically, write_back
+from rekindle.files import (
+    copy_sparse_tree,
+    drop_file_from_page_cache,
+    drop_from_page_cache,
+    remove_tree,
+    write_atomically,
+    write_back,
+)
 from rekindle.home import Home
+from rekindle.node import start_reads
 from rekindle.record import Record
 from rekindle.run import run, spawn
 from snapshot.server import TEMPORARY, Server, make_temporary
@@ -52,6 +61,7 @@ _STARTS = (
     "cold",
     "warm-cache",
     "cache",
+    "cache-cold-page-cache",
     "process",
     "process-cold-page-cache",
     "process-registry",
@@ -68,9 +78,10 @@ _SETTLE_SECONDS = 1.0
 class BenchOptions(Struct, frozen=True, kw_only=True):
     """The server to compare, and how often to start it.
 
-    `cold_runs` is for `cold`, `warm-cache` and `cache`, which take long. `registry` is the reference to push
-    to; None skips `process-registry`. `replicas` are the numbers of replicas to run at once. `delta` saves
-    replicas, too. `ready_url` and `oracle_file` are options of `rekindle snapshot`.
+    `cold_runs` is for those that take long: `cold`, `warm-cache`, `cache` and `cache-cold-page-cache`.
+    `registry` is the reference to push to; None skips `process-registry`. `replicas` are the numbers of
+    replicas to run at once. `delta` saves replicas, too. `ready_url` and `oracle_file` are options of
+    `rekindle snapshot`.
     """
 
     command: tuple[str, ...]
@@ -132,6 +143,7 @@ class Bench:
         record, image_bytes, has_cache = self._snapshot(caches)
         for _ in range(cold_runs if has_cache else 0):
             self._add(starts, "cache", self._cache_start(caches))
+            self._add(starts, "cache-cold-page-cache", self._cache_start(caches, record.reads))
         dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
         for directory in (dump, self._work / "plain"):
             write_back(directory)
@@ -199,7 +211,7 @@ class Bench:
             began = time.monotonic()
             server = Server(cell, self._options.command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
-            clock = _Milestones(self._engine, server, began)
+            clock = _Milestones(self._engine, (server.stdout, server.stderr), began)
             wait_ready(server, self._engine, client, _START_SECONDS, meanwhile=clock.update)
             clock.mark("ready")
             first = self._first_token(client, self._engine.oracle_request(client))
@@ -266,10 +278,20 @@ class Bench:
         finally:
             remove_tree(home)
 
-    def _cache_start(self, caches: Path) -> Start:
-        """Restore as on a node that cannot restore the process and has no kernel cache of its own."""
+    def _cache_start(self, caches: Path, dropped: str = "") -> Start:
+        """Restore as on a node that cannot restore the process and has no kernel cache of its own.
+
+        What a record says in `dropped` that a start reads is dropped from the page cache before, with the
+        image.
+        """
         for path in self._engine.cache_environment(caches).values():
             remove_tree(Path(path))
+        if dropped:
+            for read in start_reads.decode(dropped):
+                with contextlib.suppress(OSError):
+                    drop_file_from_page_cache(Path(read.path))
+            write_back(self._home.store)
+            drop_from_page_cache(self._home.store)
         start = self._restore_start(
             options=["--rung", "cache"], outcome="cache", peak="restore-cache", seconds=_START_SECONDS
         )
@@ -311,7 +333,9 @@ class Bench:
                 stderr=output.fileno(),
             )
             try:
-                yield process.pid, _await_report(report, process.poll, log, outcome, seconds)
+                clock = _Milestones(self._engine, [log], time.monotonic())
+                document = _await_report(report, process.poll, clock.update, log, outcome, seconds)
+                yield process.pid, _with_milestones(document, clock.phases)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
@@ -381,9 +405,9 @@ class Bench:
 class _Milestones:
     """Divide a start into phases by texts that appear in the server's log."""
 
-    def __init__(self, engine: Engine, server: Server, began: float) -> None:
+    def __init__(self, engine: Engine, logs: Sequence[Path], began: float) -> None:
         self._waiting = list(engine.milestones())
-        self._logs = (server.stdout, server.stderr)
+        self._logs = logs
         self._last = began
         self.phases: dict[str, float] = {}
 
@@ -401,14 +425,40 @@ class _Milestones:
         self._last = now
 
 
+def _with_milestones(document: dict[str, Any], milestones: Mapping[str, float]) -> dict[str, Any]:
+    """Divide the phase `server` of a report, if it has one, into those that the server's log shows.
+
+    `milestones` are seconds, the first of them since rekindle was started.
+    """
+    phases, before = [], 0.0
+    for phase in document["phases"]:
+        left = phase["seconds"]
+        if phase["name"] == "server":
+            for name, seconds in milestones.items():
+                took = min(left, max(0.0, seconds - before))
+                phases.append({"name": name, "seconds": took})
+                left, before = left - took, 0.0
+            phases.append({"name": "ready" if milestones else "server", "seconds": left})
+        else:
+            phases.append(phase)
+            before += left
+    return {**document, "phases": phases}
+
+
 def _await_report(
-    report: Path, poll: Callable[[], int | None], log: Path, outcome: str, seconds: float
+    report: Path,
+    poll: Callable[[], int | None],
+    meanwhile: Callable[[], None],
+    log: Path,
+    outcome: str,
+    seconds: float,
 ) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while not report.exists():
         ended = poll() is not None and not report.exists()
         if ended or time.monotonic() > deadline:
             raise WorkloadError("the restore failed", cause=log.read_text(errors="replace")[-4000:])
+        meanwhile()
         time.sleep(0.005)
     document = json.loads(report.read_bytes())
     if document["outcome"] != outcome:

@@ -17,6 +17,7 @@ _LABELS = {
     "cold": "command, empty caches",
     "warm-cache": "command, warm caches",
     "cache": "restore: kernel cache",
+    "cache-cold-page-cache": "restore: kernel cache, from disk",
     "process": "restore: process",
     "process-cold-page-cache": "restore: process, from disk",
     "process-registry": "restore: process, from registry",

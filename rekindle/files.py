@@ -268,8 +268,13 @@ def write_back(directory: Path) -> None:
 def drop_from_page_cache(directory: Path) -> None:
     """Drop the files of a tree from the page cache, so that the next reader reads them from the disk."""
     for path in files_below(directory):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_file_from_page_cache(path)
+
+
+def drop_file_from_page_cache(path: Path) -> None:
+    """Drop a file from the page cache. What a process has mapped, or has yet to be written, stays."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
