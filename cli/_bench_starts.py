@@ -34,7 +34,7 @@ from cli._bench_replicas import measure_delta, measure_replicas, times
 from oci import image as images
 from oci.layout import Layout
 from oci.trust.keys import PrivateKey
-from rekindle import criu
+from rekindle import criu, log
 from rekindle.cell import Cell, Command, Network
 from rekindle.criu import search
 from rekindle.engine import Engine, Request
@@ -168,12 +168,12 @@ class Bench:
             request, answer = record.oracle.request, record.oracle.answer
             replicas = measure_replicas(counts, self._replica, self._engine, request, answer)
             for each in replicas:
-                _say(f"replicas: {each['n']} {each['memory']}, {each['memory_bytes']:,} bytes")
+                log.write(f"replicas: {each['n']} {each['memory']}, {each['memory_bytes']:,} bytes")
         deltas = []
         for number in range(runs if self._options.delta else 0):
             name = f"{_IMAGE}-delta-{number}"
             deltas.append(measure_delta(self._home, _IMAGE, name, self._tool, self._work, self._engine))
-            _say(f"delta {deltas[-1]['dump_seconds']:.2f} s, {deltas[-1]['dump_bytes']:,} bytes")
+            log.write(f"delta {deltas[-1]['dump_seconds']:.2f} s, {deltas[-1]['dump_bytes']:,} bytes")
             self._add(starts, "process-delta", self._restore_start(name))
         if registry := self._options.registry:
             self._push(registry)
@@ -194,7 +194,7 @@ class Bench:
 
     def _add(self, starts: dict[str, list[Start]], name: str, start: Start) -> None:
         starts.setdefault(name, []).append(start)
-        print(f"rekindle: {name} {start.seconds:.2f} s", file=sys.stderr, flush=True)
+        log.write(f"{name} {start.seconds:.2f} s")
         time.sleep(_SETTLE_SECONDS)
 
     def _command_start(self, caches: Path) -> Start:
@@ -202,8 +202,8 @@ class Bench:
         logs = self._work / "logs"
         for directory in (caches, caches / "tmp", logs):
             directory.mkdir(exist_ok=True)
-        for log in logs.iterdir():
-            log.unlink()
+        for old in logs.iterdir():
+            old.unlink()
         environment = {**os.environ, **self._engine.cache_environment(caches)}
         with Cell() as cell:
             cell.enter(Network.PRIVATE)
@@ -263,7 +263,7 @@ class Bench:
             raise WorkloadError("the push failed", cause=done.output, command=argv)
         document = json.loads(report.read_bytes())
         self._peaks["push"] = document["peak_rss_bytes"]
-        print(f"rekindle: push {document['seconds']:.2f} s", file=sys.stderr, flush=True)
+        log.write(f"push {document['seconds']:.2f} s")
 
     def _registry_start(self, registry: str) -> Start:
         """Restore as on a fresh node, without a store or remembered facts about its CRIU."""
@@ -470,10 +470,6 @@ def _await_report(
 def _rekindle() -> list[str]:
     """Return the command line prefix of this rekindle."""
     return [sys.executable, "-m", "rekindle"]
-
-
-def _say(text: str) -> None:
-    print(f"rekindle: {text}", file=sys.stderr, flush=True)
 
 
 def _medians(deltas: Sequence[Mapping[str, float]]) -> dict[str, float] | None:

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from cli import _report
+from cli._afterwards import Afterwards
 from rekindle.report import Report
 from restore.listener import Listener
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 class Console(Listener):
     """Print lines and progress to stderr, and write the report where it was asked for."""
 
-    def __init__(self, args: argparse.Namespace, detached: "Detached | None") -> None:
-        self._args, self._detached = args, detached
+    def __init__(self, args: argparse.Namespace, detached: "Detached | None", *, wakes: bool = False) -> None:
+        self._args, self._detached, self._wakes = args, detached, wakes
+        self._afterwards: Afterwards | None = None
         self._tell = _report.console(quiet=args.quiet)
 
     def say(self, text: str) -> None:
@@ -32,12 +34,17 @@ class Console(Listener):
         return shown(tally, quiet=self._args.quiet)
 
     def ready(self, report: Report) -> None:
+        self._afterwards = Afterwards(report, wakes=self._wakes)
         try:
             _report.write(report, self._args.report, to_stdout=self._args.json)
         except OSError as error:  # the running server matters more than its report
             report.say(f"WARNING: cannot write the report: {error}")
         if self._detached is not None:
             self._detached.ready(report)
+
+    def announced(self, report: Report) -> None:  # noqa: ARG002
+        assert self._afterwards is not None
+        self._afterwards.run()
 
     def interrupted(self, report: Report) -> None:
         with contextlib.suppress(OSError):
@@ -49,3 +56,4 @@ class Console(Listener):
             self._detached.tell(report)
         with contextlib.suppress(OSError):
             _report.write(report, None, to_stdout=self._args.json)
+        Afterwards(report, wakes=self._wakes).run()

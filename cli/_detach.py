@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cli import _replica_options, _report
+from rekindle import log
 from rekindle.errors import Interrupted, UsageError
 from rekindle.fields import JSON
 from rekindle.home import Home
@@ -61,8 +62,7 @@ class Detached:
     def ready(self, report: Report) -> None:
         """Tell the caller that the server is ready, or has exited before, and let go of its terminal."""
         if report.error is not None:
-            name = self.registration.name
-            print(f"rekindle: error: {report.error.message} (rekindle logs {name})", file=sys.stderr)
+            log.write_error(f"{report.error.message} (rekindle logs {self.registration.name})")
         self.tell(report)
         theirs = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _stream(1), _stream(2)

@@ -15,11 +15,12 @@ import time
 from collections.abc import Sequence
 
 from cli import _arguments, _replica_options, _report
+from cli._afterwards import Afterwards
 from cli._restoring import options_of
 from rekindle import replicas
 from rekindle.errors import BusyError, NotFoundError, RekindleError, UsageError
 from rekindle.home import Home
-from rekindle.report import Rung
+from rekindle.report import Outcome, Report, Rung
 from rekindle.run import spawn
 from restore.borrow import Lender
 from restore.flow import plan, require_one
@@ -55,8 +56,11 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
                         return status
                     from snapshot.lent import hibernate
 
+                    report = Report(verb="hibernate")
                     with contextlib.suppress(BusyError):  # a client was quicker
-                        hibernate(args.name, unless_asked=True, home=home)
+                        hibernate(args.name, report, unless_asked=True, home=home)
+                        report.outcome = Outcome.SAVED
+                        Afterwards(report).run()
                         break
                 image, wakes = f"hibernated/{args.name}", True
             tell(f"{args.name} hibernates")

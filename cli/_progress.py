@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from oci.progress import Tally
+from rekindle import log
 
 _REFRESH_SECONDS = 0.1
 _LINE_SECONDS = 10.0
@@ -19,7 +20,7 @@ def shown(tally: Tally, *, quiet: bool) -> Iterator[None]:
         yield
         return
     over = threading.Event()
-    show = _bar if sys.stderr.isatty() else _lines
+    show = _bar if sys.stderr.isatty() and not log.is_json() else _lines
     thread = threading.Thread(target=show, args=[tally, over], daemon=True)
     thread.start()
     try:
@@ -65,11 +66,7 @@ def _lines(tally: Tally, over: threading.Event) -> None:
         now = _done(tally)
         rate = (now - before) / _LINE_SECONDS
         left = f"{(tally.expected_bytes - now) / rate:.0f} s left" if rate else "stalled"
-        print(
-            f"rekindle: {now:,} of {tally.expected_bytes:,} bytes, {rate / 1e6:.1f} MB/s, {left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.write(f"{now:,} of {tally.expected_bytes:,} bytes, {rate / 1e6:.1f} MB/s, {left}")
         before = now
 
 

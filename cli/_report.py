@@ -5,15 +5,15 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cli._afterwards import Afterwards
+from rekindle import log
 from rekindle.errors import UsageError
 from rekindle.fields import JSON
 from rekindle.files import write_atomically
 from rekindle.report import Outcome, Report, Rung
-from rekindle.text import printable
 
 
 def begin(verb: str, args: argparse.Namespace, *, asked: Rung = Rung.PROCESS) -> Report:
@@ -26,8 +26,7 @@ def console(*, quiet: bool) -> Callable[[str], None]:
 
     def tell(text: str) -> None:
         if not quiet:
-            with contextlib.suppress(OSError):
-                print(printable(f"rekindle: {text}"), file=sys.stderr, flush=True)
+            log.write(text)
 
     return tell
 
@@ -49,6 +48,7 @@ def reporting(report: Report, args: argparse.Namespace) -> Iterator[None]:
             write(report, path, to_stdout=False)  # `path` is None if --report was refused
         with contextlib.suppress(OSError):
             write(report, None, to_stdout=args.json)
+        Afterwards(report).run()
         raise
 
 
@@ -58,6 +58,7 @@ def finish(report: Report, args: argparse.Namespace, outcome: Outcome, text: str
     if text:
         report.say(text)
     write(report, args.report, to_stdout=args.json)
+    Afterwards(report).run()
 
 
 def write(report: Report, path: Path | None, *, to_stdout: bool) -> None:

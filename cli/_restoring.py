@@ -32,7 +32,8 @@ def run(
         registration = detached.registration if detached else _register(args, command)
         if registration is not None and detached is None:
             stack.enter_context(registration)
-        status = restore(options, Console(args, detached), cell, registration)
+        wakes = registration is not None and bool(registration.status.hibernated)
+        status = restore(options, Console(args, detached, wakes=wakes), cell, registration)
         if registration is not None:
             registration.end(status)
     return status

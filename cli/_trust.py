@@ -2,12 +2,11 @@
 """Turn the trust options of a command line into typed options."""
 
 import argparse
-import contextlib
-import sys
 
 from oci.options import TrustOptions
 from oci.trust.keys import PublicKey
 from oci.trust.policy import Identity, TrustRule, authority, identity
+from rekindle import log
 from rekindle.errors import FormatError, UsageError
 
 
@@ -15,8 +14,7 @@ def options(args: argparse.Namespace) -> TrustOptions:
     """Return the trust options of a command line. Raises UsageError if they contradict each other."""
     if args.dangerously_skip_verification:
         # Also with --quiet, so that it is noticed in scripts.
-        with contextlib.suppress(OSError):
-            print("rekindle: WARNING: signatures are not verified", file=sys.stderr)
+        log.write("WARNING: signatures are not verified")
     return TrustOptions(
         rule=_rule(args),
         policy=args.policy,

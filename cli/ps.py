@@ -5,12 +5,10 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from cli import _arguments, _report, _table
+from cli import _arguments, _memory, _report, _table
 from rekindle import documents, replicas
-from rekindle.cell import descendants
 from rekindle.fields import JSON
 from rekindle.home import Home
-from rekindle.proc import memory_bytes
 from rekindle.replicas import ReplicaEntry
 
 _SCHEMA = "rekindle.replicas/1"
@@ -48,7 +46,7 @@ def _document(replica: ReplicaEntry) -> dict[str, JSON]:
     status = documents.to_json(replica.status)
     if not replica.runs and not replica.can_wake:
         status["exit_status"] = replica.exit_status
-    own, shared = _memory(replica)
+    own, shared = _memory.of(replica) or (0, 0)
     return {
         **status,
         "state": str(replica.state),
@@ -60,7 +58,7 @@ def _document(replica: ReplicaEntry) -> dict[str, JSON]:
 
 def _row(replica: ReplicaEntry) -> tuple[str, ...]:
     status = replica.status
-    own, shared = _memory(replica)
+    memory = _memory.of(replica)
     has_ended = not replica.runs and not replica.can_wake
     state = f"{replica.state} ({replica.exit_status})" if has_ended else str(replica.state)
     return (
@@ -69,13 +67,7 @@ def _row(replica: ReplicaEntry) -> tuple[str, ...]:
         str(status.rung or "-"),
         status.endpoint or "-",
         _table.age(time.time() - status.created),
-        _table.megabytes(own) if replica.runs else "-",
-        _table.megabytes(shared) if replica.runs else "-",
+        _table.megabytes(memory[0]) if memory else "-",
+        _table.megabytes(memory[1]) if memory else "-",
         state,
     )
-
-
-def _memory(replica: ReplicaEntry) -> tuple[int, int]:
-    """Return the bytes of a server's own memory, and of its mapped files."""
-    process = replica.status.cell or replica.status.serving
-    return memory_bytes(descendants.of(process.pid) if replica.runs else ())

@@ -42,6 +42,7 @@ VERBS = {
     "inspect": "show what an image contains",
     "match": "compare this node with a snapshot, field by field",
     "doctor": "check what this node can do, and what is missing",
+    "metrics": "print or serve metrics for Prometheus",
     "completion": "print the completion of commands for a shell",
     "bench": "compare cold starts with restores, by phase",
 }
@@ -160,6 +161,11 @@ def _reader_is_gone() -> bool:
 
 
 def _print_error(error: RekindleError) -> None:
+    from rekindle import log
+
+    if log.is_json():
+        log.write_error(error.message, **_facts(error))
+        return
     lines = [f"rekindle: error: {error.message}"]
     if error.cause:
         lines.append("  cause: " + "\n         ".join(error.cause.splitlines()))
@@ -172,6 +178,21 @@ def _print_error(error: RekindleError) -> None:
         lines.append(f"  ran:   {replay(error.command)}")
     with contextlib.suppress(OSError):
         print(printable("\n".join(lines), lines=True), file=sys.stderr)
+
+
+def _facts(error: RekindleError) -> dict[str, str | int]:
+    """Return what is known about an error beside its message."""
+    from rekindle.run import replay
+
+    found = {
+        "code": error.code,
+        "cause": error.cause,
+        "hint": error.hint,
+        "server": error.server,
+        "log": str(error.log or ""),
+        "ran": replay(error.command),
+    }
+    return {"exit_status": error.exit_status, **{name: text for name, text in found.items() if text}}
 
 
 def _usage() -> str:

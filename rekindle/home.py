@@ -8,6 +8,7 @@
         replicas/NAME/              a server that runs, or has ended: see rekindle/replicas.py
         logs/                       logs of commands that failed, the newest twenty
         compared/                   what comparisons of files with records have found
+        history/                    totals and the newest reports of commands: see rekindle/history.py
         tools/                      compiled helpers, and facts about this node
         machine.key machine.pub     created by the first snapshot; signs this machine's images in the store
         policy.toml                 the user's trust policy, if any
@@ -32,7 +33,7 @@ from rekindle.os_errors import naming_full_disk
 
 _LOGS_KEPT = 20
 _ALWAYS_THERE = {"store", "dumps", "run", "tools", "logs"}
-_OURS = {*_ALWAYS_THERE, "compared", "replicas", "caches", "machine.key", "machine.pub"}
+_OURS = {*_ALWAYS_THERE, "compared", "history", "replicas", "caches", "machine.key", "machine.pub"}
 _OURS |= {"policy.toml", "config.toml", "seen.json", "lock"}
 _OF_FILE_SYSTEMS = {"lost+found"}
 _STALE_SECONDS = 3600.0
@@ -58,6 +59,7 @@ class Home:
         self.compared = root / "compared"
         self.tools = root / "tools"
         self.logs = root / "logs"
+        self.history = root / "history"  # created when something is added
         with naming_full_disk(root):
             _make_private(root)
             below = (self.store, self.dumps, self.run, self.replicas, self.compared, self.tools, self.logs)

@@ -77,8 +77,11 @@ def _keep_silent(_: str) -> None:
 
 
 class Phase(Struct, kw_only=True):
+    """A step: when it began, by time.monotonic(), and how long it took."""
+
     name: str
     seconds: float
+    began: float
 
 
 class ImageName(Struct, frozen=True, kw_only=True):
@@ -360,13 +363,13 @@ class Report(Struct, kw_only=True):
     began: float = field(default_factory=lambda: time.monotonic() - process_age())
 
     def __post_init__(self) -> None:
-        self.phases.append(Phase(name="start", seconds=time.monotonic() - self.began))
+        self.phases.append(Phase(name="start", seconds=time.monotonic() - self.began, began=self.began))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a step. Phases do not nest."""
         begin = time.monotonic()
-        phase = Phase(name=name, seconds=0.0)
+        phase = Phase(name=name, seconds=0.0, began=begin)
         self.phases.append(phase)
         try:
             yield
@@ -379,7 +382,7 @@ class Report(Struct, kw_only=True):
         last = self.phases[-1]
         rest = min(last.seconds, max(0.0, time.monotonic() - at))
         last.seconds -= rest
-        self.phases.append(Phase(name=name, seconds=rest))
+        self.phases.append(Phase(name=name, seconds=rest, began=last.began + last.seconds))
 
     def say(self, text: str) -> None:
         """Report a line of text about the present step."""
@@ -406,7 +409,7 @@ class Report(Struct, kw_only=True):
             "image": self.image.to_json() if self.image else {},
             "trust": {"verified": self.trusted_by is not None, "by": self.trusted_by},
             "reasons": [reason.to_json() for reason in self.reasons],
-            "phases": [{"name": p.name, "seconds": round(p.seconds, 6)} for p in self.phases],
+            "phases": [self._phase_to_json(phase) for phase in self.phases],
             "seconds": round(seconds, 6),
             "unaccounted_seconds": round(seconds - sum(p.seconds for p in self.phases), 6),
             "first_token_seconds": self.first_token_seconds and round(self.first_token_seconds, 6),
@@ -426,3 +429,7 @@ class Report(Struct, kw_only=True):
             "attachments": self.attachments and [each.to_json() for each in self.attachments],
             "error": self.error.to_json() if self.error else None,
         }
+
+    def _phase_to_json(self, phase: Phase) -> dict[str, JSON]:
+        at = max(0.0, phase.began - self.began)
+        return {"name": phase.name, "seconds": round(phase.seconds, 6), "at_seconds": round(at, 6)}

@@ -17,7 +17,7 @@ from rekindle.report import Outcome, Report, Rung, ServerAddress
 from restore.decide.decision import Decision, decide, os_errors_as_capability
 from restore.decide.plan import Step, require_possible
 from restore.decide.publications import unpublished
-from restore.listener import Listener
+from restore.listener import Listener, announced
 from restore.options import Options
 from restore.read_ahead import ReadAhead
 from restore.rungs import ladder
@@ -178,8 +178,10 @@ def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
     status = taken.status
     if status is None:
         run.announcer.ready()
-        status = taken.serving.run()
-        run.announcer.stopping()
+    with announced(run.listener, run.report):
+        if status is None:
+            status = taken.serving.run()
+            run.announcer.stopping()
     return status or (0 if taken.rung == run.options.rung else LOWER_STATUS)
 
 

@@ -2,12 +2,16 @@
 """The listener that is told of the progress of a restore."""
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rekindle.report import Report
 
 if TYPE_CHECKING:
     from oci.progress import Tally
+
+_JOIN_SECONDS = 3.0
 
 
 class Listener:
@@ -23,8 +27,25 @@ class Listener:
     def ready(self, report: Report) -> None:
         """Receive the complete report once the server is ready, or has exited before it was."""
 
+    def announced(self, report: Report) -> None:
+        """Receive the report once more when everybody has been told that the server is ready.
+
+        Called in a thread of its own, while the server serves: this may take a while.
+        """
+
     def interrupted(self, report: Report) -> None:
         """Receive the report when a signal ends the restore before the server is ready, before clean-up."""
 
     def failed(self, report: Report) -> None:
         """Receive the report when no rung could be taken, after clean-up."""
+
+
+@contextlib.contextmanager
+def announced(listener: Listener, report: Report) -> Iterator[None]:
+    """Call `listener.announced` beside the server, which is served within the context."""
+    thread = threading.Thread(target=listener.announced, args=[report], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(_JOIN_SECONDS)  # it is done long before, unless the server ends at once

@@ -26,7 +26,7 @@ from rekindle.fields import JSON
 from rekindle.replicas import Registration
 from rekindle.report import Outcome, Report, ServerAddress
 from restore.decide.publications import further, left_out, publications
-from restore.listener import Listener
+from restore.listener import Listener, announced
 from restore.serve import notify
 from restore.serve.address import Addresses
 from restore.serve.announce import say_addresses
@@ -110,7 +110,8 @@ def run(options: RunOptions, registration: Registration, listener: Listener | No
         say_addresses(report)
         listener.ready(report)
         notify.ready(options.ready_file)
-        status = serving.run()
+        with announced(listener, report):
+            status = serving.run()
         assert status is not None
         return status
 

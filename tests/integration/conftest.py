@@ -52,7 +52,7 @@ def rekindle(rekindle: Rekindle, _workhorse: Workhorse) -> Rekindle:
 def horse_port(rekindle: Rekindle, _workhorse: Workhorse) -> int:
     """The port of a workhorse whose snapshot is in the home, as `horse`; its dump is not unpacked yet."""
     assert _workhorse.done.status == 0, _workhorse.done.stderr
-    ignore = shutil.ignore_patterns("dumps", "logs", "run", "tools")
+    ignore = shutil.ignore_patterns("dumps", "history", "logs", "run", "tools")
     shutil.copytree(_workhorse.home, rekindle.home, ignore=ignore, dirs_exist_ok=True)
     return _workhorse.port
 

@@ -272,6 +272,7 @@ NOT_AT_A_RESTORE = [
     *("dataclasses", "inspect", "ast", "traceback", "typing_extensions", "shutil", "tempfile", "random"),
     *("ssl", "http.client", "email", "asyncio", "concurrent.futures", "logging", "importlib.metadata"),
     *("cryptography", "nacl", "sigstore", "psutil", "rich", "zstandard", "urllib3"),
+    *("rekindle.history", "prometheus_client", "opentelemetry"),
     *("rekindle.engine.client", "rekindle.secrets.forms", "rekindle.secrets.redact", "oci.cache.image"),
 ]
 """Modules that a restore of an unpacked image does not need before CRIU runs."""
