@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from rekindle.report import Report
 
 _DEFAULT_LIMIT_BYTES = 64 << 30
 _WAIT_SECONDS = 3600.0
+_ALONE_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -67,6 +69,7 @@ def ready(
     limit = limit_bytes()
     target = place(home, image)
     lock = home.dumps / f"{image.process.digest.hex}.lock"
+    deadline = time.monotonic() + _WAIT_SECONDS
     while True:
         with locked(lock, shared=True, timeout=_WAIT_SECONDS), _used(target) as used:
             if used and (fresh or not paranoid) and _is_ready(target, image):
@@ -77,7 +80,9 @@ def ready(
                 yield target
                 return
         # Between the two locks, another process may unpack the dump, or remove it to make room.
-        with locked(lock, timeout=_WAIT_SECONDS), naming_full_disk(home.root):
+        with _alone(lock, deadline) as is_alone, naming_full_disk(home.root):
+            if not is_alone:
+                continue
             if (paranoid and not fresh) or not _is_ready(target, image):
                 if not tries_left:
                     raise BusyError(
@@ -97,6 +102,20 @@ def ready(
                     with report.phase("unpack"):
                         _unpack(image, work / "unpacked", target, report, lender, resume=not paranoid)
                 fresh = True
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, deadline: float) -> Iterator[bool]:
+    """Lock a dump to unpack it; yield False if others use it: they may do so as long as their servers run."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock, timeout=_ALONE_SECONDS))
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            yield False
+            return
+        yield True
 
 
 def place(home: Home, image: Image) -> Path:

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +24,7 @@ from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.trust import verifier
 from oci.trust.verifier import Verified
-from rekindle import dump_tree
+from rekindle import dump_tree, files
 from rekindle.digest import Digest
 from rekindle.errors import BusyError, IntegrityError, RegistryError, SpaceError, UsageError
 from rekindle.home import Home
@@ -571,3 +572,29 @@ def test_a_dump_that_was_just_packed_can_be_kept(
     assert not (tmp_path / "base").exists()
     with used(home, pair[1]) as dump:
         assert (dump / "memory").is_symlink()
+
+
+def test_who_found_no_dump_does_not_wait_for_the_servers_of_those_that_were_quicker(
+    home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server locks its dump as long as it runs, shared; to unpack one, it is locked alone."""
+    verified: Verified[images.Image] = verifier.dangerously_skip(image)
+    saw_none, is_served = threading.Event(), threading.Event()
+    real = files.locked
+
+    @contextlib.contextmanager
+    def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterator[None]:
+        if threading.current_thread() is slow and not shared:
+            saw_none.set()
+            assert is_served.wait(20)
+        with real(path, shared=shared, timeout=timeout):
+            yield
+
+    monkeypatch.setattr("restore.dumps.locked", locked)
+    slow = threading.Thread(target=use, args=[home, image])
+    slow.start()
+    assert saw_none.wait(20)
+    with home.work("restore") as work, dumps.ready(home, work, verified, Report(verb="restore")):
+        is_served.set()
+        slow.join(20)
+        assert not slow.is_alive()
