@@ -43,8 +43,7 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
     require_one(decision, Rung.PROCESS)
     tell = _report.console(quiet=args.quiet)
     image, wakes = args.image, False
-    with Addresses(decision.publications) as addresses:
-        addresses.listen_early()
+    with Addresses(decision.publications, is_early=True) as addresses:
         tell(f"{addresses.main} is open; the server will be restored when a client connects")
         while True:
             if not _wait_for_client(addresses.filenos(), home, args.name if wakes else None):

@@ -15,6 +15,7 @@ _NAMES = (
     "cache_dir",
     "listen_early",
     "no_prefetch",
+    "shared_port",
 )
 
 

@@ -48,6 +48,7 @@ def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0)
         require=args.require or Rung.COLD,
         publish=tuple(args.publish),
         listen_early=args.listen_early,
+        shared_port=args.shared_port,
         listening=args.listen_fds,
         replica_index=index,
         ready_url=args.ready_url,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import _arguments
+from rekindle.errors import UsageError
 from rekindle.report import Rung
 
 
@@ -15,6 +16,10 @@ def main(words: Sequence[str], *, wakes: bool = False) -> int:
     """Run the command and return its exit status. With `wakes`, a hibernated replica gives way."""
     words, command = _arguments.split_command(words)
     args = _parser().parse_args(words)
+    if args.shared_port:
+        if args.require not in {None, Rung.PROCESS} or args.on_demand:
+            raise UsageError("--shared-port cannot be combined with --require cache or --on-demand")
+        args.require = Rung.PROCESS
     if args.on_demand and not args.plan:
         from cli import _on_demand
 
@@ -150,8 +155,14 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         "--replicas",
         type=_count,
         metavar="N",
-        help="restore N replicas, published at N consecutive ports from --publish on; needs --detach. Only "
-        "the first goes down the ladder",
+        help="restore N replicas, published at N consecutive ports from --publish on, or at one with "
+        "--shared-port; needs --detach. Only the first goes down the ladder",
+    )
+    group.add_argument(
+        "--shared-port",
+        action="store_true",
+        help="share the published port with other replicas that do so: each connection goes to the one with "
+        "the fewest, and to another if that stops or is killed; only the process rung is taken",
     )
     group.add_argument(
         "--on-demand",

@@ -6,6 +6,7 @@
         dumps/HEX/                  dumps ready to restore, by the digest of their manifest
         run/VERB-PID-XXXXXX/        the work directory of a running command, which locks it while it lives
         replicas/NAME/              a server that runs, or has ended: see rekindle/replicas.py
+        ports/HOST-PORT/            a port that replicas share: see restore/serve/shared_port.py
         logs/                       logs of commands that failed, the newest twenty
         compared/                   what comparisons of files with records have found
         history/                    totals and the newest reports of commands: see rekindle/history.py
@@ -33,7 +34,7 @@ from rekindle.os_errors import naming_full_disk
 
 _LOGS_KEPT = 20
 _ALWAYS_THERE = {"store", "dumps", "run", "tools", "logs"}
-_OURS = {*_ALWAYS_THERE, "compared", "history", "replicas", "caches", "machine.key", "machine.pub"}
+_OURS = {*_ALWAYS_THERE, "compared", "history", "replicas", "ports", "caches", "machine.key", "machine.pub"}
 _OURS |= {"policy.toml", "config.toml", "seen.json", "lock"}
 _OF_FILE_SYSTEMS = {"lost+found"}
 _STALE_SECONDS = 3600.0
@@ -56,6 +57,7 @@ class Home:
         self.dumps = root / "dumps"
         self.run = root / "run"
         self.replicas = root / "replicas"
+        self.ports = root / "ports"
         self.compared = root / "compared"
         self.tools = root / "tools"
         self.logs = root / "logs"

@@ -107,9 +107,7 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             with_cache=options.rung is Rung.CACHE,
             read_ahead=run.read_ahead,
         )
-        addresses = stack.enter_context(Addresses(decision.publications, options.listening))
-        if options.listen_early:
-            addresses.listen_early()
+        addresses = stack.enter_context(_addresses_of(decision, options))
     take = functools.partial(_take, run, decision, addresses, cell)
     taken = ladder.descend(decision.plan, take, report, stack, require=options.require)
     connections.close()
@@ -123,6 +121,15 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
         report.outcome, report.error = _OUTCOMES[taken.rung], None
         run.announcer.say_ready(taken.rung)
     return decision, taken
+
+
+def _addresses_of(decision: Decision, options: Options) -> Addresses:
+    """Bind what is to be published. Raises PortError."""
+    ports = None
+    if options.shared_port:
+        assert decision.home is not None  # only the process rung is taken
+        ports = decision.home.ports
+    return Addresses(decision.publications, options.listening, ports=ports, is_early=options.listen_early)
 
 
 def _take(

@@ -37,6 +37,7 @@ class Options(Struct, frozen=True, kw_only=True):
     of its rung; None derives them from an estimate. `publish` are addresses of this host, `[HOST:]PORT`, or
     `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
     the server listens on. With `listen_early`, clients may connect before the server is ready, and wait.
+    With `shared_port`, replicas may have the same address: a connection goes to the one with the fewest.
     `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `listening` are descriptors of sockets that listen at published addresses already. `replica_index` is that
     of one of several replicas, whose ports are apart.
@@ -51,6 +52,7 @@ class Options(Struct, frozen=True, kw_only=True):
     require: Rung = Rung.COLD
     publish: str | tuple[str, ...] | None = None
     listen_early: bool = False
+    shared_port: bool = False
     listening: tuple[int, ...] = ()
     replica_index: int = 0
     ready_url: str | None = None
@@ -71,6 +73,11 @@ class Options(Struct, frozen=True, kw_only=True):
         rungs = list(Rung)
         if rungs.index(self.rung) > rungs.index(self.require):
             raise UsageError(f"--rung {self.rung} is below --require {self.require}")
+        if self.shared_port and self.require is not Rung.PROCESS:
+            raise UsageError(
+                "--shared-port needs --require process",
+                cause="on a lower rung, a server opens its port itself",
+            )
         if self.ready_url and not self.command:
             raise UsageError("--ready-url needs a COMMAND", hint="omit it: the image records its own server")
 

@@ -249,4 +249,5 @@ def _publications(
         )
     restored = record if plan.steps[0].rung is Rung.PROCESS and plan.steps[0].possible else None
     main = engine.endpoint if engine else restored.endpoint if restored else None
-    return moved(publications(options.published, main, restored), options.replica_index)
+    found = publications(options.published, main, restored)
+    return moved(found, 0 if options.shared_port else options.replica_index)

@@ -185,6 +185,8 @@ def _publish(addresses: Addresses, serving: "Serving", record: Record, new_gate:
     try:
         for sock, target in addresses.listen(record.endpoint):
             serving.publish(sock, target, new_gate if target.port == record.endpoint.port else None)
+        for port, target in addresses.shared(record.endpoint):
+            serving.share(port, target, new_gate if target.port == record.endpoint.port else None)
     except PortError as error:
         raise RestoreError(error.message, cause=error.cause, hint=error.hint) from error
 

@@ -6,9 +6,11 @@ is ready. Why that is not the default: docs/adr/0030-listen-early.md.
 """
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -18,9 +20,10 @@ from rekindle.engine import Endpoint
 from rekindle.errors import PortError
 from rekindle.report import ServerAddress
 from restore.decide.publications import Publication
+from restore.serve.balancer import turn_away
+from restore.serve.shared_port import SharedPort
 
 _BACKLOG = 1024
-_UNREAD_BYTES = 1 << 16
 
 
 def bind(endpoint: Endpoint, *, only_ipv6: bool = False) -> socket.socket:
@@ -56,32 +59,20 @@ def listen(sock: socket.socket, endpoint: Endpoint) -> None:
         raise _port_error(endpoint, error) from error
 
 
-def turn_away(sock: socket.socket) -> None:
-    """Close the connections that wait at a listening socket, so that clients see an end rather than an error.
-
-    The OS kernel would reset them, as it does a connection that is closed with something unread.
-    """
-    sock.setblocking(False)
-    with contextlib.suppress(OSError):
-        while True:
-            client, _ = sock.accept()
-            with client, contextlib.suppress(OSError):
-                client.setblocking(False)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(_UNREAD_BYTES):
-                    pass
-
-
 class Bound(Struct, kw_only=True):
-    """A publication, with its socket while that is bound."""
+    """A publication, with its socket while that is bound, or the port that it shares with other replicas."""
 
     publication: Publication
     sock: socket.socket | None = None
+    shared: SharedPort | None = None
     problem: str = ""
 
     is_open: bool = False  # and whoever waits there is to be turned away
 
     def close(self) -> None:
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
         if self.sock is not None:
             if self.is_open:
                 turn_away(self.sock)
@@ -92,13 +83,23 @@ class Bound(Struct, kw_only=True):
 class Addresses:
     """The published addresses of a restore: bound by us, or released for the server to bind."""
 
-    def __init__(self, publications: Sequence[Publication], inherited: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        publications: Sequence[Publication],
+        inherited: Sequence[int] = (),
+        *,
+        ports: Path | None = None,
+        is_early: bool = False,
+    ) -> None:
         """Bind the addresses. Raises PortError if one that is required is taken.
 
         `inherited` are descriptors of listening sockets, which are used for the addresses that they have.
+        With `ports`, the directory of shared ports, each is shared with other replicas. With `is_early`,
+        connections wait from now on until the server is ready.
         """
         self.all: list[Bound] = []
         self._inherited = inherited
+        self._ports, self._is_early = ports, is_early
         self.add(publications)
 
     def add(self, publications: Sequence[Publication]) -> None:
@@ -109,10 +110,14 @@ class Addresses:
             for each in publications:
                 bound = Bound(publication=each)
                 self.all.append(bound)
+                take = functools.partial(bind, each.at, only_ipv6=each.at.port in ipv4)
                 with _noting(bound):
-                    bound.sock = _adopted(each.at, self._inherited) or bind(
-                        each.at, only_ipv6=each.at.port in ipv4
-                    )
+                    if self._ports is not None:
+                        bound.shared = SharedPort(self._ports, each.at, take, is_early=self._is_early)
+                    else:
+                        bound.sock = _adopted(each.at, self._inherited) or take()
+            if self._is_early:
+                self.listen_early()
         except BaseException:
             self.release()
             raise
@@ -163,6 +168,11 @@ class Addresses:
                     found.append((each.sock, target))
         return found
 
+    def shared(self, main: Endpoint | None) -> list[tuple[SharedPort, Endpoint]]:
+        """Return the ports that are shared with other replicas, each with the server's address."""
+        targets = ((each.shared, each.publication.listens or main) for each in self.all)
+        return [(port, target) for port, target in targets if port is not None and target is not None]
+
     def published(self, main: Endpoint | None) -> list[ServerAddress]:
         """Return the addresses at which clients reach the server, or should, for the report.
 
@@ -175,7 +185,7 @@ class Addresses:
                 problem=each.problem,
             )
             for each in self.all
-            if each.publication.required or each.sock is not None or each.problem
+            if each.publication.required or each.sock is not None or each.shared is not None or each.problem
         ]
 
     def release(self) -> None:

@@ -36,6 +36,11 @@ class Exchange:
         self._received_bytes += len(content)
         self._tail = (self._tail + content[-5:])[-5:]
 
+    @property
+    def is_half_answered(self) -> bool:
+        """Whether an answer has begun and not ended."""
+        return bool(self._received_bytes) and self.is_open
+
     def _final(self) -> bytes:
         """Return what was kept from the start of the final answer on, after those like 100 (Continue)."""
         rest = bytes(self._head)

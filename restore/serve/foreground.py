@@ -24,6 +24,7 @@ from rekindle.fields import JSON
 from rekindle.record import Process
 from restore.serve.control import Loan
 from restore.serve.forward import Forwarder
+from restore.serve.shared_port import SharedPort
 from restore.signals import ENDING, Signals
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _CRIU_SECONDS = 60.0
 _POLL_SECONDS = 0.01
+_LEAVE_SECONDS = 10.0
 
 Facts = Callable[[], Mapping[str, JSON]]
 
@@ -170,6 +172,7 @@ class Serving:
         self._asked_to_end = asked_to_end
         self._forwarder: Forwarder | None = None
         self._is_still = False
+        self._leaving: tuple[int, float] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -198,6 +201,13 @@ class Serving:
 
         `target` is where the server listens.
         """
+        self._forwarding().accept_from(sock, target, new_gate)
+
+    def share(self, port: SharedPort, target: Endpoint, new_gate: "NewGate | None" = None) -> None:
+        """Forward this replica's part of the connections at a shared port, as `publish` does."""
+        self._forwarding().join(port, target, new_gate)
+
+    def _forwarding(self) -> Forwarder:
         if self._forwarder is None:
             # A connection takes two descriptors. A server that runs already keeps its own limit.
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -206,7 +216,7 @@ class Serving:
                 self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             self._forwarder = Forwarder(self._selector, self._replica)
             self._stack.callback(self._forwarder.close)
-        self._forwarder.accept_from(sock, target, new_gate)
+        return self._forwarder
 
     def hold(self) -> int:
         """Let new requests wait; return how many are in flight."""
@@ -246,8 +256,9 @@ class Serving:
         while self._status is None:
             if until():
                 return None
-            for key, mask in self._selector.select():
+            for key, mask in self._selector.select(None if self._leaving is None else _POLL_SECONDS):
                 key.data(mask)
+            self._leave()
         if self._forwarder is not None:
             self._forwarder.drain()
         return self._status
@@ -258,13 +269,33 @@ class Serving:
     def _take_signals(self) -> None:
         """Pass signals on, and reap the children that have exited."""
         for signum in self._signals.take():
-            with contextlib.suppress(RestoreError):  # the cell has ended: `status` will say how
-                self._replica.signal(signum)
+            if self._hands_over(signum):
+                self._leaving = signum, time.monotonic() + _LEAVE_SECONDS
+            else:
+                self._pass_on(signum)
             if signum in ENDING:
                 self.signalled = self.signalled or signum
                 self._asked_to_end(signum)
                 self._look()
         _reap(self._replica.child())
+
+    def _pass_on(self, signum: int) -> None:
+        with contextlib.suppress(RestoreError):  # the cell has ended: `status` will say how
+            self._replica.signal(signum)
+
+    def _hands_over(self, signum: int) -> bool:
+        """Hand the clients of shared ports to other replicas, if that is possible before a signal."""
+        if signum not in ENDING - {signal.SIGHUP} or self._leaving or self._is_still:
+            return False
+        return self._forwarder is not None and self._forwarder.leave()
+
+    def _leave(self) -> None:
+        """Pass on the signal that the server has not got yet, once its last request is answered."""
+        if self._leaving is not None and self._forwarder is not None:
+            signum, deadline = self._leaving
+            if not self._forwarder.in_flight() or time.monotonic() > deadline:
+                self._leaving = None
+                self._pass_on(signum)
 
 
 def _reap(own: int) -> None:

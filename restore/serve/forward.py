@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct, field
 
 from rekindle.engine import Endpoint
+from rekindle.errors import RekindleError
 from restore.serve.exchange import Exchange
 
 if TYPE_CHECKING:
     from restore.serve.gate import ApiKeyGate, NewGate
+    from restore.serve.shared_port import SharedPlace, SharedPort
 
 _BUFFER_BYTES = 256 * 1024
 _PAUSE_SECONDS = 0.01
 _DRAIN_SECONDS = 2.0
+_REJOINS = 100
 
 
 class _Side(Struct, eq=False):
@@ -38,6 +41,22 @@ class _Side(Struct, eq=False):
     write_closed: bool = False
     gate: "ApiKeyGate | None" = None  # of the connection, the same for both ends
     exchange: Exchange = field(default_factory=Exchange)  # of the connection, too
+    place: "SharedPlace | None" = None  # of a client at a shared port
+    overlaps: bool = False  # requests of this client have met with answers
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether another replica can serve this client on."""
+        return self.place is not None and self.place.is_untouched and not self.read_closed
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether this client, as far as that is known, has got all answers, and may ask again."""
+        if self.other is None or self.pending or self.other.pending or self.overlaps:
+            return False
+        if self.read_closed or self.other.read_closed or (self.gate and self.gate.waiting_bytes):
+            return False
+        return not self.exchange.is_open
 
     def stop_writing(self) -> None:
         """Write nothing more to it; what it has sent may still be read."""
@@ -51,6 +70,16 @@ def _has_sent(sock: socket.socket) -> bool:
         return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except OSError:
         return False
+
+
+def _rejoin(port: "SharedPort") -> bool:
+    """Find the balancer of a port again, or start another; return whether there is one."""
+    for _ in range(_REJOINS):
+        with contextlib.suppress(OSError, RekindleError):
+            port.rejoin()
+            return True
+        time.sleep(_PAUSE_SECONDS)
+    return False
 
 
 class Dialer(Protocol):
@@ -67,8 +96,9 @@ class Forwarder:
         self._selector = selector
         self._network = network
         self._listeners: dict[socket.socket, Callable[[int], None]] = {}
+        self._ports: list[SharedPort] = []
         self._sides: set[_Side] = set()
-        self._holds = self._is_still = False
+        self._holds = self._is_still = self._is_leaving = False
         self._heard = time.monotonic()
 
     def idle_seconds(self) -> float:
@@ -81,8 +111,22 @@ class Forwarder:
             self._holds = True
             for sock in self._listeners:
                 self._selector.unregister(sock)
+            for port in self._ports:
+                port.hold()
+        self._give_back_all()
         for side in self._sides:
             self._watch(side)
+
+    def leave(self) -> bool:
+        """Hand the clients of shared ports to other replicas, each when it has got its answer.
+
+        Returns whether there are such ports.
+        """
+        self._is_leaving = True
+        for port in self._ports:
+            port.hold()
+        self._give_back_all()
+        return bool(self._ports)
 
     def in_flight(self) -> int:
         """Return how many connections wait for an answer, or get one."""
@@ -110,6 +154,9 @@ class Forwarder:
             self._holds = self._is_still = False
             for sock, accept in self._listeners.items():
                 self._selector.register(sock, selectors.EVENT_READ, accept)
+            for port in self._ports:
+                if not self._is_leaving:
+                    port.ready()
             for side in self._sides:
                 self._watch(side)
 
@@ -123,13 +170,49 @@ class Forwarder:
         self._listeners[sock] = lambda _: accept()
         self._selector.register(sock, selectors.EVENT_READ, self._listeners[sock])
 
+    def join(self, port: "SharedPort", target: Endpoint, new_gate: "NewGate | None" = None) -> None:
+        """Forward this replica's part of the connections at a shared port, as `accept_from` does."""
+        self._ports.append(port)
+        self._hear(port, functools.partial(self._take, port, target, new_gate))
+        port.ready()
+
+    def _hear(self, port: "SharedPort", take: Callable[[], None]) -> None:
+        def hear(_: int) -> None:
+            try:
+                take()
+            except BlockingIOError:
+                return
+            except OSError:  # the balancer has been killed
+                self._selector.unregister(port)
+                if _rejoin(port):
+                    self._selector.register(port, selectors.EVENT_READ, hear)
+                else:
+                    self._ports.remove(port)
+                    port.close()
+
+        self._selector.register(port, selectors.EVENT_READ, hear)
+
+    def _take(self, port: "SharedPort", target: Endpoint, new_gate: "NewGate | None") -> None:
+        """Take what the balancer hands over. Raises BlockingIOError, or another OSError if it is gone."""
+        while True:
+            found = port.take()
+            if found is not None:
+                client, place = found
+                if self._is_leaving or self._holds:
+                    client.close()
+                    place.give_back()
+                else:
+                    self._begin(client, target, new_gate, place)
+
     def drain(self) -> None:
         """Deliver what a server that has ended wrote to its clients, as the kernel would without a forwarder.
 
         Stop listening. Give up on clients once none has taken a byte for two seconds.
         """
+        self._is_leaving = True
         self.resume()
         self._stop_listening()
+        self._give_back_all()
         for side in self._sides:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(side.sock)
@@ -146,8 +229,13 @@ class Forwarder:
     def close(self) -> None:
         """Stop listening, and close every connection."""
         self._stop_listening()
+        self._give_back_all()
         for side in list(self._sides):
             self._drop(side)
+        for port in self._ports:
+            self._selector.unregister(port)
+            port.close()
+        self._ports.clear()
 
     def _stop_listening(self) -> None:
         for sock in self._listeners:
@@ -163,13 +251,25 @@ class Forwarder:
             if error.errno in {errno.EMFILE, errno.ENFILE}:
                 time.sleep(_PAUSE_SECONDS)  # the connection stays in the queue and would wake us at once
             return
+        self._begin(client, target, new_gate)
+
+    def _begin(
+        self,
+        client: socket.socket,
+        target: Endpoint,
+        new_gate: "NewGate | None",
+        place: "SharedPlace | None" = None,
+    ) -> None:
+        """Connect a client to the server."""
         host = target.reachable_host
         try:
             server = self._network.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError:
             client.close()
+            if place is not None:
+                place.give_back()
             return
-        near, far = _Side(client), _Side(server, is_server=True, connected=False)
+        near, far = _Side(client, place=place), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
         near.gate = far.gate = new_gate() if new_gate else None
         far.exchange = near.exchange
@@ -180,7 +280,7 @@ class Forwarder:
             self._sides.add(side)
         number = server.connect_ex((host, target.port))
         if number not in {0, errno.EINPROGRESS}:
-            self._drop(near)
+            self._give_back_or_drop(near)
             return
         self._watch(near)
         self._watch(far)
@@ -196,6 +296,8 @@ class Forwarder:
             is_wanted = is_wanted and side.gate.waiting_bytes < _BUFFER_BYTES
         if self._holds and not side.is_server:
             is_wanted = is_wanted and side.exchange.is_open
+        if side.place is not None:
+            is_wanted = is_wanted and side.other.connected  # until then, another replica can have it
         if side.connected and is_wanted and len(side.other.pending) < _BUFFER_BYTES:
             events |= selectors.EVENT_READ
         if self._is_still:
@@ -225,6 +327,9 @@ class Forwarder:
                         mask |= selectors.EVENT_READ
                 self._flush(side)
             if mask & selectors.EVENT_READ:
+                if side.place is not None:
+                    side.overlaps = side.overlaps or side.exchange.is_half_answered
+                    side.place.asked()
                 content = side.sock.recv(_BUFFER_BYTES)
                 self._heard = time.monotonic()
                 if side.is_server:
@@ -243,6 +348,9 @@ class Forwarder:
         except OSError:
             if not side.is_server:
                 self._drop(side)
+                return
+            if not side.connected and other.is_untouched:
+                self._give_back(other)
                 return
             side.read_closed = True
             side.stop_writing()
@@ -282,6 +390,12 @@ class Forwarder:
         if side.write_closed and side.other.write_closed:
             self._drop(side)
             return
+        near = side.other if side.is_server else side
+        if near.place is not None and not near.place.is_untouched and near.is_answered:
+            near.place.idle()
+            if self._holds or self._is_leaving:
+                self._give_back(near)
+                return
         self._watch(side)
         self._watch(side.other)
 
@@ -302,10 +416,33 @@ class Forwarder:
             side.write_closed = True
             side.sock.shutdown(socket.SHUT_WR)
 
+    def _give_back_all(self) -> None:
+        """Let other replicas have the clients that wait for nothing."""
+        for side in list(self._sides):
+            if side.is_untouched:
+                self._give_back(side)
+
+    def _give_back_or_drop(self, near: _Side) -> None:
+        if near.is_untouched:
+            self._give_back(near)
+        else:
+            self._drop(near)
+
+    def _give_back(self, near: _Side) -> None:
+        """Let another replica have a client, whose connection stays open."""
+        place, near.place = near.place, None
+        self._drop(near)
+        if place is not None:
+            place.give_back()
+
     def _drop(self, side: _Side) -> None:
         for each in (side, side.other):
             if each is not None and each in self._sides:
                 self._sides.discard(each)
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each.sock)
+                if each.place is not None:  # the balancer has it, too
+                    with contextlib.suppress(OSError):
+                        each.sock.shutdown(socket.SHUT_RDWR)
+                    each.place.done()
                 each.sock.close()
