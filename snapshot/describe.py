@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describe a server for its record: where it listens, and which files it uses."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, structs
@@ -12,6 +13,8 @@ from rekindle.cell.settings import ProcessSettings
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.caches import CacheRoot
 from rekindle.node import sampled
+from rekindle.node.credentials import InheritedCredentials, inherited_from
+from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.huge_pages import HugePages, of_smaps
 from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile, describe
@@ -33,8 +36,9 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     `listeners` are where it listens, the main address first. `server_pid` is the PID in the cell that gets
     its signals. `threads` is the number of its threads. `opened` are the paths that its processes have
     mapped or open, without its own logs. `settings` are those that its processes have set for themselves,
-    `private` the paths of which each replica gets a copy, `huge_pages` those that they have mapped. `reads`
-    is what a start would read.
+    `credentials` those that they inherited, None if unknown. `private` are the paths of which each replica
+    gets a copy, `huge_pages` those that they have mapped. `reads` is what a start
+    would read.
     """
 
     listeners: tuple[Endpoint, ...]
@@ -42,6 +46,7 @@ class RunningServer(Struct, frozen=True, kw_only=True):
     threads: int
     opened: set[str]
     settings: tuple[ProcessSettings, ...]
+    credentials: InheritedCredentials | None
     private: PrivatePaths
     huge_pages: tuple[HugePages, ...]
     reads: StartReads
@@ -104,6 +109,19 @@ def mapped_files(opened: set[str]) -> list[MappedFile]:
         if path.startswith("/") and not path.startswith(("/dev/", "/proc/", "/memfd:", "/SYSV"))
     ]
     return [file for path in paths if (file := describe(path)) is not None]
+
+
+def inherited_credentials(cell: Cell, root: int) -> InheritedCredentials | None:
+    """Return the credentials that the root of a server's processes inherited; None if it has ended."""
+    with contextlib.suppress(OSError, KeyError):
+        return inherited_from(processes.host_pids_by_inner(cell)[root])
+    return None
+
+
+def node_of(argv: Sequence[str], environment: Mapping[str, str], running: RunningServer) -> Fingerprint:
+    """Return this node, as a start of the server would find it."""
+    found = Fingerprint.probe(argv, environment)
+    return structs.replace(found, credentials=running.credentials or found.credentials)
 
 
 def without_secrets(mapped: Sequence[MappedFile], loaded: Loaded) -> list[MappedFile]:

@@ -28,7 +28,6 @@ from rekindle.environment import describe_environment
 from rekindle.errors import CapabilityError, DumpError, UsageError
 from rekindle.fields import JSON
 from rekindle.files import PAGE_BYTES, copy_sparse_tree, remove_tree
-from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile
 from rekindle.os_errors import naming_full_disk
@@ -42,11 +41,13 @@ from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
     Dumped,
     RunningServer,
+    inherited_credentials,
     listened_endpoint,
     listened_endpoints,
     main_first,
     mapped_files,
     mapped_huge_pages,
+    node_of,
     opened_files,
     readable_path,
     without_secrets,
@@ -180,7 +181,7 @@ def make(
         endpoint=running.listeners[0],
         listeners=running.listeners,
         oracle=started.oracle,
-        node=Fingerprint.probe(spec.argv, server.environment),
+        node=node_of(spec.argv, server.environment, running),
         criu=RecordedCriu(version=tool.version),
         process=_process(spec, server, running, hooked, dumped),
         mapped_files=without_secrets(mapped, read),
@@ -281,6 +282,7 @@ def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) 
         opened=opened,
         private=private,
         settings=read_settings(cell, server.root_pid),
+        credentials=inherited_credentials(cell, server.root_pid),
         huge_pages=mapped_huge_pages(cell, pids),
         reads=start_reads.find(cell, started.reads),
     )

@@ -279,7 +279,9 @@ def _describe(replica: RunningReplica, tool: Criu, process: Process) -> dict[str
         "listeners": main_first(base.endpoint, listeners),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "made_by": f"rekindle {__version__}",
-        "node": msgspec.structs.replace(Fingerprint.probe(), packages=base.node.packages),
+        "node": msgspec.structs.replace(
+            Fingerprint.probe(), packages=base.node.packages, credentials=base.node.credentials
+        ),
         "criu": RecordedCriu(version=tool.version),
         "mapped_files": sorted([*still, *mapped_files(opened - known.keys())], key=lambda file: file.path),
     }

@@ -231,6 +231,17 @@ TODAY_ROWS = (
         "refused at the snapshot ([snapshots.md](snapshots.md))",
         "`test_limits.py`",
     ),
+    (
+        "groups, ambient capabilities, securebits, no_new_privs",
+        "as at the snapshot: more than a start would have is `more-privileged`, other ones are told as "
+        "`other-credentials`; no_new_privs of today is inherited",
+        "`test_credentials.py`",
+    ),
+    (
+        "labels of AppArmor and SELinux",
+        "as at the snapshot: another one is `security-label`; without one, that of today",
+        "`tests/unit/restore/decide/test_match_credentials.py`; no OS kernel here has such a module",
+    ),
     ("NUMA policy", "told at the snapshot and here: `memory-policy`", "`test_limits.py`"),
 )
 LAST = """\

@@ -82,6 +82,8 @@ class Command(NamedTuple):
 
     With `memory`, the command and everything that it starts, which includes what CRIU restores, may map
     memory files, and the cell makes them behave as anonymous memory. A cell runs one such command.
+
+    With `clear_groups`, the command has no supplementary groups, as far as that is allowed.
     """
 
     argv: Sequence[str]
@@ -92,6 +94,7 @@ class Command(NamedTuple):
     workload: bool = False
     memory: MemoryFiles | None = None
     criu_facts: bytes | None = None
+    clear_groups: bool = False
 
 
 class Cell:
@@ -284,6 +287,7 @@ class Cell:
             "files": {number: str(path) for number, path in command.files.items()},
             "fds": list(command.fds),
             "workload": command.workload,
+            "clear_groups": command.clear_groups,
             "facts": None if command.criu_facts is None else command.criu_facts.hex(),
             "memory": command.memory
             and {"directory": str(command.memory.directory), "ranges": list(command.memory.ranges)},

@@ -13,7 +13,8 @@ rekindle talks to it over one SOCK_SEQPACKET socket, one JSON object per message
     {"op": "enter", "monotonic", "boottime"}, with "dial"    {"init": PID on the host}, {"ready": true}
      as a descriptor for a private network
     {"op": "spawn"} + a file with {"argv", "env", "cwd",
-     "files", "fds", "workload", "facts", "memory"} and
+     "files", "fds", "workload", "facts", "memory",
+     "clear_groups"} and
      descriptors                                             {"spawned": PID}, or
      for "fds"                                               {"refused": text} if "memory" cannot be
     {"op": "signal", "pid", "signal"}, with "thread" to      -
@@ -415,6 +416,9 @@ def spawn(request: dict, fds: list, prepare: Callable[[], None] | None = None) -
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(signum, signal.SIG_DFL)
+        if request["clear_groups"]:
+            with contextlib.suppress(PermissionError):
+                os.setgroups([])
         if request["workload"]:
             deny_io_uring()
             check(libc.personality(ADDR_NO_RANDOMIZE), "personality")

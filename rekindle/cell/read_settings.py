@@ -9,10 +9,12 @@ from pathlib import Path
 from msgspec import Struct
 
 from rekindle.cell import Cell, descendants, processes
-from rekindle.cell.settings import ProcessSettings, ThreadSettings
+from rekindle.cell.settings import Groups, ProcessSettings, ThreadSettings
 from rekindle.cell.socket_options import read_options
 from rekindle.node import cpus, limits
+from rekindle.node.credentials import InheritedCredentials
 
+_CAP_DAC_OVERRIDE, _CAP_SETGID = 1 << 1, 1 << 6
 _POLICY_MASK = ~getattr(os, "SCHED_RESET_ON_FORK", 0x40000000)
 _TIME_SHARED = {os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE}
 _DEFAULT_POLICIES = {"", "default", "local"}  # "local" is what the default does
@@ -45,6 +47,7 @@ class _Inherited(Struct, frozen=True, kw_only=True):
     coredump_filter: int | None
     thread: ThreadSettings
     memory_policy: str
+    credentials: InheritedCredentials
 
     @classmethod
     def of(cls, pid: int) -> "_Inherited":
@@ -54,6 +57,7 @@ class _Inherited(Struct, frozen=True, kw_only=True):
             coredump_filter=_number(pid, "coredump_filter", 16),
             thread=_thread(pid, pid),
             memory_policy=_thread_policy(pid),
+            credentials=InheritedCredentials.of_process(pid),
         )
 
 
@@ -79,6 +83,7 @@ def _read(inner: int, pid: int, inherited: _Inherited, sockets: set[int]) -> Pro
         limits=changed,
         oom_score_adj=_unless(_number(pid, "oom_score_adj"), inherited.oom_score_adj),
         coredump_filter=_unless(_number(pid, "coredump_filter", 16), inherited.coredump_filter),
+        groups=_groups(pid, inherited.credentials),
         memory_policy=" ".join(others)[:1000],
         open_files=1 + max((int(fd) for fd in os.listdir(f"/proc/{pid}/fd")), default=-1),  # noqa: PTH208
         locked_bytes=status.get("VmLck", 0),
@@ -86,6 +91,13 @@ def _read(inner: int, pid: int, inherited: _Inherited, sockets: set[int]) -> Pro
         threads=tuple(threads),
         sockets=tuple(read_options(pid, sockets)),
     )
+
+
+def _groups(pid: int, inherited: InheritedCredentials) -> Groups:
+    has = InheritedCredentials.of_process(pid)
+    if (has.gid, has.groups) != (inherited.gid, inherited.groups):
+        return Groups.OWN
+    return Groups.INHERITED if has.permitted & (_CAP_SETGID | _CAP_DAC_OVERRIDE) else Groups.BOUND
 
 
 def _unless(value: int | None, inherited: int | None) -> int | None:

@@ -8,6 +8,7 @@ which still has what rekindle had.
 """
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -56,10 +57,23 @@ class SocketSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     congestion: Annotated[str, Meta(pattern=documents.whole(r"[a-z0-9_-]{0,15}"))] = ""
 
 
+class Groups(StrEnum):
+    """The origin of a process's groups.
+
+    With OWN it has set them itself. Otherwise it has inherited them: with INHERITED it may set others, or
+    open every file anyhow; with BOUND it has no such capability.
+    """
+
+    OWN = "own"
+    INHERITED = "inherited"
+    BOUND = "bound"
+
+
 class ProcessSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The settings that a process has made for itself, and how much it uses of what is limited.
 
-    `limits` are those that it changed, soft and hard; None means inherited. `open_files` is its highest
+    `limits` are those that it changed, soft and hard; None means inherited. `groups` says whose its
+    groups are. `open_files` is its highest
     descriptor + 1. `memory_policy` is a policy for NUMA nodes, as in numa(7); "" for none.
     """
 
@@ -67,6 +81,7 @@ class ProcessSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     limits: Annotated[Mapping[str, tuple[_Limit | None, _Limit | None]], Meta(max_length=_LIMITS)] = {}
     oom_score_adj: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
     coredump_filter: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)] | None = None
+    groups: Groups = Groups.INHERITED
     memory_policy: Annotated[str, Meta(max_length=1000)] = ""
     open_files: Count = 0
     locked_bytes: Count = 0

@@ -128,7 +128,9 @@ def restore(
             fds[_AMX_FD] = amx.open_object()
             opened.callback(os.close, fds[_AMX_FD])
             env["LD_PRELOAD"] = f"/proc/self/fd/{_AMX_FD}"
-        status = cell.run(_command(argv, log_directory, env, fds, memory, facts), timeout)
+        command = _command(argv, log_directory, env, fds, memory, facts)
+        # CRIU gives a process without groups those that it has itself.
+        status = cell.run(command._replace(clear_groups=True), timeout)
     if status != 0:
         failure = RestoreError("CRIU could not restore the server")
         raise failed(failure, argv, log_directory, "restore.log", status, timeout)

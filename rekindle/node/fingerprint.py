@@ -16,7 +16,8 @@ from msgspec import Meta, Struct
 from rekindle import documents
 from rekindle.documents import Count
 from rekindle.fields import JSON
-from rekindle.node import cpus, limits
+from rekindle.node import cpus, credentials, limits
+from rekindle.node.credentials import InheritedCredentials
 from rekindle.node.gpu import Gpus
 from rekindle.node.gpu import probe as probe_gpus
 from rekindle.node.packages import versions
@@ -43,7 +44,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     are the versions that a command runs with. `cpus` are those that we may use, such as `0-3,8`; `cpu_quota`
     is how many CPUs' time our control groups allow, 0 if they do not limit it. `memory_nodes` are the NUMA
     nodes whose memory we may use, written likewise. `limits` are our resource
-    limits, soft and hard, with -1 for none.
+    limits, soft and hard, with -1 for none. `credentials` are those that a server that we start inherits.
     """
 
     architecture: str
@@ -61,6 +62,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     cpu_quota: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     memory_nodes: str = ""
     limits: Annotated[Mapping[str, tuple[_Limit, _Limit]], Meta(max_length=64)] = {}
+    credentials: InheritedCredentials | None = None
     devices: Gpus = Gpus()
 
     @classmethod
@@ -88,6 +90,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
             cpu_quota=cpus.quota(),
             memory_nodes=_memory_nodes(),
             limits=limits.of_process(),
+            credentials=credentials.own(),
             devices=probe_gpus(),
         )
 

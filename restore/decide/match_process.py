@@ -14,7 +14,7 @@ from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import describe_recorded
 from rekindle.node.packages import major_minor
 from rekindle.record import Record
-from restore.decide import match_gpus, match_limits
+from restore.decide import match_credentials, match_gpus, match_limits
 from restore.decide.abilities import Abilities
 from restore.decide.difference import Difference
 from restore.decide.match_gpus import ANY_GPU, GpuChoice
@@ -55,6 +55,7 @@ def compare(
         *_ability_problems(abilities, record),
         *_memory(abilities, record),
         *match_limits.compare(record, node),
+        *match_credentials.compare(record, node),
         *match_gpus.compare(record, node, choice),
         *_files(record, different),
         *loaded,

@@ -12,6 +12,7 @@ from msgspec import Struct, structs
 
 from rekindle.errors import RekindleError, UsageError
 from rekindle.report import Reason, Rung
+from restore.decide.credential_rules import CREDENTIAL_RULES
 from restore.decide.difference import Difference
 from restore.decide.environment_rules import OF_CACHES, OF_PROCESSES
 from restore.decide.limit_rules import LIMIT_RULES
@@ -255,6 +256,7 @@ RULES: Mapping[str, Rule] = {
         source="Linux, Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.oom.group)",
         advice="give the container more memory, or end other processes",
     ),
+    **CREDENTIAL_RULES,
     **LIMIT_RULES,
     **NEED_RULES,
     "gpu-probe": Rule(

@@ -40,7 +40,7 @@ PORT = int(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
 kept: list[object] = []
 threads: dict[str, int] = {}
-SET_MEMPOLICY, MPOL_BIND, PR_SET_TIMERSLACK = 238, 2, 29
+SET_MEMPOLICY, MPOL_BIND, PR_SET_TIMERSLACK, PR_GET_SECUREBITS = 238, 2, 29, 27
 
 
 def run(name: str, *begin: Any) -> None:
@@ -191,7 +191,20 @@ def settings() -> dict[str, Any]:
         "umask": f"{old:03o}",
         "dump": Path("/proc/self/coredump_filter").read_text().strip(),
         "sockets": options(),
+        "credentials": credentials(),
         "threads": {name: thread(tid) for name, tid in {"main": os.getpid(), **threads}.items()},
+    }
+
+
+def credentials() -> dict[str, Any]:
+    status = Path("/proc/self/status").read_text().splitlines()
+    lines = {name: value.strip() for name, _, value in (line.partition(":") for line in status)}
+    return {
+        "gid": os.getegid(),
+        "groups": sorted(os.getgroups()),
+        "no_new_privs": int(lines["NoNewPrivs"]),
+        "securebits": libc.prctl(PR_GET_SECUREBITS, 0, 0, 0, 0),
+        "ambient": int(lines["CapAmb"], 16),
     }
 
 
