@@ -126,6 +126,16 @@ def add_ready_timeout(parser: argparse.ArgumentParser, default: float) -> None:
     )
 
 
+def add_client_address(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how the server learns its clients' addresses."""
+    parser.add_argument(
+        "--client-address",
+        choices=["proxy-v1", "proxy-v2", "forwarded-for"],
+        help="tell the server the addresses of its clients, by the PROXY protocol or by X-Forwarded-For in "
+        "each request (default: it sees that all come from 127.0.0.1)",
+    )
+
+
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Add the options for the report."""
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")

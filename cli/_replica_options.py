@@ -16,6 +16,7 @@ _NAMES = (
     "listen_early",
     "no_prefetch",
     "shared_port",
+    "client_address",
 )
 
 

@@ -13,6 +13,7 @@ from rekindle.errors import UsageError
 from rekindle.home import Home
 from rekindle.replicas import Registration, register
 from rekindle.report import Rung
+from restore.client_address import ClientAddress
 from restore.flow import LOWER_STATUS, plan, require_one, restore
 from restore.options import Memory, Options, Output
 
@@ -49,6 +50,7 @@ def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0)
         publish=tuple(args.publish),
         listen_early=args.listen_early,
         shared_port=args.shared_port,
+        client_address=ClientAddress(args.client_address) if args.client_address else None,
         listening=args.listen_fds,
         replica_index=index,
         ready_url=args.ready_url,

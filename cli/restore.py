@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="open the port before the restore begins: clients that connect early wait, and are answered "
         "once the server is ready, but a probe that only connects cannot tell whether it is",
     )
+    _arguments.add_client_address(parser)
     _add_rungs(parser)
     parser.add_argument("--plan", action="store_true", help="print what would be done, and exit")
     parser.add_argument(

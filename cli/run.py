@@ -28,6 +28,7 @@ def main(words: Sequence[str]) -> int:
     from cli._console import Console
     from rekindle.cell import Network
     from rekindle.environment import KEY_VARIABLES
+    from restore.client_address import ClientAddress
     from snapshot.run import Follower, RunOptions, run
 
     with contextlib.ExitStack() as stack:
@@ -39,6 +40,7 @@ def main(words: Sequence[str]) -> int:
             command=tuple(command),
             network=Network(args.network),
             publish=tuple(args.publish),
+            client_address=ClientAddress(args.client_address) if args.client_address else None,
             ready_seconds=args.ready_timeout,
             ready_url=args.ready_url,
             ready_file=args.ready_file,
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="publish the server at this address of the host (default: the address that it listens on)",
     )
+    _arguments.add_client_address(parser)
     parser.add_argument(
         "--network",
         choices=["private", "host"],

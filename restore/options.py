@@ -9,6 +9,7 @@ from msgspec import Struct, field
 from oci.options import RegistryOptions, TrustOptions
 from rekindle.errors import UsageError
 from rekindle.report import Rung
+from restore.client_address import ClientAddress
 
 
 class Memory(StrEnum):
@@ -38,6 +39,7 @@ class Options(Struct, frozen=True, kw_only=True):
     `[HOST:]PORT:SERVERPORT` for a port of the server other than its main one; None for the addresses that
     the server listens on. With `listen_early`, clients may connect before the server is ready, and wait.
     With `shared_port`, replicas may have the same address: a connection goes to the one with the fewest.
+    `client_address` is how the server learns the addresses of clients that reach it through us.
     `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `listening` are descriptors of sockets that listen at published addresses already. `replica_index` is that
     of one of several replicas, whose ports are apart.
@@ -53,6 +55,7 @@ class Options(Struct, frozen=True, kw_only=True):
     publish: str | tuple[str, ...] | None = None
     listen_early: bool = False
     shared_port: bool = False
+    client_address: ClientAddress | None = None
     listening: tuple[int, ...] = ()
     replica_index: int = 0
     ready_url: str | None = None

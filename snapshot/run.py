@@ -25,6 +25,7 @@ from rekindle.errors import UsageError
 from rekindle.fields import JSON
 from rekindle.replicas import Registration
 from rekindle.report import Outcome, Report, ServerAddress
+from restore.client_address import ClientAddress
 from restore.decide.publications import further, left_out, publications
 from restore.listener import Listener, announced
 from restore.serve import notify
@@ -48,6 +49,7 @@ class RunOptions(Struct, frozen=True, kw_only=True):
     command: tuple[str, ...]
     network: Network = Network.PRIVATE
     publish: tuple[str, ...] = ()
+    client_address: ClientAddress | None = None
     ready_seconds: float = READY_SECONDS
     ready_url: str | None = None
     ready_file: Path | None = None
@@ -157,6 +159,7 @@ def _bring_up(
             notify.stopping(options.ready_file)
 
     serving = stack.enter_context(Serving(replica, signals, asked_to_end))
+    serving.client_address = options.client_address
     stack.enter_context(Control(registration.directory, serving, replica))
     listeners = listened_endpoints(cell, processes.tree(cell, server.root_pid))
     if options.network is Network.PRIVATE:

@@ -157,6 +157,7 @@ def _serve(
     output = (run.options.output.stdout, run.options.output.stderr)
     replica = RestoredServer(cell, image.record.process, kill, output, facts)
     serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
+    serving.client_address = run.options.client_address
     if run.registration is not None:
         with contextlib.suppress(OSError):  # a server without it is served as well
             stack.enter_context(Control(run.registration.directory, serving, replica))

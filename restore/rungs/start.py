@@ -145,6 +145,7 @@ def start_server(
         _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
         report.cache = watched.proof(engine.compiled(up.child.first_output)).summary
+    up.serving.client_address = run.options.client_address
     for sock, target in addresses.listen(listens):
         up.serving.publish(sock, target)
     return TakenRung(rung=rung, serving=up.serving)

@@ -22,6 +22,7 @@ from rekindle.engine import Endpoint
 from rekindle.errors import RestoreError
 from rekindle.fields import JSON
 from rekindle.record import Process
+from restore.client_address import ClientAddress
 from restore.serve.control import Loan
 from restore.serve.forward import Forwarder
 from restore.serve.shared_port import SharedPort
@@ -153,7 +154,10 @@ class RestoredServer:
 
 
 class Serving:
-    """A context that serves a server's clients. `signalled` is the first signal that asked it to end."""
+    """A context that serves a server's clients. `signalled` is the first signal that asked it to end.
+
+    `client_address` says how the server learns their addresses; set it before anything is published.
+    """
 
     def __init__(
         self,
@@ -166,6 +170,7 @@ class Serving:
         `asked_to_end` is called with every signal that asks the server to end, after it was passed on.
         """
         self.signalled: int | None = None
+        self.client_address: ClientAddress | None = None
         self._status: int | None = None
         self._replica = replica
         self._signals = signals
@@ -214,7 +219,7 @@ class Serving:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
                 self._stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-            self._forwarder = Forwarder(self._selector, self._replica)
+            self._forwarder = Forwarder(self._selector, self._replica, self.client_address)
             self._stack.callback(self._forwarder.close)
         return self._forwarder
 

@@ -17,6 +17,7 @@ from msgspec import Struct, field
 
 from rekindle.engine import Endpoint
 from rekindle.errors import RekindleError
+from restore.client_address import ClientAddress, peer, proxy_header
 from restore.serve.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -92,9 +93,16 @@ class Dialer(Protocol):
 class Forwarder:
     """Forwards connections within a selector loop. Buffers at most 512 KiB per direction."""
 
-    def __init__(self, selector: selectors.BaseSelector, network: Dialer) -> None:
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        network: Dialer,
+        client_address: ClientAddress | None = None,
+    ) -> None:
+        """With `client_address`, tell the server in this way who its clients are."""
         self._selector = selector
         self._network = network
+        self._client_address = client_address
         self._listeners: dict[socket.socket, Callable[[int], None]] = {}
         self._ports: list[SharedPort] = []
         self._sides: set[_Side] = set()
@@ -271,7 +279,9 @@ class Forwarder:
             return
         near, far = _Side(client, place=place), _Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
-        near.gate = far.gate = new_gate() if new_gate else None
+        near.gate = far.gate = self._new_gate(client, target, new_gate)
+        if self._client_address is not None:
+            far.pending += proxy_header(self._client_address, client)
         far.exchange = near.exchange
         for side in (near, far):
             side.sock.setblocking(False)
@@ -284,6 +294,18 @@ class Forwarder:
             return
         self._watch(near)
         self._watch(far)
+
+    def _new_gate(
+        self, client: socket.socket, target: Endpoint, new_gate: "NewGate | None"
+    ) -> "ApiKeyGate | None":
+        if self._client_address is not ClientAddress.FORWARDED_FOR:
+            return new_gate() if new_gate else None
+        address = peer(client)
+        if new_gate:
+            return new_gate(forwarded_for=address)
+        from restore.serve.gate import ApiKeyGate
+
+        return ApiKeyGate(None, str(target), forwarded_for=address)
 
     def _watch(self, side: _Side) -> None:
         """Register for the events that a side waits for: it can be written to, or read from."""

@@ -10,7 +10,6 @@ Pure: bytes go in, and bytes and the decision to close come out. h11 parses and 
 """
 
 import re
-from collections.abc import Callable
 from email.utils import formatdate
 from typing import Protocol
 
@@ -64,10 +63,14 @@ class _Exchange:
 class ApiKeyGate:
     """The gate of one connection. After each call, take `to_client` and `to_server`, then heed `is_over`."""
 
-    def __init__(self, guard: Guardian, host: str, *, hides_key: bool = False) -> None:
+    def __init__(
+        self, guard: Guardian | None, host: str, *, hides_key: bool = False, forwarded_for: str = ""
+    ) -> None:
         """`host` is the value of the header Host for a request of HTTP/1.0 that has none.
 
-        With `hides_key`, the server does not get the header Authorization: its memory may be saved.
+        Without a guard, no request is refused. With `hides_key`, the server does not get the header
+        Authorization: its memory may be saved. `forwarded_for` is the client's address, which is added to
+        those in X-Forwarded-For.
         """
         self.to_client = bytearray()
         self.to_server = bytearray()
@@ -75,6 +78,7 @@ class ApiKeyGate:
         self._guard = guard
         self._host = host.encode()
         self._hides_key = hides_key
+        self._forwarded_for = forwarded_for.encode()
         self._unread = bytearray()
         self._exchange: _Exchange | None = None
         self._is_tunnel = False
@@ -156,7 +160,7 @@ class ApiKeyGate:
         """Refuse a request, or pass its head on."""
         headers = request.headers.raw_items()
         seen = [item for item in headers if item[0].lower() != b"authorization"] if is_padded else headers
-        if self._guard.refuses(request.method, request.target, seen):
+        if self._guard is not None and self._guard.refuses(request.method, request.target, seen):
             self._refuse(exchange, request)
             return
         if request.method == b"CONNECT":
@@ -165,6 +169,8 @@ class ApiKeyGate:
             headers = [item for item in headers if item[0].lower() != b"authorization"]
         if not any(name.lower() == b"host" for name, _ in headers):
             headers = [(b"Host", self._host), *headers]
+        if self._forwarded_for:
+            headers = _with_forwarded_for(headers, self._forwarded_for)
         exchange.far = h11.Connection(h11.CLIENT)
         passed = h11.Request(method=request.method, target=request.target, headers=headers)
         self._to_server(exchange.far.send(passed))
@@ -290,8 +296,19 @@ class ApiKeyGate:
 
 _REASONS = {405: "Method Not Allowed", 431: "Request Header Fields Too Large", 501: "Not Implemented"}
 
-NewGate = Callable[[], ApiKeyGate]
-"""Makes the gate of a new connection."""
+
+class NewGate(Protocol):
+    """Makes the gate of a new connection."""
+
+    def __call__(self, *, forwarded_for: str = "") -> ApiKeyGate:
+        """Return the gate, which tells the server this address of the client if it is one."""
+
+
+def _with_forwarded_for(headers: list[tuple[bytes, bytes]], address: bytes) -> list[tuple[bytes, bytes]]:
+    """Add an address to those that proxies before us have added, in one header, at the end."""
+    known = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
+    rest = [item for item in headers if item[0].lower() != b"x-forwarded-for"]
+    return [*rest, (b"X-Forwarded-For", b", ".join([*known, address]))]
 
 
 def _require_plain(head: bytes, request: h11.Request) -> None:

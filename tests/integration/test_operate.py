@@ -381,6 +381,45 @@ def test_a_server_that_is_run_can_be_saved_under_load(rekindle: Rekindle) -> Non
     assert {each["exit_status"] for each in listed(rekindle, "--all").values()} >= {HORSE_STATUS}
 
 
+ECHO = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        told = f"{self.client_address[0]} {self.headers.get('X-Forwarded-For')}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_learns_who_its_clients_are(rekindle: Rekindle) -> None:
+    port = free_port()
+    for flags, told in (
+        ([], b"127.0.0.1 None"),
+        (["--client-address", "forwarded-for"], b"127.0.0.1 127.0.0.2"),
+    ):
+        ready = ["--ready-url", "http://127.0.0.1:8000/"]
+        command = [sys.executable, "-c", ECHO, "8000"]
+        done = rekindle(
+            "run", "echo", "--detach", "--publish", f"0.0.0.0:{port}", *ready, *flags, "--", *command
+        )
+        assert done.status == 0, done.stderr
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=20, source_address=("127.0.0.2", 0))
+        for _ in range(2):
+            client.request("GET", "/")
+            assert client.getresponse().read() == told
+        client.close()
+        assert rekindle("stop", "echo").status == 0
+    flags = ["--name", "web", "--publish", str(port), "--client-address", "proxy-v1"]
+    assert rekindle("restore", "horse", "--detach", *flags).status == 0
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        # This server does not know the PROXY protocol, and takes the header for a request.
+        assert b"Bad request syntax" in b"".join(iter(lambda: plain.recv(1 << 16), b""))
+
+
 def test_a_server_that_is_run_in_the_foreground(rekindle: Rekindle, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     mule = [sys.executable, str(SERVERS / "mule.py"), str(port)]

@@ -39,7 +39,7 @@ def forwarded(target: Endpoint, guard: Guard) -> Iterator[int]:
     with selectors.DefaultSelector() as selector, woken, wake:
         selector.register(woken, selectors.EVENT_READ, None)
         forwarder = Forwarder(selector, Here())
-        forwarder.accept_from(listener, target, lambda: ApiKeyGate(guard, str(target)))
+        forwarder.accept_from(listener, target, lambda forwarded_for="": ApiKeyGate(guard, str(target)))
 
         def loop() -> None:
             while True:
