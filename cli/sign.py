@@ -3,14 +3,14 @@
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import structs
 
 from cli import _arguments, _report, _signing
-from oci import attached, media_types, resolve, store
+from oci import attached, cosign_tags, media_types, resolve, store
 from oci import image as images
 from oci.cache import image as cache_image
 from oci.descriptor import Descriptor
@@ -19,13 +19,14 @@ from oci.progress import Tally
 from oci.reference import Reference, RegistryReference, parse
 from oci.registry.repository import Repository
 from oci.trust import attachments, signer, verifier
-from oci.trust.bundle import SimpleSignature
+from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.keys import SigningKey
 from oci.trust.machine import machine_public
 from oci.trust.policy import TrustRule
+from oci.trust.statement import SNAPSHOT, Statement
 from rekindle.digest import Digest
 from rekindle.errors import RekindleError, UsageError
-from rekindle.fields import Fields
+from rekindle.fields import JSON, Fields
 from rekindle.home import Home
 from rekindle.report import ImageName, Outcome, Report
 
@@ -44,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--legacy-tag",
         action="store_true",
-        help="with a key, also sign in the format that cosign before 2.6 reads",
+        help="with a key, also sign and attest in the format that cosign before 2.6 reads",
     )
     parser.add_argument(
         "--certificate",
@@ -99,7 +100,9 @@ def _sign(args: argparse.Namespace, reference: Reference, report: Report) -> Dig
         with report.phase("attach"):
             _attach(source, staging, signed, made)
             if key is not None and (args.legacy_tag or chain is not None):
-                _sign_simple(source, reference, staging, signed, key, chain)
+                _sign_older(source, reference, staging, signed, attested, key, chain)
+            if isinstance(source.blobs, Repository):
+                source.blobs.settle()
         return source.root.digest
 
 
@@ -148,30 +151,35 @@ def _attach(
     staging.attach(staging, made)
     found, left_out = attached.find(staging, [each.digest for each in subjects], {}, source.limits)
     assert not left_out
-    done: set[Digest] = set()
+    there, done = {each.digest for each in subjects}, set[Digest]()
     for each in found:
-        attached.copy(each, staging, source.blobs, done=done, tally=Tally())
-    source.blobs.settle()
+        attached.copy(each, staging, source.blobs, there=there, done=done, tally=Tally())
 
 
-def _sign_simple(
+def _sign_older(
     source: resolve.FoundImage,
     reference: Reference,
     staging: Layout,
     subjects: Sequence[Descriptor],
+    attested: Mapping[str, JSON],
     key: SigningKey,
     chain: "Chain | None",
 ) -> None:
-    """Add signatures in the form of cosign before 2.6, each under the tag of what it signs."""
+    """Add signatures and the attestation of the first subject in the form of cosign before 2.6."""
     assert isinstance(source.blobs, Repository)
     for subject in subjects:
         simple = SimpleSignature.sign(subject.digest, reference.policy_name, key)
         if chain is not None:
             simple = structs.replace(simple, certificate=chain.certificate, above=chain.above)
-        image = attachments.store_simple(staging, [simple])
-        content = staging.read(image, limit_bytes=image.size)
-        fields = Fields.parse(content, "manifest", limit_bytes=image.size)
-        for blob in attached.children(fields, source.limits):
-            source.blobs.upload(blob, staging)
-        tag = attachments.simple_tag(subject.digest)
-        attached.put_simple(source.blobs, tag, attached.simple_layers(content))
+        older = {cosign_tags.SIGNATURES: attachments.store_simple(staging, [simple])}
+        if subject is subjects[0]:
+            statement = Statement(subject=subject.digest, predicate_type=SNAPSHOT, predicate=attested)
+            bundle = Bundle.sign(statement, key)
+            older[cosign_tags.ATTESTATIONS] = attachments.store_envelope(staging, bundle, SNAPSHOT, simple)
+        for kind, image in older.items():
+            content = staging.read(image, limit_bytes=image.size)
+            fields = Fields.parse(content, "manifest", limit_bytes=image.size)
+            for blob in attached.children(fields, source.limits):
+                source.blobs.upload(blob, staging)
+            tag = cosign_tags.tag_of(subject.digest, kind)
+            cosign_tags.put(source.blobs, tag, content, image.media_type)

@@ -103,6 +103,32 @@ class BlobSource(Protocol):
         """Open a blob as a stream of *unchecked* bytes; see `open_verified`."""
 
 
+class HeldBlob:
+    """The bytes of a blob that was read already. Implements `BlobSource`."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def open_blob(self, _: Descriptor) -> io.RawIOBase:
+        """Return a stream of the bytes."""
+        return _Bytes(self._content)
+
+
+class _Bytes(io.RawIOBase):
+    def __init__(self, content: bytes) -> None:
+        self._rest = memoryview(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: object, /) -> int:
+        view = memoryview(into)  # type: ignore[arg-type]
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
 class Blobs(BlobSource, Protocol):
     """A place to read images from: a layout, or a repository of a registry."""
 

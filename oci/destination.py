@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A place to copy images to."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from msgspec import Struct
@@ -37,8 +38,11 @@ class Destination(Protocol):
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
         """See `Blobs.read`."""
 
+    def keep(self, tag: str, write_again: Callable[[], bool]) -> None:
+        """Let `settle` call `write_again` until that says that others have replaced nothing under a tag."""
+
     def settle(self) -> None:
-        """Make sure that what refers to a manifest stays listed, also if others attach something now."""
+        """Make sure that what was attached stays, also if others attach something now."""
 
     def cancel(self) -> None:
         """Abort the transfers of other threads, where they could take long."""

@@ -65,12 +65,18 @@ def copy(
             if isinstance(origin, LayoutReference):
                 layout = store.layout_of(origin, home)
                 stack.enter_context(layout.reading())
+                layout = layout.frozen()
                 blobs, root = layout, layout.resolve(origin.tag)
             else:
                 blobs = stack.enter_context(Repository(origin, access))
                 root = blobs.resolve()
             tree = transfer.explore(
-                blobs, root, access.config.limits, tagged=blobs.tagged, attachments=attachments
+                blobs,
+                root,
+                access.config.limits,
+                tagged=blobs.tagged,
+                attachments=attachments,
+                jobs=access.config.transfer.jobs,
             )
         report.image = ImageName(reference=target, digest=root.digest)
         stack.enter_context(_counted(report, access.tally))

@@ -26,6 +26,7 @@ from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import BlobSource, Descriptor, open_verified
+from oci.listing import TAG_ANNOTATION, Listing, key_of
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import JSON, Fields
@@ -39,8 +40,6 @@ from rekindle.files import (
     write_atomically,
 )
 from rekindle.os_errors import naming_full_disk
-
-TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
 # For blobs that are here already. The limits for images from elsewhere are set in the configuration.
 _MANIFEST_LIMIT_BYTES = 64 << 20
@@ -57,6 +56,7 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._blobs = root / "blobs" / "sha256"
+        self._frozen: Listing | None = None
 
     @classmethod
     def create(cls, root: Path) -> "Layout":
@@ -89,9 +89,15 @@ class Layout:
         finally:
             os.close(fd)
 
+    def frozen(self) -> "Layout":
+        """Return the layout with its index as it is now, for someone who only reads, and often."""
+        layout = Layout(self.root)
+        layout._frozen = self._listing()
+        return layout
+
     def tags(self) -> dict[str, Descriptor]:
         """Return every tag with the manifest it names. Raises FormatError if the index is malformed."""
-        return {d.annotations[TAG_ANNOTATION]: d for d in self._entries() if TAG_ANNOTATION in d.annotations}
+        return self._listing().tags()
 
     def resolve(self, tag: str) -> Descriptor:
         """Return the manifest that a tag names. Raises NotFoundError."""
@@ -248,34 +254,11 @@ class Layout:
 
     def tagged(self, tag: str) -> Descriptor | None:
         """Return the manifest that was attached under a tag of its own, or that others gave this tag."""
-        for each in self._entries():
-            if tag in {each.annotations.get(media_types.SIMPLE_TAG), each.annotations.get(TAG_ANNOTATION)}:
-                return each
-        return None
+        return self._listing().tagged(tag)
 
     def referrers(self, digest: Digest, *, artifact_type: str = "") -> list[Descriptor]:
         """Return the entries of the index without a tag that refer to a manifest. See `Blobs`."""
-        wanted = {artifact_type, media_types.EMPTY, ""}
-        return [
-            each
-            for each in self._entries()
-            if (not artifact_type or each.artifact_type in wanted) and self._subject(each) == digest
-        ]
-
-    def _subject(self, entry: Descriptor) -> Digest | None:
-        """Return what an entry without a tag refers to, or None."""
-        if TAG_ANNOTATION in entry.annotations or entry.media_type not in media_types.DOCUMENTS:
-            return None
-        if tag := entry.annotations.get(media_types.SIMPLE_TAG):
-            with contextlib.suppress(ValueError):
-                return Digest.parse("sha256:" + tag.removeprefix("sha256-").removesuffix(".sig"))
-            return None
-        with contextlib.suppress(FormatError, IntegrityError):
-            content = self.read(entry, limit_bytes=_MANIFEST_LIMIT_BYTES)
-            fields = Fields.parse(content, "manifest", limit_bytes=_MANIFEST_LIMIT_BYTES)
-            if fields.has("subject"):
-                return Descriptor.from_json(fields.json("subject"), "manifest.subject").digest
-        return None
+        return self._listing().referrers(digest, artifact_type)
 
     def reachable(self, roots: Sequence[Descriptor]) -> set[Digest]:
         """Return the digests of all blobs that are reachable from some manifests and indexes."""
@@ -307,7 +290,7 @@ class Layout:
             return
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
             parts = self.reachable([self.resolve(tag)])
-            attached = [each for each in self._entries() if self._subject(each) in parts]
+            attached = self._listing().attached_to(parts)
             noted = sorted(self._noted() | parts | self.reachable(attached))
             write_atomically(self.root / ".garbage", "\n".join(noted).encode())
 
@@ -347,7 +330,7 @@ class Layout:
                     return
                 noted = self._noted() if only_noted else None
                 self._drop_unattached(noted)
-                keep = {digest.hex for digest in self.reachable(self._entries())}
+                keep = {digest.hex for digest in self.reachable(self._listing().entries)}
                 names = (
                     [path.name for path in self._blobs.iterdir()]
                     if noted is None
@@ -366,15 +349,15 @@ class Layout:
 
     def _drop_unattached(self, noted: Collection[Digest] | None) -> None:
         """Remove the entries of the index that refer to images that are gone, or to those of `noted`."""
-        entries = self._entries()
-        subjects = {entry.digest: self._subject(entry) for entry in entries}
-        there = self.reachable([entry for entry in entries if subjects[entry.digest] is None])
-        gone = {digest for digest, subject in subjects.items() if subject and subject not in there}
-        if noted is not None:
-            gone = {digest for digest in gone if subjects[digest] in noted}
-        if gone:
-            document = self._document()
-            kept = [e for e in document["manifests"] if e.get("digest") not in gone]
+        listing, kept = self._listing(), []
+        there = self.reachable([each for each in listing.entries if listing.subject(each) is None])
+        attached = {key_of(each) for each in listing.attached_to(there)}
+        document = self._document()
+        for entry, raw in zip(listing.entries, document["manifests"], strict=True):
+            subject = listing.subject(entry)
+            if subject is None or key_of(entry) in attached or (noted is not None and subject not in noted):
+                kept.append(raw)
+        if len(kept) < len(listing.entries):
             self._write_index({**document, "manifests": kept})
 
     def _take_all(self, source: "Layout", roots: Sequence[Descriptor]) -> None:
@@ -396,9 +379,12 @@ class Layout:
                     hint="another process has removed it: try again",
                 ) from None
 
-    def _entries(self) -> list[Descriptor]:
+    def _listing(self) -> Listing:
+        if self._frozen is not None:
+            return self._frozen
         document = Fields(self._document(), "index.json")
-        return document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+        entries = document.list_of("manifests", Descriptor.from_json, at_most=_DESCRIPTORS_LIMIT)
+        return Listing(entries, lambda entry, limit: self.read(entry, limit_bytes=limit))
 
     def _document(self) -> dict[str, JSON]:
         """Return the index as a JSON object."""
@@ -445,7 +431,7 @@ class Arrival:
         """Store a manifest. The image's name is set by `publish`; `name` is one for an attachment."""
         put = self._incoming.put(content, media_type)
         if name is not None:
-            self._own_tags[name] = structs.replace(put, annotations={media_types.SIMPLE_TAG: name})
+            self._own_tags[name] = structs.replace(put, annotations={media_types.OWN_TAG: name})
         return put.digest
 
     def tagged(self, tag: str) -> Descriptor | None:
@@ -457,8 +443,11 @@ class Arrival:
         place = self._incoming if self._incoming.contains(descriptor) else self._layout
         return place.read(descriptor, limit_bytes=limit_bytes)
 
-    def settle(self) -> None:
+    def keep(self, tag: str, write_again: Callable[[], bool]) -> None:
         """Do nothing: `publish` lists attachments under a lock. See `Destination`."""
+
+    def settle(self) -> None:
+        """Do nothing. See `keep`."""
 
     def cancel(self) -> None:
         """Do nothing: writes to files are short. See `Destination`."""
@@ -477,8 +466,8 @@ def _remove_incoming(lock: Path) -> None:
         lock.parent.rmdir()
 
 
-def _is_tagged(entry: JSON, tag: str, annotation: str = TAG_ANNOTATION) -> bool:
-    return bool(entry.get("annotations", {}).get(annotation) == tag)
+def _is_tagged(entry: JSON, tag: str) -> bool:
+    return bool(entry.get("annotations", {}).get(TAG_ANNOTATION) == tag)
 
 
 def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> list[JSON]:
@@ -486,11 +475,8 @@ def _with_attached(entries: Sequence[JSON], attached: Sequence[Descriptor]) -> l
 
     Attachments under a tag of their own replace those that had it.
     """
-    tags = [each.annotations[media_types.SIMPLE_TAG] for each in attached if _has_own_tag(each)]
-    kept = [e for e in entries if not any(_is_tagged(e, tag, media_types.SIMPLE_TAG) for tag in tags)]
+    tags = {each.annotations.get(media_types.OWN_TAG) for each in attached} - {None}
+    kept = [e for e in entries if e.get("annotations", {}).get(media_types.OWN_TAG) not in tags]
     known = {entry.get("digest") for entry in kept}
-    return [*kept, *(each.to_json() for each in attached if each.digest not in known)]
-
-
-def _has_own_tag(attached: Descriptor) -> bool:
-    return media_types.SIMPLE_TAG in attached.annotations
+    new = [e for e in attached if media_types.OWN_TAG in e.annotations or e.digest not in known]
+    return [*kept, *(each.to_json() for each in new)]

@@ -33,12 +33,18 @@ ROLE = "vnd.rekindle.role"
 CACHE_ROLE = "cache"
 MEMORY_ROLE = "memory"  # of a layer with memory files alone
 
-# Signatures: Sigstore's bundles, and the form of cosign before 2.6, whose image is found by its tag.
+# Signatures and attestations: Sigstore's bundles, layers under the tags of cosign before 2.6, and Notation's.
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIMPLE_SIGNATURE = "application/vnd.dev.cosign.simplesigning.v1+json"
-SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"
+SIGNATURE_ANNOTATION = "dev.cosignproject.cosign/signature"  # of such a layer
+ENVELOPE = "application/vnd.dsse.envelope.v1+json"
+NOTATION = "application/vnd.cncf.notary.signature"
+SIGNATURES = frozenset({BUNDLE, SIMPLE_SIGNATURE, ENVELOPE, NOTATION})
 PREDICATE = "dev.sigstore.bundle.predicateType"  # of the statement in a bundle
-SIMPLE_TAG = "vnd.rekindle.simple-signatures"  # that tag, of an image in the index of a layout
+SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
+SNAPSHOT_PREDICATE = "https://rekindle.dev/attestations/snapshot/v1"
+# In the index of a layout: the tag under which cosign before 2.6 finds what belongs to an image.
+OWN_TAG = "vnd.rekindle.simple-signatures"
 
 # Marks a signature by this machine's own key in the index of the local store; it is never copied elsewhere.
 SIGNER = "vnd.rekindle.signer"

@@ -2,11 +2,10 @@
 """Copy images between places: only missing blobs, many at once, the tag last."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from msgspec import Struct, structs
 
-from oci import attached, media_types
+from oci import attached, media_types, parallel
 from oci.attached import Attachment, Tagged, children
 from oci.descriptor import Blobs, Descriptor
 from oci.destination import Destination, Node
@@ -45,11 +44,13 @@ def explore(
     *,
     tagged: Tagged | None = None,
     attachments: bool = True,
+    jobs: int = 1,
 ) -> Tree:
     """Read the manifests of an image, each checked against its digest, and those of its attachments.
 
-    `tagged` finds older signatures. Attachments that are malformed or exceed the limits are left out. Raises
-    FormatError if the image itself is or does.
+    `tagged` finds what cosign stored under tags. The source is asked for attachments in up to `jobs` threads;
+    those that are malformed or exceed the limits are left out. Raises FormatError if the image itself is or
+    does.
     """
     nodes: dict[Digest, Node] = {}
     blobs: dict[Digest, Descriptor] = {}
@@ -79,7 +80,7 @@ def explore(
     tree = Tree(nodes=tuple(nodes.values()), blobs=tuple(blobs.values()))
     if not attachments:
         return tree
-    found, left_out = attached.find(source, list(nodes), sizes, limits, tagged)
+    found, left_out = attached.find(source, list(nodes), sizes, limits, tagged, jobs=jobs)
     return structs.replace(tree, attached=found, left_out=left_out)
 
 
@@ -159,8 +160,10 @@ def copy(
     if tree.attached or tag is None:  # some registries take nothing whose subject is not there
         target.put_manifest(root.content, root.descriptor.media_type)
     hint = "the tag was not written; --no-attachments copies the image without its signatures"
+    there = {node.descriptor.digest for node in tree.nodes}
     results = [
-        attached.copy(each, source, target, done=done, tally=tally, hint=hint) for each in tree.attached
+        attached.copy(each, source, target, there=there, done=done, tally=tally, hint=hint)
+        for each in tree.attached
     ]
     if tag is not None:
         target.settle()
@@ -177,19 +180,20 @@ def _copy_all(
     jobs: int,
 ) -> bool:
     """Copy blobs in parallel. False if the source sent wrong bytes and can fall back to its origin."""
-    # The largest first: the small ones then fill the gaps.
-    ordered = sorted(blobs, key=lambda blob: -blob.size)
-    with ThreadPoolExecutor(max(1, min(jobs, len(ordered)))) as pool:
-        running = [pool.submit(copy_blob, blob) for blob in ordered]
-        try:
-            for job in as_completed(running):  # the first failure ends all
-                job.result()
-            return True
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            # Not the target: another attempt needs it.
-            if isinstance(error, IntegrityError) and source.fall_back_to_origin():
-                return False
+    has_fallen_back = False
+
+    def give_up(error: BaseException) -> None:
+        nonlocal has_fallen_back
+        has_fallen_back = isinstance(error, IntegrityError) and source.fall_back_to_origin()
+        if not has_fallen_back:  # else the target is needed for another attempt
             source.cancel()
             target.cancel()
+
+    # The largest first: the small ones then fill the gaps.
+    ordered = sorted(blobs, key=lambda blob: -blob.size)
+    try:
+        parallel.map_all(copy_blob, ordered, jobs, give_up=give_up)
+    except IntegrityError:
+        if not has_fallen_back:
             raise
+    return not has_fallen_back

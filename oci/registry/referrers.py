@@ -6,7 +6,6 @@ before anything is counted, and an entry that cannot be read costs that entry on
 """
 
 import json
-import random
 import re
 import urllib.parse
 from collections.abc import Callable, Collection, Sequence
@@ -31,7 +30,6 @@ _LINK_LIMIT = 4096
 _NEXT = re.compile(r'<([^<>]*)>\s*;[^,]*\brel="?next"?')
 _SETTLED = frozenset(range(100, 600)) - RETRYABLE  # what another attempt would not change
 _WRITES_LIMIT = 10
-_SETTLE_SECONDS = 0.3  # longer than another client takes from reading the index to writing it
 
 
 def ask(host: Host, repository: str, digest: Digest, artifact_type: str = "") -> list[Descriptor] | None:
@@ -117,7 +115,7 @@ class FallbackIndexes:
     """Lists referrers for a registry that does not: in an index under the fallback tag of their subject.
 
     Other clients may write the same index, and no registry compares before it replaces one. So an entry that
-    was written is read again at once and after a pause (`settle`), and written again until it stays.
+    was written is read again at once and later (`keep`), and written again until it stays.
     """
 
     def __init__(
@@ -125,30 +123,22 @@ class FallbackIndexes:
         read: Callable[[str], bytes | None],
         write: Callable[[bytes, str], object],
         has: Callable[[Descriptor], bool],
-        pause: Callable[[float], object],
+        keep: Callable[[str, Callable[[], bool]], object],
     ) -> None:
         """`read` returns the index under a tag, or None; `write` puts one there; `has` tells whether a
-        manifest is there; `pause` waits."""
+        manifest is there; `keep` is `Destination.keep`."""
         self._read = read
         self._write = write
         self._has = has
-        self._pause = pause
+        self._keep = keep
         self._written: dict[Digest, dict[Digest, Descriptor]] = {}
 
     def add(self, subject: Digest, ours: Descriptor) -> None:
         """List a manifest, unless it is listed. Raises RegistryError if it does not stay."""
         if self._missing(subject, [ours]):
-            self._written.setdefault(subject, {})[ours.digest] = ours
-
-    def settle(self) -> None:
-        """Wait until everything that was added stays listed. Raises RegistryError."""
-        for number in range(_WRITES_LIMIT):
-            if not self._written:
-                return
-            self._pause(_SETTLE_SECONDS * (number + 1) * random.uniform(1.0, 1.5))  # noqa: S311
-            waiting = self._written
-            self._written = {s: added for s, added in waiting.items() if self._missing(s, added.values())}
-        raise _unlisted(next(iter(self._written)))
+            written = self._written.setdefault(subject, {})
+            written[ours.digest] = ours
+            self._keep(fallback_tag(subject), lambda: self._missing(subject, written.values()))
 
     def _missing(self, subject: Digest, ours: Collection[Descriptor]) -> bool:
         """Add the entries that are missing from an index; tell whether there were any."""

@@ -3,7 +3,7 @@
 
 import threading
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from msgspec import structs
@@ -18,6 +18,7 @@ from oci.registry.download import BlobStream, Downloads
 from oci.registry.host import REDIRECTS, Bytes, Host, target_of
 from oci.registry.hosts import Hosts
 from oci.registry.retry import RETRYABLE
+from oci.registry.settle import Settling
 from oci.registry.url import Url
 from rekindle.digest import Digest
 from rekindle.errors import CredentialsError, FormatError, IntegrityError, NotFoundError, RegistryError
@@ -51,11 +52,12 @@ class Repository:
         self._lock = threading.Lock()
         self._kept: dict[Digest, bytes] = {}
         self._kept_bytes = 0
+        self._settling = Settling(lambda seconds: self._origin.pause(seconds))
         self._fallback = referrers.FallbackIndexes(
             self._fallback_index,
             lambda content, tag: self.put_manifest(content, media_types.INDEX, tag),
             self.has,
-            lambda seconds: self._origin.pause(seconds),
+            self.keep,
         )
         self._routes = access.routes(reference)
         self._open(self._routes)
@@ -305,9 +307,13 @@ class Repository:
             self._fallback.add(subject, referrers.entry(fields, media_type, digest, len(content)))
         return digest
 
+    def keep(self, tag: str, write_again: Callable[[], bool]) -> None:
+        """See `Destination.keep`."""
+        self._settling.keep(tag, write_again)
+
     def settle(self) -> None:
         """See `Destination.settle`."""
-        self._fallback.settle()
+        self._settling.settle()
 
     def _fallback_index(self, tag: str) -> bytes | None:
         """Return the index of referrers under a tag, or None."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find and store signatures: manifests that refer to the image, or the tag that cosign used before 2.6.
+"""Find and store signatures: manifests that refer to the image, or the tags that cosign used before 2.6.
 
 A bundle is the only layer of a manifest whose `subject` is the image (OCI image specification 1.1). An older
-signature is a layer of the image under the tag `sha256-HEX.sig`, with the signature in an annotation.
+signature is a layer of the image under the tag `sha256-HEX.sig`, with the signature in an annotation. A layer
+of the image under `sha256-HEX.att` is an older attestation, in an envelope.
 """
 
 import contextlib
@@ -12,13 +13,12 @@ from datetime import UTC, datetime
 
 from msgspec import structs
 
-from oci import media_types
-from oci.attached import simple_tag
-from oci.descriptor import Blobs, Descriptor
+from oci import cosign_tags, media_types
+from oci.descriptor import Blobs, Descriptor, readable
 from oci.layout import Layout
+from oci.likelihood import LIMIT, likelihood
 from oci.trust import bundle as bundles
 from oci.trust.bundle import Bundle, SimpleSignature
-from oci.trust.statement import COSIGN_SIGN, SNAPSHOT
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import (
@@ -31,14 +31,9 @@ from rekindle.errors import (
 )
 from rekindle.fields import JSON, Fields
 
-__all__ = ["find", "find_simple", "simple_tag", "store", "store_simple"]
-
 _CERTIFICATE = "dev.sigstore.cosign/certificate"
 _CHAIN = "dev.sigstore.cosign/chain"
 _ENTRY = "dev.sigstore.cosign/bundle"
-_LIMIT = 500  # how many attachments of an image are read
-_SIMPLE_LIMIT = 100
-_OURS = frozenset({COSIGN_SIGN, SNAPSHOT})
 
 
 def find(
@@ -60,20 +55,13 @@ def find(
     except (FormatError, RegistryError, CredentialsError) as error:
         failures.append(error)
         return
-    kinds = {each.digest: each.annotations.get(media_types.PREDICATE) for each in listed}
-    listed = sorted(listed, key=lambda each: 0 if kinds[each.digest] in _OURS else 1)
-    likely = [each for each in listed if kinds[each.digest] in {None, *_OURS}]
-    others = [each for each in listed if kinds[each.digest] not in {None, *_OURS}]
-    for number, descriptor in enumerate([*likely, *others]):
-        if number >= len(likely) and is_enough():
+    listed = sorted(listed, key=likelihood)
+    may_be_signatures = sum(likelihood(each) < 2 for each in listed)
+    for number, descriptor in enumerate(listed):
+        if number >= may_be_signatures and is_enough():
             return
-        if number == _LIMIT:
-            failures.append(
-                FormatError(
-                    f"{digest} has too many attachments to look for a signature",
-                    cause=f"{len(listed)} may be signatures; the first {_LIMIT} were read",
-                )
-            )
+        if number == LIMIT:
+            failures.append(_too_many(digest, len(listed)))
             return
         try:
             if bundle := _bundle(source, descriptor, digest, limits):
@@ -95,19 +83,35 @@ def _bundle(source: Blobs, descriptor: Descriptor, digest: Digest, limits: Limit
     return Bundle.parse(source.read(layers[0], limit_bytes=bundles.LIMIT_BYTES))
 
 
-def find_simple(source: Blobs, descriptor: Descriptor, limits: Limits) -> Iterator[SimpleSignature]:
-    """Yield the signatures in the image under cosign's tag, not verified; see `find`."""
+def find_simple(
+    source: Blobs, descriptor: Descriptor, limits: Limits, failures: list[RekindleError]
+) -> Iterator[SimpleSignature]:
+    """Yield the signatures in the image under cosign's tag, not verified, the newest first; see `find`."""
     layers: list[Descriptor] = []
     with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-        manifest = _manifest(source, descriptor, limits)
-        layers = manifest.list_of("layers", Descriptor.from_json, at_most=_SIMPLE_LIMIT)
-    for layer in layers:
-        signature = layer.annotations.get(media_types.SIGNATURE_ANNOTATION)
-        if layer.media_type == bundles.SIMPLE_MEDIA_TYPE and signature:
-            with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-                payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
-                texts = (layer.annotations.get(name, "") for name in (_CERTIFICATE, _CHAIN, _ENTRY))
-                yield SimpleSignature.of(payload, signature, *texts)
+        content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
+        layers = readable(cosign_tags.layers(content))
+    name = media_types.SIGNATURE_ANNOTATION
+    signatures = [
+        each
+        for each in reversed(layers)
+        if each.media_type == bundles.SIMPLE_MEDIA_TYPE and each.annotations.get(name)
+    ]
+    for layer in signatures[:LIMIT]:
+        with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
+            payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
+            names = (name, _CERTIFICATE, _CHAIN, _ENTRY)
+            signature, *more = (layer.annotations.get(name, "") for name in names)
+            yield SimpleSignature.of(payload, signature, *more)
+    if len(signatures) > LIMIT:
+        failures.append(_too_many(descriptor.digest, len(signatures)))
+
+
+def _too_many(digest: Digest, count: int) -> FormatError:
+    return FormatError(
+        f"{digest} has too many attachments to look for a signature",
+        cause=f"{count} may be signatures; the first {LIMIT} were read",
+    )
 
 
 def store(layout: Layout, subject: Descriptor, bundle: Bundle, predicate_type: str) -> Descriptor:
@@ -137,24 +141,38 @@ def store_simple(layout: Layout, signatures: Sequence[SimpleSignature]) -> Descr
 
     layers = []
     for each in signatures:
-        layer = layout.put(each.payload, bundles.SIMPLE_MEDIA_TYPE).to_json()
-        annotations = {media_types.SIGNATURE_ANNOTATION: b64encode(each.signature).decode()}
-        if each.certificate:
-            annotations |= {_CERTIFICATE: each.certificate.decode(), _CHAIN: each.above.decode()}
-        layers.append({**layer, "annotations": annotations})
-    config: Mapping[str, JSON] = {
-        "architecture": "",
-        "os": "",
-        "config": {},
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": media_types.MANIFEST,
-        "config": layout.put(json.dumps(config).encode(), media_types.IMAGE_CONFIG).to_json(),
-        "layers": layers,
-    }
-    return layout.put(json.dumps(manifest).encode(), media_types.MANIFEST)
+        annotations = {
+            media_types.SIGNATURE_ANNOTATION: b64encode(each.signature).decode(),
+            **_certified(each),
+        }
+        layers.append(_layer(layout, each.payload, bundles.SIMPLE_MEDIA_TYPE, annotations))
+    return _store_layers(layout, layers)
+
+
+def store_envelope(layout: Layout, bundle: Bundle, predicate_type: str, by: SimpleSignature) -> Descriptor:
+    """Write the attestation in a bundle in cosign's older form; return the manifest's descriptor.
+
+    `by` is a signature by the same key, whose certificate is stored with it.
+    """
+    content = json.dumps(bundle.envelope.to_json()).encode()
+    annotations = {media_types.SIGNATURE_ANNOTATION: "", "predicateType": predicate_type, **_certified(by)}
+    return _store_layers(layout, [_layer(layout, content, media_types.ENVELOPE, annotations)])
+
+
+def _certified(signature: SimpleSignature) -> dict[str, str]:
+    if not signature.certificate:
+        return {}
+    return {_CERTIFICATE: signature.certificate.decode(), _CHAIN: signature.above.decode()}
+
+
+def _layer(layout: Layout, content: bytes, media_type: str, annotations: Mapping[str, str]) -> JSON:
+    return {**layout.put(content, media_type).to_json(), "annotations": dict(annotations)}
+
+
+def _store_layers(layout: Layout, layers: Sequence[JSON]) -> Descriptor:
+    config, manifest = cosign_tags.image_of(layers)
+    layout.put(config, media_types.IMAGE_CONFIG)
+    return layout.put(manifest, media_types.MANIFEST)
 
 
 def _manifest(source: Blobs, descriptor: Descriptor, limits: Limits) -> Fields:

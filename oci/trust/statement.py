@@ -13,13 +13,14 @@ from typing import Self
 
 from msgspec import Struct
 
+from oci import media_types
 from rekindle.digest import Digest
 from rekindle.errors import FormatError
 from rekindle.fields import JSON, Fields
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-COSIGN_SIGN = "https://sigstore.dev/cosign/sign/v1"
-SNAPSHOT = "https://rekindle.dev/attestations/snapshot/v1"
+COSIGN_SIGN = media_types.SIGN_PREDICATE
+SNAPSHOT = media_types.SNAPSHOT_PREDICATE
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _LIMIT_BYTES = 1 << 20
 

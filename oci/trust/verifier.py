@@ -8,6 +8,7 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
+from oci import cosign_tags
 from oci.descriptor import Blobs, Descriptor
 from oci.trust import attachments
 from oci.trust.bundle import Bundle, SimpleSignature
@@ -172,13 +173,13 @@ def _accepted(
     image = None
     if tagged is not None and not is_signed():
         try:
-            image = tagged(attachments.simple_tag(root.digest))
+            image = tagged(cosign_tags.tag_of(root.digest, cosign_tags.SIGNATURES))
         except (FormatError, IntegrityError, CredentialsError):
             pass  # anyone may put anything there, and some refuse what they do not know
         except RegistryError as error:
             failures.append(error)
     if image is not None:
-        for signature in attachments.find_simple(blobs, image, limits):
+        for signature in attachments.find_simple(blobs, image, limits, failures):
             if signature.certificate:
                 yield from _certified(signature, rule, refused)
             else:

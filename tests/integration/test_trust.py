@@ -16,8 +16,8 @@ import pytest
 from msgspec import structs
 
 from oci import media_types
+from oci.cosign_tags import SIGNATURES, tag_of
 from oci.layout import Layout
-from oci.trust.attachments import simple_tag
 from oci.trust.bundle import MEDIA_TYPE, SIMPLE_MEDIA_TYPE, Bundle, SimpleSignature
 from oci.trust.keys import PrivateKey, PublicKey
 from oci.trust.statement import COSIGN_SIGN, PAYLOAD_TYPE, SNAPSHOT, Envelope, Statement
@@ -366,7 +366,7 @@ def _statement_as_simple_signing(scene: Scene) -> None:
 
 def _nonsense_under_the_older_tag(scene: Scene) -> None:
     scene.strip()
-    tag = simple_tag(Digest.parse(scene.prey.index))
+    tag = tag_of(Digest.parse(scene.prey.index), SIGNATURES)
     scene.registry.add_manifest(REPOSITORY, b"no JSON", tag)
 
 
@@ -376,7 +376,7 @@ def legacy(scene: Scene, pairs: Sequence[tuple[bytes, bytes]]) -> None:
 
     scene.registry.add_image(
         REPOSITORY,
-        simple_tag(Digest.parse(scene.prey.index)),
+        tag_of(Digest.parse(scene.prey.index), SIGNATURES),
         layers=[
             {
                 "mediaType": SIMPLE_MEDIA_TYPE,
@@ -552,7 +552,7 @@ def test_nonsense_beside_a_signature_hinders_nobody(scene: Scene) -> None:
     scene.attach(json.dumps(document).encode())
     subject = {"mediaType": media_types.INDEX, "digest": scene.prey.index, "size": 1}
     scene.registry.add_manifest(REPOSITORY, {"mediaType": media_types.MANIFEST, "subject": subject})
-    scene.registry.add_manifest(REPOSITORY, b"no JSON", simple_tag(Digest.parse(scene.prey.index)))
+    scene.registry.add_manifest(REPOSITORY, b"no JSON", tag_of(Digest.parse(scene.prey.index), SIGNATURES))
     done = scene.rekindle("verify", scene.image, *scene.flags)
     assert done.status == 0, done.stderr
     scene.wipe()
@@ -1150,24 +1150,40 @@ def test_a_key_pair_of_cosign_s_signs_for_us(market: Market, tmp_path: Path) -> 
     assert done.status == 2
 
 
+POLICY = """
+predicateType: "https://rekindle.dev/attestations/snapshot/v1"
+predicate: node: architecture: "ARCHITECTURE"
+predicate: criu: =~"^[0-9]+\\\\.[0-9]+"
+"""
+
+
 @pytest.mark.registry
 @pytest.mark.criu
+@pytest.mark.parametrize("program", [COSIGN, COSIGN_2], ids=["cosign-3", "cosign-2"])
 def test_cosign_reads_our_attestation(
-    prey: Prey, local: Rekindle, docker_registry: DockerRegistry, tmp_path: Path
+    prey: Prey, local: Rekindle, docker_registry: DockerRegistry, tmp_path: Path, program: Path
 ) -> None:
-    image = f"{docker_registry.host}/{REPOSITORY}:1"
-    assert local("push", "horse", image).status == 0
+    repository = f"{docker_registry.host}/{REPOSITORY}"
+    image = f"{repository}@{prey.index}"
+    assert local("push", "horse", f"{repository}:1").status == 0
+    if program == COSIGN_2:
+        done = local("sign", image, "--sign-key", f"{prey.ours}.key", "--legacy-tag")
+        assert done.status == 0, done.stderr
+    (tmp_path / "good.cue").write_text(POLICY.replace("ARCHITECTURE", os.uname().machine))
+    (tmp_path / "bad.cue").write_text(POLICY.replace("ARCHITECTURE", "another"))
 
-    def verify(kind: str, key: Path) -> Done:
-        words = ["verify-attestation", "--type", kind, "--key", f"{key}.pub", *LOCALLY]
-        return cosign(COSIGN, *words, image, home=tmp_path)
+    def verify(kind: str, key: Path, *more: str) -> Done:
+        words = ["verify-attestation", "--type", kind, "--key", f"{key}.pub", *LOCALLY, *more]
+        return cosign(program, *words, image, home=tmp_path)
 
-    done = verify(SNAPSHOT, prey.ours)
+    done = verify(SNAPSHOT, prey.ours, "--policy", f"{tmp_path}/good.cue")
     assert done.status == 0, done.stderr
     from base64 import b64decode
 
     statement = json.loads(b64decode(json.loads(done.stdout.splitlines()[0])["payload"]))
     assert statement["subject"][0]["digest"]["sha256"] == prey.index.partition(":")[2]
     assert statement["predicate"]["made_by"].startswith("rekindle")
+    assert statement["predicate"].keys() >= {"node", "engine", "command", "weights"}
+    assert verify(SNAPSHOT, prey.ours, "--policy", f"{tmp_path}/bad.cue").status != 0
     assert verify("https://slsa.dev/provenance/v1", prey.ours).status != 0
     assert verify(SNAPSHOT, prey.stranger).status != 0

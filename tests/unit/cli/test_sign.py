@@ -11,8 +11,8 @@ import pytest
 from cli import copy, pack_cache, sign, verify
 from oci.cache import image as cache_image
 from oci.cache import pack
+from oci.cosign_tags import SIGNATURES, tag_of
 from oci.layout import Layout
-from oci.trust import attachments
 from oci.trust.keys import PrivateKey
 from rekindle.config import Limits
 from rekindle.digest import Digest
@@ -57,7 +57,7 @@ def test_the_password_is_asked_for_once_whatever_the_forms(
         digest = serve_cache(registry, tmp_path)
         words = [f"{registry.host}/a/b@{digest}", "--sign-key", str(tmp_path / "cosign.key"), "--legacy-tag"]
         assert sign.main([*words, "--quiet"]) == 0
-        assert attachments.simple_tag(digest) in registry.repositories["a/b"].tags
+        assert tag_of(digest, SIGNATURES) in registry.repositories["a/b"].tags
     assert len(asked) == 1
 
 
@@ -107,6 +107,6 @@ def test_a_command_signs_in_both_forms(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UsageError, match="cannot be combined"):
             sign.main([*words, *public, "--sign-keyless"])
         assert sign.main([*words, *public]) == 0
-        assert attachments.simple_tag(digest) in registry.repositories["a/b"].tags
+        assert tag_of(digest, SIGNATURES) in registry.repositories["a/b"].tags
         trust = ["--verify-key", str(tmp_path / "key.pub")]
         assert verify.main([f"{registry.host}/a/b:1", *trust]) == 0

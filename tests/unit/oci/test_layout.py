@@ -20,7 +20,8 @@ from oci import image as images
 from oci import layout as layouts
 from oci import media_types
 from oci.descriptor import Descriptor
-from oci.layout import TAG_ANNOTATION, Layout
+from oci.layout import Layout
+from oci.listing import TAG_ANNOTATION
 from rekindle.digest import Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError, SpaceError
 from rekindle.files import locked

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from oci import attached, media_types, transfer
+from oci import attached, cosign_tags, media_types, transfer
 from oci.descriptor import Blobs, BlobSource, Descriptor
 from oci.layout import Layout
 from oci.progress import Limiter, Tally
@@ -226,6 +226,68 @@ def test_what_does_not_fit_the_image_is_left_out(layout: Layout) -> None:
     assert [each.node.descriptor for each in tree.attached] == [good]
 
 
+def nested(layout: Layout, root: Descriptor) -> list[Descriptor]:
+    """A report, its signature, and what refers to that, and so on, for as long as it is followed."""
+    chain = [attach(layout, root, layout.put(b"report", LAYER), artifactType="application/vnd.report")]
+    for number in range(3):
+        chain.append(signature(layout, chain[-1], bytes([number])))
+    return chain
+
+
+def test_attachments_of_attachments_come_along(layout: Layout, tmp_path: Path, access: Access) -> None:
+    root = put_manifest(layout)
+    chain = nested(layout, root)
+    deeper = signature(layout, chain[-1], b"too deep")
+    layout.attach(layout, [deeper, *reversed(chain)])
+    tree = transfer.explore(layout.frozen(), root, Limits(), jobs=4)
+    assert [each.node.descriptor.digest for each in tree.attached] == [each.digest for each in chain]
+    target = Layout.create(tmp_path / "target")
+    transfer.into_layout(layout, tree, target, "name:1", access)
+    target.collect_garbage()
+    for subject, each in zip([root, *chain], chain, strict=False):
+        assert [found.digest for found in target.referrers(subject.digest)] == [each.digest]
+    target.expect_garbage("name:1")
+    target.publish(target, layout_image(target), "name:1")
+    target.collect_garbage(only_noted=True)
+    assert not target.referrers(root.digest)
+    assert not [each for each in (root, *chain) if target.contains(each)], "they go with their image"
+
+
+def test_there_are_no_more_questions_than_is_sane(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = put_manifest(layout)
+    reports = [
+        attach(layout, root, annotations={"n": str(number)}, artifactType="application/vnd.report")
+        for number in range(5)
+    ]
+    signed = signature(layout, root)
+    of_reports = [signature(layout, each, bytes([number])) for number, each in enumerate(reports)]
+    layout.attach(layout, [signed, *reports, *of_reports])
+    monkeypatch.setattr(attached, "_ASKED_LIMIT", 3)
+    tree = transfer.explore(layout, root, Limits())
+    found = {each.node.descriptor.digest for each in tree.attached}
+    assert found >= {signed.digest, *(each.digest for each in reports)}
+    assert len(found) == 6 + 3, "reports are more likely to have something attached than signatures"
+    problems = [each.problem for each in tree.left_out]
+    assert problems == [
+        "what is attached to 3 attachments was not looked for",
+        "what is attached to 3 attachments was not looked for",
+    ]
+
+
+def test_what_is_attached_to_what_was_not_copied_is_told(layout: Layout) -> None:
+    root = put_manifest(layout)
+    report, signed, *_ = chain = nested(layout, root)
+    layout.attach(layout, chain)
+    target = Target()
+    target.refuse = lambda digest: raise_if(RegistryError("400"), digest == report.digest)
+    results = transfer.copy(
+        layout, transfer.explore(layout, root, Limits()), target, tag="1", jobs=1, tally=Tally()
+    )
+    assert [each.problem for each in results] == ["400"] + ["what it is attached to was not copied"] * 3
+    assert signed.digest not in target.there
+    assert target.tags["1"].digest == root.digest
+
+
 def test_a_list_of_attachments_that_makes_no_sense_is_told(layout: Layout) -> None:
     root = put_manifest(layout)
     tree = transfer.explore(Attached(layout, error=FormatError("no list")), root, Limits())
@@ -333,7 +395,7 @@ def test_older_signatures_are_added_to_those_of_others(
     layout: Layout, tmp_path: Path, access: Access
 ) -> None:
     root = put_manifest(layout)
-    tag = attached.simple_tag(root.digest)
+    tag = cosign_tags.tag_of(root.digest, cosign_tags.SIGNATURES)
     target = Layout.create(tmp_path / "target")
     for texts in ((b"theirs", b"both"), (b"both", b"ours"), (b"ours",)):
         there = simple(layout, *texts)
@@ -343,7 +405,7 @@ def test_older_signatures_are_added_to_those_of_others(
         transfer.into_layout(layout, tree, target, "name:1", access)
     merged = target.tagged(tag)
     assert merged is not None
-    layers = attached.simple_layers(target.read(merged, limit_bytes=1 << 20))
+    layers = cosign_tags.layers(target.read(merged, limit_bytes=1 << 20))
     expected = [Digest.of_bytes(text) for text in (b"theirs", b"both", b"ours")]
     assert [each["digest"] for each in layers] == expected
     assert len(target.referrers(root.digest)) == 1
@@ -352,6 +414,89 @@ def test_older_signatures_are_added_to_those_of_others(
     target.publish(target, layout_image(target), "name:1")
     target.collect_garbage()
     assert target.tagged(tag) is None, "they go with their image"
+
+
+def under_tag(layout: Layout, kind: str, text: bytes) -> Descriptor:
+    """An image as cosign stores it under one of its tags."""
+    media_type = {"att": media_types.ENVELOPE, "sbom": "text/spdx+json"}[kind]
+    config = layout.put(b'{"made": "by cosign"}', media_types.IMAGE_CONFIG)
+    return put_manifest(layout, layout.put(text, media_type), config=config.to_json())
+
+
+def test_older_attestations_and_sboms_are_copied_as_they_are(
+    layout: Layout, tmp_path: Path, access: Access
+) -> None:
+    part = put_manifest(layout)
+    root = put_index(layout, part)
+    there = {
+        cosign_tags.tag_of(root.digest, "att"): under_tag(layout, "att", b"of the index"),
+        cosign_tags.tag_of(part.digest, "att"): under_tag(layout, "att", b"of a part"),
+        # The same SBOM of both: it is one manifest under two tags.
+        cosign_tags.tag_of(root.digest, "sbom"): under_tag(layout, "sbom", b"what is in it"),
+        cosign_tags.tag_of(part.digest, "sbom"): under_tag(layout, "sbom", b"what is in it"),
+    }
+    there[cosign_tags.tag_of(there[cosign_tags.tag_of(root.digest, "sbom")].digest, "sig")] = simple(
+        layout, b"of the SBOM"
+    )
+    tree = transfer.explore(layout, root, Limits(), tagged=there.get, jobs=4)
+    assert {each.tag: each.node.descriptor.digest for each in tree.attached} == {
+        tag: each.digest for tag, each in there.items()
+    }
+    assert {each.artifact_type for each in tree.attached} == {
+        media_types.ENVELOPE,
+        media_types.SIMPLE_SIGNATURE,
+        "text/spdx+json",
+    }
+    assert {each.tag[72:] for each in tree.attached if each.is_signature} == {"att", "sig"}
+    target = Layout.create(tmp_path / "target")
+    results = transfer.into_layout(layout, tree, target, "name:1", access)
+    assert not [each for each in results if each.problem]
+    target.collect_garbage()
+    for tag, each in there.items():
+        found = target.tagged(tag)
+        assert found is not None
+        assert found.digest == each.digest, "cosign may have signed its digest"
+    again = transfer.explore(target.frozen(), root, Limits(), tagged=target.tagged)
+    assert {each.tag for each in again.attached} == there.keys()
+
+
+def test_an_sbom_of_others_is_not_replaced(layout: Layout, tmp_path: Path, access: Access) -> None:
+    root = put_manifest(layout)
+    tag = cosign_tags.tag_of(root.digest, "sbom")
+    target = Layout.create(tmp_path / "target")
+    theirs = under_tag(layout, "sbom", b"theirs")
+    tree = transfer.explore(layout, root, Limits(), tagged={tag: theirs}.get)
+    transfer.into_layout(layout, tree, target, "name:1", access)
+    tree = transfer.explore(layout, root, Limits(), tagged={tag: under_tag(layout, "sbom", b"ours")}.get)
+    [result] = transfer.into_layout(layout, tree, target, "name:1", access)
+    assert f"another SBOM is under {tag}" in result.problem
+    found = target.tagged(tag)
+    assert found is not None
+    assert found.digest == theirs.digest
+
+
+def test_a_signature_is_copied_before_attestations(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = put_manifest(layout)
+    attestations = [signature(layout, root, bytes([number])) for number in range(30)]
+    kinds = {media_types.PREDICATE: "https://slsa.dev/provenance/v1"}
+    listed = [
+        structs.replace(each, artifact_type=media_types.BUNDLE, annotations=kinds) for each in attestations
+    ]
+    signed, notation, unknown = (signature(layout, root, text) for text in (b"signed", b"notation", b"x"))
+    listed += [
+        structs.replace(unknown, artifact_type=media_types.EMPTY),  # as cosign 3 lists what it signs
+        structs.replace(notation, artifact_type=media_types.NOTATION),
+        structs.replace(
+            signed,
+            artifact_type=media_types.BUNDLE,
+            annotations={media_types.PREDICATE: media_types.SIGN_PREDICATE},
+        ),
+    ]
+    monkeypatch.setattr(attached, "LIMIT", 4)
+    tree = transfer.explore(Attached(layout, *listed), root, Limits())
+    assert [each.node.descriptor.digest for each in tree.attached] == [
+        each.digest for each in (notation, signed, unknown, attestations[0])
+    ]
 
 
 def layout_image(layout: Layout) -> Descriptor:
@@ -409,6 +554,8 @@ class Target:
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
         return self.content[descriptor.digest]
+
+    def keep(self, tag: str, write_again: Callable[[], bool]) -> None: ...
 
     def settle(self) -> None: ...
 

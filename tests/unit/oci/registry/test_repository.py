@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from oci import media_types, transfer
+from oci import cosign_tags, media_types, transfer
 from oci.layout import Layout
-from oci.registry import download
-from oci.registry import referrers as listing
+from oci.registry import download, settle
 from oci.registry.repository import Repository
 from rekindle.config import RetryPolicy, TransferSettings
 from rekindle.digest import Digest
@@ -297,7 +296,7 @@ def test_signers_at_the_same_time_lose_nothing(sample: Sample) -> None:
 def test_an_index_that_others_keep_replacing_is_an_error(
     sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "_SETTLE_SECONDS", 0.001)
+    monkeypatch.setattr(settle, "_SETTLE_SECONDS", 0.001)
     tag = sample.root.digest.replace(":", "-")
 
     def replace_it(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
@@ -319,6 +318,39 @@ def test_an_index_that_others_keep_replacing_is_an_error(
             registry.add_manifest("a/b", index, tag)
             repository.settle()
             assert len(repository.referrers(sample.root.digest)) == 1, "written again"
+
+
+@pytest.mark.parametrize("kind", [cosign_tags.SIGNATURES, cosign_tags.ATTESTATIONS])
+def test_signers_at_the_same_time_lose_nothing_under_cosign_s_tags(kind: str, sample: Sample) -> None:
+    """Each reads what is there before the others write theirs."""
+    barrier = threading.Barrier(5)
+    tag = cosign_tags.tag_of(sample.root.digest, kind)
+
+    def wait_for_others(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(1)
+        return proceed(request)
+
+    together = wrong.Misbehaviour(on=wrong.manifest(tag, "PUT"), act=wait_for_others, times=5)
+    with Registry(misbehave=[together]) as registry:
+        sample.serve(registry)
+        blobs = [registry.add_blob("a/b", f"signature {number}".encode()) for number in range(5)]
+
+        def attach(digest: str) -> None:
+            layer = {"mediaType": media_types.SIMPLE_SIGNATURE, "digest": digest, "size": 11}
+            _, content = cosign_tags.image_of([layer])
+            with Repository(named(f"{registry.host}/a/b"), access_to(settings=CALM)) as repository:
+                config = json.loads(content)["config"]
+                registry.add_blob("a/b", cosign_tags.image_of([layer])[0])
+                assert config["digest"] in registry.repositories["a/b"].blobs
+                cosign_tags.put(repository, tag, content, media_types.MANIFEST)
+                repository.settle()
+
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(attach, blobs))
+        there = registry.repositories["a/b"]
+        _, content = there.manifests[there.tags[tag]]
+        assert sorted(each["digest"] for each in cosign_tags.layers(content)) == sorted(blobs)
 
 
 @pytest.mark.parametrize("media_type", ["", "text/plain", "a/b\r\nX-Evil: 1", "ä/ö"])

@@ -200,7 +200,7 @@ def test_a_bundle_of_any_length_is_not_read(source: Blobs, image: Descriptor) ->
 def test_no_more_than_is_sane_are_looked_at_and_that_is_said(
     source: Blobs, image: Descriptor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attachments, "_LIMIT", 100)
+    monkeypatch.setattr(attachments, "LIMIT", 100)
     for number in range(99):
         source.attach(image, signed(image).content, annotations={"n": str(number)})
     source.listed = source.listed * 3
@@ -247,20 +247,20 @@ def layer(source: Blobs, payload: bytes, signature: str, media_type: str = "") -
     return {**stored, "annotations": {"dev.cosignproject.cosign/signature": signature}}
 
 
-def older(source: Any, descriptor: Descriptor) -> list[bytes]:
-    return [each.signature for each in attachments.find_simple(source, descriptor, LIMITS)]
+def older(source: Any, descriptor: Descriptor, failures: list[RekindleError] | None = None) -> list[bytes]:
+    into = [] if failures is None else failures
+    return [each.signature for each in attachments.find_simple(source, descriptor, LIMITS, into)]
 
 
 def test_older_signatures_are_found_again(tmp_path: Path) -> None:
     layout = Layout.create(tmp_path)
     made = [SimpleSignature.sign(Digest.of_bytes(bytes([n])), "x", KEY) for n in range(3)]
     descriptor = attachments.store_simple(layout, made)
-    assert list(attachments.find_simple(layout, descriptor, LIMITS)) == made
+    assert list(attachments.find_simple(layout, descriptor, LIMITS, [])) == made[::-1]
     manifest = json.loads(layout.read(descriptor, limit_bytes=1 << 20))
     config = Descriptor.from_json(manifest["config"], "config")
     diff_ids = json.loads(layout.read(config, limit_bytes=1 << 20))["rootfs"]["diff_ids"]
     assert diff_ids == [each["digest"] for each in manifest["layers"]]
-    assert attachments.simple_tag(Digest.of_bytes(b"")) == f"sha256-{Digest.of_bytes(b'').hex}.sig"
 
 
 def test_layers_that_are_no_older_signature_are_passed_over(source: Blobs) -> None:
@@ -274,7 +274,8 @@ def test_layers_that_are_no_older_signature_are_passed_over(source: Blobs) -> No
         {**good, "digest": f"sha256:{'0' * 64}"},
         {**good, "size": bundle.LIMIT_BYTES + 1},
     ]
-    assert older(source, simple(source, *others, good)) == [b"\0\0\0"]
+    odd: list[Any] = [None, 5, {"digest": "sha512:00"}]
+    assert older(source, simple(source, *odd, *others, good)) == [b"\0\0\0"]
 
 
 @pytest.mark.parametrize(
@@ -284,10 +285,15 @@ def test_what_is_no_image_under_the_older_tag_holds_none(source: Blobs, content:
     assert older(source, source.put(content, media_types.MANIFEST)) == []
 
 
-def test_more_older_signatures_than_is_sane_are_none(source: Blobs) -> None:
-    good = layer(source, b"payload", "AAAA")
-    assert len(older(source, simple(source, *[good] * 100))) == 100
-    assert older(source, simple(source, *[good] * 101)) == []
+def test_the_newest_of_too_many_older_signatures_are_read_and_that_is_said(source: Blobs) -> None:
+    reports = [layer(source, b"payload", "AAAA", "application/json")] * 1000
+    good = [layer(source, bytes([n // 256, n % 256]), f"{n:04}") for n in range(501)]
+    failures: list[RekindleError] = []
+    assert len(older(source, simple(source, *reports, *good[1:]), failures)) == 500
+    assert not failures
+    found = older(source, simple(source, *good), failures)
+    assert (len(found), found[0]) == (500, older(source, simple(source, good[-1]))[0])
+    assert "501 may be signatures; the first 500 were read" in failures[0].cause
 
 
 def test_an_image_under_the_older_tag_that_cannot_be_read(source: Blobs) -> None:
