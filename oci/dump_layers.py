@@ -13,10 +13,12 @@ belongs, and a frame that holds the piece, at most 4 MiB of it:
 
 Pieces that are all zero are not stored: the record has the size of each file, and what no piece covers is a
 hole. Any zstd tool can decompress a layer, which gives its pieces one after the other.
+Layers of memory files consist of blocks, which can be fetched by themselves: `blocks.py`.
 """
 
 import hashlib
 import io
+import itertools
 import os
 import struct
 import threading
@@ -24,12 +26,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, NamedTuple, Self, cast
 
 import zstandard
 from msgspec import Struct
 
 from oci import media_types
+from oci.blocks import BlockWriter, Span, first_needed, without
 from oci.descriptor import Blobs, Descriptor, verified
 from oci.layout import Layout
 from rekindle import dump_tree as tree_of
@@ -37,7 +40,7 @@ from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, punch_hole, write_at
-from rekindle.record import FileKind, StoredFile, numbered
+from rekindle.record import FileKind, StoredBlocks, StoredFile, numbered
 from rekindle.verified_stream import VerifiedStream
 
 PIECE_BYTES = 4 << 20
@@ -70,30 +73,54 @@ def workers() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
+class PackedLayer(NamedTuple):
+    """A layer that was written, and the blocks that a layer of memory files consists of."""
+
+    descriptor: Descriptor
+    blocks: StoredBlocks | None
+
+
 def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: int) -> list[Descriptor]:
     """Write the content of the tree's files into layers of a layout; return their descriptors.
 
     Takes about 10 MiB of memory for each worker, whatever the size of the tree.
     """
-    small: list[Piece] = []
-    pages: list[Piece] = []
-    memory: list[Piece] = []
-    shm: list[Piece] = []
+    return [each.descriptor for each in pack_layers(tree, files, layout, workers=workers)]
+
+
+def pack_layers(
+    tree: Path,
+    files: Sequence[StoredFile],
+    layout: Layout,
+    *,
+    workers: int,
+    order: Iterable[Span] = (),
+    total_bytes: int = 0,
+) -> list[PackedLayer]:
+    """Write the content of the tree's files into layers of a layout, first what a restore needs first.
+
+    `order` are parts of memory files in the order in which they were touched; each frame of memory is read
+    again and compared. `total_bytes` is the size of the whole dump, if that is more than the files.
+    """
+    groups: dict[str, list[_Block]] = {"metadata": [], "pages": [], "shm": []}
+    memory: list[Span] = []
     by_number = numbered(files)
     for number, file in by_number.items():
-        if file.kind is FileKind.FILE:
-            is_pages = file.path.parts[0] == "criu" and file.path.name.startswith("pages-")
-            by_top = {"shm": shm, "memory": memory}
-            group = by_top.get(file.path.parts[0], pages if is_pages else small)
-            group += list(_pieces(tree / file.path, number))
-    total = sum(piece.length for piece in (*small, *pages, *memory, *shm))
-    layer_bytes = max(_LAYER_BYTES, -(-total // _LAYERS_LIMIT))
-    groups = {"metadata": small, "pages": pages, "memory": memory, "shm": shm}
+        if file.kind is not FileKind.FILE:
+            continue
+        top, extents = file.path.parts[0], _extents(tree / file.path, number)
+        if top == "memory":
+            memory += extents
+            continue
+        is_pages = top == "criu" and file.path.name.startswith("pages-")
+        role = "shm" if top == "shm" else "pages" if is_pages else "metadata"
+        groups[role] += [_Block((piece,)) for span in extents for piece in _pieces(span)]
+    groups[media_types.MEMORY_ROLE] = list(_memory_blocks(memory, order))
+    total = sum(block.size for group in groups.values() for block in group)
+    layer_bytes = max(_LAYER_BYTES, -(-max(total, total_bytes) // _LAYERS_LIMIT))
     plan = [(role, layer) for role, group in groups.items() for layer in _split(group, layer_bytes)]
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [
-            pool.submit(_write_layer, tree, by_number, layer, role, layout) for role, layer in plan if layer
-        ]
+        jobs = [pool.submit(_write_layer, tree, by_number, layer, role, layout) for role, layer in plan]
         try:
             return [job.result() for job in jobs]
         except BaseException:
@@ -101,56 +128,125 @@ def pack(tree: Path, files: Sequence[StoredFile], layout: Layout, *, workers: in
             raise
 
 
-def _pieces(path: Path, number: int) -> Iterator[Piece]:
+def _extents(path: Path, number: int) -> list[Span]:
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        for start, length in data_extents(file.fileno(), size):
-            for offset in range(start, start + length, PIECE_BYTES):
-                yield Piece(file=number, offset=offset, length=min(PIECE_BYTES, start + length - offset))
+        return [Span(number, start, start + length) for start, length in data_extents(file.fileno(), size)]
 
 
-def _split(pieces: Sequence[Piece], layer_bytes: int) -> Iterator[list[Piece]]:
-    layer: list[Piece] = []
+def _pieces(span: Span) -> Iterator[Piece]:
+    for offset in range(span.start, span.end, PIECE_BYTES):
+        yield Piece(file=span.file, offset=offset, length=min(PIECE_BYTES, span.end - offset))
+
+
+class _Block(NamedTuple):
+    """Pieces that are packed one after the other, and what they cover of memory files."""
+
+    pieces: Sequence[Piece]
+    spans: Sequence[Span] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+
+def _memory_blocks(extents: Sequence[Span], order: Iterable[Span]) -> Iterator[_Block]:
+    """Yield what is needed first, then the rest, file by file.
+
+    A block of the rest covers all from its first piece to its last: what is needed first has blocks before.
+    """
+    first: list[Span] = []
+    for spans in first_needed(order):
+        first += spans
+        yield _Block([piece for span in spans for piece in _pieces(span)], spans)
+    rest: list[Piece] = []
     size = 0
-    for piece in pieces:
-        if size + piece.length > layer_bytes and layer:
+    for piece in itertools.chain.from_iterable(map(_pieces, without(extents, first))):
+        if rest and (size + piece.length > PIECE_BYTES or rest[-1].file != piece.file):
+            yield _whole(rest)
+            rest, size = [], 0
+        rest.append(piece)
+        size += piece.length
+    if rest:
+        yield _whole(rest)
+
+
+def _whole(pieces: Sequence[Piece]) -> _Block:
+    first, last = pieces[0], pieces[-1]
+    return _Block(pieces, [Span(first.file, first.offset, last.offset + last.length)])
+
+
+def _split(blocks: Sequence[_Block], layer_bytes: int) -> Iterator[list[_Block]]:
+    layer: list[_Block] = []
+    size = 0
+    for block in blocks:
+        if size + block.size > layer_bytes and layer:
             yield layer
             layer, size = [], 0
-        layer.append(piece)
-        size += piece.length
+        layer.append(block)
+        size += block.size
     if layer:
         yield layer
 
 
 def _write_layer(
-    tree: Path, files: Mapping[int, StoredFile], pieces: Sequence[Piece], role: str, layout: Layout
-) -> Descriptor:
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
-    buffer = memoryview(bytearray(PIECE_BYTES))
-    hasher = hashlib.sha256()
-    size = 0
+    tree: Path, files: Mapping[int, StoredFile], blocks: Sequence[_Block], role: str, layout: Layout
+) -> PackedLayer:
+    is_memory = role == media_types.MEMORY_ROLE
+    hasher, size, table = hashlib.sha256(), 0, BlockWriter()
     with _Opened(tree, files, "rb") as opened, layout.staging() as (staged, blob):
-        for piece in pieces:
-            content = buffer[: piece.length]
-            if os.preadv(opened.fileno(piece.file), [content], piece.offset) != piece.length:
-                raise IntegrityError(f"{files[piece.file].path} changed while it was packed")
-            runs = list(nonzero_runs(bytes(content)))
-            if not runs:
-                continue
-            start, end = runs[0][0], runs[-1][1]
-            frame = compressor.compress(content[start:end])
-            header = _HEADER.pack(
-                _MAGIC, _CONTENT_BYTES, piece.file, len(frame), piece.offset + start, end - start
-            )
-            for part in (header, frame):
+        frames = _Frames(opened, files, compares=is_memory)
+        for pieces, spans in blocks:
+            of_block, length = hashlib.sha256(), 0
+            for part in (part for piece in pieces for part in frames.of(piece)):
                 hasher.update(part)
+                if is_memory:
+                    of_block.update(part)
                 staged.write(part)
-                size += len(part)
+                length += len(part)
+            if length and is_memory:
+                table.add(length, of_block.digest(), spans)
+            size += length
         digest = Digest.of_hash(hasher)
         blob(digest)
-    return Descriptor(
-        media_type=media_types.DUMP_LAYER, digest=digest, size=size, annotations={"vnd.rekindle.role": role}
+    descriptor = Descriptor(
+        media_type=media_types.DUMP_LAYER, digest=digest, size=size, annotations={media_types.ROLE: role}
     )
+    return PackedLayer(descriptor, table.stored(descriptor) if is_memory else None)
+
+
+class _Frames:
+    """Makes the frames of pieces."""
+
+    def __init__(self, opened: "_Opened", files: Mapping[int, StoredFile], *, compares: bool) -> None:
+        """With `compares`, each frame is decompressed again, and compared with what was packed."""
+        self._opened, self._files = opened, files
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._buffer = memoryview(bytearray(PIECE_BYTES))
+        self._again = memoryview(bytearray(PIECE_BYTES if compares else 0))
+
+    def of(self, piece: Piece) -> tuple[bytes, bytes] | tuple[()]:
+        """Return header and frame of a piece without the zeros around it; nothing if it is all zeros."""
+        content = self._buffer[: piece.length]
+        path = self._files[piece.file].path
+        if os.preadv(self._opened.fileno(piece.file), [content], piece.offset) != piece.length:
+            raise IntegrityError(f"{path} changed while it was packed")
+        runs = list(nonzero_runs(bytes(content)))
+        if not runs:
+            return ()
+        start, end = runs[0][0], runs[-1][1]
+        frame = self._compressor.compress(content[start:end])
+        if self._again and not self._gives(frame, content[start:end]):
+            raise IntegrityError(f"{path} was packed wrongly", cause=f"at {piece.offset:#x}")
+        header = _HEADER.pack(
+            _MAGIC, _CONTENT_BYTES, piece.file, len(frame), piece.offset + start, end - start
+        )
+        return header, frame
+
+    def _gives(self, frame: bytes, content: memoryview) -> bool:
+        again = self._again[: len(content)]
+        return _decompress(self._decompressor, memoryview(frame), again) and again == content
 
 
 class _Opened:

@@ -34,6 +34,7 @@ SCHEMA_DELTA = "rekindle.record/3"
 """The format of images that share layers with another image."""
 RECORD_LIMIT_BYTES = 16 << 20
 _FILES_LIMIT = 100_000
+_LAYERS_LIMIT = 10_000
 _FILE_LIMIT_BYTES = 1 << 43  # half of what ext4 can hold
 _GPUS_LIMIT = 1024
 LISTENERS_LIMIT = 1024
@@ -106,12 +107,21 @@ class StoredMemory(Struct, frozen=True, kw_only=True):
             raise FormatError(f"the mappings of {self.path} in the record are out of order")
 
 
+class StoredBlocks(Struct, frozen=True, kw_only=True):
+    """The blocks of a memory layer, each of which can be fetched by itself: `oci/blocks.py`."""
+
+    layer: Digest
+    digests: str
+    table: str
+
+
 class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The files of the dump, with their total size as CRIU wrote them and as they are stored.
 
     `memory` describes those that processes map; images of the first format have none. `own_bytes` is the
     memory that belonged to the server alone at its first answer after a restore, 0 if not measured. `base` is
-    the digest of the image whose memory layers a delta shares, None for any other image.
+    the digest of the image whose memory layers a delta shares, None for any other image. `blocks` are those
+    of its memory layers; older images have none.
     """
 
     dump_bytes: Count
@@ -120,6 +130,7 @@ class Dump(Struct, frozen=True, kw_only=True, omit_defaults=True):
     base: Digest | None = None
     files: Annotated[Sequence[StoredFile], Meta(max_length=_FILES_LIMIT)]
     memory: Annotated[Sequence[StoredMemory], Meta(max_length=_FILES_LIMIT)] = ()
+    blocks: Annotated[Sequence[StoredBlocks], Meta(max_length=_LAYERS_LIMIT)] = ()
 
     def __post_init__(self) -> None:
         """Require each file once, after its directory and before hard links to it, and none below a link."""

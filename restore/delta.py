@@ -200,6 +200,7 @@ def _delta(
         dump_bytes=dump_bytes,
         stored_bytes=_size_bytes(directory / "criu") + sum(each.data_bytes for each in found),
         base=known.base or base.index.digest,
+        blocks=known.blocks,
         files=_numbered(known.files, dump_tree.scan(directory)),
         memory=found,
     )

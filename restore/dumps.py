@@ -218,7 +218,8 @@ def relabel(home: Home, before: Image, after: Image) -> None:
         locked(old.with_name(f"{old.name}.lock"), timeout=_WAIT_SECONDS),
         locked(new.with_name(f"{new.name}.lock"), timeout=_WAIT_SECONDS),
     ):
-        if old.is_dir() and not new.exists():
+        if not new.exists() and (marker := _marker(old)) and _is_ready(old, before):
+            _mark_ready(after, old, marker.bytes)  # its memory may be packed in other layers
             old.rename(new)
 
 

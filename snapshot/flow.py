@@ -39,6 +39,7 @@ from snapshot import make, secret_search
 from snapshot.describe import Dumped
 from snapshot.options import Progress, SnapshotOptions
 from snapshot.outside_connections import Outside
+from snapshot.packing import described
 from snapshot.publish import prove, publish, require_writable
 from snapshot.warm import read_requests
 
@@ -108,7 +109,7 @@ def snapshot(
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
         with report.phase("pack"):
-            packed = _pack_dump(work / "dump", record, staging)
+            record, packed = _pack_dump(work / "dump", record, staging)
             image = images.build(staging, record, packed, kernels)
         if options.prove:
             for log in filter(Path.exists, (work / "stdout.log", work / "stderr.log")):
@@ -131,11 +132,11 @@ def _environment(engine: Engine, given: Mapping[str, str], options: SnapshotOpti
     return {**engine.environment(), **ours}
 
 
-def _pack_dump(dump: Path, record: Record, staging: Layout) -> list[Descriptor]:
-    """Pack a dump, and remove it."""
-    packed = dump_layers.pack(dump, record.dump.files, staging, workers=dump_layers.workers())
+def _pack_dump(dump: Path, record: Record, staging: Layout) -> tuple[Record, list[Descriptor]]:
+    """Pack a dump, and remove it. Returns the record with what describes the layers, and these."""
+    packed = dump_layers.pack_layers(dump, record.dump.files, staging, workers=dump_layers.workers())
     remove_tree(dump)
-    return packed
+    return described(record, packed), [each.descriptor for each in packed]
 
 
 def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:

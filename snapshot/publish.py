@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,6 +18,8 @@ from oci.registry.repository import Repository
 from oci.trust import made_here, signer
 from rekindle import criu
 from rekindle.cell import Cell, working_set
+from rekindle.cell.page_tables import joined
+from rekindle.cell.touch_recorder import Touch
 from rekindle.cuda import search
 from rekindle.engine import Engine
 from rekindle.errors import RekindleError, RestoreError, UsageError
@@ -31,6 +33,7 @@ from restore.decide.remembered import Findings
 from restore.decide.rules import reason_for
 from restore.options import Output
 from restore.rungs import cuda_state, process
+from snapshot import packing
 from snapshot.options import Progress
 
 Signatures = tuple[list[Descriptor], list[Descriptor]]
@@ -134,6 +137,7 @@ def prove(
             report.phase("prove"),
             search.begin_search(record, home) as cuda,
             dumps.ready(home, work, proved, proof) as dump,
+            packing.recording(record, dump) as recorder,
             Cell() as cell,
             contextlib.ExitStack() as ending,
         ):
@@ -149,8 +153,10 @@ def prove(
                 report=proof,
                 engine=engine,
                 cuda=cuda_state.CudaRestore(search=cuda) if cuda else None,
+                mount=recorder.mount if recorder else None,
             )
-            working_sets = working_set.touched(cell)
+            touches = list(recorder.touches) if recorder else []
+            working_sets = _working_sets(cell, touches)
         report.oracle, report.memory = proof.oracle, proof.memory
     except RekindleError as error:
         error.log = error.log or work / "proof.log"
@@ -159,13 +165,32 @@ def prove(
         os.close(log)
     if not working_sets:
         return image
+    with dumps.ready(home, work, proved, Report(verb="restore")) as dump, report.phase("order"):
+        record, layers = packing.packed_again(image, image.record, dump, staging, touches)
+    known = _described(record, working_sets, proof)
+    ordered = images.build(staging, known, layers, image.cache).fetched_from(image.blobs)
+    dumps.relabel(home, image, ordered)
+    return ordered
+
+
+def _working_sets(cell: Cell, touches: Sequence[Touch]) -> dict[str, list[tuple[int, int]]]:
+    """Return what was touched of each memory file; from page tables if no touches were recorded."""
+    if not touches:
+        return working_set.touched(cell)
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, offset, length in touches:
+        found.setdefault(name, []).append((offset, length))
+    return {name: joined(each, working_set.JOINED_BYTES) for name, each in found.items()}
+
+
+def _described(
+    record: Record, working_sets: Mapping[str, Sequence[tuple[int, int]]], proof: Report
+) -> Record:
+    """Return the record with what the proof has found out about the memory."""
     memory = [
         msgspec.structs.replace(each, working_set=tuple(working_sets.get(each.path.name, ())))
         for each in record.dump.memory
     ]
     own_bytes = proof.memory.own_bytes if proof.memory else 0
     dumped = msgspec.structs.replace(record.dump, memory=memory, own_bytes=own_bytes)
-    changed = msgspec.structs.replace(record, dump=dumped)
-    known = images.build(staging, changed, image.layers, image.cache).fetched_from(image.blobs)
-    dumps.relabel(home, image, known)
-    return known
+    return msgspec.structs.replace(record, dump=dumped)

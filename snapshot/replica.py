@@ -56,6 +56,7 @@ from snapshot.obstacles import obstacles
 from snapshot.options import Progress, ReplicaOptions
 from snapshot.outside_connections import Ending, Outside
 from snapshot.outside_connections import find as find_outside
+from snapshot.packing import described
 from snapshot.private_paths import DATABASE, PrivatePaths
 from snapshot.private_paths import find as find_private
 from snapshot.publish import prove, publish, require_writable
@@ -289,15 +290,18 @@ def _describe(replica: RunningReplica, tool: Criu, process: Process) -> dict[str
 
 def _pack(record: Record, tree: Path, base: Image, shared: Blobs | None, staging: Layout) -> Image:
     """Write the image's own layers, and build it from these and the layers that it shares."""
-    pack = functools.partial(dump_layers.pack, tree, layout=staging, workers=dump_layers.workers())
+    pack = functools.partial(dump_layers.pack_layers, tree, layout=staging, workers=dump_layers.workers())
     cache = base.cache if shared is not None else None
     if cache is not None:
         assert shared is not None
         staging.put(shared.read(cache, limit_bytes=_MANIFEST_LIMIT_BYTES), cache.media_type)
     if record.dump.base is None:
-        image = images.build(staging, record, pack(record.dump.files), cache)
+        packed = pack(record.dump.files)
+        record = described(record, packed)
+        image = images.build(staging, record, [each.descriptor for each in packed], cache)
     else:
-        own = pack([file for file in record.dump.files if file.path.parts[0] != "memory"])
+        packed = pack([file for file in record.dump.files if file.path.parts[0] != "memory"])
+        own = [each.descriptor for each in packed]
         known = [layer for layer in base.layers if layer.is_memory]
         image = images.build(staging, record, [*own, *known], cache)
     return image.fetched_from(Overlay(staging, shared)) if shared is not None else image

@@ -62,12 +62,14 @@ class MappingRefused(Exception):  # noqa: N818 - it is an answer: copy instead
 class MemoryFiles(NamedTuple):
     """Files that hold private anonymous memory, for processes that map them instead.
 
-    `directory` is a path on the host; the cell shows it at MEMORY_PLACE. `ranges` are all address ranges,
-    [start, end), at which any process maps one of the files, sorted and disjoint.
+    `directory` is a path on the host; the cell shows it at MEMORY_PLACE, or instead `mount`, a descriptor of
+    a mount that is attached nowhere. `ranges` are all address ranges, [start, end), at which any process maps
+    one of the files, sorted and disjoint.
     """
 
     directory: Path
     ranges: Sequence[tuple[int, int]]
+    mount: int | None = None
 
 
 class Command(NamedTuple):
@@ -290,9 +292,14 @@ class Cell:
             "clear_groups": command.clear_groups,
             "facts": None if command.criu_facts is None else command.criu_facts.hex(),
             "memory": command.memory
-            and {"directory": str(command.memory.directory), "ranges": list(command.memory.ranges)},
+            and {
+                "directory": str(command.memory.directory),
+                "ranges": list(command.memory.ranges),
+                "mounted": command.memory.mount is not None,
+            },
         }
-        self._send_file("spawn", request, list(command.fds.values()))
+        mounts = [] if command.memory is None or command.memory.mount is None else [command.memory.mount]
+        self._send_file("spawn", request, [*mounts, *command.fds.values()])
         deadline = time.monotonic() + _START_SECONDS
         while not self._spawned:
             if not self._receive(deadline - time.monotonic()):

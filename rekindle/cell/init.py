@@ -35,8 +35,9 @@ every process of its PID namespace and drops its mounts.
 Signals that may have been sent to a whole control group end neither launcher nor init, and "relay" passes on
 what the server did not get itself: see `relay.py`.
 
-After a command with "memory" ({"directory", "ranges"}), init answers some system calls of that command and of
-everything that it starts: `memory.py`, beside this file, selects them, and `supervisor.py` answers them.
+After a command with "memory" ({"directory", "ranges", "mounted"}), init answers some system calls of that
+command and of everything that it starts: `memory.py`, beside this file, selects them, and `supervisor.py`
+answers them. If it is "mounted", the first descriptor is a mount to attach instead of the directory.
 """
 
 import contextlib
@@ -60,6 +61,7 @@ CLONE_NEWNET = 0x40000000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 0x20
 MNT_DETACH = 2
+MOVE_MOUNT, MOVE_MOUNT_EMPTY_PATH, AT_FDCWD = 429, 4, -100
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 NVIDIA = "/proc/driver/nvidia"
 
@@ -271,12 +273,15 @@ def answer(control: socket.socket, relay, request: dict, fds: list):  # type: ig
                 request = json.load(file)
             waiting = show_facts(request["facts"])
             if request["memory"]:
+                mounted = rest.pop(0) if request["memory"]["mounted"] else None
                 try:
-                    pid, supervisor = spawn_supervised(request, rest)
+                    pid, supervisor = spawn_supervised(request, rest, mounted)
                     reply = {"spawned": pid}
                 except OSError as error:
                     hide_facts(waiting)
                     reply = {"refused": str(error)}
+                if mounted is not None:
+                    os.close(mounted)
             elif request["workload"]:
                 from rekindle.cell import untraced
 
@@ -345,7 +350,7 @@ def hide_facts(waiting: int) -> None:
         libc.umount2(os.path.dirname(CRIU_FACTS).encode(), MNT_DETACH)  # noqa: PTH120
 
 
-def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,type-arg]
+def spawn_supervised(request: dict, fds: list, mounted: "int | None"):  # type: ignore[no-untyped-def,type-arg]
     """Start a command under the filter for memory files. After an OSError, nothing remains of it."""
     from rekindle.cell import memory
     from rekindle.cell.supervisor import Supervisor
@@ -355,7 +360,7 @@ def spawn_supervised(request: dict, fds: list):  # type: ignore[no-untyped-def,t
     ranges = request["memory"]["ranges"]
     with contextlib.ExitStack() as undo:
         undo.callback(remove_memory_place)
-        make_memory_place(request["memory"]["directory"])
+        make_memory_place(request["memory"]["directory"], mounted)
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -379,14 +384,18 @@ def load_neighbours() -> None:
     import rekindle.cell.surroundings  # noqa: F401
 
 
-def make_memory_place(directory: str) -> None:
-    """Mount the directory of the memory files, read-only and without noexec.
+def make_memory_place(directory: str, mounted: "int | None") -> None:
+    """Mount the directory of the memory files, or attach what is mounted, read-only and without noexec.
 
     A process may make its memory executable, so a noexec of the file system must not apply here. In a user
     namespace the OS kernel does not allow dropping it (EPERM).
     """
     os.mkdir(MEMORY_PLACE, 0o700)  # noqa: PTH102
-    mount(directory, MEMORY_PLACE, None, MS_BIND)
+    if mounted is None:
+        mount(directory, MEMORY_PLACE, None, MS_BIND)
+    else:
+        to = (AT_FDCWD, MEMORY_PLACE.encode(), MOVE_MOUNT_EMPTY_PATH)
+        check(libc.syscall(MOVE_MOUNT, mounted, b"", *to), f"move_mount {MEMORY_PLACE}")
     flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
     mount("none", MEMORY_PLACE, None, flags)
 

@@ -5,7 +5,7 @@ A page counts if a page table refers to it, including neighbors that the OS kern
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rekindle.files import PAGE_BYTES
@@ -33,7 +33,7 @@ def touched(
             for start, end, offset, path in _mappings(pid):
                 if counts(path):
                     found.setdefault(path, []).extend(_present(pid, start, end, offset))
-    return {path: _joined(stretches, joined_bytes) for path, stretches in found.items()}
+    return {path: joined(stretches, joined_bytes) for path, stretches in found.items()}
 
 
 def _mappings(pid: int) -> Iterator[tuple[int, int, int, str]]:
@@ -60,12 +60,13 @@ def _present(pid: int, start: int, end: int, offset: int) -> Iterator[Stretch]:
                 at = present.find(1, ends)
 
 
-def _joined(stretches: list[Stretch], gap: int) -> list[Stretch]:
-    joined: list[Stretch] = []
+def joined(stretches: Iterable[Stretch], gap: int) -> list[Stretch]:
+    """Return stretches in order; those with at most `gap` bytes between them become one."""
+    found: list[Stretch] = []
     for offset, length in sorted(stretches):
-        if joined and offset <= sum(joined[-1]) + gap:
-            begin, known = joined[-1]
-            joined[-1] = (begin, max(known, offset + length - begin))
+        if found and offset <= sum(found[-1]) + gap:
+            begin, known = found[-1]
+            found[-1] = (begin, max(known, offset + length - begin))
         else:
-            joined.append((offset, length))
-    return joined
+            found.append((offset, length))
+    return found

@@ -20,9 +20,11 @@ class RestoreCall(Protocol):
 
 
 def restore_with_memory(
-    restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory
+    restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory, mount: int | None = None
 ) -> MemoryUse:
     """Restore a dump with its memory files mapped, or copied if `asked` says so or mapping is refused.
+
+    `mount` is a descriptor of a mount that shows the memory files instead of the dump.
 
     Copying takes seconds for gigabytes the first time: the pages are written again, as CRIU reads them.
     """
@@ -32,9 +34,8 @@ def restore_with_memory(
     reason = ""
     if asked is Memory.MAP:
         try:
-            restore(
-                dump / "criu", memory=MemoryFiles(directory=dump / "memory", ranges=joined_ranges(record))
-            )
+            memory = MemoryFiles(directory=dump / "memory", ranges=joined_ranges(record), mount=mount)
+            restore(dump / "criu", memory=memory)
         except MappingRefused as refused:
             reason = str(refused)
         else:

@@ -245,12 +245,13 @@ def restore(
     engine: Engine | None = None,
     cuda: CudaRestore | None = None,
     memory: Memory = Memory.MAP,
+    mount: int | None = None,
     check: Callable[[], None] | None = None,
 ) -> None:
     """Restore the server into a cell that was just booted, and ask the oracle.
 
     `engine` defaults to the one that the record names. `cuda` is required for a server with CUDA state.
-    `check` is called as soon as the processes are there.
+    `mount` shows the memory files instead of the dump. `check` is called as soon as the processes are there.
 
     Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
@@ -267,7 +268,7 @@ def restore(
 
                 undo.push(private.give(cell, process.private, made, process.made))
         gpu_memory = GpuMemory(process)  # asked while CRIU works
-        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory)
+        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory, mount)
         if check is not None:
             check()
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
@@ -296,6 +297,7 @@ def _call_criu(
     output: Output,
     report: Report,
     memory: Memory,
+    mount: int | None,
 ) -> MemoryUse:
     """Let CRIU restore the processes; return how they got their memory."""
     process = record.process
@@ -307,7 +309,7 @@ def _call_criu(
             Path(process.stderr): _seen_in_cell(cell, output.stderr, opened),
         }
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
-        used = restore_with_memory(call, record, dump, work, memory)
+        used = restore_with_memory(call, record, dump, work, memory, mount)
         _adjust(cell, record, report)
     return used
 

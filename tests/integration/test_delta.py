@@ -350,7 +350,7 @@ MOMENTS = {
     "pages": "rekindle.criu.zero_pages:drop",
     "describe": "snapshot.replica:_describe",
     "search": "snapshot.secret_search:require_no_secrets",
-    "pack": "oci.dump_layers:pack",
+    "pack": "oci.dump_layers:pack_layers",
     "prove": "restore.rungs.process:restore",
     "sign": "oci.trust.made_here:sign",
     "publish": "oci.layout:Layout.publish",
