@@ -43,6 +43,7 @@ VERBS = {
     "match": "compare this node with a snapshot, field by field",
     "doctor": "check what this node can do, and what is missing",
     "metrics": "print or serve metrics for Prometheus",
+    "dashboard": "show servers, starts and images in a browser",
     "completion": "print the completion of commands for a shell",
     "bench": "compare cold starts with restores, by phase",
 }

@@ -43,6 +43,7 @@ SKOPEO = REGISTRY_TOOLS / "skopeo"  # needs --insecure-policy, and --tls-verify=
 CRANE = REGISTRY_TOOLS / "crane"
 COSIGN = REGISTRY_TOOLS / "cosign"
 COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
+BROWSER = PREFIX / "browser" / "bin" / "browser"
 ALLOCATORS = PREFIX / "allocators" / "lib"
 _GO_SOURCE = SERVERS / "garbage" / "garbage.go"
 GO_SERVER = PREFIX / "go-server" / hashlib.sha256(_GO_SOURCE.read_bytes()).hexdigest()[:16]

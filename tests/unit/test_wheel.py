@@ -60,7 +60,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_module_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {path.relative_to(ROOT) for path in MODULES.values()} | {Path("rekindle/py.typed")}
+    page = {path.relative_to(ROOT) for path in (ROOT / "cli/dashboard_files").iterdir()}
+    modules = {path.relative_to(ROOT) for path in MODULES.values()}
+    assert names == modules | page | {Path("rekindle/py.typed")}
 
 
 def test_the_version_is_that_of_the_package(wheel: Path) -> None:
