@@ -25,6 +25,7 @@ setup-dev: setup ## Also install vLLM for the CPU, a tiny model and registry too
 	@hack/get-allocators >/dev/null
 	@hack/get-go-server >/dev/null
 	@hack/get-browser >/dev/null
+	@hack/get-go-registry >/dev/null
 	@hack/get-libcuda-555 >/dev/null || true # only one file of tests asks it, and not everywhere can it be had
 	@hack/get-criu --suite bookworm >/dev/null # one that is too old for new kernels
 

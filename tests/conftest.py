@@ -46,6 +46,9 @@ COSIGN_2 = REGISTRY_TOOLS / "cosign-2"
 BROWSER = PREFIX / "browser" / "bin" / "browser"
 ALLOCATORS = PREFIX / "allocators" / "lib"
 _GO_SOURCE = SERVERS / "garbage" / "garbage.go"
+_GO_REGISTRY_SOURCE = Path(__file__).parent / "servers/registry/referrers.go"
+GO_REGISTRY = PREFIX / "go-registry" / hashlib.sha256(_GO_REGISTRY_SOURCE.read_bytes()).hexdigest()[:16]
+NGINX = REGISTRY_TOOLS / "nginx"
 GO_SERVER = PREFIX / "go-server" / hashlib.sha256(_GO_SOURCE.read_bytes()).hexdigest()[:16]
 VECTORS = ROOT.parent / "shared" / "sigstore-conformance"
 

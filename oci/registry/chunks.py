@@ -17,6 +17,7 @@ from rekindle.digest import Digest
 from rekindle.errors import NotFoundError, RegistryError
 
 _ACCEPTED = frozenset({202})
+_TAKEN = frozenset({200, 201, 202, 204})  # the specification says 202; go-containerregistry answers 204
 _CREATED = frozenset({200, 201, 204})
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 0.5
@@ -52,8 +53,9 @@ def _attempt(
         end = min(begin + chunk_bytes, body.length)
         headers = {**_TYPE, "Content-Range": f"{begin}-{end - 1}"}
         chunk = _Chunk(rest, end - begin)
-        with _send(origin, "PATCH", place, scope, headers, chunk, _ACCEPTED) as answer:
+        with _send(origin, "PATCH", place, scope, headers, chunk, _TAKEN) as answer:
             place, begin = target_of(answer), end
+    rest.finish()
     joint = "&" if "?" in place.target else "?"
     last = structs.replace(place, target=f"{place.target}{joint}digest={digest}")
     with _send(origin, "PUT", last, scope, _TYPE, Bytes(b""), _CREATED) as answer:
@@ -85,6 +87,11 @@ class _Rest:
             self._piece = next(self._pieces, memoryview(b""))
         piece, self._piece = self._piece[:at_most], self._piece[at_most:]
         return piece
+
+    def finish(self) -> None:
+        """Let the stream count and check what was taken last. Raises RegistryError if there is more."""
+        if self._piece or next(self._pieces, memoryview(b"")):
+            raise RegistryError("a blob has more bytes than its size")
 
 
 class _Chunk:

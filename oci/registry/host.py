@@ -309,7 +309,8 @@ class Host:
 
 _SIZE_HINT = (
     "raise the limit of the registry or of the proxy before it (nginx: client_max_body_size, "
-    "proxy_read_timeout; ingress-nginx: proxy-body-size)"
+    "proxy_read_timeout; ingress-nginx: proxy-body-size), or upload in parts: chunk_bytes of the registry in "
+    "config.toml"
 )
 
 

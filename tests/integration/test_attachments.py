@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import COSIGN, COSIGN_2, CRANE, ORAS, KeyPair, Rekindle
+from tests.conftest import COSIGN, COSIGN_2, CRANE, GO_REGISTRY, ORAS, KeyPair, Rekindle, need
 from tests.samples.cache import triton
-from tests.servers.registry.crane_registry import CraneRegistry
 from tests.servers.registry.docker_registry import DockerRegistry
+from tests.servers.registry.go_registry import GoRegistry
 
 pytestmark = pytest.mark.registry
 
@@ -55,23 +55,33 @@ class Shop:
         return results
 
 
-@pytest.fixture
-def crane_registry(tmp_path: Path) -> Iterator[CraneRegistry]:
-    with CraneRegistry(CRANE, tmp_path / "crane-registry") as registry:
-        yield registry
+CRANE_SERVES = [CRANE, "registry", "serve", "--address"]
+WITH_REFERRERS = [GO_REGISTRY]
 
 
-@pytest.fixture(params=["to crane's", "from crane's"])
+@pytest.fixture(
+    params=[
+        pytest.param((CRANE_SERVES, False), id="to crane's"),
+        pytest.param((CRANE_SERVES, True), id="from crane's"),
+        pytest.param((WITH_REFERRERS, False), id="to one with the referrers API"),
+        pytest.param((WITH_REFERRERS, True), id="from one with the referrers API"),
+    ]
+)
 def shop(
     request: pytest.FixtureRequest,
     rekindle: Rekindle,
     key_pair: KeyPair,
     docker_registry: DockerRegistry,
-    crane_registry: CraneRegistry,
     tmp_path: Path,
-) -> Shop:
-    hosts = docker_registry.host, crane_registry.host
-    here, there = hosts if request.param == "to crane's" else hosts[::-1]
+) -> Iterator[Shop]:
+    command, is_source = request.param
+    need(command[0].exists(), "a registry in Go", "hack/get-go-registry makes it")
+    with GoRegistry(command, tmp_path / "go-registry") as go_registry:
+        hosts = docker_registry.host, go_registry.host
+        yield open_shop(rekindle, key_pair, tmp_path, *(hosts[::-1] if is_source else hosts))
+
+
+def open_shop(rekindle: Rekindle, key_pair: KeyPair, tmp_path: Path, here: str, there: str) -> Shop:
     triton(tmp_path / "kernels")
     assert rekindle("pack-cache", "kernels", "--dir", str(tmp_path / "kernels")).status == 0
     done = rekindle("push", "kernels", f"{here}/team/kernels:1", "--json")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images by way of registries: the real docker-registry, the clients of others, and interruptions."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,23 @@ import pytest
 
 from oci.layout import Layout
 from rekindle.digest import Digest
-from tests.conftest import CRANE, ORAS, SKOPEO, KeyPair, Rekindle, Replica, wait_for
+from tests.conftest import (
+    CRANE,
+    GO_REGISTRY,
+    NGINX,
+    ORAS,
+    SKOPEO,
+    KeyPair,
+    Rekindle,
+    Replica,
+    need,
+    wait_for,
+)
 from tests.samples.image import LAYER_BYTES, LAYERS, make_image
 from tests.servers.registry.access import PASSWORD, USERNAME, Auth
 from tests.servers.registry.docker_registry import DockerRegistry
+from tests.servers.registry.front_end import FrontEnd
+from tests.servers.registry.go_registry import GoRegistry
 from tests.servers.registry.simulator import Registry
 
 Start = Callable[..., DockerRegistry]
@@ -35,12 +49,34 @@ def digest_of(done_json: Any) -> str:
     return str(done_json["image"]["digest"])
 
 
+@pytest.fixture(params=["docker-registry", "crane's", "one with the referrers API"])
+def start_registry(
+    request: pytest.FixtureRequest, start_docker_registry: Start
+) -> Iterator[Callable[[Path], DockerRegistry | GoRegistry]]:
+    """Starts a real registry of each make that there is."""
+    commands: dict[str, list[str | Path]] = {
+        "crane's": [CRANE, "registry", "serve", "--address"],
+        "one with the referrers API": [GO_REGISTRY],
+    }
+    with contextlib.ExitStack() as running:
+
+        def start(place: Path) -> DockerRegistry | GoRegistry:
+            if request.param not in commands:
+                return start_docker_registry()
+            command = commands[request.param]
+            need(Path(command[0]).exists(), "a registry in Go", "hack/get-go-registry makes it")
+            return running.enter_context(GoRegistry(command, place))
+
+        yield start
+
+
 @pytest.mark.registry
 def test_an_image_goes_round_with_its_digest(
-    rekindle: Rekindle, docker_registry: DockerRegistry, tmp_path: Path
+    rekindle: Rekindle, start_registry: Callable[[Path], Any], tmp_path: Path
 ) -> None:
+    host = start_registry(tmp_path / "registry").host
     digest = make_image(tmp_path / "from")
-    there, other = f"{docker_registry.host}/team/image:1", f"{docker_registry.host}/team/other:2"
+    there, other = f"{host}/team/image:1", f"{host}/team/other:2"
     pushed = rekindle("push", f"oci:{tmp_path}/from:1", there, "--json").json
     assert (pushed["outcome"], digest_of(pushed)) == ("saved", digest)
     assert pushed["bytes"] == {"fetched": 0, "sent": LAYERS * LAYER_BYTES + 2, "reused": 0}
@@ -107,6 +143,25 @@ def test_what_others_pushed_is_pulled(
     image = f"{docker_registry.host}/team/image:1"
     run(ORAS, "cp", "--from-oci-layout", f"{tmp_path}/from:1", "--to-plain-http", image)
     assert digest_of(rekindle("pull", image, "--json").json) == digest
+
+
+@pytest.mark.registry
+def test_a_front_end_that_limits_requests_gets_an_upload_in_chunks(
+    rekindle: Rekindle, start_registry: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    digest = make_image(tmp_path / "from", layers=3, size=(3 << 20) + 1)
+    with FrontEnd(NGINX, tmp_path / "nginx", start_registry(tmp_path / "registry").host) as front_end:
+        there = f"{front_end.host}/team/image:1"
+        done = rekindle("push", f"oci:{tmp_path}/from:1", there)
+        assert (done.status, "takes no upload of this size" in done.stderr) == (40, True), done.stderr
+        assert "chunk_bytes" in done.stderr
+        settings = f'[registry."{front_end.host}"]\nchunk_bytes = 1000000\n'
+        (rekindle.home / "config.toml").write_text(settings)
+        done = rekindle("push", f"oci:{tmp_path}/from:1", there, "--json")
+        assert done.status == 0, done.stderr
+        assert done.json["bytes"]["sent"] == 3 * ((3 << 20) + 1), "the config was taken at once"
+        assert run(CRANE, "digest", "--insecure", there).strip() == digest
+        assert rekindle("pull", there, "mine").status == 0
 
 
 @pytest.mark.registry

@@ -388,8 +388,10 @@ def in_chunks(host: str, chunk_bytes: int) -> Access:
 @pytest.mark.parametrize("chunk_bytes", [1000, 100_000, 1 << 30])
 def test_no_request_has_more_than_a_chunk(auth: Auth, chunk_bytes: int, sample: Sample) -> None:
     with Registry(auth=auth) as registry:
-        push(sample, f"{registry.host}/a/b:1", in_chunks(registry.host, chunk_bytes))
+        access = in_chunks(registry.host, chunk_bytes)
+        push(sample, f"{registry.host}/a/b:1", access)
         assert_pushed(registry, sample)
+        assert access.tally.sent_bytes == access.tally.expected_bytes
         sent = [request.body_bytes for request in registry.requests if request.method == "PATCH"]
         count = -(-sample.big.size // chunk_bytes) if chunk_bytes < sample.big.size else 0
         assert len(sent) == count

@@ -1,34 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry in `crane registry serve`, go-containerregistry's own, on loopback.
+"""go-containerregistry's registry on loopback, which shares no code with docker-registry.
 
-It shares no code with docker-registry. It has no referrers API either, keeps manifests in memory, and takes a
-blob in one request or in chunks.
+`crane registry serve` has no referrers API; hack/get-go-registry compiles the same with it. Manifests are in
+memory.
 """
 
 import contextlib
 import http.client
-import os
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 
-class CraneRegistry:
+class GoRegistry:
     """A running registry at `host`; what it says is in `log`."""
 
-    def __init__(self, program: Path, place: Path) -> None:
+    def __init__(self, command: Sequence[str | Path], place: Path) -> None:
+        """The address to listen at is the last argument of the command."""
         place.mkdir(parents=True)
         self.log = place / "registry.log"
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.host = f"127.0.0.1:{sock.getsockname()[1]}"
-        (place / "blobs").mkdir()
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
-                [str(program), "registry", "serve", "--address", self.host, "--disk", str(place / "blobs")],
-                env=os.environ,
+                [*map(str, command), self.host],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
