@@ -23,6 +23,7 @@ __all__ = ["UnclearCommand", "Unwrapped", "unwrap", "with_words"]
 
 _DEPTH_LIMIT = 8
 _SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "ksh", "busybox"})
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)")
 _ASSIGNMENT = re.compile(r"([^=\s-][^=]*)=(.*)", re.DOTALL)
 
 
@@ -85,6 +86,11 @@ def unwrap(argv: Sequence[str], environment: Mapping[str, str] | None = None) ->
         if not reading.words:
             raise UnclearCommand(f"{name} starts no command")
     raise UnclearCommand(f"more than {_DEPTH_LIMIT} wrappers")
+
+
+def variables_in(argv: Sequence[str]) -> frozenset[str]:
+    """Return the variables whose values a shell may put into a command."""
+    return frozenset(match[1] for word in argv for match in _VARIABLE.finditer(word))
 
 
 def with_words(argv: Sequence[str], added: Sequence[str]) -> list[str]:

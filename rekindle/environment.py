@@ -12,7 +12,7 @@ docs/adr/0026-environment.md says why. For each variable, except noise and the p
 import contextlib
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -60,29 +60,39 @@ def file_key(environment: Mapping[str, str]) -> bytes:
 
 
 def describe_environment(
-    environment: Mapping[str, str], engine: Engine, hide: Collection[str], withheld: Collection[str]
+    environment: Mapping[str, str],
+    engine: Engine,
+    hide: Collection[str],
+    withheld: Collection[str],
+    command: Sequence[str] = (),
 ) -> tuple[dict[str, str], RecordedVariables]:
     """Return what a record keeps of an environment: values, and names without values.
 
     The values are those of variables that choose kernels, unless they hold a secret or a text of `hide`.
+    Those whose values a shell puts into the command count like the engine's.
     """
+    from rekindle.command_line import variables_in
     from rekindle.secrets.redact import (
         holds_secret,
         redact_environment,
     )  # a restore does not need its patterns
 
+    in_command = variables_in(command)
     chosen = {name: value for name, value in environment.items() if engine.replays(name)}
     redacted = redact_environment(chosen, hide)
     plain = {name: value for name, value in redacted.items() if value == chosen[name]}
     salt = os.urandom(_SALT_BYTES).hex()
     marks = {}
     for name, value in sorted(environment.items()):
-        if name in plain or is_noise(name, value) or names_a_cache(name):
+        if name in plain:
+            continue
+        if name not in in_command and (is_noise(name, value) or names_a_cache(name)):
             continue
         if holds_secret(name, value):
             marks[name] = SECRET
         else:
-            digits = _DIGITS if engine.reads(name) else _SHORT_DIGITS
+            is_setting = name in in_command or engine.reads(name)
+            digits = _DIGITS if is_setting else _SHORT_DIGITS
             marks[name] = _digest(salt, name, value)[:digits]
     return plain, RecordedVariables(salt=salt, marks=marks, withheld=tuple(sorted(withheld)))
 

@@ -169,7 +169,9 @@ def make(
         beside = [*(f"{each.recorded}/" for each in roots), f"{work}/"]
         ours = [*kept.copied, *kept.made, *kept.written]
         read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, ours)
-    values, variables = describe_environment(spec.environment, engine, spec.credentials.values, spec.withheld)
+    values, variables = describe_environment(
+        spec.environment, engine, spec.credentials.values, spec.withheld, spec.argv
+    )
     record = Record(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         made_by=f"rekindle {__version__}",

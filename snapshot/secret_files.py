@@ -22,11 +22,12 @@ _ISSUED_ANEW = (
     *("/run/secrets/etc-pki-entitlement/", "/run/secrets/redhat.repo"),
 )
 _NAMES = re.compile(
-    rf"{forms.WORDS_OF_PASSWORDS}|^\.?(?:netrc|pgpass|my\.cnf|npmrc|pypirc|htpasswd|git-credentials|env)$"
+    rf"{forms.WORDS_OF_PASSWORDS}|^\.?(?:netrc|pgpass|my\.cnf|npmrc|pypirc|htpasswd|git-credentials)$|^\.env$"
     r"|^(?:token|credentials?)(?:\.\w+)?$|^id_[a-z0-9]+$|\.(?:key|p12|pfx|jks|keystore|env)$",
     re.IGNORECASE,
 )
 _PUBLIC = {"/etc/passwd"}
+_PROGRAMS = ("/bin/", "/sbin/", "/usr/bin/", "/usr/sbin/", "/usr/local/bin/")
 _OF_A_FILE = re.compile(r"[-_]?(?:FILE|PATH)$", re.IGNORECASE)
 _IN_TEXT = re.compile(rb"""["']?([\w.-]{1,80})["']?[ \t]*[:=][ \t]*["']?([^\s"',]{1,200})""")
 _HINT = re.compile(rb"pass|pwd|secret|pw|://", re.IGNORECASE)
@@ -44,7 +45,7 @@ def is_secret(path: str, named_by: Collection[str], content: bytes | None) -> bo
     It may by its place, its name, or that of an option or a variable that names it. `content` is that of a
     file that somebody has named: it may hold the assignment of a password, or a URL with one.
     """
-    if path in _PUBLIC:
+    if path in _PUBLIC or path.startswith(_PROGRAMS):
         return False
     if PLACES.match(path) or _NAMES.search(posixpath.basename(path)) or _is_mounted_secret(path):
         return True

@@ -145,7 +145,11 @@ TODAY_ROWS = (
         "of today, enforced by rekindle ([secrets.md](secrets.md)); else `api-key`",
         "`test_api_key.py`, `test_vllm_key.py`",
     ),
-    ("arguments", "compared: `command`", "`test_ladder.py`, `test_drop_in.py`"),
+    (
+        "arguments, wrappers, variables that a shell puts into the command",
+        "compared: `command`",
+        "`test_ladder.py`, `test_drop_in.py`, `test_commands.py`",
+    ),
     (
         "code, packages, configuration, templates, models, files mapped or named",
         "compared: `rootfs-file`, `code-file`, `package`, `named-file`, `model-changed`; others are told",

@@ -188,7 +188,11 @@ def _from_file(path: Path) -> Iterator[str]:
     import yaml
 
     if path.suffix not in {".yaml", ".yml"}:
-        raise UsageError(f"cannot read --config {path}", cause="vLLM only reads .yaml and .yml files")
+        raise UsageError(
+            f"cannot read --config {path}",
+            cause="vLLM only reads .yaml and .yml files",
+            hint="rename the file, and write --config FILE.yaml",
+        )
     try:
         with open(path, "rb") as file:
             content = file.read(_CONFIG_LIMIT_BYTES + 1)
@@ -200,7 +204,11 @@ def _from_file(path: Path) -> Iterator[str]:
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         # The text of a YAML error quotes the file, which may hold a key.
         cause = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise UsageError(f"cannot read --config {path}", cause=str(cause)) from None
+        raise UsageError(
+            f"cannot read --config {path}",
+            cause=str(cause),
+            hint="name a YAML file with an object whose names are options of vLLM",
+        ) from None
     for key, value in document.items():
         match value:
             case bool():

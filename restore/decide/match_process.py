@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from rekindle.environment import SECRET
 from rekindle.node import instructions
 from rekindle.node.fingerprint import Fingerprint
 from rekindle.node.mapped import describe_recorded
@@ -84,6 +85,9 @@ def _command(
         from rekindle.secrets.redact import redact_command
 
         yield Difference("command", "command", " ".join(record.command), " ".join(redact_command(command)))
+        return
+    for name in expanded_otherwise(record, command or record.command, environment, enforced):
+        yield Difference("command", f"${name} in the command", "another value", "the value of today")
 
 
 def starts_recorded(
@@ -97,12 +101,50 @@ def starts_recorded(
     if same_command(record.command, given, enforced):
         if not any("$" in word for word in given):
             return True
-        # A shell may give its words other values than then.
+        # A shell may give its words other values than then: see also `expanded_otherwise`.
         here = {name: environment[name] for name in record.environment if name in environment}
     from rekindle.secrets.redact import redact_command  # its patterns take 8 ms to compile
 
     was = _unwrapped(record.command, record.environment, enforced)
     return was == _unwrapped(redact_command(given), here, enforced)
+
+
+def expanded_otherwise(
+    record: Record, given: Sequence[str], environment: Mapping[str, str], enforced: frozenset[str]
+) -> Iterator[str]:
+    """Yield the variables by whose values of today a shell would start another server than the recorded one.
+
+    Those that only the address depends on are left out. Secrets are compared later, and variables whose
+    values are recorded by `starts_recorded`.
+    """
+    from rekindle.command_line import variables_in
+    from rekindle.engine.variables import is_noise, names_a_cache
+
+    known = record.variables
+    if known is None or not any("$" in word for word in given):
+        return
+    for name in sorted(variables_in(given) - {*record.environment, *known.withheld, *enforced}):
+        mark, value = known.marks.get(name), environment.get(name)
+        if mark is None and (value is None or is_noise(name, value) or names_a_cache(name)):
+            continue
+        if mark is not None and (mark == SECRET or (value is not None and known.is_same(name, value))):
+            continue
+        if _depends_on(given, name, environment, enforced):
+            yield name
+
+
+def _depends_on(
+    command: Sequence[str], name: str, environment: Mapping[str, str], enforced: frozenset[str]
+) -> bool:
+    """Tell whether a command starts another server for another value of a variable, as far as is known."""
+    from rekindle.command_line import UnclearCommand, unwrap
+
+    one, other = ({**environment, name: value} for value in ("1", "2"))
+    try:
+        unwrap(command, one)
+    except UnclearCommand:
+        return True
+    return _unwrapped(command, one, enforced) != _unwrapped(command, other, enforced)
 
 
 def same_command(

@@ -39,6 +39,8 @@ def test_a_telling_name(path: str, named_by: list[str]) -> None:
         ("/srv/special_tokens_map.json", []),
         ("/srv/chat.jinja", ["--chat-template"]),
         ("/etc/passwd", []),
+        ("/usr/bin/env", []),
+        ("/usr/bin/htpasswd", []),
         ("/srv/compass.json", []),
         ("/srv/keyboard.txt", []),
         ("/srv/x", ["--max-num-batched-tokens-file"]),

@@ -43,7 +43,8 @@ def with_config(argv: list[str]) -> list[str]:
     words = []
     for name, value in json.loads(Path(argv[at + 1]).read_text()).items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return [*argv[:1], *words, *argv[1:at], *argv[at + 2 :]]
+    model = argv[:at][:1]
+    return [*model, *words, *argv[len(model) : at], *argv[at + 2 :]]
 
 
 def flexible(word: str) -> str:
