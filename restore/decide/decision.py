@@ -2,6 +2,7 @@
 """Decide what a restore will do: find and verify the image, probe the node, plan, choose the address."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from msgspec import Struct, structs
@@ -34,6 +35,7 @@ from restore.prefetch import Prefetch
 from restore.read_ahead import ReadAhead
 from restore.signals import DeadlinePassed, Signals
 
+_ALL_BYTES = 1 << 62  # of a file: more than it has
 _DECIDE_SECONDS = 30.0  # limit where a cold start can replace the image: registries may retry for longer
 
 
@@ -105,7 +107,7 @@ def decide(
     if read_ahead and facts.image and plan.first and plan.first.rung is not Rung.PROCESS:
         begin_reading(read_ahead, facts.image.record, options)
     if source is not None and source.prefetch is not None and not plan.steps[0].possible:
-        source.prefetch.stop()
+        source.prefetch.close()
     engine = _engine(facts, options)
     return Decision(
         facts=facts,
@@ -169,9 +171,13 @@ def _gather(
         begin_reading(read_ahead, image.value.record, options)
     cuda = connections.enter_context(begin_search(image.value.record, home)) if prepares else None
     prefetch = None
-    if prepares and options.memory is Memory.MAP:
-        dump = dumps.place(home, image.value)
-        prefetch = connections.enter_context(Prefetch(dump, image.value.record.dump.memory))
+    if prepares:
+        prefetch = connections.enter_context(contextlib.ExitStack())
+        if options.memory is Memory.MAP:
+            dump = dumps.place(home, image.value)
+            prefetch.enter_context(Prefetch(dump, image.value.record.dump.memory))
+        if image.value.record.reloads and options.prefetch:
+            prefetch.enter_context(ReadAhead()).begin(weights_to_reload(image.value.record))
     facts, kernels = gathering.gather(
         image,
         reference,
@@ -193,6 +199,14 @@ def _gather(
         connections=connections,
     )
     return facts, source
+
+
+def weights_to_reload(record: Record) -> list[start_reads.StartRead]:
+    """Return the model's files that a restored server reads again, whole and in order."""
+    from rekindle.engine import weights
+
+    paths = weights.recorded_paths(record.weights, os.environ)
+    return [start_reads.StartRead(str(path), ((0, _ALL_BYTES),)) for path in paths]
 
 
 def begin_reading(read_ahead: ReadAhead, record: Record, options: Options) -> None:

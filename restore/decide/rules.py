@@ -186,8 +186,8 @@ RULES: Mapping[str, Rule] = {
     "model-reloaded": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="The server was saved without its weights, and reloads them from the model's files. Before "
-        "that, their digests are compared, too.",
+        why="The server was saved without its weights, and reloads them from the model's files. Their "
+        "digests are compared as well, before a client gets an answer.",
         source="rekindle snapshot --weights reload; vLLM, sleep mode at level 2",
         advice="fetch the recorded revision of the model to the recorded place",
     ),

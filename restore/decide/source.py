@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from oci.progress import Tally
     from rekindle.cuda.search import Search
     from restore.decide.plan import Step
-    from restore.prefetch import Prefetch
 
 
 class Source:
@@ -35,14 +34,14 @@ class Source:
         registry: RegistryOptions,
         tally: "Tally | None",
         cuda: "Search | None",
-        prefetch: "Prefetch | None",
+        prefetch: contextlib.ExitStack | None,
         connections: contextlib.ExitStack,
     ) -> None:
         """Hold an image and what it is read with.
 
         `kernels` is the kernel cache, if its config was read. `tally` counts fetched bytes; None for a local
-        image. `cuda` is the driver that is starting, `prefetch` reads the working set. `connections` closes
-        everything.
+        image. `cuda` is the driver that is starting; `prefetch` reads ahead what a restored process needs,
+        until it is closed. `connections` closes everything.
         """
         self.image = image
         self.kernels = kernels

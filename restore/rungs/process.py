@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from rekindle.cell.settings import to_apply
 from rekindle.criu import Criu
 from rekindle.engine import Engine
 from rekindle.engine.choose import from_record
-from rekindle.errors import MismatchError, OracleError, PortError, RestoreError
+from rekindle.errors import MismatchError, OracleError, PortError, RekindleError, RestoreError
 from rekindle.fields import JSON
 from rekindle.files import copy_sparse_tree
 from rekindle.home import Home
@@ -75,7 +75,7 @@ def take(
     driver = decision.facts.node.devices.driver
     with run.signals.raising(_seconds_left(run, step)):
         work = stack.enter_context(home.work("restore"))
-        _check_weights(record, report)
+        require_same_weights = stack.enter_context(_comparing_weights(record, report))
         if record.process.network is Network.HOST:
             addresses.release()  # the server binds them itself; binding only checked that they are free
         if step.roots:
@@ -117,6 +117,7 @@ def take(
                 cuda=cuda,
                 memory=run.options.memory,
                 check=functools.partial(require_same_secrets, run, decision, cell),
+                require_same_weights=require_same_weights,
             )
             # Memory files must not change while the server maps them. A copied dump is not needed any longer:
             # other restores may remove it to make room.
@@ -199,19 +200,34 @@ def _seconds_left(run: Run, step: Step) -> float | None:
     return max(0.001, run.options.process_deadline - (time.monotonic() - run.report.began))
 
 
-def _check_weights(record: Record, report: Report) -> None:
-    """Raise MismatchError if the weights that the server would reload differ from the recorded ones."""
+@contextlib.contextmanager
+def _comparing_weights(record: Record, report: Report) -> Iterator[Callable[[], None]]:
+    """Compare the weights that the server reloads with the recorded ones, within the context.
+
+    Yields what waits for the result, and raises MismatchError if they differ. Reading gigabytes takes seconds
+    of two cores, which pass while CRIU, the driver and the server work.
+    """
     if not record.reloads:
+        yield lambda: None
         return
     from rekindle.engine import weights
 
-    with report.phase("weights"):
-        if names := weights.changed_files(record.weights, os.environ):
+    comparison = weights.Comparison(record.weights, os.environ)
+
+    def require_same() -> None:
+        with report.phase("weights"):
+            names = comparison.changed()
+        if names:
             raise MismatchError(
                 "the model to reload differs from the recorded one",
                 cause=", ".join(names[:10]),
                 hint="fetch the recorded revision of the model",
             )
+
+    try:
+        yield require_same
+    finally:
+        comparison.stop()
 
 
 def _extract_mapped_files(run: Run, source: Source, step: Step, stack: contextlib.ExitStack) -> None:
@@ -247,11 +263,14 @@ def restore(
     memory: Memory = Memory.MAP,
     mount: int | None = None,
     check: Callable[[], None] | None = None,
+    require_same_weights: Callable[[], None] = lambda: None,
 ) -> None:
     """Restore the server into a cell that was just booted, and ask the oracle.
 
     `engine` defaults to the one that the record names. `cuda` is required for a server with CUDA state.
     `mount` shows the memory files instead of the dump. `check` is called as soon as the processes are there.
+    `require_same_weights` is called at the end, or after a failure to wake the server or to get its answer:
+    other weights explain that.
 
     Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
@@ -278,12 +297,17 @@ def restore(
         if process.hooked:  # not before: a thread may hold Python's lock while it waits for the GPU
             with report.phase("reseed"):
                 _reseed(cell, process.hooked)
-        if engine.options().get("asleep"):
-            _wake(cell, record, engine, report)
-        with report.phase("oracle"):
-            _ask_oracle(cell, record, engine, report)
-            own, files = processes.memory_bytes(cell)
-            report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
+        try:
+            if engine.options().get("asleep"):
+                _wake(cell, record, engine, report)
+            with report.phase("oracle"):
+                _ask_oracle(cell, record, engine, report)
+                own, files = processes.memory_bytes(cell)
+                report.memory = structs.replace(used, own_bytes=own, file_bytes=files)
+        except RekindleError:
+            require_same_weights()
+            raise
+        require_same_weights()
         undo.pop_all()
 
 

@@ -86,7 +86,8 @@ def answer(replica: Replica) -> str:
 
 def awake_answer(vllm: FakeVllm) -> str:
     """What the model answers that has never slept."""
-    weights, prompt = (vllm.model / "model.safetensors").read_bytes(), json.dumps(QUESTION["prompt"]).encode()
+    weights = hashlib.sha256((vllm.model / "model.safetensors").read_bytes()).digest()
+    prompt = json.dumps(QUESTION["prompt"]).encode()
     digests = [hashlib.sha256(b"|".join([weights, b"", prompt, b"%d" % n])).digest() for n in range(4)]
     return "".join(f" {int.from_bytes(digest[:2])}" for digest in digests)
 
@@ -367,7 +368,10 @@ def test_weights_that_are_read_again_must_be_those_that_were_there(
     started = words_of(replica, vllm)
     assert started == [*vllm.command(port), "--enable-sleep-mode"], "vLLM would not look a kernel up"
     assert code in [reason["code"] for reason in replica.report["reasons"] if reason["hard"]]
-    assert {event.step for event in node.cuda.log()} <= {"init"}, "it was restored before they were compared"
+    if code == "model-reloaded":
+        assert {event.step for event in node.cuda.log()} <= {"init"}, (
+            "it was restored before they were compared"
+        )
     assert answer(replica) == awake_answer(vllm)
     replica.kill()
     vllm.train(before)

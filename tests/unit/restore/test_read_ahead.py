@@ -6,11 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
+from rekindle.engine import weights
+from rekindle.files import drop_from_page_cache
 from rekindle.node.start_reads import StartRead
 from restore import read_ahead
+from restore.decide.decision import weights_to_reload
 from restore.read_ahead import ReadAhead
 from tests.samples.page_cache import on_disk, resident
+from tests.samples.record import RECORD
 
 _PAGES = 4096
 
@@ -135,3 +140,18 @@ def test_the_time_counts_until_the_last_byte(tmp_path: Path) -> None:
         assert first is not None
         assert 0 < first.seconds <= took
         assert reading.use == first, "it does not grow afterwards"
+
+
+def test_a_model_that_the_server_reloads_is_read_in_order(tmp_path: Path) -> None:
+    first, second = (on_disk(tmp_path / f"{name}.safetensors", 1024) for name in ("a", "b"))
+    (tmp_path / "notes.md").touch()
+    engine = structs.replace(RECORD.engine, name="vllm", options={"asleep": 2})
+    record = structs.replace(RECORD, engine=engine, weights=weights.identify(str(tmp_path), "", {}))
+    drop_from_page_cache(tmp_path)
+    wanted = weights_to_reload(record)
+    assert [each.path for each in wanted] == [str(first), str(second)]
+    with ReadAhead() as reading:
+        reading.begin(wanted, limit_bytes=1600 * 4096)
+        reading.wait()
+    assert len(resident(first)) == 1024
+    assert len(resident(second)) == 512, "as far as there is memory"

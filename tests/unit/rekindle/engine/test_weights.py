@@ -2,6 +2,7 @@
 """A model's identity: its files by digest, wherever vLLM finds them."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from msgspec import structs
 
 from oci.trust import signer
 from rekindle.engine.vllm import VllmEngine
-from rekindle.engine.weights import identify
+from rekindle.engine.weights import Comparison, identify, recorded_paths
 from rekindle.errors import FormatError
 from rekindle.record import Record
 from tests.samples.record import RECORD
@@ -46,6 +47,47 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, revision: str) -> None
 
 def test_what_is_nowhere_has_no_files(tmp_path: Path) -> None:
     assert identify("org/name", "main", {"HF_HUB_CACHE": str(tmp_path)})["files"] == []
+
+
+def lose(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def spoil(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"Weights")
+
+
+def add(model: Path) -> None:
+    (model / "other.safetensors").write_bytes(b"more")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(lose, ["model.safetensors"]), (spoil, ["model.safetensors"]), (add, []), (Path.stat, [])],
+)
+def test_every_byte_of_a_model_is_compared(
+    tmp_path: Path, change: Callable[[Path], object], found: list[str]
+) -> None:
+    fill(tmp_path / "model")
+    known = identify(str(tmp_path / "model"), "main", {})
+    change(tmp_path / "model")
+    assert Comparison(known, {}).changed() == found
+
+
+@pytest.mark.parametrize("known", [{}, {"model": "org/name", "files": []}])
+def test_a_model_without_known_files_is_not_compared(known: dict[str, object]) -> None:
+    assert Comparison(known, {}).changed() == []
+    assert recorded_paths(known, {}) == []
+
+
+def test_no_file_outside_of_a_model_is_read(tmp_path: Path) -> None:
+    fill(tmp_path / "model")
+    known = identify(str(tmp_path / "model"), "main", {})
+    strangers = [{"name": name} for name in ("/etc/passwd", "../model", "", "..")]
+    others = {**known, "files": [*known["files"], *strangers]}
+    assert Comparison(others, {}).changed() == ["a file without a name"] * 4
+    paths = recorded_paths(others, {})
+    assert paths == [tmp_path / "model/config.json", tmp_path / "model/model.safetensors"]
 
 
 @pytest.mark.parametrize(
