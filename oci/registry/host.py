@@ -284,7 +284,7 @@ class Host:
                 )
             case 413:
                 return RegistryError(f"{self.name} takes no upload of this size", cause=said, hint=_SIZE_HINT)
-            case 400 if "DIGEST_INVALID" in said:
+            case 400 if "DIGEST_INVALID" in said and "BLOB_UNKNOWN" not in said:
                 return IntegrityError(f"{self.name} got other bytes than those of the digest", cause=said)
         return RegistryError(f"{self.name} fails", cause=said)
 

@@ -19,6 +19,7 @@ from oci.registry.host import REDIRECTS, Bytes, Host, target_of
 from oci.registry.hosts import Hosts
 from oci.registry.retry import RETRYABLE
 from oci.registry.settle import Settling
+from oci.registry.transport import Answer
 from oci.registry.url import Url
 from rekindle.digest import Digest
 from rekindle.errors import CredentialsError, FormatError, IntegrityError, NotFoundError, RegistryError
@@ -33,6 +34,8 @@ _SETTLED = _ANY - RETRYABLE  # what another attempt would not change
 _THERE = frozenset({200}) | REDIRECTS
 _KEPT_BYTES = 64 << 20  # of manifests and other small blobs: they are read more than once
 _END_SECONDS = 1.0
+_UNKNOWN_ATTEMPTS = 3  # at a manifest of which a blob is not known
+_UNKNOWN_SECONDS = 0.2
 
 
 class Repository:
@@ -291,14 +294,7 @@ class Repository:
         subject = None
         if fields.has("subject") and fields.json("subject") is not None:
             subject = Descriptor.from_json(fields.json("subject"), "subject").digest
-        with self._origin.ask(
-            "PUT",
-            f"{self._name}/manifests/{name or digest}",
-            scope=self._push,
-            expected=_CREATED,
-            headers={"Content-Type": media_type},
-            body=Bytes(content),
-        ) as answer:
+        with self._send_manifest(content, media_type, name or digest) as answer:
             said = answer.headers.get("Docker-Content-Digest", digest)
             listed_for = answer.headers.get("OCI-Subject")
         if said != digest:
@@ -306,6 +302,28 @@ class Repository:
         if subject is not None and listed_for != subject:
             self._fallback.add(subject, referrers.entry(fields, media_type, digest, len(content)))
         return digest
+
+    def _send_manifest(self, content: bytes, media_type: str, name: str) -> Answer:
+        """Send a manifest. Try again if a blob that it lists is not known yet.
+
+        docker-registry 2.8 says so while another client uploads the same blob again, and storage that is
+        copied between places soon after an upload.
+        """
+        for left in reversed(range(_UNKNOWN_ATTEMPTS)):
+            try:
+                return self._origin.ask(
+                    "PUT",
+                    f"{self._name}/manifests/{name}",
+                    scope=self._push,
+                    expected=_CREATED,
+                    headers={"Content-Type": media_type},
+                    body=Bytes(content),
+                )
+            except (RegistryError, NotFoundError) as error:
+                if not left or "BLOB_UNKNOWN" not in (error.cause or ""):
+                    raise
+                self._origin.pause(_UNKNOWN_SECONDS)
+        raise AssertionError
 
     def keep(self, tag: str, write_again: Callable[[], bool]) -> None:
         """See `Destination.keep`."""

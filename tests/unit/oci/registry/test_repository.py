@@ -320,6 +320,29 @@ def test_an_index_that_others_keep_replacing_is_an_error(
             assert len(repository.referrers(sample.root.digest)) == 1, "written again"
 
 
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_blob_that_the_registry_does_not_know_yet_is_waited_for(times: int, sample: Sample) -> None:
+    """docker-registry answers so while others upload the same blob; seen with five signers at once."""
+    body = b'{"errors": [{"code": "DIGEST_INVALID"}, {"code": "MANIFEST_BLOB_UNKNOWN"}]}'
+
+    def forget(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        request.body()
+        return Answer(status=400, headers={"Content-Type": "application/json"}, body=body)
+
+    forgets = wrong.Misbehaviour(on=wrong.manifest(None, "PUT"), act=forget, times=times)
+    with Registry(misbehave=[forgets]) as registry:
+        sample.serve(registry)
+        content = referring(registry, sample, "x/y")
+        with Repository(named(f"{registry.host}/a/b"), access_to()) as repository:
+            if times == 1:
+                digest = repository.put_manifest(content, media_types.MANIFEST)
+                assert digest in registry.repositories["a/b"].manifests
+            else:
+                with pytest.raises(RegistryError, match="fails"):
+                    repository.put_manifest(content, media_types.MANIFEST)
+    assert len([each for each in registry.requests if each.method == "PUT"]) == (2 if times == 1 else 3)
+
+
 @pytest.mark.parametrize("kind", [cosign_tags.SIGNATURES, cosign_tags.ATTESTATIONS])
 def test_signers_at_the_same_time_lose_nothing_under_cosign_s_tags(kind: str, sample: Sample) -> None:
     """Each reads what is there before the others write theirs."""
