@@ -30,7 +30,7 @@ from restore.decide import (
 )
 from restore.decide.abilities import Abilities
 from restore.decide.match_gpus import GpuChoice
-from restore.decide.plan import FETCH_BYTES_PER_SECOND, Facts
+from restore.decide.plan import FETCH_BYTES_PER_SECOND, UNPACK_BYTES_PER_SECOND, Facts
 from restore.decide.remembered import Findings
 from restore.decide.rules import Strictness
 from restore.decide.source import read_kernels
@@ -81,6 +81,7 @@ def gather(
         has_memory=not unpacked and dumps.has_memory(home, found),
         kept_layers=frozenset() if unpacked else frozenset(dumps.kept_layers(home, found)),
         fetch_bytes_per_second=_fetch_bytes_per_second(home, reference),
+        unpack_bytes_per_second=UNPACK_BYTES_PER_SECOND if unpacked else _unpack_bytes_per_second(home),
         given=list(given) or None,
         variables=match_environment.compare(record, engine, os.environ, given),
         enforced=engine.enforced(),
@@ -114,6 +115,12 @@ def of_image(
             *match_needs.compare(image, home, unpacked=dumps.is_ready(home, image)),
         ],
     )
+
+
+def _unpack_bytes_per_second(home: Home) -> float:
+    from restore import fetch_rates
+
+    return fetch_rates.known_unpacking(home) or UNPACK_BYTES_PER_SECOND
 
 
 def _fetch_bytes_per_second(home: Home, reference: Reference) -> float:

@@ -48,11 +48,12 @@ NEED_RULES: Mapping[str, Rule] = {
     "slow": Rule(
         rung=Rung.PROCESS,
         hard=True,
-        why="What has to be fetched is expected to take longer than the process rung may, which is no longer "
-        "than the cold start that it spares. So it is not begun, if a lower rung is possible. Expected are "
-        "100 MB/s, or what the registry gave in the last hour.",
+        why="To fetch, unpack and restore the dump is expected to take longer than the process rung may, "
+        "which is no longer than the cold start that it spares. So it is not begun, if a lower rung is "
+        "possible. Expected are 100 MB/s from a registry and 500 MB/s to the disk, or what they gave in "
+        "the last hour.",
         source="docs/adr/0008-ladder.md",
-        advice="fetch it beforehand: `rekindle pull --unpack`; or allow more: --process-deadline S",
+        advice="do it beforehand: `rekindle pull --unpack`; or allow more: --process-deadline S",
     ),
     "cache-slow": Rule(
         rung=Rung.CACHE,

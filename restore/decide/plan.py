@@ -30,7 +30,7 @@ SCHEMA = "rekindle.plan/1"
 
 # For estimates, at the slow end of the measurements. Deadlines are longer.
 FETCH_BYTES_PER_SECOND = 100e6
-_UNPACK_BYTES_PER_SECOND = 500e6
+UNPACK_BYTES_PER_SECOND = 500e6
 _RESTORE_BYTES_PER_SECOND = 1.5e9
 _RESTORE_SECONDS = 0.6
 _DEADLINE_FACTOR = 5.0
@@ -44,7 +44,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     kernel cache, or if its config has not been read yet (`cache_unread`). `different` is the result of
     `match_loaded.mapped`, and `loaded` that of `match_loaded.compare`. `local`: nothing has to be fetched;
     `unpacked`: the dump is ready on this node; `has_memory`: its memory files are, in another dump;
-    `kept_layers`: the digests of its layers that are. `fetch_bytes_per_second` is the speed of its registry.
+    `kept_layers`: the digests of its layers that are. `fetch_bytes_per_second` is the speed of its registry,
+    `unpack_bytes_per_second` that of the disk.
     `given` is the command that the user gave; None for the recorded one. `variables` are the differences of
     the environment; `enforced` are options of which the given command may have other values. `environment`
     is that of a start today, and `api_keys` are those of which it would require one. `gpu_choice` decides
@@ -64,6 +65,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     has_memory: bool = False
     kept_layers: frozenset[str] = frozenset()
     fetch_bytes_per_second: float = FETCH_BYTES_PER_SECOND
+    unpack_bytes_per_second: float = UNPACK_BYTES_PER_SECOND
     given: Sequence[str] | None = None
     variables: Sequence[Difference] = ()
     enforced: frozenset[str] = frozenset()
@@ -85,8 +87,9 @@ class Step(Struct, frozen=True, kw_only=True):
 
     It is possible if no reason is hard. `seconds` is an estimate of the time until the server answers;
     None if it is unknown. `deadline_seconds` limits the time until the process answers, or the kernel cache
-    is in place; `limited_seconds` is an estimate of that time, 0.0 if nothing has to be fetched. `roots` are
-    the names of the roots of the kernel cache that it needs.
+    is in place; `limited_seconds` is an estimate of that time, 0.0 if nothing has to be fetched or unpacked.
+    `unpack_bytes` is the size of the dump to unpack. `roots` are the names of the roots of the kernel cache
+    that it needs.
     """
 
     rung: Rung
@@ -95,6 +98,7 @@ class Step(Struct, frozen=True, kw_only=True):
     seconds: float | None = None
     deadline_seconds: float | None = None
     limited_seconds: float = 0.0
+    unpack_bytes: int = 0
     roots: Sequence[str] = ()
 
     @property
@@ -203,7 +207,7 @@ def _process(facts: Facts) -> Step:
     seconds = (
         _RESTORE_SECONDS
         + record.dump.stored_bytes / _RESTORE_BYTES_PER_SECOND
-        + max(fetched / facts.fetch_bytes_per_second, written / _UNPACK_BYTES_PER_SECOND)
+        + max(fetched / facts.fetch_bytes_per_second, written / facts.unpack_bytes_per_second)
     )
     found = match_process.compare(
         record,
@@ -223,7 +227,8 @@ def _process(facts: Facts) -> Step:
         fetch_bytes=fetched,
         seconds=seconds,
         deadline_seconds=_deadline(seconds, record.start_seconds),
-        limited_seconds=seconds if fetched else 0.0,
+        limited_seconds=seconds if fetched or written else 0.0,
+        unpack_bytes=written,
         roots=roots,
     )
 
@@ -245,7 +250,7 @@ def _cache(facts: Facts, soft: Collection[str]) -> Step:
     chosen = [root for root in inventory.roots if root.name in fit.roots]
     fetched = 0 if facts.local else sum(facts.cache.layers[root.layer].size for root in chosen)
     written = sum(root.bytes for root in chosen)
-    seconds = fetched / facts.fetch_bytes_per_second + written / _UNPACK_BYTES_PER_SECOND
+    seconds = fetched / facts.fetch_bytes_per_second + written / UNPACK_BYTES_PER_SECOND
     return Step(
         rung=Rung.CACHE,
         reasons=[*fit.reasons, *_no_command(facts, Rung.CACHE)],

@@ -84,7 +84,7 @@ def take(
         end_cell = functools.partial(end, cell, record, driver, home, report)
         stack.push(lambda _, error, __: end_cell(error))
         with contextlib.ExitStack() as using:
-            with run.listener.progress(source.tally), _measured(source, home):
+            with run.listener.progress(source.tally), _measured(source, home, step):
                 dump = using.enter_context(
                     dumps.ready(
                         home,
@@ -134,11 +134,11 @@ def take(
     return TakenRung(rung=Rung.PROCESS, serving=serving, cell_init=cell.init_pid)
 
 
-def _measured(source: Source, home: Home) -> contextlib.AbstractContextManager[None]:
-    if source.tally is None:
-        return contextlib.nullcontext()
+def _measured(source: Source, home: Home, step: Step) -> contextlib.AbstractContextManager[None]:
     from restore import fetch_rates
 
+    if source.tally is None:
+        return fetch_rates.measured_unpacking(home, step.unpack_bytes)
     return fetch_rates.measured(home, source.reference, source.tally)
 
 

@@ -266,6 +266,23 @@ def test_a_process_that_is_too_slow_to_fetch_is_given_up_once(scene: Scene, regi
     assert report["seconds"] < 3
 
 
+def test_a_process_that_is_too_slow_to_unpack_is_given_up_once(scene: Scene, tmp_path: Path) -> None:
+    """The second start knows how slow the disk is, and does not even begin."""
+    begun = tmp_path / "begun"
+    scene.faults(f"restore.dumps:_unpack=pauses {begun} 60")
+    report = serves_on_the_cache(scene, "--process-deadline", "4")
+    assert [each["code"] for each in report["reasons"]] == ["deadline"]
+    begun.unlink()
+    report = serves_on_the_cache(scene, "--process-deadline", "4")
+    assert [each["code"] for each in report["reasons"]] == ["slow"]
+    assert not begun.exists()
+    scene.faults()
+    running = scene.restore("--process-deadline", "60")
+    running.until_ready("restored")
+    assert running.reasons == []
+    scene.rekindle.prefix = []
+
+
 def test_without_its_layers_in_a_registry_there_is_a_cold_start(scene: Scene, registry: Registry) -> None:
     for digest in scene.saved.layers["process"] + scene.saved.layers["cache"]:
         registry.misbehave(wrong.status(404, on=wrong.blob(digest)))

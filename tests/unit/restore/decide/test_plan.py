@@ -330,6 +330,18 @@ SLOW: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[str, bool]]]] =
     "a network that is slow": ({"fetch_bytes_per_second": 20e6}, {}, [("slow", True)]),
     "a network that is fast": ({"fetch_bytes_per_second": 1e9}, {}, []),
     "one that is slow, but all is here": ({"fetch_bytes_per_second": 20e6, "local": True}, {}, []),
+    "a disk that is slow": ({"unpack_bytes_per_second": 100e6, "local": True}, {}, [("slow", True)]),
+    "a disk that is fast": ({"local": True}, {}, []),
+    "a disk that is slow, but it is unpacked": (
+        {"unpack_bytes_per_second": 100e6, "local": True, "unpacked": True},
+        {},
+        [],
+    ),
+    "a network that is fast to a disk that is slow": (
+        {"fetch_bytes_per_second": 1e9, "unpack_bytes_per_second": 100e6},
+        {},
+        [("slow", True)],
+    ),
     "one that is slow, but it is unpacked": ({"fetch_bytes_per_second": 20e6, "unpacked": True}, {}, []),
     "one that is slow, but one layer is missing": (
         {"fetch_bytes_per_second": 20e6, "kept_layers": frozenset({str(descriptor(8 * 10**9).digest)})},
