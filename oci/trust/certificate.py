@@ -140,8 +140,17 @@ def _require_issued(leaf: "x509.Certificate", above: "list[x509.Certificate]", a
         if ExtendedKeyUsageOID.CODE_SIGNING not in usage:
             raise ValueError("it is not for code signing")
 
+    def require_signing_of_certificates(_: object, __: object, usage: x509.KeyUsage | None) -> None:
+        if usage is not None and not usage.key_cert_sign:
+            raise ValueError("an authority's key is not for signing certificates")
+
     either = Criticality.AGNOSTIC
-    issuers = ExtensionPolicy.webpki_defaults_ca().may_be_present(x509.ExtendedKeyUsage, either, None)
+    issuers = (
+        ExtensionPolicy.webpki_defaults_ca()
+        .may_be_present(x509.ExtendedKeyUsage, either, None)
+        # `openssl req -x509` leaves it out. RFC 5280 looks at it only if it is there (section 6.1.4).
+        .may_be_present(x509.KeyUsage, either, require_signing_of_certificates)
+    )
     leaves = (
         ExtensionPolicy.webpki_defaults_ee()
         .may_be_present(x509.AuthorityKeyIdentifier, either, None)

@@ -22,7 +22,15 @@ class OwnAuthority:
     certificate: x509.Certificate
 
     @classmethod
-    def make(cls, name: str = "root", above: "OwnAuthority | None" = None, *, is_ca: bool = True) -> Self:
+    def make(
+        cls,
+        name: str = "root",
+        above: "OwnAuthority | None" = None,
+        *,
+        is_ca: bool = True,
+        signs: bool | None = True,
+    ) -> Self:
+        """`signs` is what the usage of the key says of certificates; None: nothing is said of the usage."""
         key = ec.generate_private_key(ec.SECP256R1())
         usage = dict.fromkeys(
             (
@@ -31,12 +39,15 @@ class OwnAuthority:
             ),
             False,
         )
-        builder = (
-            _builder(name, key.public_key(), above or cls(key, None), timedelta(days=-1), timedelta(days=9))  # type: ignore[arg-type]
-            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(x509.KeyUsage(**usage, key_cert_sign=is_ca, crl_sign=is_ca), critical=True)
-        )
-        return cls(key, builder.sign((above or cls(key, None)).key, hashes.SHA256()))  # type: ignore[arg-type]
+        issuer = above or cls(key, None)  # type: ignore[arg-type]
+        builder = _builder(name, key.public_key(), issuer, timedelta(days=-1), timedelta(days=9))
+        builder = builder.add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+        if signs is not None:
+            signs = signs and is_ca
+            builder = builder.add_extension(
+                x509.KeyUsage(**usage, key_cert_sign=signs, crl_sign=signs), critical=True
+            )
+        return cls(key, builder.sign(issuer.key, hashes.SHA256()))
 
     @property
     def pem(self) -> bytes:

@@ -48,6 +48,19 @@ def test_certificates_for_other_kinds_of_keys(algorithm: str) -> None:
     assert isinstance(verify(ROOT.issue(key.public.key, NAME)), Certified)
 
 
+def test_an_authority_made_by_openssl_req_says_nothing_of_the_use_of_its_key() -> None:
+    root = OwnAuthority.make(signs=None)
+    middle = OwnAuthority.make("middle", root, signs=None)
+    accepted = Authority(roots=root.pem, identity=NAME)
+    assert isinstance(verify(root.issue(PUBLIC, NAME), b"", accepted), Certified)
+    assert isinstance(verify(middle.issue(PUBLIC, NAME), middle.pem, accepted), Certified)
+    # One that says what it is for is taken by its word, and one that is no authority is none.
+    signs_nothing = OwnAuthority.make("middle", root, signs=False)
+    none = OwnAuthority.make("middle", root, is_ca=False, signs=None)
+    for each in (signs_nothing, none):
+        assert isinstance(verify(each.issue(PUBLIC, NAME), each.pem, accepted), str)
+
+
 REFUSED = {
     "another authority": (STRANGER.issue(PUBLIC, NAME), b""),
     "another authority that comes along": (STRANGER.issue(PUBLIC, NAME), STRANGER.pem),
