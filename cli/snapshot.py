@@ -38,7 +38,9 @@ def main(words: Sequence[str]) -> int:
     report.allowed_secrets = sorted(set(args.allow_secret))
     with _report.reporting(report, args):
         sign = _signing.chosen(args)
-        if args.replica:
+        if args.pid is not None:
+            image = _save_process(args, command, sign, report)
+        elif args.replica:
             image = _save_running(args, command, sign, report)
         else:
             options = _options(args, command, sign)
@@ -55,9 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _arguments.Parser(
         prog="rekindle snapshot",
         usage="rekindle snapshot IMAGE [options] -- COMMAND…\n"
-        "       rekindle snapshot IMAGE --replica NAME [options]",
+        "       rekindle snapshot IMAGE --replica NAME [options]\n"
+        "       rekindle snapshot IMAGE --pid PID [options]",
         description="Start a server, warm it, check its answer, and save it as an image. The server ends "
-        "when its snapshot is made. Or save one that runs already, in a cell, and serves on.",
+        "when its snapshot is made. Or save one that runs already and serves on.",
     )
     parser.add_argument("image", metavar="IMAGE", help=_arguments.IMAGE)
     parser.add_argument(
@@ -131,6 +134,13 @@ def _add_replica(parser: argparse.ArgumentParser) -> None:
         "--replica", metavar="NAME", help="save this server, of `rekindle ps`, instead of starting one"
     )
     group.add_argument(
+        "--pid",
+        type=int,
+        metavar="PID",
+        help="save the server whose root is this process, with its descendants, however it was started; "
+        "connections that lead out of it are closed in the image, and not in the server",
+    )
+    group.add_argument(
         "--drain",
         type=_arguments.seconds,
         default=10.0,
@@ -138,6 +148,26 @@ def _add_replica(parser: argparse.ArgumentParser) -> None:
         help="with --replica: let new requests wait while those in flight finish, for at most S seconds "
         "(default: 10). One that takes longer goes on afterwards",
     )
+
+
+def _save_process(
+    args: argparse.Namespace, command: Sequence[str], sign: "Sign | None", report: Report
+) -> Image:
+    """Save a process tree that runs already."""
+    from snapshot.foreign import command_of, save_process
+
+    parser = _parser()
+    fit = {"ready_url", "oracle_request", "no_cache"}
+    given = [
+        name for name in _OF_A_START if name not in fit and getattr(args, name) != parser.get_default(name)
+    ]
+    given += ["replica"] if args.replica else []
+    if command or given:
+        what = f"--{given[0].replace('_', '-')}" if given else "a COMMAND"
+        raise UsageError(f"--pid cannot be combined with {what}", hint="the server has been started already")
+    _arguments.require_root()
+    options = _options(args, command_of(args.pid), sign)
+    return save_process(args.pid, options, report, _Bar(args))
 
 
 def _save_running(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snapshot.flow import snapshot
+    from snapshot.foreign import save_process
     from snapshot.lent import save_running
     from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
     from snapshot.replica import RunningReplica, save_replica
@@ -22,6 +23,7 @@ __all__ = [
     "ReplicaOptions",
     "RunningReplica",
     "SnapshotOptions",
+    "save_process",
     "save_replica",
     "save_running",
     "snapshot",
@@ -37,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from snapshot import replica
 
         return getattr(replica, name)
+    if name == "save_process":
+        from snapshot import foreign
+
+        return foreign.save_process
     if name == "save_running":
         from snapshot import lent
 

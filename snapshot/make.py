@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from rekindle import __version__, criu
-from rekindle.cell import MEMORY_PLACE, Cell, Clocks, Network, private, processes, untraced
+from rekindle.cell import MEMORY_PLACE, Cell, Clocks, Network, processes, untraced
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
 from rekindle.criu import Criu, connections, inherited, timers, zero_pages
@@ -35,7 +35,7 @@ from rekindle.record import Dump, Oracle, Process, Record, RecordedCriu, Recorde
 from rekindle.report import Report
 from rekindle.secrets.redact import redact_command
 from rekindle.text import listed
-from snapshot import secret_search, start_reads
+from snapshot import foreign_dump, secret_search, start_reads
 from snapshot.aftermath import telling_server
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
@@ -61,6 +61,7 @@ from snapshot.outside_connections import Ending, Outside, OutsideConnection, end
 from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.private_paths import find as find_private
+from snapshot.private_paths import keep as keep_private
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
@@ -288,7 +289,8 @@ def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) 
         huge_pages=mapped_huge_pages(cell, pids),
         reads=start_reads.find(cell, started.reads),
     )
-    _drop_disposable(cell, pids, engine.disposable())
+    if cell.only is None:
+        _drop_disposable(cell, pids, engine.disposable())
     return running
 
 
@@ -298,14 +300,6 @@ def _tell_private(private: PrivatePaths, report: Report) -> None:
             "each replica gets a copy of its own, in memory, of what the server writes to: "
             f"{listed(private.copied)}"
         )
-
-
-def _keep_private(cell: Cell, found: PrivatePaths, tree: Path) -> PrivatePaths:
-    """Copy what is private into the dump; return it without what is gone by now."""
-    directories = [each.path for each in found.directories]
-    kept = private.keep(cell, (*found.copied, *found.made), directories, tree / "shm")
-    made = tuple(path for path in kept if path in found.made)
-    return structs.replace(found, copied=tuple(path for path in kept if path not in made), made=made)
 
 
 def _dump(
@@ -327,13 +321,18 @@ def _dump(
         contextlib.ExitStack() as frozen,
     ):
         closed: tuple[str, ...] = ()
-        if started.runs_on:
+        close_in_image: Callable[[], tuple[str, ...]] = tuple
+        if cell.only is not None:
+            close_in_image = foreign_dump.freeze(tool, cell, root, tree / "criu", work, frozen, report)
+        elif started.runs_on:
             frozen.enter_context(FrozenDump(tool, cell, root, tree / "criu", logs=work))
         else:
             closed = _call_criu(cell, root, spec, tool, work)
         clocks = cell.clocks()
-        copy_sparse_tree(cell.root / "dev/shm", tree / "shm", without={MEMORY_PLACE.parts[3]})
-        kept = _keep_private(cell, running.private, tree)
+        others = set() if cell.only is None else foreign_dump.of_others(cell, tree / "criu")
+        copy_sparse_tree(cell.root / "dev/shm", tree / "shm", without={MEMORY_PLACE.parts[3], *others})
+        kept = keep_private(cell, running.private, tree / "shm")
+    closed = closed or close_in_image()
     if closed:
         report.closed = list(closed)
         report.say(f"closed in the image, since they lead out of the server: {listed(closed)}")

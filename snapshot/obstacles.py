@@ -114,7 +114,7 @@ def require_dumpable(
     """
     found = [
         *obstacles(cell, root, network, private=private, work=work, outside=outside, gpus=gpus),
-        *_system_v(cell, work),
+        *(_system_v(cell, work) if cell.only is None else ()),
     ]
     if found:
         raise NotDumpableError(

@@ -18,9 +18,9 @@ import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from rekindle.cell import Cell, processes
+from rekindle.cell import Cell, private, processes
 from rekindle.record import NeededDirectory
 
 FILE_LIMIT_BYTES = 64 << 20
@@ -68,6 +68,14 @@ class _Used(Struct):
     status: os.stat_result
     how: str = ""
     direct: bool = False
+
+
+def keep(cell: Cell, found: PrivatePaths, target: Path) -> PrivatePaths:
+    """Copy what is private into a directory of the dump; return it without what is gone by now."""
+    directories = [each.path for each in found.directories]
+    kept = private.keep(cell, (*found.copied, *found.made), directories, target)
+    made = tuple(path for path in kept if path in found.made)
+    return structs.replace(found, copied=tuple(path for path in kept if path not in made), made=made)
 
 
 def find(
@@ -204,10 +212,11 @@ def _flags(info: str) -> int:
 def _bound(cell: Cell, pids: Sequence[int]) -> set[str]:
     """Return the paths of unix sockets outside the cell, relative ones as seen from each process."""
     found: set[str] = set()
+    inodes = {str(each) for each in processes.socket_inodes(cell, pids)}
     with contextlib.suppress(OSError):
         for line in (processes.proc(cell) / str(pids[0]) / "net/unix").read_text().splitlines()[1:]:
             fields = line.split(maxsplit=7)
-            if len(fields) > 7 and not fields[7].startswith("@"):
+            if len(fields) > 7 and fields[6] in inodes and not fields[7].startswith("@"):
                 found |= set(socket_paths(cell, fields[7], pids))
     return {path for path in found if not path.startswith(_INSIDE)}
 

@@ -104,7 +104,11 @@ class Cell:
 
     The cell also ends when the thread that created it dies, even by SIGKILL: create it in a thread that
     outlives it. `connect` and `socket` are thread-safe; the other methods are not.
+
+    With `only`, the processes in it are those from this one down, and others are somebody else's.
     """
+
+    only: int | None = None
 
     def __init__(self) -> None:
         """Start the launcher, which takes some 20 ms to boot; `enter` creates the namespaces."""

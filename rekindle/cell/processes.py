@@ -31,6 +31,8 @@ def proc(cell: Cell) -> Path:
 
 def pids(cell: Cell) -> list[int]:
     """List every process of the cell except its init."""
+    if cell.only is not None:
+        return sorted(tree(cell, cell.only))
     return sorted(int(e.name) for e in os.scandir(proc(cell)) if e.name.isdecimal() and e.name != "1")
 
 
@@ -77,7 +79,8 @@ def strays(cell: Cell, root: int, *, patience: float = 1.0) -> set[int]:
 
 def host_pids(cell: Cell) -> list[int]:
     """List the PIDs on the host of every process of the cell except its init."""
-    return descendants.of(cell.init_pid)
+    own = [] if cell.only is None else [cell.only]
+    return own + descendants.of(cell.init_pid)
 
 
 def host_pids_by_inner(cell: Cell) -> dict[int, int]:

@@ -24,6 +24,7 @@ from rekindle.proc import children
 
 _ROLL_BACK_SECONDS = 60.0
 _PLACE = MEMORY_PLACE.parent  # in the cell's own /dev/shm, which allows execution
+_ALONE = "alone"
 _SCRIPT, _FROZEN, _DECISION = "script", "frozen", "decision"  # the last two are pipes
 _TEXT = f"""#!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
@@ -33,11 +34,21 @@ read -r word <{_PLACE}/{_DECISION}
 """
 
 
+# For processes that have nobody who would take them back: it waits only while we live, and they never end.
+_TEXT_ALONE = """#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
+echo 1<>{place}/{frozen}
+while [ -d /proc/{pid} ] && [ -p {place}/{frozen} ] && [ ! -e {place}/{alone} ]; do sleep 0.01; done
+exit 1
+"""
+
+
 class FrozenDump:
     """A complete dump in `directory`; its processes are frozen within the context. CRIU's log is in `logs`.
 
     When the context is left, they end if `end` was called, and else run on, also after an exception. If CRIU
-    is killed meanwhile, their state is unknown: they are killed, too.
+    is killed meanwhile, their state is unknown: they are killed, too, unless they are not in a cell of ours:
+    then they are left alone whatever happens, and cannot be ended.
 
     Entering the context raises DumpError if CRIU fails; the processes then run on.
     """
@@ -51,10 +62,14 @@ class FrozenDump:
         *,
         logs: Path,
         external: Sequence[str] = (),
+        options: Sequence[str] = (),
         timeout: float = 600.0,
     ) -> None:
         self._tool, self._cell, self._root_pid = tool, cell, root_pid
         self._directory, self._logs, self._external, self._timeout = directory, logs, external, timeout
+        self._options = options
+        self._is_ours = cell.only is None
+        self._place = _PLACE if self._is_ours else logs
         self._ends = False
         self._criu = 0
         self._fifos: dict[str, int] = {}
@@ -68,10 +83,11 @@ class FrozenDump:
 
     def __enter__(self) -> Self:
         with self._stack:
-            place = self._cell.root / _PLACE.relative_to("/")
+            place = self._cell.root / self._place.relative_to("/")
             place.mkdir(mode=0o700, exist_ok=True)
             script = place / _SCRIPT
-            script.write_text(_TEXT)
+            alone = _TEXT_ALONE.format(place=self._place, frozen=_FROZEN, alone=_ALONE, pid=os.getpid())
+            script.write_text(_TEXT if self._is_ours else alone)
             self._stack.callback(_remove, script)
             script.chmod(0o700)
             for name in (_FROZEN, _DECISION):
@@ -102,7 +118,7 @@ class FrozenDump:
 
     def _dump(self) -> None:
         """Start CRIU, and wait until the dump is complete or CRIU has exited."""
-        options = [f"--action-script={_PLACE}/{_SCRIPT}", f"--work-dir={self._logs}"]
+        options = [f"--action-script={self._place}/{_SCRIPT}", f"--work-dir={self._logs}", *self._options]
         options += [f"--external={name}" for name in self._external]
         command = dump_command(
             self._tool, self._root_pid, self._directory, self._timeout, options, logs=self._logs
@@ -130,12 +146,22 @@ class FrozenDump:
     def _finish(self, error: BaseException | None) -> None:
         """Tell CRIU what to do, and wait until it has done it."""
         os.write(self._fifos[_DECISION], b"end\n" if self._ends else b"run\n")
+        if not self._is_ours:
+            (self._place / _ALONE).touch()
         if self._worker.ident is not None:
             self._worker.join()
         if not self._criu:
             return
         status = self._cell.wait(self._criu, _ROLL_BACK_SECONDS)
         if status is not None and os.WIFEXITED(status) and (self._ends is (status == 0)):
+            return
+        if not self._is_ours:
+            if error is None:
+                raise DumpError(
+                    "CRIU ended unexpectedly during a dump, and has perhaps not let the server run on",
+                    cause=f"its wait status is {status}",
+                    log=self._logs / "dump.log",
+                )
             return
         if status is None:
             self._cell.signal(self._criu, signal.SIGKILL)

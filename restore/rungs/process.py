@@ -329,8 +329,9 @@ def _call_criu(
     threading.Thread(target=importlib.import_module, args=["rekindle.engine.client"], daemon=True).start()
     with report.phase("restore"), contextlib.ExitStack() as opened:
         inherit = {
-            Path(process.stdout): _seen_in_cell(cell, output.stdout, opened),
-            Path(process.stderr): _seen_in_cell(cell, output.stderr, opened),
+            Path(path): _seen_in_cell(cell, fd, opened)
+            for path, fd in ((process.stdout, output.stdout), (process.stderr, output.stderr))
+            if path != os.devnull  # of a server that was started otherwise: its output stays where it went
         }
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory, mount)
