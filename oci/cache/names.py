@@ -11,18 +11,22 @@ _DEPTH_LIMIT = 64
 
 # What logins, shells, cron, systemd, Python and tools run or trust wherever they find it. No cache has such
 # names, so nothing is lost, and a signer of kernels gets nothing else.
-_SHELL = "bashrc|bash_[a-z]+|profile|zshrc|zshenv|zprofile|zlog(in|out)|t?cshrc|log(in|out)|m?kshrc|inputrc"
+_SHELL = "bash_[a-z]+|profile|zshenv|zprofile|zlog(in|out)|log(in|out)"
 _TOOLS = (
-    "git|gitconfig|hg|hgrc|vimrc|exrc|emacs|gdbinit|lldbinit|npmrc|pypirc|condarc|config|local|direnv|envrc"
+    "git|gitconfig|hg|vim|emacs([.]d)?|gdbinit|lldbinit|config|local|direnv|tmux[.]conf|ipython|jupyter|cargo"
+    "|rustup|m2|gradle|mailcap|rprofile|renviron|julia"
 )
-_KEYS = "ssh|[rs]hosts|netrc|gnupg|aws|kube|docker|forward|pgpass|k5login"
-_SESSION = "xinitrc|xsession(rc)?|xprofile|pam_environment|environment"
+_KEYS = (
+    "ssh|[rs]hosts|gnupg|aws|azure|boto|kube|docker|forward|pgpass|k5(login|users)|my(login)?[.]cnf"
+    "|vault-token"
+)
+_SESSION = "xsession|xprofile|xresources|xdefaults|xauthority|pam_environment|environment"
 _UNIT = "service|socket|timer|mount|automount|path"
 _RUN_ELSEWHERE = re.compile(
-    rf"\.({_SHELL}|{_TOOLS}|{_KEYS}|{_SESSION})"
+    rf"\.({_SHELL}|{_TOOLS}|{_KEYS}|{_SESSION}|[a-z0-9_-]*rc)"  # .bashrc, .npmrc, .curlrc, .psqlrc, …
     r"|authorized_keys2?|crontab|cron\.[a-z]+|anacrontab|sudoers|doas\.conf|ld\.so\.(preload|conf)|rc\.local"
     r"|(sudoers|ld\.so\.conf|pam|init|profile|rc[0-6s]?|modprobe|modules-load|sysctl|tmpfiles)\.d"
-    rf"|.+\.({_UNIT})(\.d)?|.+\.desktop"
+    rf"|.+\.({_UNIT})(\.d)?|.+\.(wants|requires)|.+\.desktop"
     r"|(site|user)customize\.py|.+\.pth"
 )
 

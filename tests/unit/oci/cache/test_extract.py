@@ -230,6 +230,8 @@ ELSEWHERE = [
         ".vimrc",
         ".pam_environment",
     ),
+    *(".curlrc", ".psqlrc", ".tmux.conf", ".emacs.d/x", ".ipython/x", ".cargo/x", ".my.cnf", ".Xauthority"),
+    *(".azure/x", ".netrc", ".zshrc", ".kshrc", "x.target.wants/y"),
 ]
 
 
