@@ -24,7 +24,6 @@ setup-dev: setup ## Also install vLLM for the CPU, a tiny model and registry too
 	@hack/get-registry-tools >/dev/null
 	@hack/get-allocators >/dev/null
 	@hack/get-go-server >/dev/null
-	@hack/get-browser >/dev/null
 	@hack/get-go-registry >/dev/null
 	@hack/get-libcuda-555 >/dev/null || true # only one file of tests asks it, and not everywhere can it be had
 	@hack/get-criu --suite bookworm >/dev/null # one that is too old for new kernels
@@ -54,6 +53,8 @@ check: $(VENV)/.ready ## Run the linters and type checks, and compare the genera
 	@$(BIN)/python -m hack.docs.schemas --check
 
 test: setup-dev check ## Run all tests, with real CRIU and real vLLM; takes minutes
+	@hack/get-browser >/dev/null
+	@hack/get-kubernetes-tools >/dev/null
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder --reruns 1
 
 test-field: setup-dev ## Snapshot and restore servers of other kinds, which are installed for it; takes minutes
