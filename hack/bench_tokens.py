@@ -2,10 +2,12 @@
 """Compare the tokens per second of restored servers, mapped and copied; see hack/bench-tokens.
 
 Each run restores a replica of each kind, in turn and in changing order, and asks it twice: `first` counts
-what the memory costs when it is touched for the first time, `again` does not.
+what the memory costs when it is touched for the first time, `again` does not. The tokens for each second of
+processor time say the same where other work makes everything slower.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +21,9 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("map", "copy")
@@ -26,8 +31,25 @@ READY_SECONDS = 120.0
 ANSWER_SECONDS = 300.0
 
 
-def tokens_per_second(port: int, model: str, streams: int, tokens: int) -> float:
-    """Ask for `tokens` tokens in each of so many streams at once; return the tokens per second of all."""
+class Rates(NamedTuple):
+    """Tokens for each second, and for each second of processor time."""
+
+    wall: float
+    processor: float
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process and its descendants."""
+    found = 0.0
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found += times.user + times.system
+    return found
+
+
+def rates(port: int, pid: int, model: str, streams: int, tokens: int) -> Rates:
+    """Ask for `tokens` tokens in each of so many streams at once; return the rates of all together."""
 
     def ask(number: int) -> int:
         body = {"model": model, "prompt": f"{number}", "max_tokens": tokens, "ignore_eos": True}
@@ -39,14 +61,14 @@ def tokens_per_second(port: int, model: str, streams: int, tokens: int) -> float
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:  # noqa: S310
             return int(json.load(response)["usage"]["completion_tokens"])
 
-    began = time.monotonic()
+    began, used = time.monotonic(), processor_seconds(pid)
     with ThreadPoolExecutor(streams) as pool:
         count = sum(pool.map(ask, range(streams)))
-    return count / (time.monotonic() - began)
+    return Rates(count / (time.monotonic() - began), count / (processor_seconds(pid) - used))
 
 
-def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: int) -> dict[str, float]:
-    """Restore a replica, and return its tokens per second by "STREAMS first" and "STREAMS again"."""
+def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: int) -> dict[str, Rates]:
+    """Restore a replica, and return its rates by "STREAMS first" and "STREAMS again"."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as work:
@@ -65,7 +87,7 @@ def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: i
                     sys.exit((Path(work) / "log").read_text(errors="replace"))
                 time.sleep(0.01)
             return {
-                f"{count} {when}": tokens_per_second(port, model, count, tokens)
+                f"{count} {when}": rates(port, process.pid, model, count, tokens)
                 for when in ("first", "again")
                 for count in streams
             }
@@ -74,14 +96,16 @@ def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: i
             process.wait()
 
 
-def show(found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Print a table: medians of the tokens per second, from the slowest to the fastest run."""
-    print(f"{'streams':16}{'mapped':>24}{'copied':>24}{'mapped / copied':>18}")
+def show(found: Mapping[str, Sequence[Mapping[str, Rates]]]) -> None:
+    """Print a table: medians of the rates, from the slowest to the fastest run."""
+    print(f"{'streams, tokens per second':40}{'mapped':>24}{'copied':>24}{'mapped / copied':>18}")
     for name in found["map"][0]:
-        values = {mode: sorted(run[name] for run in found[mode]) for mode in MODES}
-        middle = {mode: statistics.median(values[mode]) for mode in MODES}
-        cells = [f"{middle[m]:.0f} ({values[m][0]:.0f} to {values[m][-1]:.0f})" for m in MODES]
-        print(f"{name:16}{cells[0]:>24}{cells[1]:>24}{middle['map'] / middle['copy']:>18.3f}")
+        for number, unit in enumerate(("", "of processor time")):
+            values = {mode: sorted(run[name][number] for run in found[mode]) for mode in MODES}
+            middle = {mode: statistics.median(values[mode]) for mode in MODES}
+            cells = [f"{middle[m]:.0f} ({values[m][0]:.0f} to {values[m][-1]:.0f})" for m in MODES]
+            ratio = middle["map"] / middle["copy"]
+            print(f"{f'{name} {unit}':40}{cells[0]:>24}{cells[1]:>24}{ratio:>18.3f}")
 
 
 def main() -> None:
@@ -92,12 +116,14 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=50, help="streams at once, beside one (default: 50)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of each stream (default: 200)")
     args = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    found: dict[str, list[dict[str, Rates]]] = {mode: [] for mode in MODES}
     for run in range(args.runs):
         for mode in MODES if run % 2 == 0 else MODES[::-1]:
             found[mode].append(measure(args.image, mode, args.model, (1, args.streams), args.tokens))
-            rates = ", ".join(f"{name} {rate:.0f}" for name, rate in found[mode][-1].items())
-            print(f"{mode}: {rates} tokens/s", file=sys.stderr, flush=True)
+            told = ", ".join(
+                f"{name} {each.wall:.0f} {each.processor:.0f}" for name, each in found[mode][-1].items()
+            )
+            print(f"{mode}: {told} tokens/s", file=sys.stderr, flush=True)
     print(f"n = {args.runs} each, {args.tokens} tokens a stream; {os.cpu_count()} processors")
     show(found)
 

