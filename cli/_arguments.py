@@ -115,6 +115,19 @@ def option_words(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     return words
 
 
+def add_reseed(parser: argparse.ArgumentParser) -> None:
+    from rekindle.cell.hook import Reseed
+
+    parser.add_argument(
+        "--reseed",
+        type=one_of(Reseed),
+        choices=list(Reseed),
+        default=Reseed.UNSEEDED,
+        help="random numbers of Python processes to reseed after a restore: those that the program did not "
+        "seed itself (default), all, or none",
+    )
+
+
 def add_ready_timeout(parser: argparse.ArgumentParser, default: float) -> None:
     """Add the option that limits the start of a server."""
     parser.add_argument(

@@ -45,6 +45,7 @@ def main(words: Sequence[str]) -> int:
             ready_url=args.ready_url,
             ready_file=args.ready_file,
             oracle_file=args.oracle_request,
+            reseed=args.reseed,
             private_variables=KEY_VARIABLES,
         )
         if detached is None:
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="network of the server: its own, or the host's (default: private)",
     )
     _arguments.add_ready_timeout(parser, READY_SECONDS)
+    _arguments.add_reseed(parser)
     parser.add_argument("--ready-url", metavar="URL", help=_arguments.READY_URL)
     parser.add_argument("--oracle-request", type=Path, metavar="FILE", help=_arguments.ORACLE_REQUEST)
     parser.add_argument(

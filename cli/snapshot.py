@@ -12,7 +12,6 @@ from oci.image import Image
 from oci.progress import Tally
 from oci.reference import parse
 from rekindle.cell import Network
-from rekindle.cell.hook import Reseed
 from rekindle.engine.choose import Weights
 from rekindle.errors import UsageError
 from rekindle.report import Outcome, Report
@@ -87,14 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for vLLM on a GPU: keep the weights in the image (default), reload them from the model's files "
         "after a restore, or dump all GPU memory as it is",
     )
-    parser.add_argument(
-        "--reseed",
-        type=_arguments.one_of(Reseed),
-        choices=list(Reseed),
-        default=Reseed.UNSEEDED,
-        help="random numbers of Python processes to reseed after a restore: those that the program did not "
-        "seed itself (default), all, or none",
-    )
+    _arguments.add_reseed(parser)
     parser.add_argument(
         "--outside",
         type=_arguments.one_of(Outside),

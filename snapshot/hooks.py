@@ -41,11 +41,16 @@ def around_dump(cell: Cell, known: Sequence[int], report: Report) -> Iterator[tu
             hooked = _call(cell, hook.HookPhase.BEFORE_SNAPSHOT)
         yield hooked
     finally:
-        try:
-            hook.renew_generation(cell.root)
-            _call(cell, hook.HookPhase.AFTER_RESTORE)
-        except (RekindleError, OSError) as error:
-            report.say(f"WARNING: the replica may not go on as before its snapshot: {error}")
+        after_dump(cell, report)
+
+
+def after_dump(cell: Cell, report: Report) -> None:
+    """Call the hooks of a server that runs on after its dump. Raises nothing."""
+    try:
+        hook.renew_generation(cell.root)
+        _call(cell, hook.HookPhase.AFTER_RESTORE)
+    except (RekindleError, OSError) as error:
+        report.say(f"WARNING: the server may not go on as before its snapshot: {error}")
 
 
 def _call(cell: Cell, phase: hook.HookPhase, log: Path | None = None) -> tuple[int, ...]:

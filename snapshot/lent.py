@@ -18,6 +18,7 @@ from oci.layout import Layout
 from oci.reference import parse
 from rekindle import documents, replicas
 from rekindle.cell import Cell, Network
+from rekindle.cell.hook import Reseed
 from rekindle.engine import Engine
 from rekindle.engine.choose import Weights, from_record
 from rekindle.engine.client import Client
@@ -29,6 +30,7 @@ from restore.borrow import Lender
 from restore.decide.match_api_key import requires_key
 from snapshot import make
 from snapshot.flow import snapshot
+from snapshot.hooks import after_dump
 from snapshot.options import Progress, ReplicaOptions, SnapshotOptions
 from snapshot.outside_connections import Outside
 from snapshot.replica import RunningReplica, save_borrowed
@@ -136,9 +138,12 @@ def _save_begun(
         with contextlib.ExitStack() as stack:
             with report.phase("drain"):
                 cell, _output = stack.enter_context(lender.lent(drain_seconds, report.pause))
-            server = Server.running(cell, begun.root_pid, begun.given, Path(begun.stdout), Path(begun.stderr))
+            output = Path(begun.stdout), Path(begun.stderr)
+            server = Server.running(cell, begun.root_pid, begun.given, *output, begun.reseed)
             with report.phase("oracle"):
                 oracle = make.known_oracle(server, engine, Client(engine.endpoint, cell.connect))
+            if begun.reseed is not Reseed.NONE:
+                stack.callback(after_dump, cell, report)
             yield make.WarmServer(
                 cell=cell,
                 server=server,

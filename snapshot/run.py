@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from rekindle import documents
 from rekindle.cell import Cell, Network, processes
+from rekindle.cell.hook import Reseed
 from rekindle.engine import Endpoint, Engine
 from rekindle.engine.choose import for_command
 from rekindle.engine.client import Client
@@ -54,6 +55,7 @@ class RunOptions(Struct, frozen=True, kw_only=True):
     ready_url: str | None = None
     ready_file: Path | None = None
     oracle_file: Path | None = None
+    reseed: Reseed = Reseed.UNSEEDED
     private_variables: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -68,7 +70,8 @@ class BegunServer(Struct, frozen=True, kw_only=True):
 
     `environment` is that of rekindle, `given` that of the server. `read` and `written` are the files that it
     has opened and the devices and inodes of those that it has written; `problem` says why that is unknown.
-    `lasting` are those that processes have opened which still run, in order.
+    `lasting` are those that processes have opened which still run, in order. `reseed` is what its hooks
+    reseed, which older versions have not loaded.
     """
 
     argv: tuple[str, ...]
@@ -87,6 +90,7 @@ class BegunServer(Struct, frozen=True, kw_only=True):
     written: list[tuple[int, int]]
     problem: str
     lasting: list[str] = []
+    reseed: Reseed = Reseed.NONE
 
 
 def run(options: RunOptions, registration: Registration, listener: Listener | None = None) -> int:
@@ -194,7 +198,7 @@ def _start(
     make_temporary(cell)
     engine.enter(cell.root)
     argv, launched = engine.launch(options.command, environment)
-    return Server(cell, argv, launched, Path.cwd(), directory)
+    return Server(cell, argv, launched, Path.cwd(), directory, options.reseed)
 
 
 def _facts(
@@ -222,6 +226,7 @@ def _facts(
         read=list(reads.read),
         written=list(reads.written),
         problem=reads.problem,
+        reseed=options.reseed,
         lasting=reads.lasting(processes.host_pids(server.cell)),
     )
     return {"run": documents.to_json(begun)}

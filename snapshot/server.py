@@ -81,12 +81,18 @@ class Server:
 
     @classmethod
     def running(
-        cls, cell: Cell, root_pid: int, environment: Mapping[str, str], stdout: Path, stderr: Path
+        cls,
+        cell: Cell,
+        root_pid: int,
+        environment: Mapping[str, str],
+        stdout: Path,
+        stderr: Path,
+        reseed: hook.Reseed,
     ) -> Self:
         """Return a server that was started already, by its PID in the cell and what it was started with."""
         server = cls.__new__(cls)
         server.cell, server.root_pid, server.environment = cell, root_pid, dict(environment)
-        server.stdout, server.stderr, server.reseed = stdout, stderr, hook.Reseed.NONE
+        server.stdout, server.stderr, server.reseed = stdout, stderr, reseed
         server.file_key = file_key(processes.environment(cell, root_pid))
         return server
 

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,58 @@ def test_a_server_keeps_its_own_sitecustomize(
     record = rekindle("inspect", "dice", "--json").json["record"]
     assert record["environment"].get("PYTHONPATH") in {None, str(tmp_path / "site")}
     assert len(record["process"]["hooked"]) == 4, "and that which cleans up for multiprocessing"
+
+
+@pytest.mark.parametrize("behaviour", ["with=cryptography", "callbacks"])
+def test_a_server_that_is_run_and_saved_is_reseeded(
+    rekindle: Rekindle, two: Two, port: int, behaviour: str
+) -> None:
+    """Also the one that serves on."""
+    command = [sys.executable, str(SERVERS / "dice.py"), str(port), behaviour]
+    done = rekindle("run", "web", "--detach", *workhorse_flags(port), "--", *command)
+    assert done.status == 0, done.stderr
+    try:
+        done = rekindle("snapshot", "dice", "--replica", "web")
+        assert done.status == 0, done.stderr
+        assert "WARNING" not in done.stderr
+        record = rekindle("inspect", "dice", "--json").json["record"]
+        assert len(record["process"]["hooked"]) >= 3
+        first, second = two()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/draw", timeout=10) as response:
+            own = json.loads(response.read())
+        one, other = draw(first), draw(second)
+        assert not shared(one, other)
+        assert not shared(own, one)
+        if behaviour == "callbacks":
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/facts", timeout=10) as response:
+                called = json.loads(response.read())["called"]
+            assert called == ["before 2", "before 1", "after 1", "after 2"]
+            assert facts(first)["called"] == called
+    finally:
+        assert rekindle("stop", "web").status == 0
+
+
+def test_a_server_that_is_run_without_the_hook_has_none(rekindle: Rekindle, two: Two, port: int) -> None:
+    command = [sys.executable, str(SERVERS / "dice.py"), str(port)]
+    flags = ["--detach", "--reseed", "none", *workhorse_flags(port)]
+    assert rekindle("run", "web", *flags, "--", *command).status == 0
+    try:
+        assert rekindle("snapshot", "dice", "--replica", "web").status == 0
+        first, second = two()
+        assert {kind for _, kind in shared(draw(first), draw(second))} >= {"random", "openssl"}
+        assert not has_hook(facts(first))
+    finally:
+        assert rekindle("stop", "web").status == 0
+
+
+def test_a_callback_that_fails_leaves_a_server_that_is_run_as_it_was(rekindle: Rekindle, port: int) -> None:
+    command = [sys.executable, str(SERVERS / "dice.py"), str(port), "fails=before"]
+    assert rekindle("run", "web", "--detach", *workhorse_flags(port), "--", *command).status == 0
+    try:
+        done = rekindle("snapshot", "dice", "--replica", "web")
+        assert done.status == 30, done.stderr
+        assert "it raised an exception" in done.stderr
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/draw", timeout=10) as response:
+            assert json.loads(response.read()).keys() == {"itself", "spawn 0", "fork 1"}
+    finally:
+        assert rekindle("stop", "web").status == 0
