@@ -3,11 +3,13 @@
 
 import contextlib
 import os
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 _PF_EXITING = 4  # linux/sched.h
+_AT_RANDOM = 25  # linux/auxvec.h
 
 
 def boot_id() -> str:
@@ -46,6 +48,20 @@ def has_filter() -> bool:
 def has_capability(number: int) -> bool:
     """Tell whether this process has a capability, by its number in linux/capability.h."""
     return bool(int(privileges().get("CapEff", "0"), 16) >> number & 1)
+
+
+def at_random(place: Path) -> bytes:
+    """Return the random bytes that the OS kernel gave a program at its start, by its directory in /proc.
+
+    They are in its memory, and so in its dump. Empty if they cannot be read.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for kind, address in struct.iter_unpack("@NN", (place / "auxv").read_bytes()):
+            if kind == _AT_RANDOM:
+                with open(place / "mem", "rb", buffering=0) as memory:
+                    memory.seek(address)
+                    return memory.read(16)
+    return b""
 
 
 def children(process: Path) -> list[int]:

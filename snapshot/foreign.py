@@ -24,7 +24,7 @@ from rekindle.cell.foreign import NAMESPACES, ForeignCell
 from rekindle.engine import Engine
 from rekindle.engine.client import Client
 from rekindle.errors import CapabilityError, NotDumpableError, UsageError
-from rekindle.proc import start_ticks
+from rekindle.proc import at_random, start_ticks
 from rekindle.report import Pause, Report
 from snapshot import make
 from snapshot.flow import snapshot
@@ -181,7 +181,7 @@ class _ForeignServer(Server):
         self.__dict__.update(
             Server.running(cell, pid, environment, _output(pid, 1), _output(pid, 2)).__dict__
         )
-        self.file_key = b""
+        self.file_key = at_random(Path(f"/proc/{pid}"))  # no shell of ours has a key
 
     @property
     def server_pid(self) -> int:

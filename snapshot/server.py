@@ -87,7 +87,7 @@ class Server:
         environment: Mapping[str, str],
         stdout: Path,
         stderr: Path,
-        reseed: hook.Reseed,
+        reseed: hook.Reseed = hook.Reseed.NONE,
     ) -> Self:
         """Return a server that was started already, by its PID in the cell and what it was started with."""
         server = cls.__new__(cls)

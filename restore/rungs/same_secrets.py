@@ -10,6 +10,7 @@ import os
 from rekindle.cell import Cell, processes
 from rekindle.engine.choose import from_record
 from rekindle.environment import file_key
+from rekindle.proc import at_random
 from restore.decide import match_environment, match_loaded
 from restore.decide.decision import Decision, strictness
 from restore.decide.match_environment import RestoredStart
@@ -28,7 +29,8 @@ def require_same_secrets(run: Run, decision: Decision, cell: Cell) -> None:
     given = decision.facts.given or ()
     start = _restored_start(cell, record.process.root_pid)
     found = match_environment.compare_restored(record, engine, os.environ, given, start)
-    key = file_key(start.environment)
+    place = processes.proc(cell) / str(record.process.root_pid)
+    key = file_key(start.environment) or at_random(place)
     found += match_loaded.compare_secret_files(record, given, os.environ, key)
     rules = strictness(run.options)
     reasons = [rules.apply(reason_for(each)) for each in found]

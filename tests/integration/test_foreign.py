@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -172,3 +173,25 @@ def test_what_cannot_work_is_refused_at_once(rekindle: Rekindle, start: Started)
     assert done.status == 10
     assert "namespace" in done.stderr
     assert count(port) == 1
+
+
+def test_a_secret_file_of_today_is_compared_with_that_of_the_server(
+    rekindle: Rekindle, start: Started, restore: Callable[..., Replica], tmp_path: Path
+) -> None:
+    """Its key is in the server's memory, as ours is in that of the shell above others."""
+    port, secret = free_port(), tmp_path / "pin"
+    secret.write_text("4711")
+    rekindle.env["DB_PASS_FILE"] = str(secret)
+    environment = {**os.environ, "TMPDIR": str(tmp_path.parent), "DB_PASS_FILE": str(secret)}
+    server = start(workhorse(port), port, env=environment)
+    done = snapshot(rekindle, server.pid, port)
+    assert done.status == 0, done.stderr
+    files = rekindle("inspect", "live", "--json").json["record"]["loaded"]["files"]
+    (identity,) = [each["identity"] for each in files if each["path"] == str(secret)]
+    assert re.fullmatch("keyed:[0-9a-f]{64}", identity)
+    replica = restore("live", free_port(), "--require", "process")
+    assert str(secret) in [each["field"] for each in replica.report["reasons"]]
+    secret.write_text("0815")
+    done = rekindle("restore", "live", "--require", "process", "--publish", str(free_port()))
+    assert done.status == 11, done.stderr
+    assert f"{secret} was as it was read, is different" in done.stderr
