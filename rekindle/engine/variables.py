@@ -31,6 +31,8 @@ _NOISE = frozenset(
         *("WATCHDOG_PID", "WATCHDOG_USEC", "MEMORY_PRESSURE_WATCH", "MEMORY_PRESSURE_WRITE", "container"),
         # Which GPUs a container has, for its runtime. The GPUs themselves are compared.
         "NVIDIA_VISIBLE_DEVICES",
+        # The trace that a start belongs to: OpenTelemetry's environment variable carrier.
+        *("TRACEPARENT", "TRACESTATE"),
         # A server in a cell has a TMPDIR of ours.
         "TMPDIR",
     }

@@ -73,7 +73,11 @@ def test_a_restore_is_exported_when_its_server_is_ready(
         process = rekindle.spawn(
             *("restore", "horse", "--publish", str(port), "--ready-file", str(tmp_path / "ready")),
             log=log,
-            env={"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "REKINDLE_LOG_FORMAT": "json"},
+            env={
+                "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+                "REKINDLE_LOG_FORMAT": "json",
+                "TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            },
         )
         wait_for(lambda: bool(collector.spans), 30)
         assert (tmp_path / "ready").exists()
@@ -83,6 +87,8 @@ def test_a_restore_is_exported_when_its_server_is_ready(
     whole = spans["rekindle restore"]
     assert {"start", "decide", "restore", "oracle"} <= set(spans)
     facts = attributes(whole)
+    assert whole.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
+    assert not [event for event in whole.events if "TRACEPARENT" in str(event)]
     assert facts["rekindle.outcome"] == "restored", facts
     assert facts["rekindle.image.reference"] == "horse"
     assert facts["rekindle.verified"] is True

@@ -83,6 +83,10 @@ def test_a_variable_counts_by_its_name(name: str, kinds: tuple[str, str]) -> Non
     assert not RULES["environment-other"].hard
 
 
+def test_the_trace_of_a_start_is_no_difference() -> None:
+    assert found({"TRACEPARENT": "00-1-2-01"}, {"TRACEPARENT": "00-3-4-01", "TRACESTATE": "a=b"}) == []
+
+
 def test_a_port_of_a_service_is_a_url() -> None:
     assert is_noise("HORSE_PORT", "tcp://10.0.0.7:80")
     assert not is_noise("HORSE_PORT", "80")
