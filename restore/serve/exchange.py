@@ -41,6 +41,14 @@ class Exchange:
         """Whether an answer has begun and not ended."""
         return bool(self._received_bytes) and self.is_open
 
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether the server would go on with the next request over another connection.
+
+        One that speaks first has a protocol that we do not know.
+        """
+        return not self.is_open and (bool(self._asked) or not self._received_bytes)
+
     def _final(self) -> bytes:
         """Return what was kept from the start of the final answer on, after those like 100 (Continue)."""
         rest = bytes(self._head)

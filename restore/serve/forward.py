@@ -13,12 +13,10 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from msgspec import Struct, field
-
 from rekindle.engine import Endpoint
 from rekindle.errors import RekindleError
 from restore.client_address import ClientAddress, peer, proxy_header
-from restore.serve.exchange import Exchange
+from restore.serve.side import Side, has_sent
 
 if TYPE_CHECKING:
     from restore.serve.gate import ApiKeyGate, NewGate
@@ -28,49 +26,6 @@ _BUFFER_BYTES = 256 * 1024
 _PAUSE_SECONDS = 0.01
 _DRAIN_SECONDS = 2.0
 _REJOINS = 100
-
-
-class _Side(Struct, eq=False):
-    """One end of a forwarded connection, with the bytes that are still to be written to it."""
-
-    sock: socket.socket
-    is_server: bool = False
-    other: "_Side | None" = None
-    pending: bytearray = field(default_factory=bytearray)
-    connected: bool = True
-    read_closed: bool = False
-    write_closed: bool = False
-    gate: "ApiKeyGate | None" = None  # of the connection, the same for both ends
-    exchange: Exchange = field(default_factory=Exchange)  # of the connection, too
-    place: "SharedPlace | None" = None  # of a client at a shared port
-    overlaps: bool = False  # requests of this client have met with answers
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether another replica can serve this client on."""
-        return self.place is not None and self.place.is_untouched and not self.read_closed
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether this client, as far as that is known, has got all answers, and may ask again."""
-        if self.other is None or self.pending or self.other.pending or self.overlaps:
-            return False
-        if self.read_closed or self.other.read_closed or (self.gate and self.gate.waiting_bytes):
-            return False
-        return not self.exchange.is_open
-
-    def stop_writing(self) -> None:
-        """Write nothing more to it; what it has sent may still be read."""
-        self.pending.clear()
-        self.write_closed = True
-
-
-def _has_sent(sock: socket.socket) -> bool:
-    """Return whether a readable socket has content, rather than the end of its stream."""
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except OSError:
-        return False
 
 
 def _rejoin(port: "SharedPort") -> bool:
@@ -105,7 +60,7 @@ class Forwarder:
         self._client_address = client_address
         self._listeners: dict[socket.socket, Callable[[int], None]] = {}
         self._ports: list[SharedPort] = []
-        self._sides: set[_Side] = set()
+        self._sides: set[Side] = set()
         self._holds = self._is_still = self._is_leaving = False
         self._heard = time.monotonic()
 
@@ -114,7 +69,10 @@ class Forwarder:
         return 0.0 if self.in_flight() else time.monotonic() - self._heard
 
     def hold(self) -> None:
-        """Let new connections wait, and new requests of connections on which nothing is asked just now."""
+        """Let new connections wait, and new requests of connections on which nothing is asked just now.
+
+        The server's ends of these are closed, and made again afterwards.
+        """
         if not self._holds:
             self._holds = True
             for sock in self._listeners:
@@ -122,7 +80,9 @@ class Forwarder:
             for port in self._ports:
                 port.hold()
         self._give_back_all()
-        for side in self._sides:
+        for side in list(self._sides):
+            if side.can_be_parked:
+                self._park(side)
             self._watch(side)
 
     def leave(self) -> bool:
@@ -147,7 +107,7 @@ class Forwarder:
             if not side.is_server and not side.read_closed:
                 poller.register(side.sock, select.POLLIN)
         found = [fd for fd, event in poller.poll(0) if event & select.POLLIN]
-        ended = [side for side in self._sides if side.sock.fileno() in found and not _has_sent(side.sock)]
+        ended = [side for side in self._sides if side.sock.fileno() in found and not has_sent(side.sock)]
         return len(found) - len(ended)
 
     def be_still(self) -> None:
@@ -165,7 +125,9 @@ class Forwarder:
             for port in self._ports:
                 if not self._is_leaving:
                     port.ready()
-            for side in self._sides:
+            for side in list(self._sides):
+                if side.parked is not None:
+                    self._unpark(side, side.parked)
                 self._watch(side)
 
     def accept_from(self, sock: socket.socket, target: Endpoint, new_gate: "NewGate | None" = None) -> None:
@@ -277,7 +239,7 @@ class Forwarder:
             if place is not None:
                 place.give_back()
             return
-        near, far = _Side(client, place=place), _Side(server, is_server=True, connected=False)
+        near, far = Side(client, place=place), Side(server, is_server=True, connected=False)
         near.other, far.other = far, near
         near.gate = far.gate = self._new_gate(client, target, new_gate)
         if self._client_address is not None:
@@ -288,12 +250,40 @@ class Forwarder:
             with contextlib.suppress(OSError):
                 side.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sides.add(side)
+        far.target = target
         number = server.connect_ex((host, target.port))
         if number not in {0, errno.EINPROGRESS}:
             self._give_back_or_drop(near)
             return
         self._watch(near)
         self._watch(far)
+
+    def _park(self, near: Side) -> None:
+        """Close the server's end of a connection on which nothing is asked."""
+        far = near.other
+        if far is None or far.target is None or not far.connected:
+            return
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(far.sock)
+        far.sock.close()
+        far.parked, far.connected = far.target, False
+
+    def _unpark(self, far: Side, target: Endpoint) -> None:
+        """Connect a client to the server again."""
+        near, far.parked = far.other, None
+        assert near is not None
+        host = target.reachable_host
+        try:
+            far.sock = self._network.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            far.sock.setblocking(False)
+            far.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            number = far.sock.connect_ex((host, target.port))
+        except OSError as error:
+            number = error.errno or errno.EIO
+        if number not in {0, errno.EINPROGRESS}:
+            self._drop(near)
+        elif self._client_address is not None:
+            far.pending += proxy_header(self._client_address, near.sock)
 
     def _new_gate(
         self, client: socket.socket, target: Endpoint, new_gate: "NewGate | None"
@@ -307,9 +297,11 @@ class Forwarder:
 
         return ApiKeyGate(None, str(target), forwarded_for=address)
 
-    def _watch(self, side: _Side) -> None:
+    def _watch(self, side: Side) -> None:
         """Register for the events that a side waits for: it can be written to, or read from."""
         assert side.other is not None
+        if side not in self._sides or side.parked is not None:
+            return
         events = 0
         if side.pending or not side.connected:
             events |= selectors.EVENT_WRITE
@@ -333,7 +325,7 @@ class Forwarder:
         else:
             self._selector.register(side.sock, events, lambda mask: self._ready(side, mask))
 
-    def _ready(self, side: _Side, mask: int) -> None:
+    def _ready(self, side: Side, mask: int) -> None:
         other = side.other
         if side not in self._sides or other is None:
             return
@@ -383,7 +375,7 @@ class Forwarder:
                 return
         self._proceed(side)
 
-    def _pass_gate(self, side: _Side, gate: "ApiKeyGate", content: bytes) -> None:
+    def _pass_gate(self, side: Side, gate: "ApiKeyGate", content: bytes) -> None:
         """Hand what one end sent to the gate, and queue what that lets through. Raises OSError."""
         assert side.other is not None
         near, far = (side.other, side) if side.is_server else (side, side.other)
@@ -406,7 +398,7 @@ class Forwarder:
             self._flush(far)
         self._flush(near)
 
-    def _proceed(self, side: _Side) -> None:
+    def _proceed(self, side: Side) -> None:
         """Wait for the next events of a connection, or forget it if there are none."""
         assert side.other is not None
         if side.write_closed and side.other.write_closed:
@@ -421,7 +413,7 @@ class Forwarder:
         self._watch(side)
         self._watch(side.other)
 
-    def _flush(self, side: _Side) -> None:
+    def _flush(self, side: Side) -> None:
         """Write as much as possible; after the last byte, pass on the end of the stream."""
         assert side.other is not None
         try:
@@ -444,20 +436,20 @@ class Forwarder:
             if side.is_untouched:
                 self._give_back(side)
 
-    def _give_back_or_drop(self, near: _Side) -> None:
+    def _give_back_or_drop(self, near: Side) -> None:
         if near.is_untouched:
             self._give_back(near)
         else:
             self._drop(near)
 
-    def _give_back(self, near: _Side) -> None:
+    def _give_back(self, near: Side) -> None:
         """Let another replica have a client, whose connection stays open."""
         place, near.place = near.place, None
         self._drop(near)
         if place is not None:
             place.give_back()
 
-    def _drop(self, side: _Side) -> None:
+    def _drop(self, side: Side) -> None:
         for each in (side, side.other):
             if each is not None and each in self._sides:
                 self._sides.discard(each)
