@@ -24,6 +24,7 @@ from oci import image as images
 from oci.layout import Layout
 from rekindle import dump_tree
 from rekindle.criu import zero_pages
+from rekindle.criu.memory_files import move_memory
 from rekindle.home import Home
 from rekindle.run import run
 from tests.servers.registry.simulator import Registry
@@ -100,8 +101,10 @@ def rekindle(words: list[str], home: Path) -> int:
 
 
 def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
-    """Do what `rekindle snapshot` does after the dump (drop zero pages, pack, publish), then push. Return the
-    peak memory in bytes."""
+    """Do what `rekindle snapshot` does after the dump, from dropping zero pages on, then push.
+
+    Return the peak memory in bytes.
+    """
     home = work / "packed"
     sys.stdout.flush()
     pid = os.fork()  # a process of its own, whose peak memory can be measured
@@ -121,6 +124,7 @@ def pack(name: str, dump: Path, layout: Layout) -> None:
     store = Layout(Home.from_environment().store)
     record = images.load(store, store.resolve(f"{name}:latest")).record
     zero_pages.drop(dump / "criu")
+    move_memory(dump / "criu", dump / "memory")  # the same files as those of the record
     files = dump_tree.scan(dump)
     record = structs.replace(record, dump=structs.replace(record.dump, files=files))
     built = images.build(layout, record, dump_layers.pack(dump, files, layout, workers=dump_layers.workers()))

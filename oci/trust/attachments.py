@@ -18,7 +18,7 @@ from oci.descriptor import Blobs, Descriptor, readable
 from oci.layout import Layout
 from oci.likelihood import LIMIT, likelihood
 from oci.trust import bundle as bundles
-from oci.trust.bundle import Bundle, SimpleSignature
+from oci.trust.bundle import Bundle, OlderAttestation, SimpleSignature
 from rekindle.config import Limits
 from rekindle.digest import Digest
 from rekindle.errors import (
@@ -34,6 +34,7 @@ from rekindle.fields import JSON, Fields
 _CERTIFICATE = "dev.sigstore.cosign/certificate"
 _CHAIN = "dev.sigstore.cosign/chain"
 _ENTRY = "dev.sigstore.cosign/bundle"
+_KIND = "predicateType"  # of an older attestation
 
 
 def find(
@@ -87,24 +88,51 @@ def find_simple(
     source: Blobs, descriptor: Descriptor, limits: Limits, failures: list[RekindleError]
 ) -> Iterator[SimpleSignature]:
     """Yield the signatures in the image under cosign's tag, not verified, the newest first; see `find`."""
+    name = media_types.SIGNATURE_ANNOTATION
+
+    def may_be_one(layer: Descriptor) -> bool:
+        return layer.media_type == bundles.SIMPLE_MEDIA_TYPE and bool(layer.annotations.get(name))
+
+    for layer, payload in _older(source, descriptor, limits, failures, may_be_one):
+        with contextlib.suppress(FormatError):
+            names = (name, _CERTIFICATE, _CHAIN, _ENTRY)
+            signature, *more = (layer.annotations.get(name, "") for name in names)
+            yield SimpleSignature.of(payload, signature, *more)
+
+
+def find_older_attestations(
+    source: Blobs, descriptor: Descriptor, limits: Limits, failures: list[RekindleError]
+) -> Iterator[OlderAttestation]:
+    """Yield what says how a snapshot was made, of the image under cosign's tag; see `find_simple`."""
+
+    def may_be_one(layer: Descriptor) -> bool:
+        kind = layer.annotations.get(_KIND)
+        return layer.media_type == media_types.ENVELOPE and kind == media_types.SNAPSHOT_PREDICATE
+
+    for layer, content in _older(source, descriptor, limits, failures, may_be_one):
+        with contextlib.suppress(FormatError):
+            more = (layer.annotations.get(name, "") for name in (_CERTIFICATE, _CHAIN))
+            yield OlderAttestation.parse(content, *more)
+
+
+def _older(
+    source: Blobs,
+    descriptor: Descriptor,
+    limits: Limits,
+    failures: list[RekindleError],
+    may_be_one: Callable[[Descriptor], bool],
+) -> Iterator[tuple[Descriptor, bytes]]:
+    """Yield some layers of an image under one of cosign's tags, and their content, the newest first."""
     layers: list[Descriptor] = []
     with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
         content = source.read(descriptor, limit_bytes=limits.manifest_bytes)
         layers = readable(cosign_tags.layers(content))
-    name = media_types.SIGNATURE_ANNOTATION
-    signatures = [
-        each
-        for each in reversed(layers)
-        if each.media_type == bundles.SIMPLE_MEDIA_TYPE and each.annotations.get(name)
-    ]
-    for layer in signatures[:LIMIT]:
+    wanted = [layer for layer in reversed(layers) if may_be_one(layer)]
+    for layer in wanted[:LIMIT]:
         with contextlib.suppress(FormatError, IntegrityError, NotFoundError):
-            payload = source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
-            names = (name, _CERTIFICATE, _CHAIN, _ENTRY)
-            signature, *more = (layer.annotations.get(name, "") for name in names)
-            yield SimpleSignature.of(payload, signature, *more)
-    if len(signatures) > LIMIT:
-        failures.append(_too_many(descriptor.digest, len(signatures)))
+            yield layer, source.read(layer, limit_bytes=bundles.LIMIT_BYTES)
+    if len(wanted) > LIMIT:
+        failures.append(_too_many(descriptor.digest, len(wanted)))
 
 
 def _too_many(digest: Digest, count: int) -> FormatError:
@@ -155,7 +183,7 @@ def store_envelope(layout: Layout, bundle: Bundle, predicate_type: str, by: Simp
     `by` is a signature by the same key, whose certificate is stored with it.
     """
     content = json.dumps(bundle.envelope.to_json()).encode()
-    annotations = {media_types.SIGNATURE_ANNOTATION: "", "predicateType": predicate_type, **_certified(by)}
+    annotations = {media_types.SIGNATURE_ANNOTATION: "", _KIND: predicate_type, **_certified(by)}
     return _store_layers(layout, [_layer(layout, content, media_types.ENVELOPE, annotations)])
 
 

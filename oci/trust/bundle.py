@@ -127,3 +127,29 @@ class SimpleSignature(Struct, frozen=True, kw_only=True):
         except ValueError as error:
             raise FormatError("the payload has no valid digest", cause=str(error)) from None
         return Statement(subject=digest, predicate_type=COSIGN_SIGN, predicate={})
+
+
+class OlderAttestation(SimpleSignature, frozen=True, kw_only=True):
+    """An attestation in the form of cosign before 2.6: an envelope, beside which its certificate is stored.
+
+    `payload` is what the signature covers.
+    """
+
+    envelope: Envelope
+
+    @classmethod
+    def parse(cls, content: bytes, certificate: str = "", above: str = "") -> Self:
+        """Parse an envelope. Raises FormatError."""
+        fields = Fields.parse(content, "the envelope", limit_bytes=LIMIT_BYTES)
+        envelope = Envelope.from_json(fields.as_json())
+        return cls(
+            payload=envelope.signed,
+            signature=envelope.signatures[0],
+            certificate=certificate.encode(errors="replace"),
+            above=above.encode(errors="replace"),
+            envelope=envelope,
+        )
+
+    def content(self) -> Statement:
+        """See `SimpleSignature.content`."""
+        return Statement.parse(self.envelope.payload)

@@ -103,7 +103,7 @@ def verify(
     """Return `value` as verified if a key or identity that the rule accepts has signed its root.
 
     1. Read the bundles attached to the root; only without a good signature, cosign's older ones by their tag
-       (`tagged`).
+       (`tagged`), and if one is good, the attestation in the same form.
     2. Keep the statements whose signature verifies with an accepted key or identity.
     3. Require a signature among them that is about this digest.
     4. Compare the attested creation time with the clock and the rule.
@@ -170,20 +170,35 @@ def _accepted(
             yield from _keyless(bundle, rule, refused)
         else:
             yield from _by_key(bundle, rule, refused, bundle.hint)
-    image = None
-    if tagged is not None and not is_signed():
+    if tagged is None or is_signed():
+        return
+
+    def image(kind: str) -> Descriptor | None:
         try:
-            image = tagged(cosign_tags.tag_of(root.digest, cosign_tags.SIGNATURES))
+            return tagged(cosign_tags.tag_of(root.digest, kind))
         except (FormatError, IntegrityError, CredentialsError):
-            pass  # anyone may put anything there, and some refuse what they do not know
+            return None  # anyone may put anything there, and some refuse what they do not know
         except RegistryError as error:
             failures.append(error)
-    if image is not None:
-        for signature in attachments.find_simple(blobs, image, limits, failures):
-            if signature.certificate:
-                yield from _certified(signature, rule, refused)
-            else:
-                yield from _by_key(signature, rule, refused, "of an older signature")
+            return None
+
+    if there := image(cosign_tags.SIGNATURES):
+        for signature in attachments.find_simple(blobs, there, limits, failures):
+            yield from _by_certificate_or_key(signature, rule, refused)
+            if is_signed():
+                break
+    if is_signed() and (there := image(cosign_tags.ATTESTATIONS)):
+        for attestation in attachments.find_older_attestations(blobs, there, limits, failures):
+            yield from _by_certificate_or_key(attestation, rule, refused)
+
+
+def _by_certificate_or_key(
+    signature: SimpleSignature, rule: TrustRule, refused: list[str]
+) -> Iterator[tuple[str, Statement]]:
+    if signature.certificate:
+        yield from _certified(signature, rule, refused)
+    else:
+        yield from _by_key(signature, rule, refused, "of an older signature")
 
 
 def _by_key(

@@ -8,13 +8,16 @@ import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
+from oci import cosign_tags
 from oci.layout import Layout
 from oci.trust import attachments, certificate, verifier
-from oci.trust.bundle import SimpleSignature
+from oci.trust.bundle import Bundle, SimpleSignature
 from oci.trust.certificate import Authority, Certified, Chain
 from oci.trust.keys import PrivateKey
 from oci.trust.policy import Policy, TrustRule, authority
+from oci.trust.statement import SNAPSHOT, Statement
 from rekindle.config import Limits
 from rekindle.errors import FormatError, TrustError, UsageError
 from tests.samples.certificates import NAME, OwnAuthority
@@ -147,6 +150,20 @@ def test_an_image_is_verified_by_a_certificate(tmp_path: Path) -> None:
         with pytest.raises(TrustError) as caught:
             by(leaf, key, rule=accepts)
         assert said in caught.value.cause
+    signed = SimpleSignature.sign(root.digest, "x", KEY)
+    signed = structs.replace(signed, certificate=ROOT.issue(PUBLIC, NAME))
+    statement = Statement(
+        subject=root.digest, predicate_type=SNAPSHOT, predicate={"created": "2026-01-02T03:04:05Z"}
+    )
+    for key, year in ((KEY, 2026), (OTHER, None)):
+        tagged = {
+            cosign_tags.tag_of(root.digest, "sig"): attachments.store_simple(layout, [signed]),
+            cosign_tags.tag_of(root.digest, "att"): attachments.store_envelope(
+                layout, Bundle.sign(statement, key), SNAPSHOT, signed
+            ),
+        }
+        trust = verifier.verify("value", layout, root, rule, Limits(), tagged=tagged.get).trust
+        assert (trust.created.year if trust.created else None) == year
     known = TrustRule(name="*", keys=(KEY.public,))
     assert by(ROOT.issue(PUBLIC, NAME), rule=known) == f"key {KEY.public.hint}"
 

@@ -288,7 +288,40 @@ def test_an_older_signature_counts_as_much(layout: Layout, root: Descriptor) -> 
         return stored(tag)
 
     assert verify(layout, root, tagged=tagged).trust == Trust(by=f"key {KEY.public.hint}", created=None)
-    assert asked == [f"sha256-{root.digest.hex}.sig"]
+    assert asked == [f"sha256-{root.digest.hex}.{kind}" for kind in ("sig", "att")]
+
+
+def older(
+    layout: Layout, signature: SimpleSignature, *statements: tuple[Bundle, str]
+) -> Callable[[str], Descriptor | None]:
+    """What cosign's tags lead to: an image of signatures, and one of attestations."""
+    there = {"sig": attachments.store_simple(layout, [signature])}
+    for bundle, kind in statements:
+        there["att"] = attachments.store_envelope(layout, bundle, kind, signature)
+    return lambda tag: there.get(tag.rpartition(".")[2])
+
+
+def test_an_older_attestation_tells_the_time(layout: Layout, root: Descriptor) -> None:
+    signature = SimpleSignature.sign(root.digest, "x", KEY)
+    made = dated(root, "2026-01-02T03:04:05Z")
+    rule = structs.replace(RULE, max_age_days=100_000)
+
+    def created(*statements: tuple[Bundle, str]) -> datetime | None:
+        tagged = older(layout, signature, *statements)
+        return verify(layout, root, tagged=tagged).trust.created
+
+    assert created((made, SNAPSHOT)) == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert verify(layout, root, rule, tagged=older(layout, signature, (made, SNAPSHOT)))
+    for other in (
+        (dated(root, "2026-01-02T03:04:05Z", STRANGER), SNAPSHOT),
+        (dated(put_index(layout, "another"), "2026-01-02T03:04:05Z"), SNAPSHOT),
+        (made, "https://slsa.dev/provenance/v1"),
+    ):
+        assert created(other) is None
+        with pytest.raises(TrustError, match="no attested creation time"):
+            verify(layout, root, rule, tagged=older(layout, signature, other))
+    only = older(layout, SimpleSignature.sign(root.digest, "x", STRANGER), (made, SNAPSHOT))
+    assert "is not accepted" in refusal(layout, root, tagged=only), "an attestation is no signature"
 
 
 def failing(_: str) -> Descriptor | None:
