@@ -254,6 +254,13 @@ def test_mounts_have_volumes_and_services_have_pods() -> None:
     assert not selector.items() <= job.items(), "it serves nobody"
 
 
+def test_what_is_written_to_home_can_be_written() -> None:
+    for where, container in containers(base()).items():
+        home = next((each["value"] for each in container["env"] if each["name"] == "HOME"), "")
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert home in writable, where
+
+
 def test_a_hook_makes_the_snapshot_after_a_rollout() -> None:
     job = rendered()["Job", "chat-snapshot"]
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "post-install,post-upgrade"

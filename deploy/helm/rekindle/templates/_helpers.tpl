@@ -35,6 +35,8 @@ seccompProfile:
 
 {{- /* Variables of rekindle; those of the server are in the ConfigMap. */ -}}
 {{- define "rekindle.environment" -}}
+- name: HOME # where servers and compilers write, since the root is read-only
+  value: /tmp
 - name: REKINDLE_HOME
   value: /var/lib/rekindle/home
 - name: REKINDLE_STATE
