@@ -9,13 +9,15 @@ Every start is timed to the first token of the oracle's answer, and then ended:
     cache-cold-page-cache   the same, with what the server reads dropped from the page cache
     process                 `rekindle restore`, with the dump in the page cache
     process-cold-page-cache `rekindle restore`, with the dump dropped from the page cache
-    process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME
+    process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME, all of it first
+    process-lazy            the same, before all has come
     process-copied          `rekindle restore --memory copy`, with the dump in the page cache
     process-delta           `rekindle restore` of a replica that was saved after ten questions
     criu-plain              `criu restore` of CRIU's unmodified dump in the same cell, without rekindle
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -30,6 +32,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from cli._bench_lazy import await_dump, last_bytes
 from cli._bench_replicas import measure_delta, measure_replicas, times
 from oci import image as images
 from oci.layout import Layout
@@ -65,6 +68,7 @@ _STARTS = (
     "process",
     "process-cold-page-cache",
     "process-registry",
+    "process-lazy",
     "process-copied",
     "process-delta",
     "criu-plain",
@@ -178,7 +182,8 @@ class Bench:
         if registry := self._options.registry:
             self._push(registry)
             for _ in range(runs):
-                self._add(starts, "process-registry", self._registry_start(registry))
+                self._add(starts, "process-registry", self._registry_start(registry, "never"))
+                self._add(starts, "process-lazy", self._registry_start(registry, "always"))
         return {
             "schema": SCHEMA,
             "n": runs,
@@ -265,15 +270,16 @@ class Bench:
         self._peaks["push"] = document["peak_rss_bytes"]
         log.write(f"push {document['seconds']:.2f} s")
 
-    def _registry_start(self, registry: str) -> Start:
+    def _registry_start(self, registry: str, lazy: str) -> Start:
         """Restore as on a fresh node, without a store or remembered facts about its CRIU."""
         home = self._work / "empty"
         try:
             return self._restore_start(
                 registry,
                 {"REKINDLE_HOME": str(home)},
-                ["--verify-key", str(self._work / "bench.pub")],
+                ["--verify-key", str(self._work / "bench.pub"), "--lazy", lazy],
                 peak="restore-registry",
+                until=functools.partial(await_dump, home),
             )
         finally:
             remove_tree(home)
@@ -350,13 +356,14 @@ class Bench:
         peak: str = "restore",
         outcome: str = "restored",
         seconds: float = _RESTORE_SECONDS,
+        until: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> Start:
-        """Restore, and take the phases from the report."""
+        """Restore, call `until` with the report while the server runs, and take the phases from it."""
         with self._restored(image, options, environment=environment, outcome=outcome, seconds=seconds) as (
             _,
             document,
         ):
-            pass
+            until(document)
         self._peaks[peak] = max(self._peaks.get(peak, 0), document["peak_rss_bytes"])
         if document["first_token_seconds"] is None:
             problem = document["oracle"].get("lack", "")
@@ -488,4 +495,5 @@ def _summary(runs: Sequence[Start]) -> dict[str, Any]:
         "n": len(runs),
         "first_token_seconds": times(seconds),
         "phases": {name: round(value, 4) for name, value in middle.phases.items()},
+        **({"last_byte_seconds": times(last)} if (last := last_bytes([run.report for run in runs])) else {}),
     }

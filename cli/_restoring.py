@@ -15,7 +15,7 @@ from rekindle.replicas import Registration, register
 from rekindle.report import Rung
 from restore.client_address import ClientAddress
 from restore.flow import LOWER_STATUS, plan, require_one, restore
-from restore.options import Memory, Options, Output
+from restore.options import Lazy, Memory, Options, Output
 
 if TYPE_CHECKING:
     from cli._detach import Detached
@@ -60,6 +60,7 @@ def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0)
         cache_dir=args.cache_dir,
         paranoid=args.paranoid,
         memory=Memory(args.memory),
+        lazy=Lazy(args.lazy),
         prefetch=not args.no_prefetch,
         accept_environment=tuple(args.accept_environment),
         gpus=tuple(args.gpu),

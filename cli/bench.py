@@ -21,6 +21,7 @@ _LABELS = {
     "process": "restore: process",
     "process-cold-page-cache": "restore: process, from disk",
     "process-registry": "restore: process, from registry",
+    "process-lazy": "restore: process, from registry, lazy",
     "process-copied": "restore: process, memory copied",
     "process-delta": "restore: delta of a replica",
     "criu-plain": "criu restore alone",

@@ -90,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         help="map the dump's memory, which replicas share (default), or copy it for this one",
     )
     parser.add_argument(
+        "--lazy",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="start before all of the image is here: if that is quicker (default), always, or never",
+    )
+    parser.add_argument(
         "--no-prefetch",
         action="store_true",
         help="on lower rungs, do not read ahead what the server will read at its start",

@@ -20,7 +20,6 @@ import hashlib
 import io
 import itertools
 import os
-import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +31,9 @@ import zstandard
 from msgspec import Struct
 
 from oci import media_types
-from oci.blocks import BlockWriter, Span, first_needed, without
+from oci.blocks import Block, BlockWriter, Span, first_needed, without
 from oci.descriptor import Blobs, Descriptor, verified
+from oci.frames import COMPRESSED_LIMIT_BYTES, HEADER, PIECE_BYTES, Header, decompress
 from oci.layout import Layout
 from rekindle import dump_tree as tree_of
 from rekindle.config import Limits
@@ -42,13 +42,6 @@ from rekindle.errors import FormatError, IntegrityError
 from rekindle.files import data_extents, nonzero_runs, punch_hole, write_at
 from rekindle.record import FileKind, StoredBlocks, StoredFile, numbered
 from rekindle.verified_stream import VerifiedStream
-
-PIECE_BYTES = 4 << 20
-
-_MAGIC = 0x184D2A5E
-_HEADER = struct.Struct("<IIIIQQ")
-_CONTENT_BYTES = _HEADER.size - 8
-_COMPRESSED_LIMIT_BYTES = PIECE_BYTES + (PIECE_BYTES >> 7) + 1024  # more than zstd can add
 
 _LAYER_BYTES = 256 << 20  # of raw content: how much an interrupted upload has to send again
 _LAYERS_LIMIT = 100  # registries take about 127
@@ -239,14 +232,11 @@ class _Frames:
         frame = self._compressor.compress(content[start:end])
         if self._again and not self._gives(frame, content[start:end]):
             raise IntegrityError(f"{path} was packed wrongly", cause=f"at {piece.offset:#x}")
-        header = _HEADER.pack(
-            _MAGIC, _CONTENT_BYTES, piece.file, len(frame), piece.offset + start, end - start
-        )
-        return header, frame
+        return Header(piece.file, piece.offset + start, end - start, len(frame)).pack(), frame
 
     def _gives(self, frame: bytes, content: memoryview) -> bool:
         again = self._again[: len(content)]
-        return _decompress(self._decompressor, memoryview(frame), again) and again == content
+        return decompress(self._decompressor, memoryview(frame), again) and again == content
 
 
 class _Opened:
@@ -399,19 +389,10 @@ def read_pieces(
     written, most = 0, limits.expanded_bytes(layer.size)
     with _Opened(tree, by_number, "r+b") as opened:
         while checked.left and not stop.is_set():
-            magic, content_bytes, number, compressed, offset, length = _HEADER.unpack(
-                source.read(_HEADER.size)
-            )
-            if (
-                magic != _MAGIC
-                or content_bytes != _CONTENT_BYTES
-                or compressed > _COMPRESSED_LIMIT_BYTES
-                or not 0 < length <= PIECE_BYTES
-                or number not in by_number
-                or by_number[number].kind is not FileKind.FILE
-                or offset + length > by_number[number].size
-            ):
+            header = Header.read(source.read(HEADER.size))
+            if header is None or not _fits(header, by_number):
                 raise source.verdict()
+            number, offset, length, compressed = header
             if written + length > most:
                 raise FormatError(
                     f"layer {layer.digest} expands to more than {most} bytes",
@@ -419,12 +400,45 @@ def read_pieces(
                     hint="the configuration sets the limit: `expansion_ratio` in [limits]",
                 )
             piece = content[:length]
-            if not _decompress(decompressor, source.read(compressed), piece):
+            if not decompress(decompressor, source.read(compressed), piece):
                 raise source.verdict()
             _add_range(ranges.setdefault(number, []), offset, offset + length)
             written += write_at(opened.fileno(number), piece, offset)
     if not stop.is_set():
         checked.finish()
+    return written
+
+
+def _fits(header: Header, files: Mapping[int, StoredFile]) -> bool:
+    file = files.get(header.file)
+    return file is not None and file.kind is FileKind.FILE and header.offset + header.length <= file.size
+
+
+def unpack_block(
+    content: memoryview,
+    block: Block,
+    files: Mapping[int, StoredFile],
+    fds: Mapping[int, int],
+    decompressor: zstandard.ZstdDecompressor,
+    room: memoryview,
+) -> list[tuple[int, int, int]]:
+    """Write the pieces of a block whose digest has matched; return them as (file, offset, length).
+
+    `fds` are the files by their numbers, `room` has PIECE_BYTES. Raises FormatError if it is malformed, and
+    OSError.
+    """
+    written, at = [], 0
+    while at < len(content):
+        header = Header.read(content, at) if at + HEADER.size <= len(content) else None
+        at += HEADER.size
+        if header is None or not _fits(header, files) or header.file not in fds:
+            raise FormatError(f"a block of layer {block.layer.digest} is malformed")
+        piece = room[: header.length]
+        if not decompress(decompressor, content[at : at + header.compressed], piece):
+            raise FormatError(f"a block of layer {block.layer.digest} is malformed")
+        at += header.compressed
+        write_at(fds[header.file], piece, header.offset)
+        written.append((header.file, header.offset, header.length))
     return written
 
 
@@ -435,28 +449,13 @@ def _add_range(ranges: list[tuple[int, int]], start: int, end: int) -> None:
     ranges.append((start, end))
 
 
-def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, content: memoryview) -> bool:
-    """Decompress a frame into `content`; return whether it fills it exactly and nothing follows."""
-    try:
-        if zstandard.frame_content_size(frame) != len(content):
-            return False
-        # Across frames, to notice whatever follows this one.
-        with decompressor.stream_reader(frame, read_across_frames=True) as reader:
-            count = 0
-            while count < len(content) and (got := reader.readinto(content[count:])):
-                count += got
-            return count == len(content) and not reader.read(1)
-    except zstandard.ZstdError:
-        return False
-
-
 class _Source:
     """The bytes of a layer, in pieces of the length that is asked for."""
 
     def __init__(self, stream: VerifiedStream, layer: Descriptor) -> None:
         self._stream = stream
         self._layer = layer
-        self._buffer = memoryview(bytearray(_COMPRESSED_LIMIT_BYTES))
+        self._buffer = memoryview(bytearray(COMPRESSED_LIMIT_BYTES))
 
     def read(self, length: int) -> memoryview:
         """Return the next bytes, valid until the next call."""

@@ -20,6 +20,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Self
 
 _DEVICE = "/dev/fuse"
@@ -49,7 +50,7 @@ _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432 
 _CLOEXEC = 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _READ_ONLY, _NO_SUID, _NO_DEVICES = 1, 2, 4
-_CLONE, _EMPTY_PATH, _CLONE_CLOEXEC = 1, 0x1000, os.O_CLOEXEC
+_CLONE, _FROM_EMPTY_PATH, _AT_FDCWD, _DETACH = 1, 4, -100, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -137,6 +138,10 @@ class Directory:
                 os.close(fd)  # ends all that wait for an answer
                 os.close(self._wake)
 
+    def descriptors(self) -> list[int]:
+        """Return its descriptors: a process that is forked must close them before it touches the files."""
+        return [self._fd, self._wake, self.mount]
+
     def answer(self, read: Read, content: memoryview | bytes) -> None:
         """Give a reader what it asked for; less than that is the end of the file."""
         self._send(read.unique, content)
@@ -195,9 +200,21 @@ class Directory:
             os.writev(self._fd, [head, content] if content else [head])
 
 
-def another(mount: int) -> int:
-    """Return another descriptor of a mount, which can be attached once more. Raises OSError."""
-    return _check(_libc.syscall(_OPEN_TREE, mount, b"", _CLONE | _EMPTY_PATH | _CLONE_CLOEXEC), "open_tree")
+def attach(mount: int, place: Path) -> None:
+    """Attach a mount to a directory of our mount namespace. Raises OSError."""
+    call = (_MOVE_MOUNT, mount, b"", _AT_FDCWD, os.fsencode(place), _FROM_EMPTY_PATH)
+    _check(_libc.syscall(*call), f"move_mount {place}")
+
+
+def detach(place: Path) -> None:
+    """Undo `attach`."""
+    _libc.umount2(os.fsencode(place), _DETACH)
+
+
+def another(place: Path) -> int:
+    """Return a mount of what is attached to a directory, which can be attached elsewhere. Raises OSError."""
+    call = (_OPEN_TREE, _AT_FDCWD, os.fsencode(place), _CLONE | os.O_CLOEXEC)
+    return _check(_libc.syscall(*call), f"open_tree {place}")
 
 
 def _mount(device: int) -> int:

@@ -140,6 +140,16 @@ class MemoryMode(StrEnum):
     COPIED = "copied"
 
 
+class LazyUse(Struct, frozen=True, kw_only=True):
+    """What was fetched of a server's memory when it gave its first answer, and whether that was all."""
+
+    fetched_bytes: int
+    is_complete: bool
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"fetched_bytes": self.fetched_bytes, "complete": self.is_complete}
+
+
 class MemoryUse(Struct, frozen=True, kw_only=True):
     """The memory of a restored server at its first answer.
 
@@ -347,6 +357,7 @@ class Report(Struct, kw_only=True):
     bytes: ByteCounts = field(default_factory=ByteCounts)
     oracle: OracleAnswer | None = None
     memory: MemoryUse | None = None
+    lazy: LazyUse | None = None
     cache: CacheUse | None = None
     read_ahead: ReadAheadUse | None = None
     first_token_seconds: float | None = None
@@ -422,6 +433,7 @@ class Report(Struct, kw_only=True):
             "replica": self.replica,
             "pause": self.pause.to_json() if self.pause else None,
             "memory": self.memory.to_json() if self.memory else None,
+            "lazy": self.lazy.to_json() if self.lazy else None,
             "read_ahead": self.read_ahead.to_json() if self.read_ahead else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "allowed_secrets": self.allowed_secrets,

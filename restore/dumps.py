@@ -42,7 +42,8 @@ from rekindle.record import StoredFile, numbered
 from rekindle.report import Report
 
 _DEFAULT_LIMIT_BYTES = 64 << 30
-_WAIT_SECONDS = 3600.0
+WAIT_SECONDS = 3600.0
+_ADOPT_SECONDS = 2.0
 _ALONE_SECONDS = 0.2
 
 
@@ -69,9 +70,9 @@ def ready(
     limit = limit_bytes()
     target = place(home, image)
     lock = home.dumps / f"{image.process.digest.hex}.lock"
-    deadline = time.monotonic() + _WAIT_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
-        with locked(lock, shared=True, timeout=_WAIT_SECONDS), _used(target) as used:
+        with locked(lock, shared=True, timeout=WAIT_SECONDS), _used(target) as used:
             if used and (fresh or not paranoid) and _is_ready(target, image):
                 for each in used:
                     with contextlib.suppress(OSError):
@@ -179,7 +180,7 @@ def listed(home: Home) -> Iterator[KeptDump]:
 def adopt(home: Home, image: Image, tree: Path) -> None:
     """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
     target = place(home, image)
-    with locked(target.with_name(f"{target.name}.lock"), timeout=_WAIT_SECONDS):
+    with locked(target.with_name(f"{target.name}.lock"), timeout=WAIT_SECONDS):
         if not target.exists():
             size = sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
             _mark_ready(image, tree, size)
@@ -187,36 +188,38 @@ def adopt(home: Home, image: Image, tree: Path) -> None:
 
 
 @contextlib.contextmanager
-def copied(dump: Path, work: Path) -> Iterator[Path]:
-    """Yield a directory with CRIU images of a ready dump that hold all of its memory.
+def adopted(home: Home, image: Image, tree: Path) -> Iterator[None]:
+    """Keep a complete dump that was filled elsewhere, unless there is one; no other removes it meanwhile.
 
-    It is made on first use, and kept in the dump. The caller holds the dump's lock. Raises SpaceError.
+    Moves `tree`. Does nothing if another restore unpacks the image just now.
     """
-    from rekindle.criu.memory_files import copy_back  # most restores map
+    target = place(home, image)
+    lock = target.with_name(f"{target.name}.lock")
+    with contextlib.suppress(BusyError), locked(lock, timeout=_ADOPT_SECONDS):
+        if not _is_ready(target, image):
+            _clear(target)
+            size = sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
+            _mark_ready(image, tree, size)
+            tree.replace(target)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(BusyError):
+            stack.enter_context(locked(lock, shared=True, timeout=_ADOPT_SECONDS))
+        yield
 
-    target, seal = dump / "copied", dump / "copied.seal"
-    with contextlib.suppress(OSError):
-        if seal.read_text() == _seal_directory(target):
-            yield target
-            return
-    staged = work / "copied"
-    staged.mkdir(mode=0o700)
-    with naming_full_disk(work):
-        copy_back(dump / "criu", dump / "memory", staged)
-    with locked(dump.with_name(f"{dump.name}.copied.lock"), timeout=_WAIT_SECONDS):
-        if not target.exists():  # if another restore was faster, or something changed it, use ours once
-            staged.replace(target)
-            seal.write_text(_seal_directory(target))
-            staged = target
-    yield staged
+
+def make_room(home: Home, image: Image, keep: str) -> None:
+    """Remove dumps until an image's fits. Raises SpaceError if it is larger than the disk."""
+    room = _room_bytes(image, None)
+    _require_disk_size(home.dumps, room)
+    _evict(home.dumps, keep=keep, limit=limit_bytes() - room, room=room)
 
 
 def relabel(home: Home, before: Image, after: Image) -> None:
     """Rename the dump of one image to that of another with the same files, if it still exists."""
     old, new = (home.dumps / image.process.digest.hex for image in (before, after))
     with (
-        locked(old.with_name(f"{old.name}.lock"), timeout=_WAIT_SECONDS),
-        locked(new.with_name(f"{new.name}.lock"), timeout=_WAIT_SECONDS),
+        locked(old.with_name(f"{old.name}.lock"), timeout=WAIT_SECONDS),
+        locked(new.with_name(f"{new.name}.lock"), timeout=WAIT_SECONDS),
     ):
         if not new.exists() and (marker := _marker(old)) and _is_ready(old, before):
             _mark_ready(after, old, marker.bytes)  # its memory may be packed in other layers
@@ -400,19 +403,16 @@ def _seal(tree: Path, image: Image) -> str:
     for path in files:
         while (path := path.rpartition("/")[0]) and path not in directories:
             directories.add(path)
-    return _digest_of_metadata(tree, (*files, *sorted(directories, key=lambda path: path.split("/"))))
+    return digest_of_metadata(tree, (*files, *sorted(directories, key=lambda path: path.split("/"))))
 
 
 def _seal_memory(tree: Path, image: Image) -> str:
     files = [str(file.path) for file in image.record.dump.files if file.path.parts[0] == "memory"]
-    return _digest_of_metadata(tree, sorted(files, key=lambda path: path.split("/")))
+    return digest_of_metadata(tree, sorted(files, key=lambda path: path.split("/")))
 
 
-def _seal_directory(directory: Path) -> str:
-    return _digest_of_metadata(directory, (".", *sorted(path.name for path in directory.iterdir())))
-
-
-def _digest_of_metadata(tree: Path, paths: Iterable[str]) -> str:
+def digest_of_metadata(tree: Path, paths: Iterable[str]) -> str:
+    """Return a digest of owners, modes, sizes and times."""
     hasher = hashlib.sha256()
     for path in paths:
         status = os.lstat(f"{tree}/{path}")  # many files: three times as fast as Path.lstat

@@ -10,7 +10,7 @@ from oci import store
 from rekindle import replicas
 from rekindle.cell import Cell, Network
 from rekindle.criu import Criu, kernel_facts
-from rekindle.errors import Interrupted
+from rekindle.errors import Interrupted, RekindleError, RestoreError
 from rekindle.home import Home
 from rekindle.replicas import Registration
 from rekindle.report import Outcome, Report, Rung, ServerAddress
@@ -187,9 +187,26 @@ def _serve(run: Run, decision: Decision, taken: TakenRung) -> int:
         run.announcer.ready()
     with announced(run.listener, run.report):
         if status is None:
-            status = taken.serving.run()
-            run.announcer.stopping()
+            status = _served(run, taken)
     return status or (0 if taken.rung == run.options.rung else LOWER_STATUS)
+
+
+def _served(run: Run, taken: TakenRung) -> int | None:
+    """Serve until the server exits; return its status. Raises the error by which it lost its memory."""
+    try:
+        try:
+            status = taken.serving.run()
+        except RestoreError:  # the cell has ended
+            taken.require_memory()
+            raise
+        run.announcer.stopping()
+        if status:
+            taken.require_memory()
+    except RekindleError as error:
+        run.report.fail(error)
+        run.listener.failed(run.report)
+        raise
+    return status
 
 
 def _tidy(home: Home, criu: Criu | None) -> None:

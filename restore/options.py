@@ -22,6 +22,17 @@ class Memory(StrEnum):
     COPY = "copy"
 
 
+class Lazy(StrEnum):
+    """Whether a server may start before all of its image is here.
+
+    `auto`: from a registry, if its memory is large enough to gain something. `always`: of any size. `never`.
+    """
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Output(Struct, frozen=True, kw_only=True):
     """The descriptors of ours that the server gets as its stdout and stderr."""
 
@@ -65,6 +76,7 @@ class Options(Struct, frozen=True, kw_only=True):
     cache_dir: Path | None = None
     paranoid: bool = False
     memory: Memory = Memory.MAP
+    lazy: Lazy = Lazy.AUTO
     prefetch: bool = True
     accept_environment: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()

@@ -74,6 +74,10 @@ def save_running(
             return _save_begun(lender, begun, options, report, progress, drain_seconds)
         image = Image.from_json(facts["image"], Layout(home.store))
         reference, dump = parse(entry.status.image), facts["dump"]
+        if not facts.get("whole", True):
+            raise BusyError(
+                f"the memory of the replica '{name}' is not all here yet", hint="try again in a minute"
+            )
 
         @contextlib.contextmanager
         def borrow() -> Iterator[RunningReplica]:

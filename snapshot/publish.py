@@ -33,6 +33,7 @@ from restore.decide.remembered import Findings
 from restore.decide.rules import reason_for
 from restore.options import Output
 from restore.rungs import cuda_state, process
+from restore.rungs.memory import Shown
 from snapshot import packing
 from snapshot.options import Progress
 
@@ -153,7 +154,7 @@ def prove(
                 report=proof,
                 engine=engine,
                 cuda=cuda_state.CudaRestore(search=cuda) if cuda else None,
-                mount=recorder.mount if recorder else None,
+                shown=Shown(recorder.mount, lambda dump: dump) if recorder else None,
             )
             touches = list(recorder.touches) if recorder else []
             working_sets = _working_sets(cell, touches)

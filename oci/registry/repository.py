@@ -69,8 +69,9 @@ class Repository:
         access = self._access
         self._has_asked_mirrors = bool(routes.mirrors)
         self._hosts = Hosts(self.reference, routes, access)
+        self._fetcher = BlobFetcher(self._hosts, self._name)
         self._downloads = Downloads(
-            BlobFetcher(self._hosts, self._name),
+            self._fetcher,
             access.config.transfer,
             tally=access.tally,
             limiter=access.limiter,
@@ -132,6 +133,10 @@ class Repository:
     def open_blob(self, descriptor: Descriptor) -> BlobStream:
         """See `Blobs.open_blob`; the rest is fetched while the stream is read."""
         return self._downloads.open(descriptor)
+
+    def part(self, blob: Descriptor, begin: int, end: int, *, broken: Answer | None = None) -> Answer:
+        """Return the answer to a request for a part of a blob, unchecked. See `download.Fetch`."""
+        return self._fetcher(blob, begin, end, broken=broken)
 
     def tags(self) -> list[str]:
         """Return the tags of the repository, as the origin lists them. Raises NotFoundError."""

@@ -70,10 +70,12 @@ def descend(
 class TakenRung(Struct, frozen=True, kw_only=True):
     """A rung that was taken. `status` is set if its server exited before it was ready.
 
-    `cell_init` is the PID of the init of its cell, if it has one.
+    `cell_init` is the PID of the init of its cell, if it has one. `require_memory` raises the error by which
+    a server lost its memory, if it did.
     """
 
     rung: Rung
     serving: "Serving"
     status: int | None = None
     cell_init: int | None = None
+    require_memory: Callable[[], None] = lambda: None

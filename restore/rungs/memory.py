@@ -2,15 +2,22 @@
 """Restore a process's memory: mapped from the dump's memory files, or copied."""
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rekindle.cell import MappingRefused, MemoryFiles
 from rekindle.record import Record
 from rekindle.report import MemoryMode, MemoryUse
-from restore import dumps
+from restore.copied_dumps import copied
 from restore.options import Memory
+
+
+class Shown(NamedTuple):
+    """A mount that shows the memory files of a dump. `whole` waits until the dump itself has all of them."""
+
+    mount: int
+    whole: Callable[[Path], Path]
 
 
 class RestoreCall(Protocol):
@@ -20,11 +27,11 @@ class RestoreCall(Protocol):
 
 
 def restore_with_memory(
-    restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory, mount: int | None = None
+    restore: RestoreCall, record: Record, dump: Path, work: Path, asked: Memory, shown: Shown | None = None
 ) -> MemoryUse:
     """Restore a dump with its memory files mapped, or copied if `asked` says so or mapping is refused.
 
-    `mount` is a descriptor of a mount that shows the memory files instead of the dump.
+    `shown` are the memory files if they are not mapped from the dump itself.
 
     Copying takes seconds for gigabytes the first time: the pages are written again, as CRIU reads them.
     """
@@ -34,14 +41,15 @@ def restore_with_memory(
     reason = ""
     if asked is Memory.MAP:
         try:
+            mount = shown.mount if shown else None
             memory = MemoryFiles(directory=dump / "memory", ranges=joined_ranges(record), mount=mount)
             restore(dump / "criu", memory=memory)
         except MappingRefused as refused:
             reason = str(refused)
         else:
             return MemoryUse(mode=MemoryMode.MAPPED)
-    with dumps.copied(dump, work) as copied:
-        restore(copied)
+    with copied(shown.whole(dump) if shown else dump, work) as images:
+        restore(images)
     return MemoryUse(mode=MemoryMode.COPIED, reason=reason)
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import socket
 import stat
 import threading
@@ -38,20 +39,22 @@ from restore.decide.match_api_key import ApiKeys, requires_key
 from restore.decide.plan import Step
 from restore.decide.rules import reason_for
 from restore.decide.source import Source
-from restore.options import Memory, Output
+from restore.options import Lazy, Memory, Output
 from restore.rungs.cuda_state import CudaRestore, GpuMemory, end, must_suspend, restore_cuda
 from restore.rungs.ladder import TakenRung
-from restore.rungs.memory import restore_with_memory
+from restore.rungs.memory import Shown, restore_with_memory
 from restore.rungs.run import Run
 from restore.rungs.same_secrets import require_same_secrets
 from restore.serve.address import Addresses
 
 if TYPE_CHECKING:
+    from restore.lazy.client import LazyMemory
     from restore.serve.foreground import Serving
     from restore.serve.gate import NewGate
 
 _ANSWER_SECONDS = 60.0
 _RESEED_SECONDS = 10.0
+_NOTICE_SECONDS = 0.5  # between the end of a server and the reason for it
 
 
 def take(
@@ -85,40 +88,37 @@ def take(
         stack.push(lambda _, error, __: end_cell(error))
         with contextlib.ExitStack() as using:
             with run.listener.progress(source.tally), _measured(source, home, step):
-                dump = using.enter_context(
-                    dumps.ready(
-                        home,
-                        work,
-                        source.image,
-                        report,
-                        paranoid=run.options.paranoid,
-                        expect=source.tally.expect if source.tally else None,
-                    )
-                )
+                lazy = _lazy_memory(run, source, home, using)
+                dump = lazy.tree if lazy else _ready_dump(run, source, home, work, using)
             cuda = None
             if source.cuda is not None:
                 cuda = CudaRestore(search=source.cuda, device_map=decision.plan.device_map)
-            restore(
-                cell,
-                record,
-                dump,
-                tool=tool,
-                home=home,
-                work=work,
-                output=run.options.output,
-                report=report,
-                # A server that asks for no key gets none from us either: its memory may be saved.
-                engine=from_record(
-                    record.engine.name,
-                    record.endpoint,
-                    record.engine.options,
-                    decision.facts.api_keys.keys if requires_key(record) else (),
-                ),
-                cuda=cuda,
-                memory=run.options.memory,
-                check=functools.partial(require_same_secrets, run, decision, cell),
-                require_same_weights=require_same_weights,
-            )
+            with _ending_with(lazy, cell):
+                restore(
+                    cell,
+                    record,
+                    dump,
+                    tool=tool,
+                    home=home,
+                    work=work,
+                    output=run.options.output,
+                    report=report,
+                    # A server that asks for no key gets none from us either: its memory may be saved.
+                    engine=from_record(
+                        record.engine.name,
+                        record.endpoint,
+                        record.engine.options,
+                        decision.facts.api_keys.keys if requires_key(record) else (),
+                    ),
+                    cuda=cuda,
+                    memory=run.options.memory,
+                    shown=Shown(lazy.mount, lazy.whole) if lazy else None,
+                    check=functools.partial(require_same_secrets, run, decision, cell),
+                    require_same_weights=require_same_weights,
+                )
+            if lazy is not None:
+                lazy.restored()
+                report.lazy = lazy.how_far()
             # Memory files must not change while the server maps them. A copied dump is not needed any longer:
             # other restores may remove it to make room.
             if report.memory is not None and report.memory.mode is MemoryMode.MAPPED:
@@ -127,11 +127,60 @@ def take(
     report.bytes.reused = image.size_bytes if not report.bytes.written else 0
     mapped = report.memory is not None and report.memory.mode is MemoryMode.MAPPED
     kill = end_cell if must_suspend(record, driver) else None
-    serving = _serve(run, cell, image, kill, dump if mapped else None, stack)
+    where = functools.partial(_where, lazy, dump if mapped else None)
+    serving = _serve(run, cell, image, kill, where, stack)
     if record.process.network is Network.PRIVATE:
         with report.phase("publish"):
             _publish(addresses, serving, record, _gate(record, decision.facts.api_keys))
-    return TakenRung(rung=Rung.PROCESS, serving=serving, cell_init=cell.init_pid)
+    taken = TakenRung(rung=Rung.PROCESS, serving=serving, cell_init=cell.init_pid)
+    check = functools.partial(lazy.check, _NOTICE_SECONDS) if lazy else taken.require_memory
+    return structs.replace(taken, require_memory=check)
+
+
+def _ready_dump(run: Run, source: Source, home: Home, work: Path, using: contextlib.ExitStack) -> Path:
+    """Fetch and unpack the dump, unless it is here already."""
+    return using.enter_context(
+        dumps.ready(
+            home,
+            work,
+            source.image,
+            run.report,
+            paranoid=run.options.paranoid,
+            expect=source.tally.expect if source.tally else None,
+        )
+    )
+
+
+def _lazy_memory(run: Run, source: Source, home: Home, using: contextlib.ExitStack) -> "LazyMemory | None":
+    """Return the memory of a dump that is fetched while the server runs; None to fetch all of it before."""
+    if run.options.lazy is Lazy.NEVER or source.tally is None:  # most restores are from the local store
+        return None
+    from restore.lazy import client
+
+    return using.enter_context(client.opened(run.options, source, home, run.report))
+
+
+@contextlib.contextmanager
+def _ending_with(lazy: "LazyMemory | None", cell: Cell) -> Iterator[None]:
+    """End the cell with the memory that its processes map, and raise why that cannot be had."""
+    if lazy is None:
+        yield
+        return
+
+    def kill() -> None:
+        if cell.init_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(cell.init_pid, signal.SIGKILL)
+
+    lazy.watch(kill)
+    try:
+        yield
+        lazy.check()
+    except BaseException as error:
+        kill()  # before the memory goes: nobody is to die of SIGBUS
+        if isinstance(error, Exception):
+            lazy.check(_NOTICE_SECONDS)
+        raise
 
 
 def _measured(source: Source, home: Home, step: Step) -> contextlib.AbstractContextManager[None]:
@@ -147,14 +196,14 @@ def _serve(
     cell: Cell,
     image: Image,
     kill: Callable[[], None] | None,
-    mapped: Path | None,
+    where: Callable[[], tuple[Path | None, bool]],
     stack: contextlib.ExitStack,
 ) -> "Serving":
     """Begin to serve the restored server, which maps the memory of the dump `mapped`, if any."""
     from restore.serve.control import Control
     from restore.serve.foreground import RestoredServer, Serving  # now, while the server already answers
 
-    facts = functools.partial(_facts, image, mapped)
+    facts = functools.partial(_facts, image, where)
     output = (run.options.output.stdout, run.options.output.stderr)
     replica = RestoredServer(cell, image.record.process, kill, output, facts)
     serving = stack.enter_context(Serving(replica, run.signals, run.announcer.asked_to_end))
@@ -165,9 +214,17 @@ def _serve(
     return serving
 
 
-def _facts(image: Image, mapped: Path | None) -> dict[str, JSON]:
+def _where(lazy: "LazyMemory | None", mapped: Path | None) -> tuple[Path | None, bool]:
+    """Return the dump whose memory a server maps, and whether all of it is here."""
+    if lazy is None or mapped is None:
+        return mapped, True
+    return lazy.dump, lazy.dump is not None
+
+
+def _facts(image: Image, where: Callable[[], tuple[Path | None, bool]]) -> dict[str, JSON]:
     """Return what a command that acts on the replica needs to know."""
-    return {"image": image.to_json(), "dump": str(mapped) if mapped else None}
+    mapped, is_whole = where()
+    return {"image": image.to_json(), "dump": str(mapped) if mapped else None, "whole": is_whole}
 
 
 def _gate(record: Record, api_keys: ApiKeys) -> "NewGate | None":
@@ -261,16 +318,15 @@ def restore(
     engine: Engine | None = None,
     cuda: CudaRestore | None = None,
     memory: Memory = Memory.MAP,
-    mount: int | None = None,
+    shown: Shown | None = None,
     check: Callable[[], None] | None = None,
     require_same_weights: Callable[[], None] = lambda: None,
 ) -> None:
     """Restore the server into a cell that was just booted, and ask the oracle.
 
     `engine` defaults to the one that the record names. `cuda` is required for a server with CUDA state.
-    `mount` shows the memory files instead of the dump. `check` is called as soon as the processes are there.
-    `require_same_weights` is called at the end, or after a failure to wake the server or to get its answer:
-    other weights explain that.
+    `shown` are memory files that are not mapped from the dump itself. `check` is called as soon as the
+    processes are there.
 
     Raises RestoreError or OracleError. Ending the cell, which is left to the caller, undoes everything.
     """
@@ -287,7 +343,7 @@ def restore(
 
                 undo.push(private.give(cell, process.private, made, process.made))
         gpu_memory = GpuMemory(process)  # asked while CRIU works
-        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory, mount)
+        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory, shown)
         if check is not None:
             check()
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
@@ -321,7 +377,7 @@ def _call_criu(
     output: Output,
     report: Report,
     memory: Memory,
-    mount: int | None,
+    shown: Shown | None,
 ) -> MemoryUse:
     """Let CRIU restore the processes; return how they got their memory."""
     process = record.process
@@ -334,7 +390,7 @@ def _call_criu(
             if path != os.devnull  # of a server that was started otherwise: its output stays where it went
         }
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
-        used = restore_with_memory(call, record, dump, work, memory, mount)
+        used = restore_with_memory(call, record, dump, work, memory, shown)
         _adjust(cell, record, report)
     return used
 

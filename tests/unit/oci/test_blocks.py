@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from oci.blocks import Block, BlockIndex, BlockWriter, Span, first_needed, read_blocks, without
 from oci.descriptor import Descriptor
-from oci.dump_layers import PIECE_BYTES, pack_layers, unpack
+from oci.dump_layers import pack_layers, unpack
+from oci.frames import PIECE_BYTES
 from oci.layout import Layout
 from rekindle import dump_tree
 from rekindle.digest import Digest

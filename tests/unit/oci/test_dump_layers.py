@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oci.descriptor import Descriptor
-from oci.dump_layers import PIECE_BYTES, pack, unpack
+from oci.dump_layers import pack, unpack
+from oci.frames import PIECE_BYTES
 from oci.layout import Layout
 from rekindle import dump_tree
 from rekindle.digest import Digest

@@ -18,7 +18,8 @@ from msgspec import structs
 
 from oci import media_types
 from oci.descriptor import Descriptor
-from oci.dump_layers import PIECE_BYTES, read_pieces, unpack
+from oci.dump_layers import read_pieces, unpack
+from oci.frames import PIECE_BYTES
 from oci.layout import Layout
 from rekindle import dump_tree
 from rekindle.digest import Digest
