@@ -23,6 +23,7 @@ from cli import _memory
 from rekindle import __version__, history, replicas
 from rekindle.home import Home
 from rekindle.replicas import ReplicaState
+from rekindle.report import Rung
 from restore import housekeeping
 from restore.housekeeping import KeptKind
 
@@ -42,6 +43,18 @@ _TIMED = {
     "phase_seconds": "Seconds of each phase of a command.",
     "first_token_seconds": "Seconds from the start of a restore to the first byte of the oracle's answer.",
     "pause_seconds": "Seconds for which the clients of a running server waited for a snapshot of it.",
+}
+
+
+# Prometheus sees how much a counter has increased only from its second value on: these begin with 0.
+_ZEROS: dict[str, list[tuple[str, ...]]] = {
+    "restores": [(outcome, Rung.PROCESS) for outcome in ("restored", "cache", "cold", "failed")],
+    "wakes": [("restored",), ("failed",)],
+    "verification_failures": [
+        (verb, code) for verb in ("restore", "extract", "pull") for code in ("trust", "integrity")
+    ],
+    "kernel_cache_starts": [(verdict,) for verdict in ("hit", "partial", "miss", "unused")],
+    "kernel_cache_entries": [("used",), ("compiled",)],
 }
 
 
@@ -69,9 +82,11 @@ class HomeCollector(Collector):
         )
         for name, labels in history.COUNTED.items():
             counter = CounterMetricFamily(f"rekindle_{name}", _COUNTED[name], labels=labels)
-            for each in totals.counts:
-                if each.name == name and len(each.labels) == len(labels):
-                    counter.add_metric(each.labels, each.value)
+            values = dict.fromkeys(_ZEROS.get(name, ()), 0)
+            values |= {each.labels: each.value for each in totals.counts if each.name == name}
+            for found, value in values.items():
+                if len(found) == len(labels):
+                    counter.add_metric(found, value)
             yield counter
         for name, labels in history.TIMED.items():
             histogram = HistogramMetricFamily(f"rekindle_{name}", _TIMED[name], labels=labels)

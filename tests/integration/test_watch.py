@@ -30,7 +30,7 @@ def test_what_happens_to_servers_is_counted(rekindle: Rekindle, horse_port: int,
     port = free_port()
     flags = ("--detach", "--name", "web", "--publish", str(port))
     assert rekindle("restore", "horse", *flags).status == 0
-    wait_for(lambda: ("rekindle_restores_total", "process", "restored") in metrics(rekindle), 10)
+    wait_for(lambda: metrics(rekindle)["rekindle_restores_total", "process", "restored"] == 1, 10)
     found = metrics(rekindle)
     assert found["rekindle_restores_total", "process", "restored"] == 1
     assert found["rekindle_first_token_seconds_count", "restored"] == 1
@@ -45,7 +45,7 @@ def test_what_happens_to_servers_is_counted(rekindle: Rekindle, horse_port: int,
 
     assert rekindle("hibernate", "web").status == 0
     assert rekindle("wake", "web").status == 0
-    wait_for(lambda: ("rekindle_wakes_total", "restored") in metrics(rekindle), 10)
+    wait_for(lambda: metrics(rekindle)["rekindle_wakes_total", "restored"] == 1, 10)
     found = metrics(rekindle)
     assert found["rekindle_wakes_total", "restored"] == 1
     assert found["rekindle_commands_total", "hibernate", "saved"] == 1
@@ -126,7 +126,7 @@ def test_a_cold_start_is_counted_too(rekindle: Rekindle, tmp_path: Path) -> None
         log=tmp_path / "log",
     )
     wait_for(ready.exists, 30)
-    wait_for(lambda: ("rekindle_restores_total", "cold", "process") in metrics(rekindle), 10)
+    wait_for(lambda: metrics(rekindle)["rekindle_restores_total", "cold", "process"] == 1, 10)
     assert metrics(rekindle)["rekindle_reasons_total", "not-found", "process", "true"] == 1
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 7

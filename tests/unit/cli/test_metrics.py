@@ -70,6 +70,13 @@ def test_an_empty_home_has_metrics(rekindle: Rekindle) -> None:
     assert value(done.stdout, "rekindle_counted_since_seconds") == 0
 
 
+def test_what_never_happened_is_zero_since_prometheus_sees_increases_only(rekindle: Rekindle) -> None:
+    text = rekindle("metrics").stdout
+    assert value(text, "rekindle_restores_total", outcome="failed", asked="process") == 0
+    assert value(text, "rekindle_verification_failures_total", verb="pull", code="trust") == 0
+    assert value(text, "rekindle_wakes_total", outcome="restored") == 0
+
+
 def test_what_is_counted_is_told(rekindle: Rekindle) -> None:
     fill(Home(rekindle.home))
     text = rekindle("metrics").stdout
