@@ -195,7 +195,7 @@ def test_extract_needs_no_root(tmp_path: Path) -> None:
         os.chmod(f"{place}/images", 0o755)  # private until its owner says otherwise
         # Imported first, since nobody may not read the Python of root's home directory.
         program = (
-            "import os, sys, concurrent.futures.thread, tomllib, pwd, cli.extract; "
+            "import os, sys, concurrent.futures.thread, tomllib, pwd, cli.extract, rekindle.history; "
             "from rekindle.__main__ import main; "
             "os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
         )

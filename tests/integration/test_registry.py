@@ -159,7 +159,10 @@ def test_a_front_end_that_limits_requests_gets_an_upload_in_chunks(
         (rekindle.home / "config.toml").write_text(settings)
         done = rekindle("push", f"oci:{tmp_path}/from:1", there, "--json")
         assert done.status == 0, done.stderr
-        assert done.json["bytes"]["sent"] == 3 * ((3 << 20) + 1), "the config was taken at once"
+        sent = done.json["bytes"]
+        # The first attempt may have brought the config already.
+        assert sent["sent"] + sent["reused"] == 3 * ((3 << 20) + 1) + 2
+        assert sent["reused"] <= 2
         assert run(CRANE, "digest", "--insecure", there).strip() == digest
         assert rekindle("pull", there, "mine").status == 0
 
