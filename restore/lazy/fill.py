@@ -93,7 +93,7 @@ class Fill:
         self._begun: set[int] = set()
         self._done = bytearray(len(blocks))
         self._left = len(blocks)
-        self._waiting: dict[int, list[_Waiting]] = {}
+        self._waiting: dict[int, list[_WaitingRead]] = {}
         self._condition = threading.Condition()
         self._error: RekindleError | None = None
         self._is_over = False
@@ -147,7 +147,7 @@ class Fill:
                 if missing:
                     if self._is_over:
                         return False
-                    waiting = _Waiting(read, missing)
+                    waiting = _WaitingRead(read, missing)
                     for block in missing:
                         self._waiting.setdefault(block, []).append(waiting)
                         self._asked.append(block)
@@ -323,7 +323,7 @@ class Fill:
                 os.close(fd)
 
 
-class _Waiting:
+class _WaitingRead:
     """A read that waits for some blocks."""
 
     __slots__ = ("missing", "read")

@@ -102,7 +102,7 @@ class Filler:
         self._unpacked = self._is_complete = False
         self._selector = selectors.DefaultSelector()
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._clients: dict[socket.socket, _Client] = {}
+        self._clients: dict[socket.socket, _Connected] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._add(first)
 
@@ -184,7 +184,7 @@ class Filler:
 
     def _add(self, sock: socket.socket) -> None:
         sock.settimeout(_END_SECONDS)
-        self._clients[sock] = _Client()
+        self._clients[sock] = _Connected()
         self._selector.register(sock, selectors.EVENT_READ, self._hear)
 
     def _hear(self, sock: object) -> None:
@@ -261,7 +261,7 @@ class Filler:
                 key.data(key.fileobj)
 
 
-class _Client:
+class _Connected:
     """A restore that is connected."""
 
     def __init__(self) -> None:

@@ -87,9 +87,9 @@ def take(
         end_cell = functools.partial(end, cell, record, driver, home, report)
         stack.push(lambda _, error, __: end_cell(error))
         with contextlib.ExitStack() as using:
-            with run.listener.progress(source.tally), _measured(source, home, step):
+            with run.listener.progress(source.tally):
                 lazy = _lazy_memory(run, source, home, using)
-                dump = lazy.tree if lazy else _ready_dump(run, source, home, work, using)
+                dump = lazy.tree if lazy else _ready_dump(run, source, home, work, step, using)
             cuda = None
             if source.cuda is not None:
                 cuda = CudaRestore(search=source.cuda, device_map=decision.plan.device_map)
@@ -137,18 +137,21 @@ def take(
     return structs.replace(taken, require_memory=check)
 
 
-def _ready_dump(run: Run, source: Source, home: Home, work: Path, using: contextlib.ExitStack) -> Path:
+def _ready_dump(
+    run: Run, source: Source, home: Home, work: Path, step: Step, using: contextlib.ExitStack
+) -> Path:
     """Fetch and unpack the dump, unless it is here already."""
-    return using.enter_context(
-        dumps.ready(
-            home,
-            work,
-            source.image,
-            run.report,
-            paranoid=run.options.paranoid,
-            expect=source.tally.expect if source.tally else None,
+    with _measured(source, home, step):
+        return using.enter_context(
+            dumps.ready(
+                home,
+                work,
+                source.image,
+                run.report,
+                paranoid=run.options.paranoid,
+                expect=source.tally.expect if source.tally else None,
+            )
         )
-    )
 
 
 def _lazy_memory(run: Run, source: Source, home: Home, using: contextlib.ExitStack) -> "LazyMemory | None":
