@@ -9,7 +9,9 @@ import copy
 import importlib
 import re
 import runpy
+import shlex
 import subprocess
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ VERSIONS = ("1.30", "1.33", kubernetes_validate.latest_version())
 RESTORES = ["SYS_ADMIN", "NET_ADMIN", "SYS_TIME", "SYS_CHROOT", "SETPCAP"]
 
 
-def run(*argv: str | Path) -> str:
+def run(*argv: str | Path, cwd: Path | None = None) -> str:
     need((KUBERNETES_TOOLS / "helm").exists(), "helm and kubectl", "run hack/get-kubernetes-tools")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -275,3 +277,45 @@ def test_the_containerfile_copies_every_package() -> None:
     text = (ROOT / "deploy" / "container" / "Containerfile").read_text()
     copied = re.findall(r"^COPY (\w+) /build/\1$", text, re.MULTILINE)
     assert sorted(copied) == sorted(PACKAGES)
+
+
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
+
+
+def test_the_overlay_of_the_page_can_be_built(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    kustomization = yaml.safe_load(textwrap.dedent(block))
+    assert kustomization["resources"] == ["github.com/…/deploy/kustomize/base"]
+    kustomization["resources"] = ["base"]
+    (tmp_path / "base").symlink_to(BASE)
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    restricted = ["--load-restrictor", "LoadRestrictionsNone"]
+    found = documents(run(KUBERNETES_TOOLS / "kubectl", "kustomize", *restricted, tmp_path))
+    assert found["Deployment", "chat"]["spec"]["replicas"] == 4
+
+
+def test_the_commands_of_the_page_are_right(tmp_path: Path) -> None:
+    """They make what the manifests name."""
+    (tmp_path / "cosign.pub").write_text("public")
+    (tmp_path / "cosign.key").write_text("private")
+    lines = [line.strip() for line in PAGE.splitlines()]
+    made = set()
+    for line in lines:
+        words = (
+            shlex.split(line.replace("…", "x")) if line.startswith(("kubectl create", "helm install")) else []
+        )
+        if words[:2] == ["kubectl", "create"]:
+            dry = ["--dry-run=client", "--output=yaml"]
+            text = run(KUBERNETES_TOOLS / "kubectl", *words[1:], *dry, cwd=tmp_path)
+            (document,) = yaml.safe_load_all(text)
+            kubernetes_validate.validate(document, "1.33", strict=True)
+            made.add((document["kind"], document["metadata"]["name"], *sorted(document["data"])))
+        elif words:
+            found = documents(run(KUBERNETES_TOOLS / "helm", "template", *words[2:], cwd=ROOT))
+            server = containers(found)["Deployment/chat/server"]
+            assert server["args"][0] == "registry.example.com/snapshots/chat:1"
+    assert made == {
+        ("ConfigMap", "rekindle-keys", "cosign.pub"),
+        ("Secret", "rekindle-signing", "cosign.key", "password"),
+        ("Secret", "rekindle-registry", ".dockerconfigjson"),
+    }
