@@ -54,14 +54,14 @@ def test_what_is_no_file_is_neither_opened_nor_waited_for(tmp_path: Path) -> Non
 
 
 def test_it_ends_where_the_memory_does(tmp_path: Path) -> None:
-    first, second, third = (on_disk(tmp_path / name, 256) for name in ("first", "second", "third"))
+    names = ["first", "second", "third"]
+    paths = [on_disk(tmp_path / name, 256) for name in names]
     with ReadAhead() as reading:
-        reading.begin(reads(tmp_path, "first", "second", "third"), limit_bytes=300 * 4096)
+        reading.begin(reads(tmp_path, *names), limit_bytes=300 * 4096)
         reading.wait()
         use = reading.use
-    assert len(resident(first)) == 256
-    assert not resident(second)
-    assert not resident(third)
+    # Each is taken by a thread of its own: any of them may be the one that there is room for.
+    assert sorted(len(resident(path)) for path in paths) == [0, 0, 256]
     assert use is not None
     assert (use.files, use.complete) == (1, False)
 
