@@ -67,29 +67,40 @@ class Lender:
         """Return how many clients have sent something that nobody has read."""
         return int(self._ask({"op": "waiting"})[0]["waiting"])
 
-    @contextlib.contextmanager
-    def lent(self, drain_seconds: float, pause: Pause) -> Iterator[tuple[BorrowedCell, Output]]:
-        """Borrow the cell, and the server's output, once its requests have finished or the time is over.
+    def hold(self, drain_seconds: float, pause: Pause) -> None:
+        """Hold clients back until the cell is returned. Return once nothing is in flight or the time is over.
 
-        `pause` gets what clients notice of it.
+        `pause` gets what they notice of it.
         """
         began = time.monotonic()
+        in_flight = self._ask({"op": "hold"})[0]["in_flight"]
+        while in_flight and time.monotonic() - began < drain_seconds:
+            time.sleep(_POLL_SECONDS)
+            in_flight = self._ask({"op": "hold"})[0]["in_flight"]
+        self._ask({"op": "still"})
+        pause.begin(began, in_flight)
+
+    @contextlib.contextmanager
+    def lent(self, pause: Pause) -> Iterator[tuple[BorrowedCell, Output]]:
+        """Borrow the cell, and the server's output, while it serves on until `hold` is called."""
         exits: dict[int, int] = {}
         with contextlib.ExitStack() as stack:
-            in_flight = self._ask({"op": "hold"})[0]["in_flight"]
+            message, fds = self._ask({"op": "lend", "still": False})
             stack.callback(self._return, exits, pause)
-            while in_flight and time.monotonic() - began < drain_seconds:
-                time.sleep(_POLL_SECONDS)
-                in_flight = self._ask({"op": "hold"})[0]["in_flight"]
-            message, fds = self._ask({"op": "lend"})
-            pause.begin(began, in_flight)
             stdout, stderr, *rest = fds
             for fd in (stdout, stderr):
                 stack.callback(os.close, fd)
             lent = documents.read(message["cell"], LentCell, "the lent cell")
-            cell = stack.enter_context(BorrowedCell(lent, rest))
+            cell = stack.enter_context(BorrowedCell(lent, rest, self._socket))
             stack.callback(lambda: exits.update(cell.exits))
             yield cell, Output(stdout=stdout, stderr=stderr)
+
+    def _socket(self, family: socket.AddressFamily) -> socket.socket:
+        """Return a socket in the network of the cell. Raises OSError."""
+        answer, fds = self._ask({"op": "socket", "family": int(family)})
+        if not fds:
+            raise OSError(answer["errno"], f"the cell's network: {os.strerror(answer['errno'])}")
+        return socket.socket(family, socket.SOCK_STREAM, 0, fileno=fds[0])
 
     def _return(self, exits: Mapping[int, int], pause: Pause) -> None:
         with contextlib.suppress(WorkloadError):  # it has ended, with its server

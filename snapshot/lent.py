@@ -9,7 +9,7 @@ image = save_running("web-1", ReplicaOptions(image="tiny-monday", runs_on=True))
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from oci import store
@@ -52,9 +52,10 @@ def save_running(
 ) -> Image:
     """Save a replica that another process serves, by its name, and fill the report.
 
-    New requests wait while those in flight finish, for at most `drain_seconds`; then the server is asked its
-    oracle, and frozen for as long as the dump takes. No request fails. With `options.runs_on` the server then
-    serves on, and the rest is done beside it. Otherwise it has ended when this returns.
+    The server is asked its oracle and looked at while it serves on. Then new requests wait while those in
+    flight finish, for at most `drain_seconds`, and it is frozen while it is dumped. No request fails. With
+    `options.runs_on` the server then serves on, and the rest is done beside it. Otherwise it has ended when
+    this returns.
 
     With `unless_asked`, a server that was going to end runs on, and BusyError is raised, if a client has sent
     something meanwhile.
@@ -83,11 +84,11 @@ def save_running(
         def borrow() -> Iterator[RunningReplica]:
             assert report.pause is not None
             with contextlib.ExitStack() as stack:
-                with report.phase("drain"):
-                    cell, output = stack.enter_context(lender.lent(drain_seconds, report.pause))
+                cell, output = stack.enter_context(lender.lent(report.pause))
                 with report.phase("oracle"):
                     _ask(cell, image.record, report)
                 yield RunningReplica(
+                    hold=_once(lambda: _hold(lender, drain_seconds, report)),
                     cell=cell,
                     image=image,
                     reference=reference,
@@ -140,8 +141,7 @@ def _save_begun(
     def start(_: make.ServerSpec, engine: Engine, __: Path, report: Report) -> Iterator[make.WarmServer]:
         assert report.pause is not None
         with contextlib.ExitStack() as stack:
-            with report.phase("drain"):
-                cell, _output = stack.enter_context(lender.lent(drain_seconds, report.pause))
+            cell, _output = stack.enter_context(lender.lent(report.pause))
             output = Path(begun.stdout), Path(begun.stderr)
             server = Server.running(cell, begun.root_pid, begun.given, *output, begun.reseed)
             with report.phase("oracle"):
@@ -157,6 +157,7 @@ def _save_begun(
                 start_seconds=begun.start_seconds,
                 stop_watching=lambda: None,
                 runs_on=True,
+                hold=_once(lambda: _hold(lender, drain_seconds, report)),
             )
 
     asked = SnapshotOptions(
@@ -173,6 +174,23 @@ def _save_begun(
     )
     with contextlib.chdir(begun.directory):
         return snapshot(asked, report, progress, start=start, given=begun.environment)
+
+
+def _hold(lender: Lender, drain_seconds: float, report: Report) -> None:
+    assert report.pause is not None
+    with report.phase("drain"):
+        lender.hold(drain_seconds, report.pause)
+
+
+def _once(call: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that makes this call when it is called first."""
+    left = [call]
+
+    def once() -> None:
+        if left:
+            left.pop()()
+
+    return once
 
 
 class _Reads:

@@ -25,7 +25,7 @@ from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.client import Client
 from rekindle.engine.weights import identify, locate, recorded
 from rekindle.environment import describe_environment
-from rekindle.errors import CapabilityError, DumpError, UsageError
+from rekindle.errors import CapabilityError, DumpError, NotDumpableError, UsageError
 from rekindle.fields import JSON
 from rekindle.files import PAGE_BYTES, copy_sparse_tree, remove_tree
 from rekindle.node.loaded import Loaded
@@ -62,6 +62,7 @@ from snapshot.outside_connections import find as find_outside
 from snapshot.private_paths import PrivatePaths
 from snapshot.private_paths import find as find_private
 from snapshot.private_paths import keep as keep_private
+from snapshot.private_paths import tell as tell_private
 from snapshot.server import TEMPORARY, Server, make_temporary
 from snapshot.warm import ask_twice, wait_ready, warm
 
@@ -98,7 +99,8 @@ class WarmServer(Struct, frozen=True, kw_only=True):
     """A server that is ready, warm and answers.
 
     `began_ns` is when it was started, in nanoseconds since 1970, `start_seconds` how long it took to be
-    ready. `stop_watching` ends the watch for what it reads. With `runs_on`, it is not ours to end.
+    ready. `stop_watching` ends the watch for what it reads. With `runs_on`, it is not ours to end. `hold`,
+    which may be called again, holds its clients back; it is called as late as possible.
     """
 
     cell: Cell
@@ -109,6 +111,7 @@ class WarmServer(Struct, frozen=True, kw_only=True):
     start_seconds: float
     stop_watching: Callable[[], None]
     runs_on: bool = False
+    hold: Callable[[], None] = lambda: None
 
 
 Start = Callable[[ServerSpec, Engine, Path, Report], contextlib.AbstractContextManager[WarmServer]]
@@ -147,9 +150,14 @@ def make(
         hooked = before_snapshot(started.cell, server, report)
         ends = not started.runs_on
         with report.phase("check"), telling_server(started.cell, server.root_pid, engine, ends=ends):
-            running = _inspect(started, spec, engine, work)
-        _tell_private(running.private, report)
+            try:
+                running = _inspect(started, spec, engine, work)
+            except NotDumpableError:  # of clients, perhaps
+                started.hold()
+                running = _inspect(started, spec, engine, work)
+        tell_private(running.private, report.say)
         started.stop_watching()  # CRIU reads files in the cell, too
+        started.hold()
         dumped = _dump(started, spec, engine, running, tool, work, report)
         cuda, kept = dumped.cuda, dumped.kept
     with report.phase("compact"):
@@ -292,14 +300,6 @@ def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) 
     if cell.only is None:
         _drop_disposable(cell, pids, engine.disposable())
     return running
-
-
-def _tell_private(private: PrivatePaths, report: Report) -> None:
-    if private.copied:
-        report.say(
-            "each replica gets a copy of its own, in memory, of what the server writes to: "
-            f"{listed(private.copied)}"
-        )
 
 
 def _dump(

@@ -55,7 +55,7 @@ _KNOWN_ANONYMOUS = re.compile(
     r"anon_inode:(?:\[(?:eventfd|eventpoll|timerfd|signalfd|pidfd)\]|inotify|\[fanotify\]|\[eventfd\d*\])"
 )
 _ANONYMOUS_REMEDIES = {
-    "[io_uring]": "set UV_USE_IO_URING=0 for libuv, USE_IO_URING=0 for others",
+    "[io_uring]": "deny it (seccomp, sysctl kernel.io_uring_disabled=2); some libuv heed UV_USE_IO_URING=0",
     "[userfaultfd]": "turn off the feature that handles page faults in user space",
     "[perf_event]": "end the profiler",
     "bpf-prog": "end the tracer",

@@ -15,13 +15,14 @@ import posixpath
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, structs
 
 from rekindle.cell import Cell, private, processes
 from rekindle.record import NeededDirectory
+from rekindle.text import listed
 
 FILE_LIMIT_BYTES = 64 << 20
 """The largest file that is copied, and the largest content of a directory, in bytes on the disk."""
@@ -68,6 +69,15 @@ class _Used(Struct):
     status: os.stat_result
     how: str = ""
     direct: bool = False
+
+
+def tell(private: PrivatePaths, say: Callable[[str], None]) -> None:
+    """Say which paths each replica gets a copy of."""
+    if private.copied:
+        say(
+            "each replica gets a copy of its own, in memory, of what the server writes to: "
+            f"{listed(private.copied)}"
+        )
 
 
 def keep(cell: Cell, found: PrivatePaths, target: Path) -> PrivatePaths:
@@ -240,6 +250,7 @@ class _Made:
         self._cell, self._since_ns = cell, since_ns
         named = [path for name in _RUNTIME_VARIABLES for path in environment.get(name, "").split(":")]
         self._runtime = tuple(f"{path.rstrip('/')}/" for path in named if path.strip("/"))
+        self._temporary = _own_temporary(environment) if cell.only is not None else None
 
     def directory(self, path: str) -> bool:
         """Return whether the server made a directory.
@@ -247,6 +258,8 @@ class _Made:
         On overlayfs, a directory is born again when something is first made in it, and a file when it is
         first written to. So nothing in it may be older.
         """
+        if self._temporary is not None and f"{path}/".startswith(self._temporary):
+            return True
         if path == "/" or not self.born(path):
             return False
         with contextlib.suppress(OSError), os.scandir(self._cell.root / path.lstrip("/")) as entries:
@@ -255,6 +268,8 @@ class _Made:
         return False
 
     def file(self, path: str) -> bool:
+        if self._temporary is not None and path.startswith(self._temporary):
+            return True
         return path.startswith(self._runtime) or bool(_HSPERFDATA.fullmatch(path)) or self.born(path)
 
     def born(self, path: str) -> bool:
@@ -264,6 +279,15 @@ class _Made:
         """Return whether a restore may make a directory: one of the server, or a runtime directory."""
         runtime = f"{path}/".startswith(self._runtime) or _HSPERFDATA.fullmatch(f"{path}/1")
         return bool(runtime) or self.directory(path)
+
+
+def _own_temporary(environment: Mapping[str, str]) -> str | None:
+    """Return the $TMPDIR of a server that is not in a cell, unless it is for all users, as /tmp is."""
+    path = environment.get("TMPDIR", "").rstrip("/")
+    with contextlib.suppress(OSError):
+        if path and not Path(path).stat().st_mode & stat.S_ISVTX:
+            return f"{path}/"
+    return None
 
 
 def _birth_ns(path: Path) -> int:

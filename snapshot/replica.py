@@ -68,7 +68,8 @@ class RunningReplica(Struct, frozen=True, kw_only=True):
     """A restored server that runs in a cell of ours.
 
     It was restored from `image`, found as `reference`, with `output`. `dump` is the ready dump whose memory
-    files it maps, locked as long as it runs; None if its memory was copied.
+    files it maps, locked as long as it runs; None if its memory was copied. `hold`, which may be called
+    again, holds its clients back; it is called as late as possible.
     """
 
     cell: Cell
@@ -76,6 +77,7 @@ class RunningReplica(Struct, frozen=True, kw_only=True):
     reference: Reference
     dump: Path | None
     output: Output
+    hold: Callable[[], None] = lambda: None
 
 
 def save_replica(
@@ -137,6 +139,8 @@ def save_borrowed(
         frozen = stack.enter_context(contextlib.ExitStack())
         replica = frozen.enter_context(borrow())
         frozen.enter_context(telling_server(replica.cell, base.process.root_pid, engine, ends=False))
+        if base.process.hooked:
+            replica.hold()
         hooked = frozen.enter_context(around_dump(replica.cell, base.process.hooked, report))
         with report.phase("dump"):
             dumped = frozen.enter_context(_dumped(replica, work, tool, options))
@@ -213,6 +217,7 @@ def _dumped(
     if options.outside == Outside.CLOSE:
         found = find_outside(replica.cell, base.root_pid, Network.PRIVATE, work)
         closed = {inode: each.name for inode, each in found.items() if each.ending is Ending.IN_IMAGE}
+    replica.hold()
     with contextlib.ExitStack() as stack:
         try:
             dump = delta.dumped(

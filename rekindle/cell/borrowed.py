@@ -7,6 +7,7 @@ not its own, and CRIU, which waits for its decision, lets the processes run on.
 """
 
 import socket
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -39,10 +40,16 @@ def lend(cell: Cell) -> tuple[LentCell, list[int]]:
 
 
 class BorrowedCell(Cell):
-    """A cell of another process, until it is given back. Ending it only gives it back."""
+    """A cell of another process, until it is given back. Ending it only gives it back.
 
-    def __init__(self, lent: LentCell, fds: list[int]) -> None:
+    Sockets in its network come from the lender, who may serve on meanwhile, by `dial`.
+    """
+
+    def __init__(
+        self, lent: LentCell, fds: list[int], dial: Callable[[socket.AddressFamily], socket.socket]
+    ) -> None:
         self._reset()
+        self._ask_lender = dial
         self._init = lent.init
         self._control = socket.socket(fileno=fds[0])
         if lent.has_network:
@@ -58,6 +65,9 @@ class BorrowedCell(Cell):
     @property
     def launcher_pid(self) -> int:
         raise NotImplementedError("it is a child of the lender")
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        return self._ask_lender(family)
 
     def end(self) -> None:
         self._control.close()

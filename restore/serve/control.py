@@ -9,7 +9,11 @@
     {"op": "waiting"}     {"waiting": N}: how many clients have sent something that nobody has read
     {"op": "hold"}        {"in_flight": N}; new requests wait from now on. Asked again, it counts again
     {"op": "lend"}        {"cell": …} with descriptors: the server's output and error, and the cell's sockets.
-                          Nothing is forwarded from now on
+                          Nothing is forwarded from now on, unless "still" is false: then only the cell's
+                          own socket is the command's
+    {"op": "socket",      {} with a socket in the cell's network, {"errno": N} if there is none
+     "family": F}
+    {"op": "still"}       {}; nothing is forwarded from now on
     {"op": "return",      {}; what has waited is served
      "exits": {PID: …}}
 
@@ -18,6 +22,7 @@ others are told {"busy": true}.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -60,6 +65,9 @@ class Loop(Protocol):
     def waiting(self) -> int:
         """Return how many clients have sent something that nobody has read."""
 
+    def leave_cell(self) -> None:
+        """Leave the server's cell alone until `resume`, but for new connections."""
+
     def be_still(self) -> None:
         """Leave the server and its connections alone until `resume`."""
 
@@ -75,6 +83,9 @@ class Lendable(Protocol):
 
     def lend(self) -> Loan:
         """Stop using the cell, and describe it."""
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        """Return a stream socket in the server's network. Raises OSError."""
 
     def take_back(self, exits: Mapping[int, int] | None) -> None:
         """Use the cell again. `exits` are wait statuses that the borrower was told; None if it was killed."""
@@ -140,7 +151,12 @@ class Control:
                 case "hold":
                     self._send({"in_flight": self._serving.hold()})
                 case "lend":
-                    self._lend()
+                    self._lend(is_still=request.get("still", True))
+                case "socket":
+                    self._give_socket(socket.AddressFamily(request["family"]))
+                case "still":
+                    self._serving.be_still()
+                    self._send({})
                 case "return":
                     self._return({int(pid): status for pid, status in request["exits"].items()})
                     self._send({})
@@ -154,8 +170,18 @@ class Control:
             file.write(json.dumps(self._lender.facts()).encode())
             self._send({}, [file.fileno()])
 
-    def _lend(self) -> None:
-        self._serving.be_still()
+    def _give_socket(self, family: socket.AddressFamily) -> None:
+        try:
+            with self._lender.socket(family) as made:
+                self._send({}, [made.fileno()])
+        except OSError as error:
+            self._send({"errno": error.errno or errno.EIO})
+
+    def _lend(self, *, is_still: bool) -> None:
+        if is_still:
+            self._serving.be_still()
+        else:
+            self._serving.leave_cell()
         loan = self._lender.lend()
         self._is_lent = True
         self._send({"cell": loan.cell}, loan.fds)

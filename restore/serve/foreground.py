@@ -176,7 +176,7 @@ class Serving:
         self._signals = signals
         self._asked_to_end = asked_to_end
         self._forwarder: Forwarder | None = None
-        self._is_still = False
+        self._left_cell = False
         self._leaving: tuple[int, float] | None = None
         self._stack = contextlib.ExitStack()
 
@@ -238,19 +238,24 @@ class Serving:
         """Return how many clients have sent something that nobody has read yet."""
         return self._forwarder.waiting() if self._forwarder is not None else 0
 
+    def leave_cell(self) -> None:
+        """Leave the server's cell alone until `resume`, but for new connections and signals. Idempotent."""
+        if not self._left_cell:
+            self.forget(self._replica.fileno())
+            self._left_cell = True
+
     def be_still(self) -> None:
         """Leave the server and its connections alone until `resume`. Signals are passed on meanwhile."""
-        self.forget(self._replica.fileno())
-        self._is_still = True
+        self.leave_cell()
         if self._forwarder is not None:
             self._forwarder.be_still()
 
     def resume(self) -> None:
-        """Go on after `hold` or `be_still`."""
+        """Go on after `hold`, `leave_cell` or `be_still`."""
         if self._forwarder is not None:
             self._forwarder.resume()
-        if self._is_still:
-            self._is_still = False
+        if self._left_cell:
+            self._left_cell = False
             self.watch(self._replica.fileno(), self._look)
             self._look()
 
@@ -290,7 +295,7 @@ class Serving:
 
     def _hands_over(self, signum: int) -> bool:
         """Hand the clients of shared ports to other replicas, if that is possible before a signal."""
-        if signum not in ENDING - {signal.SIGHUP} or self._leaving or self._is_still:
+        if signum not in ENDING - {signal.SIGHUP} or self._leaving or self._left_cell:
             return False
         return self._forwarder is not None and self._forwarder.leave()
 

@@ -323,12 +323,12 @@ def test_a_request_that_takes_longer_goes_on_after_the_snapshot(rekindle: Rekind
     port = free_port()
     assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
-        client.sendall(b"GET /stream?n=60 HTTP/1.1\r\nHost: horse\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET /stream?n=300 HTTP/1.1\r\nHost: horse\r\nConnection: close\r\n\r\n")
         flags = ["--replica", "web", "--no-prove", "--json", "--drain", "0.2"]
         done = rekindle("snapshot", "later", *flags)
         assert done.status == 0, done.stderr
         assert done.json["pause"]["in_flight"] == 1
-        assert b"".join(iter(lambda: client.recv(1 << 16), b"")).count(b"data") == 60
+        assert b"".join(iter(lambda: client.recv(1 << 16), b"")).count(b"data") == 300
 
 
 def test_a_command_that_is_killed_leaves_the_server_as_it_was(rekindle: Rekindle, tmp_path: Path) -> None:

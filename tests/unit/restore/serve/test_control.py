@@ -53,6 +53,13 @@ class Noted:
     def waiting(self) -> int:
         return 5
 
+    def leave_cell(self) -> None:
+        self.calls.append("leave cell")
+
+    def socket(self, family: socket.AddressFamily) -> socket.socket:
+        self.calls.append("socket")
+        return socket.socket(family, socket.SOCK_STREAM)
+
     def be_still(self) -> None:
         self.calls.append("be still")
 
@@ -101,25 +108,29 @@ def test_a_cell_is_lent_once_nothing_is_in_flight(noted: Noted, entry: ReplicaEn
     with Lender(entry) as lender:
         assert len(lender.facts()["much"]) == 500_000
         assert (lender.idle_seconds(), lender.waiting()) == (4, 5)
-        with lender.lent(5, pause) as (cell, output):
-            assert noted.calls == ["hold", "hold", "hold", "be still", "lend"]
+        with lender.lent(pause) as (cell, output):
+            assert noted.calls == ["leave cell", "lend"], "it serves on"
+            with cell.socket(socket.AF_INET) as made:
+                assert made.family is socket.AF_INET
+            lender.hold(5, pause)
+            assert noted.calls[2:] == ["socket", "hold", "hold", "hold", "be still"]
             assert cell.init_pid == os.getpid()
             assert os.fstat(output.stdout) == os.fstat(1)
             cell.note_exits({7: 9})
-        assert noted.calls[5:7] == ["take back {7: 9}", "resume"]
+        assert noted.calls[7:9] == ["take back {7: 9}", "resume"]
     assert pause.in_flight == 0
     assert pause.seconds >= pause.still_seconds > 0
 
 
 def test_what_takes_longer_than_the_drain_is_counted(noted: Noted, entry: ReplicaEntry) -> None:
     noted.busy, pause = [3], Pause()
-    with Lender(entry) as lender, lender.lent(0.1, pause):
-        pass
+    with Lender(entry) as lender, lender.lent(pause):
+        lender.hold(0.1, pause)
     assert pause.in_flight == 3
 
 
 def test_a_failure_returns_the_cell(noted: Noted, entry: ReplicaEntry) -> None:
-    with pytest.raises(ZeroDivisionError), Lender(entry) as lender, lender.lent(5, Pause()):
+    with pytest.raises(ZeroDivisionError), Lender(entry) as lender, lender.lent(Pause()):
         raise ZeroDivisionError
     assert [call for call in noted.calls if "take back" in call] == ["take back {}"]
     assert noted.calls[-1] == "resume"
