@@ -27,6 +27,7 @@ from msgspec import structs
 from oci import media_types
 from oci.descriptor import BlobSource, Descriptor, open_verified
 from oci.listing import TAG_ANNOTATION, Listing, key_of
+from oci.reference import DEFAULT_TAG
 from rekindle.digest import READ_BYTES, Digest
 from rekindle.errors import BusyError, FormatError, IntegrityError, NotFoundError
 from rekindle.fields import JSON, Fields
@@ -100,12 +101,26 @@ class Layout:
         return self._listing().tags()
 
     def resolve(self, tag: str) -> Descriptor:
-        """Return the manifest that a tag names. Raises NotFoundError."""
-        tags = self.tags()
-        if tag not in tags:
-            known = ", ".join(sorted(tags)[:8]) or "nothing"
-            raise NotFoundError(f"there is no image {tag}", cause=f"{self.root} holds {known}")
-        return tags[tag]
+        """Return the manifest that a tag names. Raises NotFoundError.
+
+        A layout with one image and no tag, as skopeo, crane and `cosign save` write it, has that image as its
+        default.
+        """
+        listing = self._listing()
+        tags = listing.tags()
+        if tag in tags:
+            return tags[tag]
+        untagged = listing.untagged()
+        if tag == DEFAULT_TAG and not tags and len(untagged) == 1:
+            return untagged[0]
+        raise self._without(tag, listing)
+
+    def _without(self, tag: str, listing: Listing) -> NotFoundError:
+        untagged = len(listing.untagged())
+        known = ", ".join(sorted(listing.tags())[:8]) or (
+            f"{untagged} without a tag" if untagged else "nothing"
+        )
+        return NotFoundError(f"there is no image {tag}", cause=f"{self.root} holds {known}")
 
     def read(self, descriptor: Descriptor, *, limit_bytes: int) -> bytes:
         """Return a small blob, checked against its digest. Raises IntegrityError, FormatError."""
@@ -305,7 +320,9 @@ class Layout:
     def untag(self, tag: str) -> Descriptor:
         """Remove a tag; its blobs stay until garbage is collected. Raises NotFoundError."""
         with locked(self.root / ".lock", timeout=_WAIT_SECONDS), naming_full_disk(self.root):
-            descriptor = self.resolve(tag)
+            listing = self._listing()
+            if (descriptor := listing.tags().get(tag)) is None:
+                raise self._without(tag, listing)
             document = self._document()
             others = [entry for entry in document["manifests"] if not _is_tagged(entry, tag)]
             self._write_index({**document, "manifests": others})

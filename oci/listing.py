@@ -12,6 +12,13 @@ from rekindle.fields import Fields
 
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
+# What `cosign save` calls an entry of its layout.
+_KIND = "kind"
+_SAVED = {
+    cosign_tags.SIGNATURES: "dev.cosignproject.cosign/sigs",
+    cosign_tags.ATTESTATIONS: "dev.cosignproject.cosign/atts",
+}
+
 _MANIFEST_LIMIT_BYTES = 64 << 20  # of manifests that are in a layout already
 
 
@@ -33,7 +40,26 @@ class Listing:
         for each in self.entries:
             if tag in {each.annotations.get(media_types.OWN_TAG), each.annotations.get(TAG_ANNOTATION)}:
                 return each
-        return None
+        return self._saved(tag)
+
+    def _saved(self, tag: str) -> Descriptor | None:
+        """Return what `cosign save` stored of the tag of an image, beside that image."""
+        kind, images = _SAVED.get(tag.rpartition(".")[2]), self.untagged()
+        if kind is None or [each.digest for each in images] != [cosign_tags.subject_of(tag)]:
+            return None
+        return next((each for each in self.entries if each.annotations.get(_KIND) == kind), None)
+
+    def untagged(self) -> list[Descriptor]:
+        """Return the images without a tag."""
+        beside = {TAG_ANNOTATION, media_types.OWN_TAG}
+        return [
+            each
+            for each in self.entries
+            if each.media_type in media_types.DOCUMENTS
+            and not beside & each.annotations.keys()
+            and each.annotations.get(_KIND) not in _SAVED.values()
+            and self.subject(each) is None
+        ]
 
     def referrers(self, digest: Digest, artifact_type: str = "") -> list[Descriptor]:
         """Return the entries without a tag that refer to a manifest; see `Blobs.referrers`."""

@@ -16,6 +16,7 @@ _HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:.
 _NAME_LIMIT = 255
 
 DOCKER_HUB = "docker.io"
+DEFAULT_TAG = "latest"
 
 
 class LayoutReference(Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ def parse(text: str) -> Reference:
     """
     if text.startswith("oci:"):
         directory, _, tag = text.removeprefix("oci:").partition(":")
-        tag = tag or "latest"
+        tag = tag or DEFAULT_TAG
         if not directory or not _TAG.fullmatch(tag):
             raise UsageError(f"invalid image name {text!r}", hint="write oci:DIR[:TAG]")
         return LayoutReference(text=text, directory=Path(directory).absolute(), tag=tag)
@@ -89,7 +90,7 @@ def parse(text: str) -> Reference:
             f"invalid image name {text!r}",
             hint="write name[:tag]: lower-case letters and digits, with single . _ - / between them",
         )
-    return LayoutReference(text=text, directory=None, tag=f"{name}:{tag or 'latest'}")
+    return LayoutReference(text=text, directory=None, tag=f"{name}:{tag or DEFAULT_TAG}")
 
 
 def _registry(text: str, host: str, rest: str) -> RegistryReference:
@@ -111,4 +112,4 @@ def _registry(text: str, host: str, rest: str) -> RegistryReference:
         parsed = Digest.parse(digest) if at else None
     except ValueError as error:
         raise UsageError(f"invalid digest in image name {text!r}", cause=str(error)) from None
-    return RegistryReference(text=text, host=host, repository=name, tag=tag or "latest", digest=parsed)
+    return RegistryReference(text=text, host=host, repository=name, tag=tag or DEFAULT_TAG, digest=parsed)

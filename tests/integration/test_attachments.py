@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import COSIGN, COSIGN_2, CRANE, GO_REGISTRY, ORAS, KeyPair, Rekindle, need
+from tests.conftest import COSIGN, COSIGN_2, CRANE, GO_REGISTRY, ORAS, SKOPEO, KeyPair, Rekindle, need
 from tests.samples.cache import triton
 from tests.servers.registry.docker_registry import DockerRegistry
 from tests.servers.registry.go_registry import GoRegistry
@@ -178,3 +178,30 @@ def test_attachments_of_attachments_go_with_a_copy(shop: Shop, tmp_path: Path) -
     assert shop.rekindle("rm", "mine", "kernels").status == 0
     assert shop.rekindle("prune").status == 0
     assert not list((shop.rekindle.home / "store/blobs/sha256").iterdir())
+
+
+def test_layouts_as_others_write_them(
+    rekindle: Rekindle, key_pair: KeyPair, docker_registry: DockerRegistry, tmp_path: Path
+) -> None:
+    """By `skopeo copy`, `crane pull` and `cosign save`, with one image and no tag."""
+    shop = open_shop(rekindle, key_pair, tmp_path, docker_registry.host, f"{docker_registry.host}/other")
+    image = f"{shop.here}@{shop.digest}"
+    done = rekindle("sign", image, *key_pair.sign, "--legacy-tag")
+    assert done.status == 0, done.stderr
+    layouts = [f"{tmp_path}/{name}" for name in ("skopeo", "crane", "cosign")]
+    skopeo = ["--insecure-policy", "copy", "--src-tls-verify=false"]
+    shop.run(SKOPEO, *skopeo, f"docker://{image}", f"oci:{layouts[0]}")
+    shop.run(CRANE, "pull", "--insecure", "--format=oci", image, layouts[1])
+    shop.run(COSIGN_2, "save", "--dir", layouts[2], *INSECURE, image)
+    for number, layout in enumerate(layouts):
+        done = rekindle("copy", f"oci:{layout}", f"{shop.there}:{number}", "--json")
+        assert done.status == 0, done.stderr
+        assert done.json["image"]["digest"] == shop.digest
+    # cosign alone brings signatures along.
+    key = ["--key", f"{key_pair.prefix}.pub", *LOCALLY]
+    shop.run(COSIGN_2, "verify", *key, f"{shop.there}@{shop.digest}")
+    kind = "https://rekindle.dev/attestations/snapshot/v1"
+    shop.run(COSIGN_2, "verify-attestation", "--type", kind, *key, f"{shop.there}@{shop.digest}")
+    done = rekindle("verify", f"oci:{layouts[2]}", *key_pair.verify)
+    assert (done.status, "made at an unknown time" in done.stdout) == (0, False), done.stderr
+    assert rekindle("verify", f"oci:{layouts[0]}", *key_pair.verify).status == 22

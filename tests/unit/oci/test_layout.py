@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from oci import cosign_tags, media_types
 from oci import image as images
 from oci import layout as layouts
-from oci import media_types
 from oci.descriptor import Descriptor
 from oci.layout import Layout
 from oci.listing import TAG_ANNOTATION
@@ -107,6 +107,44 @@ def test_a_published_image_is_found(store: Layout, work: Layout) -> None:
     assert (found.digest, found.size) == (descriptor.digest, descriptor.size)
     assert found.artifact_type == media_types.SNAPSHOT
     assert name_of(store) == "one"
+
+
+def test_a_layout_of_others_with_one_image_needs_no_tag(store: Layout, work: Layout) -> None:
+    """As `skopeo copy IMAGE oci:DIR` and `crane pull --format=oci` write it."""
+    image = publish(store, work, "one")
+    untagged = {"mediaType": image.media_type, "digest": image.digest, "size": image.size}
+    write_index(store, {"manifests": [untagged]})
+    assert store.resolve("latest").digest == image.digest
+    for tag in ("x:latest", "1"):
+        with pytest.raises(NotFoundError, match=f"no image {tag}") as caught:
+            store.resolve(tag)
+        assert caught.value.cause.endswith("holds 1 without a tag")
+    with pytest.raises(NotFoundError):
+        store.untag("latest")
+    other = {**untagged, "digest": Digest.of_bytes(b"other")}
+    for manifests in (
+        [untagged, other],
+        [untagged, {**other, "annotations": {TAG_ANNOTATION: "1"}}],
+        [{**untagged, "mediaType": "application/octet-stream"}],
+    ):
+        write_index(store, {"manifests": manifests})
+        with pytest.raises(NotFoundError):
+            store.resolve("latest")
+
+
+def test_what_cosign_saves_has_its_signatures(store: Layout, work: Layout) -> None:
+    image = publish(store, work, "one")
+    plain = {"mediaType": media_types.MANIFEST, "size": 5}
+    saved = [{**plain, "digest": image.digest, "annotations": {"kind": "dev.cosignproject.cosign/image"}}]
+    for kind in ("sigs", "atts"):
+        name = f"dev.cosignproject.cosign/{kind}"
+        saved.append({**plain, "digest": Digest.of_bytes(kind.encode()), "annotations": {"kind": name}})
+    write_index(store, {"manifests": saved})
+    assert store.resolve("latest").digest == image.digest
+    for kind, stored in (("sig", b"sigs"), ("att", b"atts"), ("sbom", None)):
+        found = store.tagged(cosign_tags.tag_of(image.digest, kind))
+        assert (found and found.digest) == (stored and Digest.of_bytes(stored))
+        assert store.tagged(cosign_tags.tag_of(Digest.of_bytes(b"another"), kind)) is None
 
 
 def test_every_blob_is_named_by_its_digest(store: Layout, work: Layout) -> None:
