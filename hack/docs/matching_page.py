@@ -163,12 +163,12 @@ TODAY_ROWS = (
     (
         "memory that it needs",
         "compared with the limit and what is free: `memory`",
-        "`tests/unit/restore/decide/test_match.py`",
+        "`test_needs.py`",
     ),
     (
         "huge pages, tasks, room on the disk, IPv6, ports on the host's network",
         "compared with what is free: `huge-pages`, `tasks`, `disk`, `ipv6`, `port`",
-        "`tests/unit/restore/decide/test_match_needs.py`",
+        "`test_needs.py`; IPv6, which only a boot turns off: `tests/unit/restore/decide/test_match_needs.py`",
     ),
     ("pseudo-terminals", "as in the snapshot, with numbers of the cell", "`test_snapshot_restore.py`"),
     ("standard output and error", "of today", "`test_snapshot_restore.py`"),
