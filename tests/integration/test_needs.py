@@ -7,6 +7,7 @@ all, which only a boot changes, is in tests/unit/restore/decide/test_match_needs
 
 import contextlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_tasks_that_a_control_group_does_not_allow(scene: Scene) -> None:
 
 def test_room_that_the_disk_does_not_have(scene: Scene, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "3m"):
+        # That CRIU works here was tried already, which takes more room.
+        shutil.copytree(scene.rekindle.home / "tools", tmp_path / "disk/tools")
         scene.rekindle.home = tmp_path / "disk"
         assert lacks(scene) == [("disk", True)]
 
