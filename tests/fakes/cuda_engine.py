@@ -19,7 +19,7 @@ The file that FAKE_CUDA names is what this driver is like; all of it may be miss
     coordinators    [PID]: hold no CUDA, and have a state all the same
     free_bytes      memory on the GPUs: a restore of more fails, and cannot be repeated (cuda-checkpoint#44)
     last_user_of    PATH: a device. If no process has it open after a checkpoint, the GPU is shut down and the
-                    process dies, as without persistence mode
+                    process dies, as without persistence mode; if none has it open at a restore, that fails
     held_by_restored
                     PATH: a file that a restored process opens, and keeps open until its next checkpoint. If
                     it is one of tests.servers.silent_fuse, a process that is killed meanwhile does not end
@@ -296,6 +296,8 @@ def transition(config: JSON, step: str, pid: int, device_map: dict[str, str]) ->
         write_state(pid, {**held, "broken": True})
         return OUT_OF_MEMORY, 0
     device = config.get("last_user_of")
+    if step == "restore" and device and not is_open(device):
+        return NOT_PERMITTED, 0
     if step == "checkpoint" and device and not is_open(device):
         write_state(pid, {**held, "state": "failed"})
         os.kill(pid, signal.SIGKILL)

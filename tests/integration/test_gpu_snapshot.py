@@ -458,6 +458,19 @@ def test_a_device_that_is_still_held_after_the_checkpoint_is_named(
     nothing_left()
 
 
+def test_gpus_are_kept_initialized_by_a_snapshot_and_by_a_restore(
+    rekindle: Rekindle, restore: Restore, node: FakeGpuNode, port: int, tmp_path: Path
+) -> None:
+    """Without persistence mode, the last user of a GPU dies with it (NVIDIA/cuda-checkpoint#25)."""
+    rekindle.prefix = with_device("/dev/nvidia0", tmp_path / "dev")
+    node.begin(ONE, last_user_of="/dev/nvidia0")
+    done = rekindle.snapshot_workhorse("horse", port, *CUDA, flags=["--no-prove"])
+    assert done.status == 0, done.stderr
+    rekindle.prefix = with_device("/dev/nvidia0", tmp_path / "another-dev")
+    replica = restore("horse", port)
+    assert replica.report["outcome"] == "restored", replica.log.read_text()
+
+
 def test_nvml_is_shut_down_before_the_dump(
     rekindle: Rekindle, node: FakeGpuNode, port: int, tmp_path: Path
 ) -> None:
