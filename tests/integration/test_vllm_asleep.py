@@ -381,6 +381,20 @@ def test_weights_that_are_read_again_must_be_those_that_were_there(
     assert restore("tiny", free_port()).report["outcome"] == "restored"
 
 
+def test_nobody_is_served_before_all_files_of_a_model_were_compared(
+    rekindle: Rekindle, node: FakeGpuNode, port: int
+) -> None:
+    """Also if the answer is the right one."""
+    vllm = installed(rekindle)
+    (vllm.model / "other.safetensors").write_text(LARGE)
+    assert snapshot(rekindle, vllm, port, "--weights", "reload").status == 0
+    (vllm.model / "other.safetensors").write_text(f"{LARGE[:UNSAMPLED]}x{LARGE[UNSAMPLED + 1 :]}")
+    done = rekindle("restore", "tiny", "--require", "process", "--json")
+    assert done.status == 11, done.stderr
+    assert "other.safetensors" in done.stderr
+    assert "ready" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("way", "faults", "code"),
     [

@@ -100,6 +100,7 @@ def test_a_development_endpoint_is_open_to_who_has_the_key_and_to_nobody_else(
 
 def test_what_must_not_be_missing_is_among_the_paths() -> None:
     assert {"/sleep", "/wake_up", "/collective_rpc", "/server_info", "/reset_prefix_cache"} <= set(PATHS)
+    assert {"/suspend", "/checkpoint", "/checkpoint/prepare", "/checkpoint/restore"} <= set(PATHS), "proposed"
 
 
 def test_the_answer_is_that_of_a_path_that_there_is_none(tmp_path: Path) -> None:
