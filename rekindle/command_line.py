@@ -326,6 +326,19 @@ _TABLE: Mapping[str, _Options] = {
         long_valued=("kill-after", "signal"),
         words=1,
     ),
+    # setpriv(1), choom(1)
+    "setpriv": _Options(
+        flags="d",
+        long_flags=(
+            *("clear-groups", "keep-groups", "init-groups", "no-new-privs", "nnp", "reset-env"),
+            *("list-caps", "dump"),
+        ),
+        long_valued=(
+            *("ambient-caps", "bounding-set", "inh-caps", "groups", "ruid", "euid", "rgid", "egid"),
+            *("reuid", "regid", "securebits", "pdeathsig", "selinux-label", "apparmor-profile"),
+        ),
+    ),
+    "choom": _Options(valued="n", long_valued=("adjust",)),
     # gosu, su-exec: the user is the first word
     **dict.fromkeys(("gosu", "su-exec"), _Options(words=1)),
     **dict.fromkeys(("poetry", "pipenv", "pdm", "hatch", "pixi", "rye"), _RUNNERS),

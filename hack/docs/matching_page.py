@@ -242,6 +242,17 @@ TODAY_ROWS = (
         "`test_credentials.py`",
     ),
     (
+        "addresses in memory",
+        "of the snapshot, the same in all replicas; of programs that it starts after the restore, random",
+        "`test_limits.py`",
+    ),
+    ("io_uring", "refused in a cell, so that servers use epoll", "`test_cell.py`"),
+    (
+        "addresses of clients",
+        "127.0.0.1, unless they are [passed on](operations.md#who-the-clients-are)",
+        "`test_operate.py`",
+    ),
+    (
         "labels of AppArmor and SELinux",
         "as at the snapshot: another one is `security-label`; without one, that of today",
         "`tests/unit/restore/decide/test_match_credentials.py`; no OS kernel here has such a module",

@@ -117,6 +117,7 @@ AS_PEOPLE_WRITE_IT = {
     "an abbreviation": "vllm serve {M} --served-mod tiny --host 127.0.0.1 --po {P}",
     "real-life": "tini -- bash -c 'ulimit -n 900; exec taskset -c 0 nice -n 1 vllm serve {M} {O} 2>&1'",
     "a time limit": "timeout 1h setsid -w vllm serve {M} {O}",
+    "fewer privileges": "setpriv --bounding-set=-sys_module --nnp vllm serve {M} {O}",
 }
 
 

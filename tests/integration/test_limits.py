@@ -100,6 +100,15 @@ def test_what_a_server_set_itself_stays(rekindle: Rekindle, restore: Restore, po
     assert batch["policy"] == os.SCHED_BATCH
 
 
+def test_programs_that_a_restored_server_starts_have_random_addresses(
+    rekindle: Rekindle, restore: Restore, port: int
+) -> None:
+    """Itself stays where it is, in a layout that is the same in all snapshots."""
+    snapshot(rekindle, port)
+    _, found = restored(rekindle, restore, port)
+    assert found["personality"] == 0
+
+
 def test_an_oom_score_of_zero_that_a_server_set_stays(
     rekindle: Rekindle, restore: Restore, port: int
 ) -> None:

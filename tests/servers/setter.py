@@ -192,6 +192,7 @@ def settings() -> dict[str, Any]:
         "dump": Path("/proc/self/coredump_filter").read_text().strip(),
         "sockets": options(),
         "credentials": credentials(),
+        "personality": int(Path("/proc/self/personality").read_text(), 16),
         "threads": {name: thread(tid) for name, tid in {"main": os.getpid(), **threads}.items()},
     }
 

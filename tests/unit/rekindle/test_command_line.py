@@ -35,6 +35,8 @@ PLAIN = {
     "nohup stdbuf -oL setsid -w vllm serve": "vllm serve",
     "timeout -k 5 1h vllm serve": "vllm serve",
     "gosu me vllm serve": "vllm serve",
+    "setpriv --reuid 1000 --clear-groups --nnp --inh-caps=-all vllm serve": "vllm serve",
+    "choom -n 500 -- vllm serve": "vllm serve",
     "chrt -f 10 vllm serve": "vllm serve",
     "tini -- env A=1 numactl -N 0 sh -c 'exec vllm serve'": "vllm serve",
     "python -m vllm serve": "python -m vllm serve",
