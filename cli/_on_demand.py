@@ -8,6 +8,7 @@ does, and the next client brings it back with its state.
 
 import argparse
 import contextlib
+import os
 import select
 import signal
 import sys
@@ -20,8 +21,10 @@ from cli._restoring import options_of
 from rekindle import replicas
 from rekindle.errors import BusyError, NotFoundError, RekindleError, UsageError
 from rekindle.home import Home
+from rekindle.replicas import ReplicaEntry
 from rekindle.report import Outcome, Report, Rung
 from rekindle.run import spawn
+from rekindle.stop import stop
 from restore.borrow import Lender
 from restore.flow import plan, require_one
 from restore.serve.address import Addresses
@@ -42,13 +45,21 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
     decision = plan(options_of(args, command))
     require_one(decision, Rung.PROCESS)
     tell = _report.console(quiet=args.quiet)
+    before = _of_before(home, args.name)
     image, wakes = args.image, False
-    with Addresses(decision.publications, is_early=True) as addresses:
+    if before is not None and before.can_wake:
+        image, wakes = before.status.hibernated, True
+    with Addresses(decision.publications, args.listen_fds, is_early=True) as addresses:
         tell(f"{addresses.main} is open; the server will be restored when a client connects")
         while True:
-            if not _wait_for_client(addresses.filenos(), home, args.name if wakes else None):
-                return 0
-            with _Restored(args, command, image, addresses.filenos(), wakes=wakes) as child:
+            running: _Running
+            if before is not None and before.runs:
+                running, before = _Orphan(home, before), None
+            else:  # it does what it can before a client connects
+                running = _Restored(args, command, image, addresses.filenos(), wakes=wakes)
+            with running as child:
+                if not _wait_for_client(child, addresses.filenos(), home, args.name if wakes else None):
+                    return child.status() or 0
                 while True:
                     status = child.wait_until_idle(home, args.name, args.idle)
                     if status is not None:
@@ -65,17 +76,79 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
             tell(f"{args.name} hibernates")
 
 
-def _wait_for_client(fds: Sequence[int], home: Home, hibernated: str | None) -> bool:
-    """Wait until a client connects; return False if the replica that hibernates is stopped before."""
-    while not select.select(fds, [], [], _POLL_SECONDS)[0]:
+def _of_before(home: Home, name: str) -> ReplicaEntry | None:
+    """Return the server of an earlier command like this one that was killed: it hibernates, or serves on."""
+    with contextlib.suppress(NotFoundError):
+        return replicas.find(home, name)
+    return None
+
+
+def _wait_for_client(child: "_Running", fds: Sequence[int], home: Home, hibernated: str | None) -> bool:
+    """Wait until a client connects, and `child` serves it.
+
+    Return False if the replica that hibernates is stopped before, or the child ends.
+    """
+    while not child.is_needed and not select.select(fds, [], [], _POLL_SECONDS)[0]:
+        if child.status() is not None:
+            return False
         with contextlib.suppress(NotFoundError):
             if hibernated and not replicas.find(home, hibernated).can_wake:
                 return False
+    child.is_needed = True
     return True
 
 
-class _Restored:
-    """The rekindle that restores and serves, as a context that ends it."""
+class _Running:
+    """The rekindle that restores and serves, as a context that ends it. Until `is_needed`, it only waits."""
+
+    is_needed = False
+
+    def __enter__(self) -> "_Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def status(self) -> int | None:
+        """Return its exit status; None while it runs."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Let it end, if it has not yet."""
+        raise NotImplementedError
+
+    def wait_until_idle(self, home: Home, name: str, idle_seconds: float) -> int | None:
+        """Wait until no client has asked for a while; return the exit status if the server ends before."""
+        while (status := self.status()) is None:
+            time.sleep(min(_POLL_SECONDS, idle_seconds / 4))
+            with contextlib.suppress(RekindleError):  # it is not ready yet, or has just ended
+                entry = replicas.running(home, name)
+                if entry.state is replicas.ReplicaState.READY:
+                    with Lender(entry) as lender:
+                        if lender.idle_seconds() >= idle_seconds:
+                            return None
+        return status
+
+
+class _Orphan(_Running):
+    """One of a command like this one that was killed. It has the listening sockets, too."""
+
+    is_needed = True
+
+    def __init__(self, home: Home, entry: ReplicaEntry) -> None:
+        self._home, self._entry = home, entry
+
+    def status(self) -> int | None:
+        self._entry = replicas.look_again(self._entry)
+        return None if self._entry.runs else self._entry.exit_status
+
+    def end(self) -> None:
+        if self.status() is None:
+            stop(self._home, [self._entry.name], _END_SECONDS)
+
+
+class _Restored(_Running):
+    """A child of ours."""
 
     def __init__(
         self,
@@ -87,7 +160,7 @@ class _Restored:
         wakes: bool,
     ) -> None:
         words = [image, *_replica_options.words(args), "--name", args.name, "--require", "process"]
-        words += ["--listen-fds", ",".join(map(str, fds))]
+        words += ["--listen-fds", ",".join(map(str, fds)), "--await-client", str(os.getpid())]
         words += _arguments.option_words(args, ("process_deadline", "paranoid", "quiet"))
         # This machine has saved a replica that wakes, and trusts its own key.
         origin = (*_arguments.TRUST, *_arguments.REGISTRY)
@@ -95,23 +168,13 @@ class _Restored:
         argv = [sys.executable, "-m", "rekindle", "restore", *words, *(["--", *command] if command else [])]
         self._process = spawn(argv, stdout=1, stderr=2, pass_fds=fds)
 
-    def __enter__(self) -> "_Restored":
-        return self
+    def status(self) -> int | None:
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            # One that only waits heeds no other signal, and has nothing to clean up.
+            self._process.send_signal(signal.SIGTERM if self.is_needed else signal.SIGKILL)
             with contextlib.suppress(Exception):
                 self._process.wait(_END_SECONDS)
-
-    def wait_until_idle(self, home: Home, name: str, idle_seconds: float) -> int | None:
-        """Wait until no client has asked for a while; return the exit status if the server ends before."""
-        while (code := self._process.poll()) is None:
-            time.sleep(min(_POLL_SECONDS, idle_seconds / 4))
-            with contextlib.suppress(RekindleError):  # it is not ready yet, or has just ended
-                entry = replicas.running(home, name)
-                if entry.state is replicas.ReplicaState.READY:
-                    with Lender(entry) as lender:
-                        if lender.idle_seconds() >= idle_seconds:
-                            return None
-        return code if code >= 0 else 128 - code

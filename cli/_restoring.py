@@ -25,7 +25,12 @@ def run(
     args: argparse.Namespace, command: Sequence[str], cell: Cell | None, detached: "Detached | None" = None
 ) -> int:
     """Restore, into a cell that boots, or print the plan; return the exit status."""
-    options = options_of(args, command, detached.index if detached else 0)
+    waited = 0.0
+    if args.await_client is not None:
+        from cli._await_client import await_client
+
+        waited = await_client(args.listen_fds, args.await_client)
+    options = options_of(args, command, detached.index if detached else 0, waited)
     if args.plan:
         return _show_plan(options, as_json=args.json)
     _report.refuse_unwritable(args.report)
@@ -40,7 +45,9 @@ def run(
     return status
 
 
-def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0) -> Options:
+def options_of(
+    args: argparse.Namespace, command: Sequence[str], index: int = 0, waited: float = 0.0
+) -> Options:
     """Return the options of a parsed command line."""
     return Options(
         image=args.image,
@@ -52,6 +59,7 @@ def options_of(args: argparse.Namespace, command: Sequence[str], index: int = 0)
         shared_port=args.shared_port,
         client_address=ClientAddress(args.client_address) if args.client_address else None,
         listening=args.listen_fds,
+        waited_seconds=waited,
         replica_index=index,
         ready_url=args.ready_url,
         ready_file=args.ready_file,

@@ -186,6 +186,7 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--listen-fds", type=_fds, default=(), help=argparse.SUPPRESS)
     parser.add_argument("--wakes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--await-client", type=int, metavar="PARENT", help=argparse.SUPPRESS)
 
 
 def _fds(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import threading
+import time
 
 from oci import store
 from rekindle import replicas
@@ -12,6 +13,7 @@ from rekindle.cell import Cell, Network
 from rekindle.criu import Criu, kernel_facts
 from rekindle.errors import Interrupted, RekindleError, RestoreError
 from rekindle.home import Home
+from rekindle.proc import process_age
 from rekindle.replicas import Registration
 from rekindle.report import Outcome, Report, Rung, ServerAddress
 from restore.decide.decision import Decision, decide, os_errors_as_capability
@@ -50,7 +52,8 @@ def restore(
     be taken, Interrupted if a signal came before the server was ready; nothing is left behind then.
     """
     listener = listener or Listener()
-    report = Report(verb="restore", asked=options.rung, tell=listener.say)
+    began = time.monotonic() - process_age() + options.waited_seconds
+    report = Report(verb="restore", asked=options.rung, tell=listener.say, began=began)
     report.replica = registration.name if registration else None
     with Signals() as signals, contextlib.ExitStack() as stack:
         announcer = Announcer(report, listener, options.ready_file, registration)

@@ -53,7 +53,8 @@ class Options(Struct, frozen=True, kw_only=True):
     `client_address` is how the server learns the addresses of clients that reach it through us.
     `ready_url` is for a command other than vLLM: it answers 2xx once it is ready.
     `listening` are descriptors of sockets that listen at published addresses already. `replica_index` is that
-    of one of several replicas, whose ports are apart.
+    of one of several replicas, whose ports are apart. `waited_seconds`, for which this process has waited to
+    be needed, do not count as part of the restore.
     `accept_environment` are names or patterns of variables that may differ from the snapshot's. `gpus` are
     the UUIDs of the GPUs to restore the process onto, in the order of the recorded ones. With `prefetch`,
     what a server that is started anew will read is read ahead.
@@ -69,6 +70,7 @@ class Options(Struct, frozen=True, kw_only=True):
     client_address: ClientAddress | None = None
     listening: tuple[int, ...] = ()
     replica_index: int = 0
+    waited_seconds: float = 0.0
     ready_url: str | None = None
     ready_file: Path | None = None
     process_deadline: float | None = None

@@ -68,13 +68,14 @@ class Bound(Struct, kw_only=True):
     problem: str = ""
 
     is_open: bool = False  # and whoever waits there is to be turned away
+    is_inherited: bool = False  # somebody else has the socket, too, and those who wait there
 
     def close(self) -> None:
         if self.shared is not None:
             self.shared.close()
             self.shared = None
         if self.sock is not None:
-            if self.is_open:
+            if self.is_open and not self.is_inherited:
                 turn_away(self.sock)
             self.sock.close()
             self.sock = None
@@ -115,7 +116,9 @@ class Addresses:
                     if self._ports is not None:
                         bound.shared = SharedPort(self._ports, each.at, take, is_early=self._is_early)
                     else:
-                        bound.sock = _adopted(each.at, self._inherited) or take()
+                        bound.sock = _adopted(each.at, self._inherited)
+                        bound.is_inherited = bound.sock is not None
+                        bound.sock = bound.sock or take()
             if self._is_early:
                 self.listen_early()
         except BaseException:

@@ -524,3 +524,41 @@ def test_a_signal_ends_a_server_on_demand(rekindle: Rekindle, tmp_path: Path) ->
     assert process.wait(30) == 128 + signal.SIGTERM
     assert not listening(port)
     assert not listed(rekindle)
+
+
+def test_a_killed_server_on_demand_is_found_again(rekindle: Rekindle, tmp_path: Path) -> None:
+    """It is started again, as by a service manager, while its server runs, and while that hibernates."""
+    port, log = free_port(), tmp_path / "log"
+    flags = ["--name", "web", "--publish", str(port), "--on-demand", "--idle", "1"]
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        words = ["restore", "horse", *flags, "--listen-fds", str(listener.fileno())]
+        fds = [listener.fileno()]
+        process = rekindle.spawn(*words, log=log, pass_fds=fds)
+        for round_, state in enumerate(["ready", "hibernated", "ready"]):
+            assert ask(port, "/count", {}) == round_ + 1, "it has the state of before"
+            wait_for(lambda state=state: listed(rekindle)["web"]["state"] == state, 30)  # type: ignore[misc]
+            process.kill()
+            process.wait(10)
+            process = rekindle.spawn(*words, log=log, pass_fds=fds)
+        assert ask(port, "/count", {}) == 4
+        wait_for(lambda: log.read_text().count("is open") == 4, 20)
+        time.sleep(0.5)  # until it has found the server
+        assert rekindle("stop", "web").status == 0
+        process.wait(30)
+        assert not listed(rekindle)
+
+
+def test_requests_and_kills_between_hibernating_and_waking() -> None:
+    """A short run of hack/soak-hibernate."""
+    words = ["--cycles", "5", "--seconds", "90", "--kills", "0.5", "--seed", "5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hack.soak_hibernate", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cycles"] > 1
+    assert found["answered"] > 10
