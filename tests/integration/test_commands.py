@@ -162,6 +162,9 @@ def test_what_a_shell_or_a_wrapper_would_do_otherwise_today_is_a_difference(
     assert done.status == 0, done.stderr
     assert stage.reasons(saved) == set()
     assert ("command", True) in stage.reasons(today or saved, **env)
+    if not today:
+        done = stage.rekindle("match", "tiny", "--json", env=env)
+        assert "command" in [each["code"] for each in done.json["steps"][0]["reasons"]], "as recorded, too"
 
 
 def test_a_variable_that_only_the_address_depends_on_makes_no_difference(stage: Stage) -> None:

@@ -246,6 +246,25 @@ def test_a_policy_softens_it(deployed: Deployed) -> None:
     assert of_files(report["reasons"])["/run/secrets/pin"] == ("named-file", False)
 
 
+def test_a_replica_that_is_saved_keeps_the_key(deployed: Deployed) -> None:
+    words = ["restore", "app", "--detach", "--name", "web", "--require", "process", "--", *deployed.command]
+    done = deployed.rekindle(*words)
+    assert done.status == 0, done.stderr
+    try:
+        done = deployed.rekindle("snapshot", "again", "--replica", "web")
+        assert done.status == 0, done.stderr
+    finally:
+        assert deployed.rekindle("stop", "web").status == 0
+    restore = ["restore", "again", "--detach", "--name", "next", "--require", "process"]
+    done = deployed.rekindle(*restore, "--", *deployed.command)
+    assert done.status == 0, done.stderr
+    assert deployed.rekindle("stop", "next").status == 0
+    write(deployed.run, {"secrets/pin": "0815"})
+    done = deployed.rekindle(*restore, "--", *deployed.command)
+    assert done.status == 11, done.stderr
+    assert "named-file: /run/secrets/pin" in done.stderr
+
+
 def test_whoever_has_the_record_cannot_check_a_guess(deployed: Deployed) -> None:
     """Neither by a plain digest nor with anything else of the record, and another image has another."""
     files = {each["path"]: each for each in deployed.record["loaded"]["files"]}
