@@ -22,6 +22,7 @@ from rekindle.record import StoredBlocks
 
 DIGEST_BYTES = 32
 _FIRST_BYTES = 1 << 20  # of a block that is needed first: what a page of it waits for
+REST_BYTES = 2 << 20  # of a block of the rest: some pages of it are needed early after all
 _EPOCH_BYTES = 16 << 20  # what is needed at about the same time is sorted by place
 _GAP_PAGES = 4  # a gap that small costs less than another piece
 _TABLE_LIMIT_BYTES = 64 << 20

@@ -18,7 +18,6 @@ Layers of memory files consist of blocks, which can be fetched by themselves: `b
 
 import hashlib
 import io
-import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ import zstandard
 from msgspec import Struct
 
 from oci import media_types
-from oci.blocks import Block, BlockWriter, Span, first_needed, without
+from oci.blocks import REST_BYTES, Block, BlockWriter, Span, first_needed, without
 from oci.descriptor import Blobs, Descriptor, verified
 from oci.frames import COMPRESSED_LIMIT_BYTES, HEADER, PIECE_BYTES, Header, decompress
 from oci.layout import Layout
@@ -45,6 +44,7 @@ from rekindle.verified_stream import VerifiedStream
 
 _LAYER_BYTES = 256 << 20  # of raw content: how much an interrupted upload has to send again
 _LAYERS_LIMIT = 100  # registries take about 127
+_SMALL_BYTES = 8 << 30  # of memory; where there is more, larger blocks keep the record small
 _DEFAULTS = Limits()
 _LEVEL = 1  # 0.5 to 1 GB/s per core; level 3 takes twice as long and saves a tenth
 
@@ -127,9 +127,9 @@ def _extents(path: Path, number: int) -> list[Span]:
         return [Span(number, start, start + length) for start, length in data_extents(file.fileno(), size)]
 
 
-def _pieces(span: Span) -> Iterator[Piece]:
-    for offset in range(span.start, span.end, PIECE_BYTES):
-        yield Piece(file=span.file, offset=offset, length=min(PIECE_BYTES, span.end - offset))
+def _pieces(span: Span, most: int = PIECE_BYTES) -> Iterator[Piece]:
+    for offset in range(span.start, span.end, most):
+        yield Piece(file=span.file, offset=offset, length=min(most, span.end - offset))
 
 
 class _Block(NamedTuple):
@@ -154,8 +154,9 @@ def _memory_blocks(extents: Sequence[Span], order: Iterable[Span]) -> Iterator[_
         yield _Block([piece for span in spans for piece in _pieces(span)], spans)
     rest: list[Piece] = []
     size = 0
-    for piece in itertools.chain.from_iterable(map(_pieces, without(extents, first))):
-        if rest and (size + piece.length > PIECE_BYTES or rest[-1].file != piece.file):
+    most = REST_BYTES if sum(each.end - each.start for each in extents) <= _SMALL_BYTES else PIECE_BYTES
+    for piece in (piece for span in without(extents, first) for piece in _pieces(span, most)):
+        if rest and (size + piece.length > most or rest[-1].file != piece.file):
             yield _whole(rest)
             rest, size = [], 0
         rest.append(piece)

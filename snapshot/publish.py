@@ -22,6 +22,7 @@ from rekindle.cell.page_tables import joined
 from rekindle.cell.touch_recorder import Touch
 from rekindle.cuda import search
 from rekindle.engine import Engine
+from rekindle.engine.client import Client
 from rekindle.errors import RekindleError, RestoreError, UsageError
 from rekindle.home import Home
 from rekindle.record import Record
@@ -36,6 +37,9 @@ from restore.rungs import cuda_state, process
 from restore.rungs.memory import Shown
 from snapshot import packing
 from snapshot.options import Progress
+
+_MORE_ANSWERS = 3
+_ANSWER_SECONDS = 60.0
 
 Signatures = tuple[list[Descriptor], list[Descriptor]]
 """The signatures by this machine's key, and those by the user's."""
@@ -156,6 +160,8 @@ def prove(
                 cuda=cuda_state.CudaRestore(search=cuda) if cuda else None,
                 shown=Shown(recorder.mount, lambda dump: dump) if recorder else None,
             )
+            if recorder:
+                _ask_again(cell, record, engine)
             touches = list(recorder.touches) if recorder else []
             working_sets = _working_sets(cell, touches)
         report.oracle, report.memory = proof.oracle, proof.memory
@@ -172,6 +178,17 @@ def prove(
     ordered = images.build(staging, known, layers, image.cache).fetched_from(image.blobs)
     dumps.relabel(home, image, ordered)
     return ordered
+
+
+def _ask_again(cell: Cell, record: Record, engine: Engine) -> None:
+    """Ask the oracle a few times more: of the pages that one answer takes, some hundred differ each time."""
+    client, request = (
+        Client(record.endpoint, cell.connect),
+        engine.authorize(record.oracle.request, os.environ),
+    )
+    with contextlib.suppress(OSError):
+        for _ in range(_MORE_ANSWERS):
+            client.ask(request, timeout=_ANSWER_SECONDS)
 
 
 def _working_sets(cell: Cell, touches: Sequence[Touch]) -> dict[str, list[tuple[int, int]]]:

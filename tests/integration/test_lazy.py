@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server starts before all of its image is here, and never sees a byte that was not verified."""
 
+import contextlib
+import http.client
 import json
 import os
+import random
 import re
 import signal
 import threading
@@ -264,3 +267,54 @@ def test_kill_at_any_moment_leaves_nothing_that_is_trusted(
     replica.kill()
     wait_for(lambda: not fillers(shop.node), 20)
     nothing_left()
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("REKINDLE_LAZY_RUNS", "4"))))
+def test_whatever_happens_no_wrong_answer_is_given_and_no_mount_is_left(
+    shop: Shop, port: int, seed: int, tmp_path: Path
+) -> None:
+    """The registry stalls, fails and lies now and then, and somebody may kill who fetches or serves.
+
+    $REKINDLE_LAZY_RUNS is the number of runs.
+    """
+    chance = random.Random(seed)
+    kills = chance.choice(["nobody", "nobody", "filler", "restore"])
+
+    def misbehave(request: Request, proceed: Callable[[Request], Answer]) -> Answer:
+        if request.kind is not Kind.BLOB or request.reference != shop.memory:
+            return proceed(request)
+        match chance.choice(["", "", "", "", "stall", "wrong", "error"]):
+            case "stall":
+                time.sleep(chance.uniform(0.1, 1.5))
+            case "wrong":
+                return wrong.wrong_bytes(shop.memory, at=chance.randrange(shop.size))(request, proceed)
+            case "error":
+                return wrong.status(503, on=wrong.blob())(request, proceed)
+        return proceed(request)
+
+    before, report = mounts(), tmp_path / "report.json"
+    shop.registry.misbehave(misbehave)
+    process = shop.node.spawn(
+        *("restore", shop.image, "--publish", str(port), "--report", str(report), *shop.flags),
+        log=tmp_path / "log",
+    )
+    replica = Replica(process, port, tmp_path / "log", {})
+    if kills != "nobody":
+        time.sleep(chance.uniform(0.3, 2.0))
+        for each in fillers(shop.node) if kills == "filler" else [psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    wait_for(lambda: report.exists() or process.poll() is not None, 90)
+    answer = None
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        answer = json.loads(replica.ask("/herd", timeout=60))
+    if answer is None:
+        assert process.wait(60) != 0, "no answer, and the server runs on"
+    shop.registry.behave()
+    replica.kill()
+    wait_for(lambda: not fillers(shop.node), 20)
+    assert mounts() == before
+    again = shop.start(port)
+    expected = json.loads(again.ask("/herd"))
+    assert answer in (None, expected)
+    again.kill()
