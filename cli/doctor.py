@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from rekindle import proc
 from rekindle.cell import Cell, Clocks, Network
-from rekindle.criu import amx
+from rekindle.criu import amx, faults
 from rekindle.criu.search import FILTER_HINT, candidates, dump_problem
 from rekindle.errors import CapabilityError, RekindleError
 from rekindle.home import Home
@@ -174,6 +174,7 @@ def _criu(home: Home) -> Iterator[Check]:
                 path=candidate.path,
             )
             if works:
+                yield from _criu_faults(candidate.version)
                 if problem := dump_problem():
                     yield Check(name="criu", ok=False, needed=False, detail=problem, remedy=FILTER_HINT)
                 return
@@ -181,6 +182,17 @@ def _criu(home: Home) -> Iterator[Check]:
         yield Check(name="criu", ok=False, detail=error.message, remedy=error.hint)
         return
     yield Check(name="criu", ok=False, detail="no working CRIU", remedy=remedy)
+
+
+def _criu_faults(version: str) -> Iterator[Check]:
+    for fault in sorted(faults.of(version)):
+        yield Check(
+            name="criu",
+            ok=False,
+            needed=False,
+            detail=f"{version} {fault.what}; {fault.right} can",
+            remedy="run hack/get-criu --newer, which stays with the old one if the newer does not work here",
+        )
 
 
 def _amx(_: Home) -> Iterator[Check]:

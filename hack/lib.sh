@@ -29,8 +29,9 @@ take_lock() {
 }
 
 # use_debian SUITE COMPONENT STATE
-# Let apt use one component of a Debian suite. The system's package database is neither read nor changed: apt
-# gets a state of its own in which nothing is installed, in the directory STATE, until APT_CONFIG is unset.
+# Let apt use one component of a Debian suite, and of sid for experimental, which builds on it. The system's
+# package database is neither read nor changed: apt gets a state of its own in which nothing is installed, in
+# the directory STATE, until APT_CONFIG is unset.
 use_debian() {
   local suite=$1 component=$2 state=$3 mirror keyring
   mkdir -p "$state/lists/partial" "$state/empty" "$PREFIX/downloads/partial"
@@ -43,6 +44,7 @@ use_debian() {
   keyring=/usr/share/keyrings/debian-archive-keyring.gpg
   [ -e "$keyring" ] || die "missing $keyring: install the package debian-archive-keyring"
   echo "deb [signed-by=$keyring] $mirror $suite $component" >"$state/sources.list"
+  [ "$suite" != experimental ] || echo "deb [signed-by=$keyring] $mirror sid $component" >>"$state/sources.list"
   cat >"$state/apt.conf" <<APT
 Dir::State "$state";
 Dir::State::lists "$state/lists";
@@ -53,6 +55,7 @@ Dir::Etc::sourcelist "$state/sources.list";
 Dir::Etc::sourceparts "$state/empty";
 Dir::Etc::preferencesparts "$state/empty";
 APT::Install-Recommends "false";
+APT::Default-Release "$suite";
 APT
   export APT_CONFIG=$state/apt.conf
   quietly apt-get update

@@ -151,10 +151,10 @@ def make(
         ends = not started.runs_on
         with report.phase("check"), telling_server(started.cell, server.root_pid, engine, ends=ends):
             try:
-                running = _inspect(started, spec, engine, work)
+                running = _inspect(started, spec, engine, tool, work)
             except NotDumpableError:  # of clients, perhaps
                 started.hold()
-                running = _inspect(started, spec, engine, work)
+                running = _inspect(started, spec, engine, tool, work)
         tell_private(running.private, report.say)
         started.stop_watching()  # CRIU reads files in the cell, too
         started.hold()
@@ -265,7 +265,7 @@ def _bring_up(
     return server, start_seconds, oracle
 
 
-def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) -> RunningServer:
+def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, tool: Criu, work: Path) -> RunningServer:
     """Describe the server's processes and remove its disposable files. Raise if it cannot be dumped."""
     cell, server = started.cell, started.server
     own = {str(server.stdout), str(server.stderr)}
@@ -282,9 +282,8 @@ def _inspect(started: WarmServer, spec: ServerSpec, engine: Engine, work: Path) 
         opened=opened,
         left_out=[*(each.recorded for each in caches), *find_caches.models(server.environment)],
     )
-    require_dumpable(
-        cell, server.root_pid, spec.network, private=private, work=work, outside=spec.outside, gpus=gpus
-    )
+    found = (cell, server.root_pid, spec.network, tool)
+    require_dumpable(*found, private=private, work=work, outside=spec.outside, gpus=gpus)
     listeners = listened_endpoints(cell, pids)
     running = RunningServer(
         listeners=main_first(listened_endpoint(engine, listeners), listeners),

@@ -9,18 +9,17 @@ The rules follow CRIU 4.2.1: `criu/files.c` (descriptors), `criu/namespaces.c` a
 import contextlib
 import ctypes
 import os
-import re
 import resource
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from rekindle.cell import Cell, Command, Network, processes
 from rekindle.cell.untraced import KEYS, LANDLOCK
-from rekindle.criu import GHOST_LIMIT_BYTES
+from rekindle.criu import GHOST_LIMIT_BYTES, Criu, faults
 from rekindle.errors import NotDumpableError
 from snapshot import multicast_obstacles
 from snapshot.multicast_obstacles import Group
@@ -33,33 +32,41 @@ from snapshot.watch_obstacles import of_watcher
 
 
 class Obstacle(Struct, frozen=True, kw_only=True):
-    """Something that CRIU cannot dump. `where` is a descriptor, a mapping or the process itself."""
+    """Something that CRIU cannot dump. `where` is a descriptor, a mapping or the process itself.
+
+    `others` are further processes that hold the same, as children inherit descriptors.
+    """
 
     pid: int
     command: str
     where: str
     what: str
     remedy: str
+    others: int = 0
 
     def __str__(self) -> str:
-        return f"process {self.pid} ({self.command}), {self.where}: {self.what}; {self.remedy}"
+        also = f" and {self.others} more" if self.others else ""
+        return f"process {self.pid} ({self.command}){also}, {self.where}: {self.what}; {self.remedy}"
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CAT_SECONDS = 10.0
+_PROCESS = "the process"
 
 _SECRET_MEMORY = ("is secret memory, which the OS kernel hides from CRIU", "turn it off")
 
-# Anonymous inodes that CRIU dumps; every other one is an obstacle.
-_KNOWN_ANONYMOUS = re.compile(
-    r"anon_inode:(?:\[(?:eventfd|eventpoll|timerfd|signalfd|pidfd)\]|inotify|\[fanotify\]|\[eventfd\d*\])"
-)
-_ANONYMOUS_REMEDIES = {
+# Objects of the OS kernel that CRIU does not know, by the names of their anonymous inodes, and the remedies.
+_ANONYMOUS = {
     "[io_uring]": "deny it (seccomp, sysctl kernel.io_uring_disabled=2); some libuv heed UV_USE_IO_URING=0",
     "[userfaultfd]": "turn off the feature that handles page faults in user space",
     "[perf_event]": "end the profiler",
     "bpf-prog": "end the tracer",
     "bpf-map": "end the tracer",
+    "bpf_link": "end the tracer",
+    "[landlock-ruleset]": "close it",
+    "seccomp notify": "end the supervisor of system calls",
+    "kvm-vm": "end the virtual machine",
+    "kvm-vcpu": "end the virtual machine",
 }
 # Character devices that CRIU knows, by major number: memory devices (null, zero, urandom), ttys,
 # ptmx, and pseudo-terminals.
@@ -101,6 +108,7 @@ def require_dumpable(
     cell: Cell,
     root: int,
     network: Network,
+    tool: Criu,
     *,
     private: PrivatePaths,
     work: Path,
@@ -113,7 +121,9 @@ def require_dumpable(
     With `gpus`, NVIDIA devices are none: the CUDA checkpoint that follows closes them.
     """
     found = [
-        *obstacles(cell, root, network, private=private, work=work, outside=outside, gpus=gpus),
+        *_once(
+            obstacles(cell, root, network, tool=tool, private=private, work=work, outside=outside, gpus=gpus)
+        ),
         *(_system_v(cell, work) if cell.only is None else ()),
     ]
     if found:
@@ -124,10 +134,20 @@ def require_dumpable(
         )
 
 
+def _once(found: Iterable[Obstacle]) -> list[Obstacle]:
+    """Return each descriptor and mapping once, with the first process that holds it."""
+    by_object: dict[tuple[str, ...], list[Obstacle]] = {}
+    for each in found:
+        whose = str(each.pid) if each.where == _PROCESS else ""
+        by_object.setdefault((whose, each.where, each.what), []).append(each)
+    return [structs.replace(first, others=len(rest)) for first, *rest in by_object.values()]
+
+
 def obstacles(
     cell: Cell,
     root: int,
     network: Network,
+    tool: Criu,
     *,
     private: PrivatePaths,
     work: Path,
@@ -140,6 +160,7 @@ def obstacles(
     sockets = Sockets(cell, root, private, leading_out)
     strays = processes.strays(cell, root)
     host_pids = processes.host_pids_by_inner(cell)
+    found_faults = faults.of(tool.version)
     groups = multicast_obstacles.joined(processes.proc(cell) / str(root) / "net")
     for pid in processes.pids(cell):
         name = processes.command(cell, pid)
@@ -147,14 +168,14 @@ def obstacles(
             yield Obstacle(
                 pid=pid,
                 command=name,
-                where="the process",
+                where=_PROCESS,
                 what="has left the server's process tree, and would be missing after a restore",
                 remedy="start it in the foreground",
             )
             continue
         findings = [
             *_of_process(cell, pid, root, host_pids.get(pid, 0)),
-            *_of_descriptors(cell, pid, sockets, private, gpus=gpus),
+            *_of_descriptors(cell, pid, sockets, private, found_faults, gpus=gpus),
             *_of_memberships(cell, pid, host_pids.get(pid, 0), groups),
             *_of_mappings(cell, pid, private),
         ]
@@ -164,7 +185,7 @@ def obstacles(
 
 def _of_process(cell: Cell, pid: int, root: int, host_pid: int) -> Iterator[tuple[str, Finding]]:
     """Yield what is wrong with a process as a whole, as (where, finding)."""
-    where = "the process"
+    where = _PROCESS
     fields = processes.status(cell, pid)
     if fields.get("TracerPid", "0") != "0":
         yield where, ("is traced by a debugger", "detach it")
@@ -205,7 +226,13 @@ def _may_read_limits(host_pid: int) -> bool:
 
 
 def _of_descriptors(
-    cell: Cell, pid: int, sockets: Sockets, private: PrivatePaths, *, gpus: bool
+    cell: Cell,
+    pid: int,
+    sockets: Sockets,
+    private: PrivatePaths,
+    found_faults: Collection[faults.Fault],
+    *,
+    gpus: bool,
 ) -> Iterator[tuple[str, Finding]]:
     process = processes.proc(cell) / str(pid)
     for fd, target in processes.descriptors(cell, pid):
@@ -213,7 +240,7 @@ def _of_descriptors(
         if gpus and target.startswith(_NVIDIA) and not named:
             continue
         finding = named or _of_descriptor(process / "fd" / str(fd), target, sockets)
-        finding = finding or of_watcher(cell, pid, fd, target) or of_terminal(cell, pid, target)
+        finding = finding or of_watcher(cell, pid, fd, target, found_faults) or of_terminal(cell, pid, target)
         finding = finding or private.refused.get(target)
         if finding:
             yield f"descriptor {fd} ({target})", finding
@@ -237,10 +264,9 @@ def _of_mappings(cell: Cell, pid: int, private: PrivatePaths) -> Iterator[tuple[
 
 def _of_descriptor(link: Path, target: str, sockets: Sockets) -> Finding | None:
     if target.startswith("anon_inode:"):
-        if _KNOWN_ANONYMOUS.fullmatch(target):
-            return None
-        kind = target.removeprefix("anon_inode:")
-        return "is an OS kernel object unknown to CRIU", _ANONYMOUS_REMEDIES.get(kind, "close it")
+        if remedy := _anonymous_remedy(target):
+            return "is an OS kernel object unknown to CRIU", remedy
+        return None
     if target.startswith("socket:["):
         return sockets.finding(link, int(target.removeprefix("socket:[").removesuffix("]")))
     if target.startswith("/secretmem"):
@@ -251,6 +277,15 @@ def _of_descriptor(link: Path, target: str, sockets: Sockets) -> Finding | None:
                 return "is a POSIX message queue", "use a pipe, a socket or multiprocessing.Queue"
             return _of_file(link.stat(), target)
     return None
+
+
+def _anonymous_remedy(target: str) -> str | None:
+    name = target.removeprefix("anon_inode:")
+    return (
+        None
+        if name == target
+        else next((_ANONYMOUS[each] for each in _ANONYMOUS if name.startswith(each)), None)
+    )
 
 
 def _file_system(link: Path) -> int:
@@ -271,7 +306,10 @@ def _of_file(status: os.stat_result, target: str) -> Finding | None:
     if target.endswith(" (deleted)") and status.st_nlink and not target.startswith("/dev/shm/"):  # noqa: S108
         return "is a deleted file with other hard links", "keep such files below $TMPDIR"
     if not status.st_nlink and (stored := status.st_blocks * 512) > GHOST_LIMIT_BYTES:
-        return f"is a deleted file of {stored:,} bytes on the disk, more than CRIU stores", "do not delete it"
+        return (
+            f"is a deleted file of {stored:,} bytes on the disk, more than CRIU stores",
+            "close it, or keep it smaller",
+        )
     return None
 
 
@@ -279,6 +317,7 @@ def _system_v(cell: Cell, work: Path) -> Iterator[Obstacle]:
     """Yield the System V IPC objects of the cell. CRIU dumps them only with their namespace, unlike us."""
     for table, what in (("sem", "semaphores"), ("msg", "message queue"), ("shm", "shared memory")):
         listing = work / f"sysvipc-{table}"  # read in the cell: /proc/sysvipc shows the reader's namespace
+        listing.unlink(missing_ok=True)  # of an earlier check; commands append
         command = Command(
             argv=["cat", f"/proc/sysvipc/{table}"],
             env={"PATH": os.defpath},
@@ -299,8 +338,8 @@ def _system_v(cell: Cell, work: Path) -> Iterator[Obstacle]:
 def _of_mapping(path: str) -> Finding | None:
     if path.startswith("/SYSV"):
         return "is System V shared memory", "use POSIX shared memory"
-    if path.startswith("anon_inode:") and "i915" not in path:
-        return "is memory of an OS kernel object unknown to CRIU", "turn it off"
+    if remedy := _anonymous_remedy(path):
+        return "is memory of an OS kernel object unknown to CRIU", remedy
     if path.startswith("/secretmem"):
         return _SECRET_MEMORY
     return None

@@ -233,7 +233,7 @@ def _dumped(
             )
             dumped = stack.enter_context(dump)
         except DumpError as error:
-            named = obstacles(replica.cell, base.root_pid, base.network, private=private, work=work)
+            named = obstacles(replica.cell, base.root_pid, base.network, tool, private=private, work=work)
             error.cause = "\n".join([error.cause, *map(str, named)])
             raise
         yield dumped

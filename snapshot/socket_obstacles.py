@@ -24,11 +24,26 @@ _TABLES = {
     "netlink": 9,
     "packet": 8,
 }
-# The names of protocols that CRIU knows, as the OS kernel gives them in an extended attribute of a socket.
-_KNOWN_PROTOCOLS = {
-    *("TCP", "TCPv6", "UDP", "UDPv6", "UDP-Lite", "UDPLITEv6", "RAW", "RAWv6"),
-    *("UNIX", "UNIX-STREAM", "NETLINK", "PACKET"),
-}
+# Families and protocols that CRIU does not know: how the names begin that the OS kernel gives them, in an
+# extended attribute of a socket.
+_UNKNOWN_PROTOCOLS = (
+    *(
+        "AF_VSOCK",
+        "ALG",
+        "XDP",
+        "TIPC",
+        "SMC",
+        "SCTP",
+        "DCCP",
+        "L2TP",
+        "KCM",
+        "CAN",
+        "QIPCRTR",
+        "RDS",
+        "AF_RXRPC",
+    ),
+    *("HCI", "L2CAP", "RFCOMM", "SCO", "PPP", "NFC"),
+)
 _SEND_QUEUE_BYTES = 1 << 20  # more than a restored socket takes back at once
 _MPTCP_REMEDY = "turn it off; Go programs do with GODEBUG=multipathtcp=0"
 _PLACES = "put it below $TMPDIR, or into a directory that the server makes"
@@ -63,7 +78,7 @@ def _of_protocol(link: Path) -> Finding | None:
         name = os.getxattr(link, "system.sockprotoname").rstrip(b"\0").decode()
         if name.startswith("MPTCP"):
             return "is a socket for Multipath TCP, which CRIU does not know", _MPTCP_REMEDY
-        if name not in _KNOWN_PROTOCOLS:
+        if name.startswith(_UNKNOWN_PROTOCOLS):
             return f"is a socket of a family unknown to CRIU ({name})", "close it"
     return None
 

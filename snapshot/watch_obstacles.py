@@ -7,22 +7,29 @@ The rules follow CRIU 4.2.1: `criu/eventpoll.c`, `criu/fsnotify.c`; /proc/PID/fd
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from rekindle.cell import Cell, processes
+from rekindle.criu.faults import WATCH_ON_OVERLAYFS, Fault
 from snapshot.socket_obstacles import Finding
 
 _PRESSURE = ("/cpu.pressure", "/io.pressure", "/memory.pressure", "/irq.pressure")
 _WATCHED_BY_EPOLL = re.compile(r"^tfd:\s*(?P<number>\d+) .*\bino:(?P<inode>[0-9a-f]+) ")
 
 
-def of_watcher(cell: Cell, pid: int, fd: int, target: str) -> Finding | None:
-    """Return a finding for an open epoll, inotify or trigger; None for a descriptor of another kind."""
-    judge = _WATCHERS.get(target)
+def of_watcher(cell: Cell, pid: int, fd: int, target: str, faults: Collection[Fault]) -> Finding | None:
+    """Return a finding for an open epoll, inotify or trigger; None for a descriptor of another kind.
+
+    `faults` are those of the CRIU that will dump it.
+    """
+    if target == "anon_inode:[eventpoll]":
+        return _of_epoll(cell, pid, fd)
+    if target == "anon_inode:inotify" and WATCH_ON_OVERLAYFS in faults:
+        return _of_inotify(cell, pid, fd)
     if target.startswith("/proc/pressure/") or target.endswith(_PRESSURE):
-        judge = _of_pressure
-    return judge(cell, pid, fd) if judge else None
+        return _of_pressure(cell, pid, fd)
+    return None
 
 
 def _of_epoll(cell: Cell, pid: int, fd: int) -> Finding | None:
@@ -65,7 +72,7 @@ def _inodes(cell: Cell, pid: int) -> set[int]:
 
 
 def _of_inotify(cell: Cell, pid: int, fd: int) -> Finding | None:
-    """Return a finding for a watch on overlayfs, whose files CRIU cannot find again by their handles."""
+    """Return a finding for a watch on overlayfs, whose files CRIU 4.2.1 cannot find by their handles."""
     process = processes.proc(cell) / str(pid)
     with contextlib.suppress(OSError, ValueError):
         overlays = {
@@ -80,12 +87,7 @@ def _of_inotify(cell: Cell, pid: int, fd: int) -> Finding | None:
                 if f"{device >> 20}:{device & 0xFFFFF}" in overlays:
                     return (
                         "watches a file on overlayfs, the root of most containers",
-                        "turn the watch (often --reload) off, or mount a volume there",
+                        "turn the watch (often --reload) off, mount a volume there, or use CRIU "
+                        f"{WATCH_ON_OVERLAYFS.right} (hack/get-criu --newer)",
                     )
     return None
-
-
-_WATCHERS: Mapping[str, Callable[[Cell, int, int], Finding | None]] = {
-    "anon_inode:[eventpoll]": _of_epoll,
-    "anon_inode:inotify": _of_inotify,
-}

@@ -12,8 +12,8 @@
     POST /grow?mib=N        writes N MiB of new memory, in place of what an earlier call wrote
 
 Behaviours: never-ready, dies-warming, moody (another answer every time), file=PATH (answers with the
-file's content), hold=WHAT (holds something that CRIU cannot dump), slow-exit, cuda=MIB (holds CUDA, as far as
-tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
+file's content), hold=WHAT,… (what holds.py says, at path=PATH), slow-exit, cuda=MIB (holds CUDA, as far
+as tests/fakes/cuda.py goes, and the oracle waits until that is running), cuda-uuids=UUID,… (on these GPUs),
 uid=N (runs as that user), cuda-child (so does its child), cuda-others=N (so do so many more), cuda-idle (a
 process that has called cuInit, and no more), also=[HOST]:PORT,… (listens there, too; IPv6 alone at an IPv6
 address), nvml=N (calls nvmlInit so many times, and never nvmlShutdown),
@@ -22,7 +22,6 @@ libcuda (calls cuInit of the libcuda that there is, whatever comes of it).
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import http.server
 import json
@@ -33,14 +32,15 @@ import platform
 import select
 import signal
 import socket
-import sqlite3
 import struct
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import parse_qs, urlsplit
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from tests.servers.holds import fork, hold_all
 
 PORT = int(sys.argv[1])
 BEHAVIOURS = dict(word.partition("=")[::2] for word in sys.argv[2:])
@@ -113,176 +113,6 @@ def xcomp_permission() -> int:
 
 if platform.machine() == "x86_64":
     libc.syscall(158, 0x1023, 18)  # asks for AMX, as a library that uses it does
-
-
-def hold(what: str) -> object:
-    """Something that CRIU cannot dump."""
-    if what == "vsock":
-        return socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    if what == "idle-sockets":  # which CRIU can dump
-        kinds = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_DGRAM)]
-        return [socket.socket(*kind) for kind in kinds]
-    if what == "mptcp":
-        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        return server
-    if what == "agent":
-        agent = socket.socket(socket.AF_UNIX)
-        agent.connect(BEHAVIOURS["path"])
-        return agent
-    if what in ("watch", "watch-elsewhere"):
-        watch = libc.inotify_init()
-        place = BEHAVIOURS["path"] if what == "watch" else os.environ["TMPDIR"]
-        if libc.inotify_add_watch(watch, place.encode(), 0x100) < 0:
-            raise OSError(place)
-        return watch
-    if what in ("epoll", "epoll-emptied"):
-        ours, theirs = socket.socketpair()
-        poll = select.epoll()
-        poll.register(ours, select.EPOLLIN)
-        keeper = fork(lambda: theirs)
-        if what == "epoll-emptied":
-            poll.unregister(ours)
-        ours.close()
-        return poll, keeper
-    if what.startswith("namespace-"):
-        return fork(lambda: libc.unshare(int(what.removeprefix("namespace-"), 16)))
-    if what == "queue":
-        return libc.mq_open(f"/{os.getpid()}".encode(), os.O_CREAT | os.O_RDONLY, 0o600, None)
-    if what == "netlink":
-        link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        link.send(struct.pack("=IHHIIBxxx", 20, 18, 0x301, 1, 0, 0))  # list the interfaces
-        return link
-    if what == "unread":
-        listener = socket.create_server(("127.0.0.1", 0))
-        client = socket.create_connection(listener.getsockname())
-        peer, _ = listener.accept()
-        client.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                client.send(bytes(1 << 16))
-        return listener, client, peer
-    if what == "not-accepted":  # which CRIU can dump
-        listener = socket.create_server(("127.0.0.1", 0))
-        return listener, socket.create_connection(listener.getsockname())
-    if what == "headless":
-        if os.fork() == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            threading.Thread(target=time.sleep, args=(1000,)).start()
-            libc.syscall(60, 0)  # ends this thread alone
-        time.sleep(0.2)
-        return None
-    if what == "log":
-        file = open(BEHAVIOURS["path"], "w")
-        file.write("began\n")
-        file.flush()
-        return file
-    if what == "files":
-        return hold("log"), hold_files(BEHAVIOURS["path"])
-    if what == "sysv":
-        return libc.semget(0, 1, 0o600)
-    if what == "unix":
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(BEHAVIOURS["path"])
-        return server
-    if what == "link":
-        file = open(BEHAVIOURS["path"], "w")
-        os.link(BEHAVIOURS["path"], BEHAVIOURS["path"] + "2")
-        os.unlink(BEHAVIOURS["path"])
-        return file
-    if what == "loop":
-        return open("/dev/loop-control", "rb")
-    if what == "perf":
-        attributes = ctypes.create_string_buffer(b"\1\0\0\0\x80\0\0\0", 128)  # software, cpu-clock
-        return libc.syscall(298, attributes, 0, -1, -1, 0)
-    if what == "device":
-        return open(BEHAVIOURS["path"], "rb")
-    if what == "device-of-another":
-        return fork(lambda: open(BEHAVIOURS["path"], "rb"))
-    if what == "dmabuf":  # by the name that the kernel gives it
-        device = open("/dmabuf:", "wb")
-        os.unlink("/dmabuf:")
-        return device
-    if what == "child-of-a-thread":  # which CRIU can dump, as it can these two
-        threading.Thread(target=subprocess.run, args=(["sleep", "1000"],), daemon=True).start()
-        time.sleep(0.2)
-        return None
-    if what.startswith("multicast"):
-        family = socket.AF_INET6 if what.endswith("6") else socket.AF_INET
-        member = socket.socket(family, socket.SOCK_DGRAM)
-        if family == socket.AF_INET:
-            group = socket.inet_aton("239.1.2.3") + socket.inet_aton("127.0.0.1")
-            member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
-        else:
-            group = socket.inet_pton(family, "ff15::123") + struct.pack("I", 1)
-            member.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
-        return socket.socket(family, socket.SOCK_DGRAM), member
-    if what == "terminal":
-        return os.openpty()
-    if what == "shell-in-a-terminal":
-        shell, terminal = os.forkpty()
-        if shell == 0:
-            kept = os.open("/dev/tty", os.O_RDWR)
-            os.write(kept, b"!")
-            os.set_inheritable(kept, True)
-            os.execvp("sleep", ["sleep", "1000"])
-        os.read(terminal, 1)
-        return terminal
-    if what == "fork-storm":
-        for _ in range(3):
-            threading.Thread(target=storm, daemon=True).start()
-        return None
-    if what == "sparse-deleted":
-        deleted = os.open(BEHAVIOURS["path"], os.O_RDWR | os.O_CREAT)
-        os.unlink(BEHAVIOURS["path"])
-        os.truncate(deleted, 4 << 30)
-        os.write(deleted, b"kept")
-        return deleted
-    if what == "daemon":
-        if os.fork() == 0:
-            os.setsid()
-            if os.fork() == 0:
-                time.sleep(1000)
-            os._exit(0)
-        os.wait()
-        return None
-    raise ValueError(what)
-
-
-def hold_files(path: str) -> list[object]:
-    """Files of every kind that replicas would share."""
-    large = open(f"{path}-large", "w")
-    os.posix_fallocate(large.fileno(), 0, 65 << 20)
-    databases = [sqlite3.connect(place) for place in (f"{path}-database", f"{os.environ['TMPDIR']}/database")]
-    for each in databases:
-        each.execute("CREATE TABLE kept (number)")
-    locked = [os.open(place, os.O_RDONLY) for place in (f"{path}-locked", pathlib.Path(path).parent)]
-    for fd in locked:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    direct = os.open(f"{path}-direct", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    return [large, databases, locked, direct, os.open(f"{path}-pipe", os.O_RDWR)]
-
-
-def storm() -> None:
-    """Start short-lived processes all the time."""
-    while True:
-        subprocess.run(["true"], check=True)
-        time.sleep(0.002)
-
-
-def fork(keep: Callable[[], object]) -> int:
-    """A process that keeps something, and does nothing."""
-    ready, to_us = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        kept = keep()
-        os.write(to_us, b"!")
-        while kept is not to_us:
-            signal.pause()
-    os.read(ready, 1)
-    return pid
 
 
 cuda_states: list[pathlib.Path] = []
@@ -455,7 +285,7 @@ def main() -> None:
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     for address in filter(None, BEHAVIOURS.get("also", "").split(",")):
         listen_also(address)
-    held = hold(BEHAVIOURS["hold"]) if "hold" in BEHAVIOURS else None
+    held = hold_all(BEHAVIOURS.get("hold", ""), BEHAVIOURS.get("path", ""))
     if "cuda" in BEHAVIOURS:
         claim_cuda()
     for _ in range(int(BEHAVIOURS.get("nvml", 0))):
