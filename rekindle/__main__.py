@@ -44,6 +44,7 @@ VERBS = {
     "doctor": "check what this node can do, and what is missing",
     "metrics": "print or serve metrics for Prometheus",
     "dashboard": "show servers, starts and images in a browser",
+    "fleet": "plan which models run on which nodes, and simulate it",
     "completion": "print the completion of commands for a shell",
     "bench": "compare cold starts with restores, by phase",
 }

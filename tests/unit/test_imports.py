@@ -26,6 +26,7 @@ ROOMS = {
         "rekindle.criu",
         "rekindle.cuda",
         "rekindle.engine",
+        "rekindle.fleet",
     ),
     "oci": ("oci.trust", "oci.registry", "oci.cache"),
     "restore": ("restore.decide", "restore.serve", "restore.rungs"),
