@@ -59,6 +59,7 @@ def compare(registry: str, name: str, dump: Path, runs: int, work: Path) -> None
         peaks[what] = max(peaks[what], peak)
         print(f"{what:<10} {times[what][-1]:6.2f} s", file=sys.stderr)
 
+    rekindle(["generate-key-pair", "--output-key-prefix", str(work / "key")], work / "home")
     copy, into = work / "copy", work / "oras"
     for number in range(runs):
         theirs, ours = f"{registry}/dump{number}/oras:1", f"{registry}/dump{number}/ours:1"
@@ -69,7 +70,8 @@ def compare(registry: str, name: str, dump: Path, runs: int, work: Path) -> None
         shutil.rmtree(copy)
         timed("oras pull", partial(oras, ["pull", theirs], into))
         shutil.rmtree(into)
-        timed("pull", partial(rekindle, ["pull", "--unpack", ours], work / "home"))
+        words = ["pull", "--unpack", ours, "--verify-key", str(work / "key.pub")]
+        timed("pull", partial(rekindle, words, work / "home"))
         shutil.rmtree(work / "home")
     for what, seconds in times.items():
         print(
@@ -94,14 +96,14 @@ def oras(words: list[str], directory: Path) -> int:
 
 
 def rekindle(words: list[str], home: Path) -> int:
-    argv = [sys.executable, "-m", "rekindle", *words, "--quiet"]
-    done = run(argv, timeout=600, env={**os.environ, "REKINDLE_HOME": str(home)})
+    argv = [sys.executable, "-m", "rekindle", *words]
+    done = run(argv, timeout=600, env={**os.environ, "REKINDLE_HOME": str(home), "COSIGN_PASSWORD": ""})
     assert done.status == 0, done.output
     return done.peak_rss_bytes
 
 
 def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
-    """Do what `rekindle snapshot` does after the dump, from dropping zero pages on, then push.
+    """Do what `rekindle snapshot` does after the dump, from dropping zero pages on, sign, and push.
 
     Return the peak memory in bytes.
     """
@@ -115,6 +117,7 @@ def packed_and_pushed(name: str, dump: Path, target: str, work: Path) -> int:
         os._exit(0)
     _, status, usage = os.wait4(pid, 0)
     assert status == 0
+    rekindle(["sign", "x", "--sign-key", str(work / "key.key")], home)
     peak = max(usage.ru_maxrss * 1024, rekindle(["push", "x", target], home))
     shutil.rmtree(home)
     return peak
