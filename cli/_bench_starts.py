@@ -7,6 +7,8 @@ Every start is timed to the first token of the oracle's answer, and then ended:
     warm-cache              the command again, with the caches that the cold start left
     cache                   `rekindle restore --rung cache`, with the image's kernel cache and none on disk
     cache-cold-page-cache   the same, with what the server reads dropped from the page cache
+    neutral                 `rekindle restore --rung neutral`, likewise on the image's kernel cache
+    neutral-cold-page-cache the same, with what the server reads and the dump dropped from the page cache
     process                 `rekindle restore`, with the dump in the page cache
     process-cold-page-cache `rekindle restore`, with the dump dropped from the page cache
     process-registry        `rekindle restore` from --registry, with an empty $REKINDLE_HOME, all of it first
@@ -33,6 +35,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from cli._bench_lazy import await_dump, last_bytes
+from cli._bench_milestones import Milestones, with_milestones
 from cli._bench_replicas import measure_delta, measure_replicas, times
 from oci import image as images
 from oci.layout import Layout
@@ -65,6 +68,8 @@ _STARTS = (
     "warm-cache",
     "cache",
     "cache-cold-page-cache",
+    "neutral",
+    "neutral-cold-page-cache",
     "process",
     "process-cold-page-cache",
     "process-registry",
@@ -144,11 +149,13 @@ class Bench:
             self._add(starts, "cold", self._command_start(caches))
         for _ in range(cold_runs):
             self._add(starts, "warm-cache", self._command_start(caches))
-        record, image_bytes, has_cache = self._snapshot(caches)
-        for _ in range(cold_runs if has_cache else 0):
-            self._add(starts, "cache", self._cache_start(caches))
-            self._add(starts, "cache-cold-page-cache", self._cache_start(caches, record.reads))
-        dump = next(path for path in self._home.dumps.iterdir() if path.is_dir())
+        image = self._snapshot(caches)
+        record, image_bytes = image.record, image.size_bytes
+        lower = {"cache": image.cache, "neutral": image.neutral}
+        for _, rung in itertools.product(range(cold_runs), [rung for rung, there in lower.items() if there]):
+            self._add(starts, rung, self._lower_start(rung, caches))
+            self._add(starts, f"{rung}-cold-page-cache", self._lower_start(rung, caches, record.reads))
+        dump = self._home.dumps / image.process.digest.hex
         for directory in (dump, self._work / "plain"):
             write_back(directory)
         copying = ["--memory", "copy"]
@@ -216,7 +223,7 @@ class Bench:
             began = time.monotonic()
             server = Server(cell, self._options.command, environment, Path.cwd(), logs)
             client = Client(self._engine.endpoint, cell.connect)
-            clock = _Milestones(self._engine, (server.stdout, server.stderr), began)
+            clock = Milestones(self._engine, (server.stdout, server.stderr), began)
             wait_ready(server, self._engine, client, _START_SECONDS, meanwhile=clock.update)
             clock.mark("ready")
             first = self._first_token(client, self._engine.oracle_request(client))
@@ -233,7 +240,7 @@ class Bench:
         if status := cell.run(Command(argv=argv, env=os.environ, cwd=Path("/")), _RESTORE_SECONDS):
             raise CapabilityError(f"mount ended with status {status}", command=argv)
 
-    def _snapshot(self, caches: Path) -> tuple[Record, int, bool]:
+    def _snapshot(self, caches: Path) -> images.Image:
         environment = {**self._environment, **self._engine.cache_environment(caches)}
         report = self._work / "snapshot.json"
         options = ["--report", str(report), "--keep-dump", str(self._work / "plain")]
@@ -244,14 +251,13 @@ class Bench:
             options += ["--ready-url", self._options.ready_url]
         if self._options.oracle_file:
             options += ["--oracle-request", str(self._options.oracle_file)]
-        argv = [*_rekindle(), "snapshot", _IMAGE, *options, "--", *self._options.command]
+        argv = [*_rekindle(), "snapshot", _IMAGE, "--neutral", *options, "--", *self._options.command]
         done = run(argv, timeout=_START_SECONDS * 2, env=environment)
         if done.status != 0:
             raise WorkloadError("the snapshot failed", cause=done.output, command=argv)
         self._peaks["snapshot"] = json.loads(report.read_bytes())["peak_rss_bytes"]
         layout = Layout(self._home.store)
-        image = images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
-        return image.record, image.size_bytes, image.cache is not None
+        return images.load(layout, layout.resolve(f"{_IMAGE}:latest"))
 
     def _key(self) -> Path:
         """Write a key pair and return the private key: an image from a registry must be signed."""
@@ -284,7 +290,7 @@ class Bench:
         finally:
             remove_tree(home)
 
-    def _cache_start(self, caches: Path, dropped: str = "") -> Start:
+    def _lower_start(self, rung: str, caches: Path, dropped: str = "") -> Start:
         """Restore as on a node that cannot restore the process and has no kernel cache of its own.
 
         What a record says in `dropped` that a start reads is dropped from the page cache before, with the
@@ -296,15 +302,16 @@ class Bench:
             for read in start_reads.decode(dropped):
                 with contextlib.suppress(OSError):
                     drop_file_from_page_cache(Path(read.path))
-            write_back(self._home.store)
-            drop_from_page_cache(self._home.store)
+            for directory in (self._home.store, self._home.dumps):
+                write_back(directory)
+                drop_from_page_cache(directory)
         start = self._restore_start(
-            options=["--rung", "cache"], outcome="cache", peak="restore-cache", seconds=_START_SECONDS
+            options=["--rung", rung], outcome=rung, peak=f"restore-{rung}", seconds=_START_SECONDS
         )
-        proof = start.report["cache"] or {}
-        self._proof = {
-            name: proof.get(name) for name in ("verdict", "entries", "used", "made", "made_seconds")
-        }
+        if rung == "cache":
+            proof = start.report["cache"] or {}
+            names = ("verdict", "entries", "used", "made", "made_seconds")
+            self._proof = {name: proof.get(name) for name in names}
         return start
 
     @contextlib.contextmanager
@@ -339,9 +346,9 @@ class Bench:
                 stderr=output.fileno(),
             )
             try:
-                clock = _Milestones(self._engine, [log], time.monotonic())
+                clock = Milestones(self._engine, [log], time.monotonic())
                 document = _await_report(report, process.poll, clock.update, log, outcome, seconds)
-                yield process.pid, _with_milestones(document, clock.phases)
+                yield process.pid, with_milestones(document, clock.phases)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL if outcome == "restored" else signal.SIGTERM)
@@ -407,49 +414,6 @@ class Bench:
                 cause=f"first {json.dumps(self._answer)[:300]}, now {json.dumps(answer)[:300]}",
             )
         return response.first_byte
-
-
-class _Milestones:
-    """Divide a start into phases by texts that appear in the server's log."""
-
-    def __init__(self, engine: Engine, logs: Sequence[Path], began: float) -> None:
-        self._waiting = list(engine.milestones())
-        self._logs = logs
-        self._last = began
-        self.phases: dict[str, float] = {}
-
-    def update(self) -> None:
-        """Mark the phases that the log shows to be over."""
-        if self._waiting:
-            text = "".join(path.read_text(errors="replace") for path in self._logs if path.exists())
-            while self._waiting and self._waiting[0][1] in text:
-                self.mark(self._waiting.pop(0)[0])
-
-    def mark(self, name: str, at: float | None = None) -> None:
-        """End a phase now, or at a time of time.monotonic."""
-        now = time.monotonic() if at is None else at
-        self.phases[name] = now - self._last
-        self._last = now
-
-
-def _with_milestones(document: dict[str, Any], milestones: Mapping[str, float]) -> dict[str, Any]:
-    """Divide the phase `server` of a report, if it has one, into those that the server's log shows.
-
-    `milestones` are seconds, the first of them since rekindle was started.
-    """
-    phases, before = [], 0.0
-    for phase in document["phases"]:
-        left = phase["seconds"]
-        if phase["name"] == "server":
-            for name, seconds in milestones.items():
-                took = min(left, max(0.0, seconds - before))
-                phases.append({"name": name, "seconds": took})
-                left, before = left - took, 0.0
-            phases.append({"name": "ready" if milestones else "server", "seconds": left})
-        else:
-            phases.append(phase)
-            before += left
-    return {**document, "phases": phases}
 
 
 def _await_report(

@@ -25,7 +25,12 @@ from rekindle.replicas import Registration, register
 from rekindle.report import Outcome, Report, Rung
 
 LOWER_STATUS = 3  # restore.flow.LOWER_STATUS, which takes long to import
-_OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
+_OUTCOMES = {
+    Rung.PROCESS: Outcome.RESTORED,
+    Rung.NEUTRAL: Outcome.NEUTRAL,
+    Rung.CACHE: Outcome.CACHE,
+    Rung.COLD: Outcome.COLD,
+}
 _READ_BYTES = 1 << 16
 
 

@@ -18,6 +18,8 @@ _LABELS = {
     "warm-cache": "command, warm caches",
     "cache": "restore: kernel cache",
     "cache-cold-page-cache": "restore: kernel cache, from disk",
+    "neutral": "restore: neutral process",
+    "neutral-cold-page-cache": "restore: neutral process, from disk",
     "process": "restore: process",
     "process-cold-page-cache": "restore: process, from disk",
     "process-registry": "restore: process, from registry",

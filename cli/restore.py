@@ -130,7 +130,7 @@ def _add_rungs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require",
         type=_arguments.one_of(Rung),
-        choices=[Rung.PROCESS, Rung.CACHE],
+        choices=[Rung.PROCESS, Rung.NEUTRAL, Rung.CACHE],
         help="lowest rung to take; fail rather than go below it",
     )
     parser.add_argument(

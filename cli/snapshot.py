@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _OF_A_START = (
     *("network", "ready_timeout", "ready_url", "oracle_request", "warm_requests", "weights", "reseed"),
-    *("no_cache", "keep_dump"),
+    *("no_cache", "neutral", "keep_dump"),
 )
 """The options that say how a server is started."""
 
@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "when it is used",
     )
     parser.add_argument("--no-cache", action="store_true", help="leave the kernel cache out of the image")
+    parser.add_argument(
+        "--neutral",
+        action="store_true",
+        help="also save a neutral process, for nodes with other GPUs: the server's Python with its modules "
+        "imported, waiting for its command (servers that are Python scripts, such as vllm)",
+    )
     parser.add_argument(
         "--allow-secret",
         action="append",
@@ -202,6 +208,7 @@ def _options(args: argparse.Namespace, command: Sequence[str], sign: "Sign | Non
         outside=args.outside,
         prove=not args.no_prove,
         with_cache=not args.no_cache,
+        neutral=args.neutral,
         check_memory=not args.no_memory_check,
         secrets=tuple(args.allow_secret),
         sign=sign,

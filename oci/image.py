@@ -35,6 +35,7 @@ class Image(Struct, frozen=True, kw_only=True):
     layers: Sequence[Descriptor]
     cache: Descriptor | None
     record: Record
+    neutral: Descriptor | None = None
 
     def fetched_from(self, blobs: Blobs) -> Self:
         """Return the same image with its layers fetched from elsewhere."""
@@ -48,6 +49,7 @@ class Image(Struct, frozen=True, kw_only=True):
             "config": self.config.to_json(),
             "layers": [layer.to_json() for layer in self.layers],
             "cache": self.cache.to_json() if self.cache else None,
+            "neutral": self.neutral.to_json() if self.neutral else None,
             "record": self.record.to_bytes().decode(),
         }
 
@@ -56,6 +58,7 @@ class Image(Struct, frozen=True, kw_only=True):
         """Read an image whose blobs, as far as they are still there, are in `blobs`. Raises FormatError."""
         fields = Fields(value, "image")
         cache = fields.json("cache")
+        neutral = fields.json("neutral") if fields.has("neutral") else None
         return cls(
             blobs=blobs,
             limits=_DEFAULTS,
@@ -65,6 +68,7 @@ class Image(Struct, frozen=True, kw_only=True):
             layers=tuple(fields.list_of("layers", Descriptor.from_json, at_most=_DEFAULTS.layers)),
             cache=Descriptor.from_json(cache, "image.cache") if cache else None,
             record=Record.parse(fields.text("record").encode()),
+            neutral=Descriptor.from_json(neutral, "image.neutral") if neutral else None,
         )
 
     @property
@@ -74,7 +78,11 @@ class Image(Struct, frozen=True, kw_only=True):
 
 
 def build(
-    layout: Layout, record: Record, layers: Sequence[Descriptor], cache: Descriptor | None = None
+    layout: Layout,
+    record: Record,
+    layers: Sequence[Descriptor],
+    cache: Descriptor | None = None,
+    neutral: Descriptor | None = None,
 ) -> Image:
     """Write the record, the manifest and the index of a snapshot whose layers are in the layout already.
 
@@ -82,30 +90,10 @@ def build(
     first manifest of an index that is for their platform. So that is the cache; and the process, which they
     cannot use, is for none.
     """
-    layers = [
-        structs.replace(layer, annotations={**layer.annotations, media_types.TITLE: _title(layer)})
-        for layer in layers
-    ]
-    config = structs.replace(
-        layout.put(record.to_bytes(), media_types.RECORD), annotations={media_types.TITLE: "record.json"}
-    )
-    # checkpointctl's names where they mean the same. org.criu.checkpoint.container.name is not set, since a
-    # kubelet would try to restore the image as a container.
-    annotations = {
-        "org.opencontainers.image.created": record.created,
-        "org.criu.checkpoint.engine.name": "rekindle",
-        "org.criu.checkpoint.engine.version": record.made_by,
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": media_types.MANIFEST,
-        "artifactType": media_types.PROCESS,
-        "config": config.to_json(),
-        "layers": [layer.to_json() for layer in layers],
-        "annotations": annotations,
-    }
-    process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=media_types.PROCESS)
+    process, config, layers = _put_process(layout, record, layers, media_types.PROCESS)
     manifests = [{**process.to_json(), "platform": _NO_PLATFORM}]
+    if neutral is not None:
+        manifests.append({**neutral.to_json(), "platform": _NO_PLATFORM})
     if cache is not None:
         annotations = {**cache.annotations, media_types.ROLE: media_types.CACHE_ROLE}
         platform = platform_of(record.node.architecture)
@@ -127,7 +115,43 @@ def build(
         layers=tuple(layers),
         cache=cache,
         record=record,
+        neutral=neutral,
     )
+
+
+def put_neutral(layout: Layout, record: Record, layers: Sequence[Descriptor]) -> Descriptor:
+    """Write record and manifest of a neutral process whose layers are in the layout already."""
+    return _put_process(layout, record, layers, media_types.NEUTRAL)[0]
+
+
+def _put_process(
+    layout: Layout, record: Record, layers: Sequence[Descriptor], kind: str
+) -> tuple[Descriptor, Descriptor, Sequence[Descriptor]]:
+    """Write record and manifest of a process; return their descriptors, and the layers with their titles."""
+    layers = [
+        structs.replace(layer, annotations={**layer.annotations, media_types.TITLE: _title(layer)})
+        for layer in layers
+    ]
+    config = structs.replace(
+        layout.put(record.to_bytes(), media_types.RECORD), annotations={media_types.TITLE: "record.json"}
+    )
+    # checkpointctl's names where they mean the same. org.criu.checkpoint.container.name is not set, since a
+    # kubelet would try to restore the image as a container.
+    annotations = {
+        "org.opencontainers.image.created": record.created,
+        "org.criu.checkpoint.engine.name": "rekindle",
+        "org.criu.checkpoint.engine.version": record.made_by,
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": media_types.MANIFEST,
+        "artifactType": kind,
+        "config": config.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+        "annotations": annotations,
+    }
+    process = layout.put(_serialize(manifest), media_types.MANIFEST, artifact_type=kind)
+    return process, config, layers
 
 
 def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Image:
@@ -154,12 +178,40 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         raise FormatError(f"{descriptor.digest} lists {len(processes)} process images instead of one")
     (process,) = processes
     cache = cache_among(manifests, descriptor.digest)
+    neutral = next((d for d in manifests if d.artifact_type == media_types.NEUTRAL), None)
+    config, layers, record = _read_process(blobs, process, limits, media_types.PROCESS)
+    return Image(
+        blobs=blobs,
+        limits=limits,
+        index=descriptor,
+        process=process,
+        config=config,
+        layers=layers,
+        cache=cache,
+        record=record,
+        neutral=neutral,
+    )
+
+
+def load_neutral(image: Image) -> Image:
+    """Return the image of the neutral process of a snapshot that has one. No layer is fetched."""
+    assert image.neutral is not None
+    config, layers, record = _read_process(image.blobs, image.neutral, image.limits, media_types.NEUTRAL)
+    if record.neutral is None:
+        raise FormatError(f"{image.neutral.digest} is not a neutral process, although the index says so")
+    return structs.replace(image, process=image.neutral, config=config, layers=layers, record=record)
+
+
+def _read_process(
+    blobs: Blobs, process: Descriptor, limits: Limits, kind: str
+) -> tuple[Descriptor, tuple[Descriptor, ...], Record]:
+    """Read manifest and record of a process."""
     manifest = Fields.parse(
         blobs.read(process, limit_bytes=limits.manifest_bytes),
         "manifest",
         limit_bytes=limits.manifest_bytes,
     )
-    if manifest.text("artifactType", "") != media_types.PROCESS:
+    if manifest.text("artifactType", "") != kind:
         raise FormatError(f"{process.digest} is not a process image, although the index says so")
     config = Descriptor.from_json(manifest.json("config"), "manifest.config")
     given = manifest.json("layers")
@@ -173,18 +225,10 @@ def load(blobs: Blobs, descriptor: Descriptor, limits: Limits = _DEFAULTS) -> Im
         layer.media_type != media_types.DUMP_LAYER for layer in layers
     ):
         raise FormatError(f"{process.digest} has parts of an unknown type", hint="use a newer rekindle")
-    return Image(
-        blobs=blobs,
-        limits=limits,
-        index=descriptor,
-        process=process,
-        config=config,
-        layers=tuple(layers),
-        cache=cache,
-        record=Record.parse(
-            blobs.read(config, limit_bytes=limits.record_bytes), limit_bytes=limits.record_bytes
-        ),
+    record = Record.parse(
+        blobs.read(config, limit_bytes=limits.record_bytes), limit_bytes=limits.record_bytes
     )
+    return config, tuple(layers), record
 
 
 def _title(layer: Descriptor) -> str:

@@ -17,6 +17,7 @@ EMPTY = "application/vnd.oci.empty.v1+json"  # of a config that says nothing
 
 SNAPSHOT = "application/vnd.rekindle.snapshot.v1"
 PROCESS = "application/vnd.rekindle.process.v1"
+NEUTRAL = "application/vnd.rekindle.neutral.v1"
 RECORD = "application/vnd.rekindle.record.v1+json"
 DUMP_LAYER = "application/vnd.rekindle.dump.v1+zstd"
 

@@ -201,6 +201,7 @@ class Process(Struct, frozen=True, kw_only=True):
     boottime_ns: Count
     stdout: AbsolutePath
     stderr: AbsolutePath
+    stdin: AbsolutePath | None = None
     gpus: Annotated[tuple[str, ...], Meta(max_length=_GPUS_LIMIT)] = ()
     cuda_pids: Annotated[tuple[_Pid, ...], Meta(max_length=_FILES_LIMIT)] = ()
     device_bytes: Count = 0
@@ -249,6 +250,16 @@ class RecordedCriu(Struct, frozen=True, kw_only=True):
     version: str
 
 
+class Neutral(Struct, frozen=True, kw_only=True):
+    """A process that has imported what a server imports, and waits for its command.
+
+    It becomes `script`. `variables` are the names of those that were read while it imported.
+    """
+
+    script: AbsolutePath
+    variables: Annotated[tuple[str, ...], Meta(max_length=_FILES_LIMIT)]
+
+
 class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     """Everything that `restore` must know before it fetches the dump.
 
@@ -280,6 +291,7 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="schema", tag=SCHEMA):
     start_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
     proved: bool = True
     variables: RecordedVariables | None = None
+    neutral: Neutral | None = None
 
     @property
     def reloads(self) -> bool:

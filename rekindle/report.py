@@ -24,6 +24,7 @@ SCHEMA = "rekindle.report/1"
 
 class Outcome(StrEnum):
     RESTORED = "restored"
+    NEUTRAL = "neutral"
     CACHE = "cache"
     COLD = "cold"
     SAVED = "saved"
@@ -33,6 +34,7 @@ class Outcome(StrEnum):
 
 class Rung(StrEnum):
     PROCESS = "process"
+    NEUTRAL = "neutral"
     CACHE = "cache"
     COLD = "cold"
 

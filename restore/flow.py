@@ -33,7 +33,12 @@ from restore.signals import Signals
 LOWER_STATUS = 3
 """The exit status instead of 0 if the server ran on a lower rung than requested."""
 
-_OUTCOMES = {Rung.PROCESS: Outcome.RESTORED, Rung.CACHE: Outcome.CACHE, Rung.COLD: Outcome.COLD}
+_OUTCOMES = {
+    Rung.PROCESS: Outcome.RESTORED,
+    Rung.NEUTRAL: Outcome.NEUTRAL,
+    Rung.CACHE: Outcome.CACHE,
+    Rung.COLD: Outcome.COLD,
+}
 
 
 def restore(
@@ -107,7 +112,7 @@ def _bring_up(run: Run, cell: Cell | None, stack: contextlib.ExitStack) -> tuple
             run.signals,
             connections,
             prepares=cell is not None,
-            with_cache=options.rung is Rung.CACHE,
+            with_cache=options.rung in {Rung.NEUTRAL, Rung.CACHE},
             read_ahead=run.read_ahead,
         )
         addresses = stack.enter_context(_addresses_of(decision, options))
@@ -151,6 +156,10 @@ def _take(
 
                     assert cell is not None
                     return process.take(run, decision, addresses, cell, step, stack)
+                case Rung.NEUTRAL:
+                    from restore.rungs import neutral
+
+                    return neutral.take(run, decision, addresses, cell, step, stack)
                 case Rung.CACHE:
                     from restore.rungs import cache
 

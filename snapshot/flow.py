@@ -18,7 +18,7 @@ from oci.layout import Layout
 from oci.reference import parse
 from oci.trust import made_here, signer
 from rekindle import dump_tree
-from rekindle.criu import kernel_facts
+from rekindle.criu import Criu, kernel_facts
 from rekindle.criu.search import find_for_dump
 from rekindle.cuda import search
 from rekindle.engine import Engine, Request
@@ -35,7 +35,7 @@ from rekindle.report import ImageName, Report
 from restore.decide import match_limits
 from restore.decide.match_gpus import held_gpus
 from restore.decide.rules import reason_for
-from snapshot import make, secret_search
+from snapshot import make, neutral, secret_search
 from snapshot.describe import Dumped
 from snapshot.options import Progress, SnapshotOptions
 from snapshot.outside_connections import Outside
@@ -103,14 +103,14 @@ def snapshot(
             start=start,
         )
         record = msgspec.structs.replace(made.record, proved=options.prove)
-        report.reasons += [
-            reason_for(each) for each in match_limits.lost_settings(made.record, made.record.node)
-        ]
+        lost = match_limits.lost_settings(made.record, made.record.node)
+        report.reasons += [reason_for(each) for each in lost]
         staging = Layout.create(work / "layout")
         kernels = _pack_cache(made, staging, report) if made.caches and options.with_cache else None
+        imported = _pack_neutral(record, spec, tool, work, staging, report, asked=options.neutral)
         with report.phase("pack"):
             record, packed = _pack_dump(work / "dump", record, staging)
-            image = images.build(staging, record, packed, kernels)
+            image = images.build(staging, record, packed, kernels, imported)
         if options.prove:
             for log in filter(Path.exists, (work / "stdout.log", work / "stderr.log")):
                 log.rename(work / f"before-{log.name}")  # a later restore will not find them either
@@ -137,6 +137,27 @@ def _pack_dump(dump: Path, record: Record, staging: Layout) -> tuple[Record, lis
     packed = dump_layers.pack_layers(dump, record.dump.files, staging, workers=dump_layers.workers())
     remove_tree(dump)
     return described(record, packed), [each.descriptor for each in packed]
+
+
+def _pack_neutral(
+    record: Record,
+    spec: make.ServerSpec,
+    tool: Criu,
+    work: Path,
+    staging: Layout,
+    report: Report,
+    *,
+    asked: bool,
+) -> Descriptor | None:
+    """Make a neutral process and pack it, if it is asked for; None if there can be none."""
+    if not asked:
+        return None
+    found = neutral.make(
+        record, spec.argv, spec.environment, spec.credentials, tool, work / "neutral", report
+    )
+    if found is None:
+        return None
+    return images.put_neutral(staging, *_pack_dump(work / "neutral" / "dump", found, staging))
 
 
 def _pack_cache(made: Dumped, staging: Layout, report: Report) -> Descriptor:

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from rekindle import __version__, criu
-from rekindle.cell import MEMORY_PLACE, Cell, Clocks, Network, processes, untraced
+from rekindle.cell import MEMORY_PLACE, Cell, Clocks, Network, processes
 from rekindle.cell.hook import Reseed
 from rekindle.cell.read_settings import read_settings
-from rekindle.criu import Criu, connections, inherited, timers, zero_pages
+from rekindle.criu import Criu, connections
 from rekindle.criu.frozen import FrozenDump
-from rekindle.criu.memory_files import MemoryFile, move_memory
-from rekindle.criu.seccomp import drop_filter
 from rekindle.dump_tree import TOPS, stored_memory
 from rekindle.engine import Engine, Request, find_caches
 from rekindle.engine.client import Client
@@ -37,6 +35,7 @@ from rekindle.secrets.redact import redact_command
 from rekindle.text import listed
 from snapshot import foreign_dump, secret_search, start_reads
 from snapshot.aftermath import telling_server
+from snapshot.compact import compact, size_bytes
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
     Dumped,
@@ -161,11 +160,11 @@ def make(
         dumped = _dump(started, spec, engine, running, tool, work, report)
         cuda, kept = dumped.cuda, dumped.kept
     with report.phase("compact"):
-        dump_bytes = _size_bytes(tree / "criu")
+        dump_bytes = size_bytes(tree / "criu")
         require_state(cuda, dump_bytes)
         if keep_untouched:
             keep_untouched(tree)
-        memory = _compact(tree, server.root_pid)
+        memory = compact(tree, server.root_pid)
         files = scan(tree)
         mapped = mapped_files({path for path in running.opened if not kept.holds(path)})
     with report.phase("search for secrets"):
@@ -198,7 +197,7 @@ def make(
         mapped_files=without_secrets(mapped, read),
         dump=Dump(
             dump_bytes=dump_bytes,
-            stored_bytes=_size_bytes(tree / "criu") + sum(each.data_bytes for each in memory),
+            stored_bytes=size_bytes(tree / "criu") + sum(each.data_bytes for each in memory),
             files=files,
             memory=tuple(stored_memory(each) for each in memory),
         ),
@@ -444,22 +443,6 @@ def _loaded(
     if left_out:
         report.say(f"WARNING: a restore will not compare {left_out:,} of the files that the server has read")
     return described
-
-
-def _compact(tree: Path, root: int) -> list[MemoryFile]:
-    """Take zero pages and what was inherited out of a dump, and move large memory into memory files."""
-    for leftover in ("dump.log", "criu.out"):
-        (tree / "criu" / leftover).unlink(missing_ok=True)
-    zero_pages.drop(tree / "criu")
-    inherited.drop(tree / "criu", root)
-    timers.rearm(tree / "criu")
-    if untraced.FILTER:
-        drop_filter(tree / "criu", untraced.FILTER)
-    return move_memory(tree / "criu", tree / "memory")
-
-
-def _size_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def known_oracle(server: Server, engine: Engine, client: Client) -> Oracle:

@@ -34,7 +34,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     `reseed` is what to reseed after a restore, `outside` what to do about connections that lead out of the
     server. `secrets` names the secrets that the image may hold. `sign` signs the image, in addition to this
     machine's key. `private_variables` are withheld from the server. `keep_dump` is a directory for a copy of
-    CRIU's unmodified dump.
+    CRIU's unmodified dump. With `neutral`, a neutral process is saved, too, if there can be one.
     """
 
     image: str
@@ -49,6 +49,7 @@ class SnapshotOptions(Struct, frozen=True, kw_only=True):
     outside: Outside = Outside.REFUSE
     prove: bool = True
     with_cache: bool = True
+    neutral: bool = False
     check_memory: bool = True
     secrets: tuple[str, ...] = ()
     sign: "Sign | None" = None

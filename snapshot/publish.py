@@ -175,7 +175,7 @@ def prove(
     with dumps.ready(home, work, proved, Report(verb="restore")) as dump, report.phase("order"):
         record, layers = packing.packed_again(image, image.record, dump, staging, touches)
     known = _described(record, working_sets, proof)
-    ordered = images.build(staging, known, layers, image.cache).fetched_from(image.blobs)
+    ordered = images.build(staging, known, layers, image.cache, image.neutral).fetched_from(image.blobs)
     dumps.relabel(home, image, ordered)
     return ordered
 

@@ -300,15 +300,19 @@ def _pack(record: Record, tree: Path, base: Image, shared: Blobs | None, staging
     if cache is not None:
         assert shared is not None
         staging.put(shared.read(cache, limit_bytes=_MANIFEST_LIMIT_BYTES), cache.media_type)
+    neutral = base.neutral if shared is not None else None
+    if neutral is not None:
+        assert shared is not None
+        staging.put(shared.read(neutral, limit_bytes=_MANIFEST_LIMIT_BYTES), neutral.media_type)
     if record.dump.base is None:
         packed = pack(record.dump.files)
         record = described(record, packed)
-        image = images.build(staging, record, [each.descriptor for each in packed], cache)
+        image = images.build(staging, record, [each.descriptor for each in packed], cache, neutral)
     else:
         packed = pack([file for file in record.dump.files if file.path.parts[0] != "memory"])
         own = [each.descriptor for each in packed]
         known = [layer for layer in base.layers if layer.is_memory]
-        image = images.build(staging, record, [*own, *known], cache)
+        image = images.build(staging, record, [*own, *known], cache, neutral)
     return image.fetched_from(Overlay(staging, shared)) if shared is not None else image
 
 

@@ -93,6 +93,10 @@ restored, 3 if not.
 """
 TITLES = {
     Rung.PROCESS: ("The process", "Differences that forbid the process rung, or are reported for it."),
+    Rung.NEUTRAL: (
+        "The neutral process",
+        "Besides these, what is hard for the process, but for its command, its environment and its GPUs.",
+    ),
     Rung.CACHE: (
         "The kernel cache",
         "For each entry. A field that an entry does not record is not compared.",

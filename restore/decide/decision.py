@@ -126,7 +126,11 @@ def make_plan(facts: Facts, options: Options) -> Plan:
         structs.replace(facts, gpu_choice=choice),
         options.rung,
         strictness(options),
-        deadlines={Rung.PROCESS: options.process_deadline, Rung.CACHE: options.cache_deadline},
+        deadlines={
+            Rung.PROCESS: options.process_deadline,
+            Rung.NEUTRAL: options.process_deadline,
+            Rung.CACHE: options.cache_deadline,
+        },
         require=options.require,
     )
 
@@ -184,7 +188,7 @@ def _gather(
         home,
         options.command,
         with_cache=with_cache,
-        with_abilities=options.rung is Rung.PROCESS,
+        with_abilities=options.rung in {Rung.PROCESS, Rung.NEUTRAL},
         starting=cuda,
     )
     source = Source(

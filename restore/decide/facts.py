@@ -30,6 +30,7 @@ from restore.decide import (
 )
 from restore.decide.abilities import Abilities
 from restore.decide.match_gpus import GpuChoice
+from restore.decide.match_neutral import NeutralFacts
 from restore.decide.plan import FETCH_BYTES_PER_SECOND, UNPACK_BYTES_PER_SECOND, Facts
 from restore.decide.remembered import Findings
 from restore.decide.rules import Strictness
@@ -63,6 +64,11 @@ def gather(
     read = found.cache is not None and (with_cache or missing)
     kernels = read_kernels(verified) if read else None
     unpacked = dumps.is_ready(home, found)
+    is_local = isinstance(reference, LayoutReference)
+    with_neutral = found.neutral is not None and with_cache
+    neutral = None
+    if with_neutral:
+        neutral = neutral_facts(verified.map(images.load_neutral), home, given, is_local=is_local)
     engine = from_record(record.engine.name, record.endpoint, record.engine.options)
     facts = Facts(
         node=Fingerprint.probe(given or record.command, os.environ),
@@ -70,13 +76,15 @@ def gather(
         image=found,
         cache=kernels.value if kernels else None,
         cache_unread=found.cache is not None and not read,
+        neutral=neutral,
+        neutral_unread=found.neutral is not None and not with_neutral,
         different=different,
         loaded=[
             *(match_loaded.compare(record, given, os.environ, findings) if with_abilities else ()),
             *match_directories.compare(record),
             *(match_needs.compare(found, home, unpacked=unpacked) if with_abilities else ()),
         ],
-        local=isinstance(reference, LayoutReference),
+        local=is_local,
         unpacked=unpacked,
         has_memory=not unpacked and dumps.has_memory(home, found),
         kept_layers=frozenset() if unpacked else frozenset(dumps.kept_layers(home, found)),
@@ -90,6 +98,23 @@ def gather(
         gpu_choice=GpuChoice(free_bytes=gpu.free_bytes() if record.process.gpus else {}),
     )
     return facts, kernels
+
+
+def neutral_facts(
+    verified: Verified[images.Image], home: Home, given: Sequence[str], *, is_local: bool
+) -> NeutralFacts:
+    """Return what is known of an image's neutral process here. `is_local`: nothing has to be fetched."""
+    image = verified.value
+    record = image.record
+    findings = Findings(home.compared)
+    engine = from_record(record.engine.name, record.endpoint, record.engine.options)
+    return NeutralFacts(
+        record=record,
+        different=match_loaded.mapped(record, findings),
+        loaded=match_loaded.compare(record, given, os.environ, findings),
+        variables=match_environment.compare(record, engine, os.environ, given),
+        fetch_bytes=0 if is_local or dumps.is_ready(home, image) else sum(each.size for each in image.layers),
+    )
 
 
 def of_image(

@@ -25,6 +25,7 @@ from restore.decide.rules import Strictness, reason_for
 if TYPE_CHECKING:
     from oci.cache.image import CacheImage
     from oci.image import Image
+    from restore.decide.match_neutral import NeutralFacts
 
 SCHEMA = "rekindle.plan/1"
 
@@ -34,6 +35,7 @@ UNPACK_BYTES_PER_SECOND = 500e6
 _RESTORE_BYTES_PER_SECOND = 1.5e9
 _RESTORE_SECONDS = 0.6
 _DEADLINE_FACTOR = 5.0
+_NEUTRAL_SHARE = 0.35  # of a start with warm caches
 _DEADLINE_SECONDS = 15.0
 
 
@@ -58,6 +60,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     unreached: Reason | None = None
     cache: "CacheImage | None" = None
     cache_unread: bool = False
+    neutral: "NeutralFacts | None" = None
+    neutral_unread: bool = False
     different: Mapping[str, str] = field(default_factory=dict)
     loaded: Sequence[Difference] = ()
     local: bool = False
@@ -159,11 +163,14 @@ def make(
     strictness = strictness or Strictness()
     steps: Mapping[Rung, Callable[[Facts], Step]] = {
         Rung.PROCESS: _process,
+        Rung.NEUTRAL: _neutral,
         Rung.CACHE: functools.partial(_cache, soft=strictness.soft),
         Rung.COLD: _cold,
     }
     made = []
     for rung in rungs[rungs.index(asked) :]:
+        if rung is Rung.NEUTRAL and asked is not rung and not (facts.image and facts.image.neutral):
+            continue  # images made before, and of servers that cannot have one
         step = steps[rung](facts)
         deadline = deadlines.get(rung) or step.deadline_seconds
         reasons = [strictness.apply(reason) for reason in step.reasons]
@@ -233,6 +240,35 @@ def _process(facts: Facts) -> Step:
     )
 
 
+def _neutral(facts: Facts) -> Step:
+    rung = Rung.NEUTRAL
+    if facts.image is None:
+        return Step(rung=rung, reasons=_unreached(facts, rung))
+    if facts.image.neutral is None:
+        reason = reason_for(Difference("no-neutral", "neutral process", "", "the image holds none"))
+        return Step(rung=rung, reasons=[reason])
+    start = facts.image.record.start_seconds
+    if facts.neutral_unread or facts.neutral is None:
+        return Step(rung=rung, reasons=_no_command(facts, rung), deadline_seconds=_deadline(0.0, start))
+    from restore.decide import match_neutral
+
+    found = match_neutral.compare(
+        facts.neutral, facts.node, facts.abilities, facts.command or (), facts.environment
+    )
+    reasons = [structs.replace(reason_for(each), rung=rung) for each in found]
+    fetched = facts.neutral.fetch_bytes
+    written = facts.neutral.record.dump.stored_bytes / facts.unpack_bytes_per_second
+    seconds = _RESTORE_SECONDS + max(fetched / facts.fetch_bytes_per_second, written)
+    return Step(
+        rung=rung,
+        reasons=[*reasons, *_no_command(facts, rung)],
+        fetch_bytes=fetched,
+        seconds=seconds + start * _NEUTRAL_SHARE if start else None,
+        deadline_seconds=_deadline(seconds, start),
+        limited_seconds=seconds if fetched else 0.0,
+    )
+
+
 def _cache(facts: Facts, soft: Collection[str]) -> Step:
     if facts.image is None:
         return Step(rung=Rung.CACHE, reasons=_unreached(facts, Rung.CACHE))
@@ -283,9 +319,9 @@ def _expected_late(step: Step) -> Reason | None:
     """Return the reason not to begin a rung: it is expected to pass its deadline."""
     if step.deadline_seconds is None or step.limited_seconds <= step.deadline_seconds:
         return None
-    code = "slow" if step.rung is Rung.PROCESS else "cache-slow"
+    code = "cache-slow" if step.rung is Rung.CACHE else "slow"
     limit, expected = f"within {step.deadline_seconds:.0f} s", f"about {step.limited_seconds:.0f} s"
-    return reason_for(Difference(code, "time", limit, expected))
+    return structs.replace(reason_for(Difference(code, "time", limit, expected)), rung=step.rung)
 
 
 def _deadline(seconds: float, cold: float) -> float:
@@ -302,6 +338,7 @@ _SHOWN = 12
 _CAPABILITIES = {"privileges", "criu", "criu-version", "cuda"}
 _CANNOT = {
     Rung.PROCESS: "this node cannot restore the snapshot's process",
+    Rung.NEUTRAL: "this node cannot restore the snapshot's neutral process",
     Rung.CACHE: "this node cannot use the snapshot's kernel cache",
     Rung.COLD: "no command to start",
 }

@@ -17,6 +17,7 @@ from restore.decide.difference import Difference
 from restore.decide.environment_rules import OF_CACHES, OF_PROCESSES
 from restore.decide.limit_rules import LIMIT_RULES
 from restore.decide.need_rules import NEED_RULES
+from restore.decide.neutral_rules import NEUTRAL_RULES
 from restore.decide.rule import Rule
 from restore.signals import DeadlinePassed
 
@@ -259,6 +260,7 @@ RULES: Mapping[str, Rule] = {
     **CREDENTIAL_RULES,
     **LIMIT_RULES,
     **NEED_RULES,
+    **NEUTRAL_RULES,
     "gpu-probe": Rule(
         rung=Rung.PROCESS,
         hard=True,
@@ -479,7 +481,8 @@ def failure_reason(rung: Rung, phase: str, error: BaseException) -> Reason:
 
     After a bug in rekindle, the next rung may still be taken.
     """
-    advice = f"--{rung}-deadline S allows more"
+    option = Rung.CACHE if rung is Rung.CACHE else Rung.PROCESS
+    advice = f"--{option}-deadline S allows more"
     match error:
         case DeadlinePassed():
             code, text = "deadline", f"{phase} was not done after {error.seconds:.1f} s"

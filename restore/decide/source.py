@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
+from oci import image as images
 from oci import resolve
 from oci.image import Image
 from oci.options import RegistryOptions
@@ -48,6 +49,7 @@ class Source:
         self.tally = tally
         self.cuda = cuda
         self.prefetch = prefetch
+        self._neutral: Verified[Image] | None = None
         self.reference = reference
         self._home = home
         self._registry = registry
@@ -58,6 +60,12 @@ class Source:
         if self.kernels is None:
             self.kernels = read_kernels(self.image)
         return self.kernels
+
+    def read_neutral(self) -> Verified[Image]:
+        """Return the neutral process; read its record the first time. The image must have one."""
+        if self._neutral is None:
+            self._neutral = self.image.map(images.load_neutral)
+        return self._neutral
 
     def roots(self, step: "Step") -> "list[StoredRoot]":
         """Return the roots of the kernel cache that a step needs."""
@@ -75,6 +83,8 @@ class Source:
             access = structs.replace(access, tally=self.tally)
         blobs = self._connections.enter_context(Repository(self.reference, access))
         self.image = self.image.fetched_from(blobs)
+        if self._neutral is not None:
+            self._neutral = self._neutral.fetched_from(blobs)
         if self.kernels is not None:
             self.kernels = self.kernels.fetched_from(blobs)
 

@@ -32,15 +32,15 @@ def take(
     assert source is not None
     with run.signals.raising(step.deadline_seconds):
         source.reconnect()
-        step = _with_inventory(run, decision, step)
+        step = with_inventory(run, decision, step)
     with run.signals.raising(step.deadline_seconds):
         environment, where = place_cache.place(run, decision, step, stack)
     with WatchedCache(source.roots(step), where) as watched:
-        command = _as_compiled(decision)
+        command = as_compiled(decision)
         return start_server(run, decision, addresses, cell, stack, Rung.CACHE, command, environment, watched)
 
 
-def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
+def with_inventory(run: Run, decision: Decision, step: Step) -> Step:
     """Return the step, planned again with the kernel cache's inventory if the plan was made without it."""
     source, facts = decision.source, decision.facts
     if source is None or not facts.cache_unread:
@@ -53,7 +53,7 @@ def _with_inventory(run: Run, decision: Decision, step: Step) -> Step:
     return step
 
 
-def _as_compiled(decision: Decision) -> Sequence[str]:
+def as_compiled(decision: Decision) -> Sequence[str]:
     """Return the command with the recorded options that are part of the cache's keys."""
     record, command = decision.image.value.record, decision.facts.command
     assert command

@@ -346,7 +346,7 @@ def restore(
 
                 undo.push(private.give(cell, process.private, made, process.made))
         gpu_memory = GpuMemory(process)  # asked while CRIU works
-        used = _call_criu(cell, record, dump, tool, home, work, output, report, memory, shown)
+        used = call_criu(cell, record, dump, tool, home, work, output, report, memory, shown)
         if check is not None:
             check()
         engine = engine or from_record(record.engine.name, record.endpoint, record.engine.options)
@@ -370,7 +370,7 @@ def restore(
         undo.pop_all()
 
 
-def _call_criu(
+def call_criu(
     cell: Cell,
     record: Record,
     dump: Path,
@@ -392,6 +392,8 @@ def _call_criu(
             for path, fd in ((process.stdout, output.stdout), (process.stderr, output.stderr))
             if path != os.devnull  # of a server that was started otherwise: its output stays where it went
         }
+        if process.stdin is not None:
+            inherit[Path(process.stdin)] = _seen_in_cell(cell, 0, opened)
         call = functools.partial(criu.restore, tool, cell, inherit=inherit, log_directory=work, home=home)
         used = restore_with_memory(call, record, dump, work, memory, shown)
         _adjust(cell, record, report)

@@ -23,7 +23,7 @@ from restore.rungs.listening import is_held_by_our_server
 from restore.rungs.readiness import ReadinessWait, Ready
 from restore.rungs.run import Run
 from restore.serve.address import Addresses, bind
-from restore.serve.foreground import Serving
+from restore.serve.foreground import Replica, Serving
 from restore.signals import Signals
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ _OURS = {"NOTIFY_SOCKET", *KEY_VARIABLES}
 """Variables that are for rekindle, and not for a server."""
 
 
+Launch = Callable[[Sequence[str], Mapping[str, str], Path], Replica]
+"""Makes a server of a command, an environment and a directory."""
+
+
 class StartedServer(Struct, frozen=True, kw_only=True):
     """A started server: ready, or with a `status`, exited before it was.
 
@@ -41,7 +45,7 @@ class StartedServer(Struct, frozen=True, kw_only=True):
     """
 
     serving: Serving
-    child: ChildServer
+    first_output: Callable[[], str]
     ready: Ready | None
     status: int | None
 
@@ -59,32 +63,41 @@ def bring_up(
     asked_to_end: Callable[[int], None],
     say: Callable[[str], None],
     listen: bool,
+    launch: Launch | None = None,
 ) -> StartedServer:
     """Start the command and wait until it is ready or exits. What ends the server is pushed onto `stack`.
+
+    `launch` starts it in another way.
 
     From now on, signals go to the server and do not raise. Raises Interrupted, after the server has exited,
     if a signal asked it to end before it was ready; UsageError if the command cannot be started.
     """
-    child = stack.enter_context(
-        ChildServer(
-            command,
-            environment=environment,
-            directory=directory,
-            stdout=output.stdout,
-            stderr=output.stderr,
-            listen=listen,
+    server: Replica
+    first_output: Callable[[], str] = str
+    if launch is not None:
+        server = launch(command, environment, directory)
+    else:
+        server = child = stack.enter_context(
+            ChildServer(
+                command,
+                environment=environment,
+                directory=directory,
+                stdout=output.stdout,
+                stderr=output.stderr,
+                listen=listen,
+            )
         )
-    )
-    serving = stack.enter_context(Serving(child, signals, asked_to_end))
+        first_output = lambda: child.first_output  # noqa: E731
+    serving = stack.enter_context(Serving(server, signals, asked_to_end))
     if engine is None:
-        return StartedServer(serving=serving, child=child, ready=None, status=None)
+        return StartedServer(serving=serving, first_output=first_output, ready=None, status=None)
     with ReadinessWait(engine, oracle, is_ours=is_held_by_our_server, say=say) as waiting:
         serving.watch(waiting.fileno(), lambda: None)
         status = serving.run(until=lambda: waiting.result is not None)
         serving.forget(waiting.fileno())
     if status is not None and serving.signalled is not None:
         raise Interrupted(serving.signalled)
-    return StartedServer(serving=serving, child=child, ready=waiting.result, status=status)
+    return StartedServer(serving=serving, first_output=first_output, ready=waiting.result, status=status)
 
 
 def start_server(
@@ -97,6 +110,7 @@ def start_server(
     command: Sequence[str],
     environment: Mapping[str, str],
     watched: "WatchedCache | None" = None,
+    launch: Launch | None = None,
 ) -> TakenRung:
     """Start a command and wait until it is ready.
 
@@ -130,12 +144,13 @@ def start_server(
             asked_to_end=run.announcer.asked_to_end,
             say=report.say,
             listen=watched is not None,
+            launch=launch,
         )
     report.read_ahead = run.read_ahead.use
     run.read_ahead.stop()
     if up.status is not None:
         error = WorkloadError(f"the server exited with status {up.status} before it was ready")
-        if rung is Rung.CACHE:
+        if rung is not Rung.COLD:
             raise error
         report.fail(error)
         return TakenRung(rung=rung, serving=up.serving, status=up.status)
@@ -144,7 +159,7 @@ def start_server(
     elif oracle is not None and engine is not None:
         _report_answer(report, up.ready, oracle, engine)
     if watched is not None and engine is not None:
-        report.cache = watched.proof(engine.compiled(up.child.first_output)).summary
+        report.cache = watched.proof(engine.compiled(up.first_output())).summary
     up.serving.client_address = run.options.client_address
     for sock, target in addresses.listen(listens):
         up.serving.publish(sock, target)

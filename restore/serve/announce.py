@@ -10,7 +10,12 @@ from rekindle.report import Failure, Outcome, Report, Rung
 from restore.listener import Listener
 from restore.serve import notify
 
-_HOW = {Rung.PROCESS: "restored", Rung.CACHE: "on the kernel cache", Rung.COLD: "cold"}
+_HOW = {
+    Rung.PROCESS: "restored",
+    Rung.NEUTRAL: "from a neutral process",
+    Rung.CACHE: "on the kernel cache",
+    Rung.COLD: "cold",
+}
 """The outcome of a start on each rung."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from oci import image as images
 from rekindle.node.start_reads import StartRead, decode, encode
 from tests.conftest import SERVERS
-from tests.integration.scenes import Saved, Scene, save, scene
+from tests.integration.scenes import MULE, Saved, Scene, save, scene
 from tests.samples.page_cache import PAGE, on_disk, resident
 
 pytestmark = pytest.mark.criu
@@ -26,6 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 @pytest.fixture(name="scene")
 def _scene(saved: Saved, tmp_path: Path) -> Iterator[Scene]:
     with scene(saved, tmp_path) as made:
+        made.puts(*MULE, "late=2")  # reading ends when the server is ready
         yield made
 
 

@@ -53,7 +53,7 @@ def test_every_command_is_there(script: Path) -> None:
     ("words", "found"),
     [
         (["restore", "tiny", "--rep"], ["--replicas", "--report"]),
-        (["restore", "tiny", "--rung", ""], ["process", "cache", "cold"]),
+        (["restore", "tiny", "--rung", ""], ["process", "neutral", "cache", "cold"]),
         (["restore", "tiny", "--publish", ""], []),
         (["restore", "--report", ""], ["rekindle", "rekindle.bash"]),
         (["restore", "tiny", "--", "vllm", "--ru"], []),

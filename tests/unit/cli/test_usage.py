@@ -10,7 +10,7 @@ from cli import restore, snapshot
     ("words", "told"),
     [
         (["tiny", "vllm", "serve", "model"], "put `--` before the server's command: rekindle … -- vllm …"),
-        (["tiny", "--rung", "proces"], "invalid choice 'proces' (choose from process, cache, cold)"),
+        (["tiny", "--rung", "proces"], "invalid choice 'proces' (choose from process, neutral, cache, cold)"),
         (["tiny", "--requre", "process"], "unrecognized arguments: --requre process"),
     ],
 )

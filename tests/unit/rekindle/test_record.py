@@ -134,6 +134,8 @@ ADDED = (
     "weights",
     "loaded",
     "reads",
+    "neutral",
+    "process.stdin",
     "proved",
     "start_seconds",
     "variables",

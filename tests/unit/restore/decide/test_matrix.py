@@ -791,7 +791,7 @@ def told(decided: Plan) -> dict[Rung, str]:
 
 def test_the_table_is_large_and_its_rows_differ() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 40
-    assert {case.rung for case in CASES} == {*Rung, None}
+    assert {case.rung for case in CASES} == {*Rung, None} - {Rung.NEUTRAL}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))

@@ -41,7 +41,7 @@ def report() -> Report:
 
 def steps(**changes: Any) -> Plan:
     """All three rungs; keywords are the reasons of one."""
-    made = [Step(rung=rung, reasons=changes.get(rung.value, [])) for rung in Rung]
+    made = [Step(rung=rung, reasons=changes.get(rung.value, [])) for rung in (PROCESS, CACHE, COLD)]
     return Plan(asked=PROCESS, steps=made, device_map={})
 
 

@@ -3,14 +3,14 @@
 
 import pytest
 
-from cli._bench_starts import _with_milestones
+from cli._bench_milestones import with_milestones
 
 PHASES = {"start": 0.5, "extract": 1.5, "server": 10.0, "oracle": 0.25}
 
 
 def divided(**milestones: float) -> dict[str, float]:
     document = {"phases": [{"name": name, "seconds": each} for name, each in PHASES.items()], "bytes": {}}
-    found = _with_milestones(document, milestones)
+    found = with_milestones(document, milestones)
     assert found["bytes"] == {}
     return {phase["name"]: phase["seconds"] for phase in found["phases"]}
 
