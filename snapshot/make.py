@@ -175,8 +175,7 @@ def make(
     weights = _weights(engine, spec, report)
     with report.phase("describe files"):
         beside = [*(f"{each.recorded}/" for each in roots), f"{work}/"]
-        ours = [*kept.copied, *kept.made, *kept.written]
-        read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, ours)
+        read = _loaded(spec, server, reads, began_ns, weights, beside, mapped, report, kept)
     values, variables = describe_environment(
         spec.environment, engine, spec.credentials.values, spec.withheld, spec.argv
     )
@@ -413,7 +412,7 @@ def _loaded(
     beside: Sequence[str],
     mapped: Sequence[MappedFile],
     report: Report,
-    private: Sequence[str],
+    private: PrivatePaths,
 ) -> Loaded:
     """Describe what the server has read since it was started, without what is `beside` or `private`."""
     if reads.problem:
@@ -435,7 +434,7 @@ def _loaded(
         left_out=beside,
         mapped={file.path for file in mapped},
         described={
-            *private,
+            *(*private.copied, *private.made, *private.written),
             *(os.path.realpath(place / file.name) for file in (model.files if model else ())),
         },
     )
