@@ -30,3 +30,12 @@ def resident(path: Path) -> list[int]:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
         return [page for page, state in enumerate(found) if state & 1]
+
+
+def nearly(path: Path, pages: range) -> bool:
+    """Tell whether these pages of a file are in memory, and no others.
+
+    Reading ahead is advice: short of memory, the OS kernel leaves out a page, or takes it back.
+    """
+    found = resident(path)
+    return set(found) <= set(pages) and len(found) >= len(pages) * 0.9

@@ -14,7 +14,7 @@ from rekindle.node.start_reads import StartRead
 from restore import read_ahead
 from restore.decide.decision import weights_to_reload
 from restore.read_ahead import ReadAhead
-from tests.samples.page_cache import on_disk, resident
+from tests.samples.page_cache import nearly, on_disk, resident
 from tests.samples.record import RECORD
 
 _PAGES = 4096
@@ -30,8 +30,9 @@ def test_files_are_read_whole_or_in_parts(tmp_path: Path) -> None:
         reading.begin(reads(tmp_path, "whole", "part", part=((4096 * 10, 4096 * 1500), (0, 4096))))
         reading.wait()
         use = reading.use
-    assert resident(whole) == list(range(_PAGES))
-    assert resident(part) == [0, *range(10, 1510)]
+    assert nearly(whole, range(_PAGES))
+    assert {*resident(part)} <= {0, *range(10, 1510)}
+    assert len(resident(part)) > 1400
     assert not resident(other)
     assert use is not None
     assert (use.files, use.bytes, use.complete) == (2, (_PAGES + 1501) * 4096, True)
