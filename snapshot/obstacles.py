@@ -242,6 +242,8 @@ def _of_descriptors(
         finding = named or _of_descriptor(process / "fd" / str(fd), target, sockets)
         finding = finding or of_watcher(cell, pid, fd, target, found_faults) or of_terminal(cell, pid, target)
         finding = finding or private.refused.get(target)
+        if cell.only is None and not finding:  # what was started elsewhere has inherited such files
+            finding = _of_mount(process / "fd" / str(fd), target)
         if finding:
             yield f"descriptor {fd} ({target})", finding
 
@@ -294,6 +296,24 @@ def _file_system(link: Path) -> int:
     if _libc.statfs(os.fsencode(link), buffer) == -1:
         raise OSError(ctypes.get_errno(), "statfs")
     return int.from_bytes(buffer.raw[:8], sys.byteorder)
+
+
+def _of_mount(link: Path, target: str) -> Finding | None:
+    """Return a finding for a file in a mount that the process does not have (CRIU: "Can't lookup mount").
+
+    Files of the OS kernel's own mounts, as memfds, have no path.
+    """
+    process = link.parents[1]
+    with contextlib.suppress(OSError, ValueError):
+        if target.startswith("/") and (process / f"root{target}").exists():
+            fields = (process / "fdinfo" / link.name).read_text().split()
+            mounts = {line.split()[0] for line in (process / "mountinfo").read_text().splitlines()}
+            if fields[fields.index("mnt_id:") + 1] not in mounts:
+                return (
+                    "was opened by way of a process outside, as /proc/1/fd/1 is",
+                    "open /dev/stdout or /dev/stderr instead",
+                )
+    return None
 
 
 def _of_file(status: os.stat_result, target: str) -> Finding | None:

@@ -51,6 +51,7 @@ OBSTACLES = {
     "headless": ("has ended its main thread, and runs on in others", "let the main thread wait for them"),
     "landlock": ("has restricted itself with Landlock", "turn that off"),
     "keys": ("uses keys of the OS kernel (keyrings)", "keep them in files or in memory"),
+    "stdout-of-1": ("as /proc/1/fd/1 is", "open /dev/stdout or /dev/stderr instead"),
     "pressure": ("waits for pressure (psi)", "turn that off"),
     "user-namespace": ("is in a user namespace of its own", "start it without that sandbox"),
     "pid-namespace": ("is in a PID namespace of its own", "start it without that sandbox"),
