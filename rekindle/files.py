@@ -250,6 +250,11 @@ def nonzero_runs(content: bytes) -> Iterator[tuple[int, int]]:
         yield start, len(content)
 
 
+def size_bytes(directory: Path) -> int:
+    """Return the bytes of the files in a directory, which has no other directories."""
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
 def files_below(directory: Path) -> list[Path]:
     """Return the regular files of a tree, sorted; does not follow symbolic links."""
     return [path for path in sorted(directory.rglob("*")) if path.is_file() and not path.is_symlink()]

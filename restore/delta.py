@@ -38,7 +38,7 @@ from rekindle.criu.memory_files import MappedRange
 from rekindle.criu.outputs import name_outputs
 from rekindle.criu.seccomp import drop_filter
 from rekindle.errors import NotDumpableError
-from rekindle.files import copy_sparse_tree, remove_tree
+from rekindle.files import copy_sparse_tree, remove_tree, size_bytes
 from rekindle.os_errors import naming_full_disk
 from rekindle.record import Dump, NeededDirectory, Process, Record, StoredFile, numbered
 from restore.options import Output
@@ -83,7 +83,7 @@ class Delta:
         of the base must exist as long as the delta does. The replica may have run on already.
         """
         criu = self.directory / "criu"
-        dump_bytes = _size_bytes(criu)
+        dump_bytes = size_bytes(criu)
         with naming_full_disk(self.directory):
             name_outputs(criu, self._outputs, Path(self._process.stdout), Path(self._process.stderr))
             connections.close(criu, self._closed.keys(), tcp=False)
@@ -179,7 +179,7 @@ def _with_memory(
     moved = memory_files.move_memory(criu, directory / "memory")
     return Dump(
         dump_bytes=dump_bytes,
-        stored_bytes=_size_bytes(criu) + sum(each.data_bytes for each in moved),
+        stored_bytes=size_bytes(criu) + sum(each.data_bytes for each in moved),
         files=dump_tree.scan(directory),
         memory=tuple(dump_tree.stored_memory(each) for each in moved),
     )
@@ -198,7 +198,7 @@ def _delta(
     ]
     return Dump(
         dump_bytes=dump_bytes,
-        stored_bytes=_size_bytes(directory / "criu") + sum(each.data_bytes for each in found),
+        stored_bytes=size_bytes(directory / "criu") + sum(each.data_bytes for each in found),
         base=known.base or base.index.digest,
         blocks=known.blocks,
         files=_numbered(known.files, dump_tree.scan(directory)),
@@ -254,7 +254,3 @@ def _sizes(directory: Path) -> Iterator[int]:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             yield path.stat().st_blocks * 512
-
-
-def _size_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())

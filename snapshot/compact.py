@@ -19,8 +19,3 @@ def compact(tree: Path, root: int) -> list[MemoryFile]:
     if untraced.FILTER:
         drop_filter(tree / "criu", untraced.FILTER)
     return move_memory(tree / "criu", tree / "memory")
-
-
-def size_bytes(directory: Path) -> int:
-    """Return the size of the files of a directory."""
-    return sum(path.stat().st_size for path in directory.iterdir())

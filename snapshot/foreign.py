@@ -31,6 +31,7 @@ from snapshot.flow import snapshot
 from snapshot.options import Progress, SnapshotOptions
 from snapshot.outside_connections import CONNECTED_STATES, Outside
 from snapshot.server import Server
+from snapshot.warm import known_oracle
 
 _LOWEST_PID = 300
 """A restore starts CRIU and its helpers with the first PIDs of a cell."""
@@ -72,7 +73,7 @@ def save_process(
             server = _ForeignServer(cell, pid, given)
             _require_local(cell, pid)
             with report.phase("oracle"):
-                oracle = make.known_oracle(server, engine, Client(engine.endpoint, cell.connect))
+                oracle = known_oracle(server, engine, Client(engine.endpoint, cell.connect))
             yield make.WarmServer(
                 cell=cell,
                 server=server,

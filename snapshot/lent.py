@@ -36,6 +36,7 @@ from snapshot.outside_connections import Outside
 from snapshot.replica import RunningReplica, save_borrowed
 from snapshot.run import BegunServer
 from snapshot.server import Server
+from snapshot.warm import known_oracle
 
 _ANSWER_SECONDS = 60.0
 
@@ -145,7 +146,7 @@ def _save_begun(
             output = Path(begun.stdout), Path(begun.stderr)
             server = Server.running(cell, begun.root_pid, begun.given, *output, begun.reseed)
             with report.phase("oracle"):
-                oracle = make.known_oracle(server, engine, Client(engine.endpoint, cell.connect))
+                oracle = known_oracle(server, engine, Client(engine.endpoint, cell.connect))
             if begun.reseed is not Reseed.NONE:
                 stack.callback(after_dump, cell, report)
             yield make.WarmServer(

@@ -25,7 +25,7 @@ from rekindle.engine.weights import identify, locate, recorded
 from rekindle.environment import describe_environment
 from rekindle.errors import CapabilityError, DumpError, NotDumpableError, UsageError
 from rekindle.fields import JSON
-from rekindle.files import PAGE_BYTES, copy_sparse_tree, remove_tree
+from rekindle.files import PAGE_BYTES, copy_sparse_tree, remove_tree, size_bytes
 from rekindle.node.loaded import Loaded
 from rekindle.node.mapped import MappedFile
 from rekindle.os_errors import naming_full_disk
@@ -35,7 +35,7 @@ from rekindle.secrets.redact import redact_command
 from rekindle.text import listed
 from snapshot import foreign_dump, secret_search, start_reads
 from snapshot.aftermath import telling_server
-from snapshot.compact import compact, size_bytes
+from snapshot.compact import compact
 from snapshot.cuda_state import CudaState, checkpointed, require_state
 from snapshot.describe import (
     Dumped,
@@ -63,7 +63,7 @@ from snapshot.private_paths import find as find_private
 from snapshot.private_paths import keep as keep_private
 from snapshot.private_paths import tell as tell_private
 from snapshot.server import TEMPORARY, Server, make_temporary
-from snapshot.warm import ask_twice, wait_ready, warm
+from snapshot.warm import known_oracle, wait_ready, warm
 
 if TYPE_CHECKING:
     from rekindle.cuda.backend import Backend
@@ -442,15 +442,6 @@ def _loaded(
     if left_out:
         report.say(f"WARNING: a restore will not compare {left_out:,} of the files that the server has read")
     return described
-
-
-def known_oracle(server: Server, engine: Engine, client: Client) -> Oracle:
-    """Return the engine's oracle, or ask the server twice."""
-    known = engine.known_oracle()
-    if known is not None:
-        request, answer = known
-        return Oracle(request=request, answer=answer)
-    return ask_twice(server, engine, client)
 
 
 def _check_preconditions(spec: ServerSpec) -> None:

@@ -14,6 +14,8 @@ BEFORE, AFTER = 999, 1001
 
 
 class FakeCell:
+    only = None
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
