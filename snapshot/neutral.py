@@ -18,12 +18,12 @@ from rekindle.command_line import UnclearCommand, unwrap
 from rekindle.criu import Criu
 from rekindle.dump_tree import TOPS, scan, stored_memory
 from rekindle.errors import DumpError, RekindleError
-from rekindle.files import copy_sparse_tree
+from rekindle.files import copy_sparse_tree, size_bytes
 from rekindle.node import packages
 from rekindle.node.start_reads import decode
 from rekindle.record import Dump, Neutral, Process, Record
 from rekindle.report import Report
-from snapshot.compact import compact, size_bytes
+from snapshot.compact import compact
 from snapshot.describe import mapped_files, opened_files
 from snapshot.secret_search import KnownSecrets, require_no_secrets
 
