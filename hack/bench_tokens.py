@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODES = ("map", "copy")
 READY_SECONDS = 120.0
 ANSWER_SECONDS = 300.0
+RESAMPLED = 2000
 
 
 class Rates(NamedTuple):
@@ -67,8 +69,9 @@ def rates(port: int, pid: int, model: str, streams: int, tokens: int) -> Rates:
     return Rates(count / (time.monotonic() - began), count / (processor_seconds(pid) - used))
 
 
-def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: int) -> dict[str, Rates]:
-    """Restore a replica, and return its rates by "STREAMS first" and "STREAMS again"."""
+@contextlib.contextmanager
+def served(image: str, mode: str) -> Iterator[tuple[int, int]]:
+    """Restore a replica; yield its port and the PID of rekindle."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as work:
@@ -86,14 +89,47 @@ def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: i
                 if process.poll() is not None or time.monotonic() > deadline:
                     sys.exit((Path(work) / "log").read_text(errors="replace"))
                 time.sleep(0.01)
-            return {
-                f"{count} {when}": rates(port, process.pid, model, count, tokens)
-                for when in ("first", "again")
-                for count in streams
-            }
+            yield port, process.pid
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait()
+
+
+def measure(image: str, mode: str, model: str, streams: Sequence[int], tokens: int) -> dict[str, Rates]:
+    """Restore a replica, and return its rates by "STREAMS first" and "STREAMS again"."""
+    with served(image, mode) as (port, pid):
+        return {
+            f"{count} {when}": rates(port, pid, model, count, tokens)
+            for when in ("first", "again")
+            for count in streams
+        }
+
+
+def compare_pairs(image: str, model: str, streams: Sequence[int], tokens: int, pairs: int) -> None:
+    """Restore a replica of each kind, ask them in turn, and print the medians of the ratios of each pair.
+
+    What else the machine does changes more slowly than the turns, so that it counts for both.
+    """
+    with contextlib.ExitStack() as stack:
+        replicas = {mode: stack.enter_context(served(image, mode)) for mode in MODES}
+        for count in streams:
+            for place in replicas.values():
+                rates(*place, model, count, tokens)  # the first touch of the memory
+            found: list[dict[str, Rates]] = []
+            for number in range(pairs):
+                turn = MODES if number % 2 == 0 else MODES[::-1]
+                found.append({mode: rates(*replicas[mode], model, count, tokens) for mode in turn})
+            for index, unit in enumerate(("tokens per second", "tokens per second of processor time")):
+                ratios = [each["map"][index] / each["copy"][index] for each in found]
+                samples = (random.choices(ratios, k=pairs) for _ in range(RESAMPLED))  # noqa: S311
+                again = sorted(map(statistics.median, samples))
+                middle = {mode: statistics.median(each[mode][index] for each in found) for mode in MODES}
+                print(
+                    f"{count} streams, {unit}: mapped {middle['map']:.0f}, copied {middle['copy']:.0f}; "
+                    f"median of the ratios {statistics.median(ratios):.3f}, "
+                    f"95 % from {again[RESAMPLED // 40]:.3f} to {again[-RESAMPLED // 40]:.3f}; n = {pairs}",
+                    flush=True,
+                )
 
 
 def show(found: Mapping[str, Sequence[Mapping[str, Rates]]]) -> None:
@@ -115,7 +151,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="replicas of each kind (default: 5)")
     parser.add_argument("--streams", type=int, default=50, help="streams at once, beside one (default: 50)")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of each stream (default: 200)")
+    parser.add_argument(
+        "--pairs", type=int, help="ask one replica of each kind in turn, so many times, instead of many once"
+    )
     args = parser.parse_args()
+    if args.pairs:
+        compare_pairs(args.image, args.model, (1, args.streams), args.tokens, args.pairs)
+        return
     found: dict[str, list[dict[str, Rates]]] = {mode: [] for mode in MODES}
     for run in range(args.runs):
         for mode in MODES if run % 2 == 0 else MODES[::-1]:
