@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from restore.serve.address import Addresses
 
 _POLL_SECONDS = 0.5
 _END_SECONDS = 30.0
+_ASKED_SECONDS = 60  # or else it is taken for one with a protocol in which the server speaks first
 
 
 def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
@@ -50,6 +52,10 @@ def serve(args: argparse.Namespace, command: Sequence[str]) -> int:
     if before is not None and before.can_wake:
         image, wakes = before.status.hibernated, True
     with Addresses(decision.publications, args.listen_fds, is_early=True) as addresses:
+        # Who has connected and not asked yet stays in the queue, where the end of a server does not reach it.
+        for fd in addresses.filenos():
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _ASKED_SECONDS)
         tell(f"{addresses.main} is open; the server will be restored when a client connects")
         while True:
             running: _Running
