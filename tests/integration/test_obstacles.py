@@ -92,6 +92,7 @@ def test_what_children_have_inherited_is_named_once(refused: Done) -> None:
     assert re.search(r"process 1002 \(.*\) and \d+ more, descriptor \d+ ", line), line
 
 
+@pytest.mark.timeout(300)  # 40 things, of which many are processes
 def test_who_follows_the_remedies_gets_a_snapshot(
     rekindle: Rekindle, port: int, tmp_path: Path, restore: Restore, nothing_left: NothingLeft
 ) -> None:
