@@ -6,7 +6,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests that run side by side. Each lane has a machine of its own (tests/traces.py), but no cores of its own.
-LANES := 2
+LANES := 3
 # pip compiles what it installs, but nothing compiles a checkout where PYTHONDONTWRITEBYTECODE is set.
 PACKAGES := cli oci rekindle restore snapshot
 SCRIPTS = hack/lib.sh $(shell grep -ls "^\#!.*bash" .ci/* hack/*)
