@@ -116,7 +116,7 @@ def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterat
                     f"another rekindle holds the lock {path}",
                     hint=f"wait for it to end; `fuser -v {path}` shows it",
                 )
-            if not _is_at(fd, path):  # its last holder has removed it
+            if not is_at(fd, path):  # its last holder has removed it
                 continue
             yield
             return
@@ -124,7 +124,8 @@ def locked(path: Path, *, shared: bool = False, timeout: float = 60.0) -> Iterat
             os.close(fd)
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path) -> bool:
+    """Return whether an open file is still the one at a path; the last holder of a lock may remove it."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
@@ -248,6 +249,18 @@ def nonzero_runs(content: bytes) -> Iterator[tuple[int, int]]:
             start = offset
     if start is not None:
         yield start, len(content)
+
+
+def disk_bytes(path: Path) -> int:
+    """Return the size of the file system that a path is on."""
+    disk = os.statvfs(path)
+    return disk.f_frsize * disk.f_blocks
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes that users may still write to the file system that a path is on."""
+    disk = os.statvfs(path)
+    return disk.f_frsize * disk.f_bavail
 
 
 def size_bytes(directory: Path) -> int:

@@ -34,7 +34,7 @@ from oci.image import Image
 from oci.trust.verifier import Verified
 from rekindle.dump_tree import tops
 from rekindle.errors import BusyError, FormatError, IntegrityError, SpaceError, UsageError
-from rekindle.files import locked, remove_tree, try_lock
+from rekindle.files import disk_bytes, free_bytes, is_at, locked, remove_tree, try_lock
 from rekindle.home import Home
 from rekindle.os_errors import naming_full_disk
 from rekindle.proc import boot_id
@@ -151,10 +151,10 @@ def room(home: Home, image: Image) -> tuple[int, int]:
     """
     with _lender(home.dumps, image) as lender:
         needed = _room_bytes(image, lender)
-    there = _free_bytes(home.dumps)
+    there = free_bytes(home.dumps)
     if needed > there:
         markers = (_marker(path) for path in home.dumps.iterdir() if path.suffix != ".lock")
-        there = min(there + sum(each.bytes for each in markers if each), _disk_bytes(home.dumps))
+        there = min(there + sum(each.bytes for each in markers if each), disk_bytes(home.dumps))
     return needed, there
 
 
@@ -180,7 +180,7 @@ def listed(home: Home) -> Iterator[KeptDump]:
 def adopt(home: Home, image: Image, tree: Path) -> None:
     """Keep a dump from which an image was just packed: a restore need not unpack it. Moves `tree`."""
     target = place(home, image)
-    with locked(target.with_name(f"{target.name}.lock"), timeout=WAIT_SECONDS):
+    with locked(_lock_of(target), timeout=WAIT_SECONDS):
         if not target.exists():
             size = sum(path.lstat().st_blocks * 512 for path in tree.rglob("*"))
             _mark_ready(image, tree, size)
@@ -194,7 +194,7 @@ def adopted(home: Home, image: Image, tree: Path) -> Iterator[None]:
     Moves `tree`. Does nothing if another restore unpacks the image just now.
     """
     target = place(home, image)
-    lock = target.with_name(f"{target.name}.lock")
+    lock = _lock_of(target)
     with contextlib.suppress(BusyError), locked(lock, timeout=_ADOPT_SECONDS):
         if not _is_ready(target, image):
             _clear(target)
@@ -218,8 +218,8 @@ def relabel(home: Home, before: Image, after: Image) -> None:
     """Rename the dump of one image to that of another with the same files, if it still exists."""
     old, new = (home.dumps / image.process.digest.hex for image in (before, after))
     with (
-        locked(old.with_name(f"{old.name}.lock"), timeout=WAIT_SECONDS),
-        locked(new.with_name(f"{new.name}.lock"), timeout=WAIT_SECONDS),
+        locked(_lock_of(old), timeout=WAIT_SECONDS),
+        locked(_lock_of(new), timeout=WAIT_SECONDS),
     ):
         if not new.exists() and (marker := _marker(old)) and _is_ready(old, before):
             _mark_ready(after, old, marker.bytes)  # its memory may be packed in other layers
@@ -251,7 +251,7 @@ def _room_bytes(image: Image, lender: Path | None) -> int:
 
 def _require_disk_size(dumps: Path, room: int) -> None:
     """Raise SpaceError if the dump would not fit on the disk even if it were empty."""
-    total = _disk_bytes(dumps)
+    total = disk_bytes(dumps)
     if room > total:
         raise SpaceError(
             f"the unpacked dump needs {room:,} bytes", cause=f"the disk of {dumps} has {total:,} bytes in all"
@@ -372,10 +372,15 @@ def _used(target: Path) -> Iterator[list[Path]]:
 
 
 def _try_locked(dump: Path, stack: contextlib.ExitStack, *, shared: bool = False) -> bool:
-    """Lock a dump until `stack` is closed; return False at once if another holds it."""
-    fd = os.open(dump.with_name(f"{dump.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Lock a dump until `stack` is closed; return False at once if another holds it, or removes it."""
+    lock = _lock_of(dump)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     stack.callback(os.close, fd)
-    return try_lock(fd, shared=shared)
+    return try_lock(fd, shared=shared) and is_at(fd, lock)
+
+
+def _lock_of(dump: Path) -> Path:
+    return dump.with_name(f"{dump.name}.lock")
 
 
 def _is_ready(target: Path, image: Image) -> bool:
@@ -462,19 +467,9 @@ def _evict(dumps: Path, *, keep: str, limit: int, room: int) -> None:
         found.append((not stale, used, path, marker.bytes if marker else 0))
     total = sum(size for _, _, _, size in found)
     for useful, _, path, size in sorted(found):
-        crowded = total > limit or _free_bytes(dumps) < room
+        crowded = total > limit or free_bytes(dumps) < room
         if (crowded or not useful) and remove_unused(path):
             total -= size
-
-
-def _disk_bytes(directory: Path) -> int:
-    disk = os.statvfs(directory)
-    return disk.f_frsize * disk.f_blocks
-
-
-def _free_bytes(directory: Path) -> int:
-    disk = os.statvfs(directory)
-    return disk.f_frsize * disk.f_bavail
 
 
 def remove_unused(path: Path) -> bool:
@@ -483,7 +478,14 @@ def remove_unused(path: Path) -> bool:
         if not _try_locked(path, stack):
             return False
         _clear(path)
+        _lock_of(path).unlink(missing_ok=True)
         return True
+
+
+def remove_superseded(path: Path) -> None:
+    """Remove the dump of a replaced image, unless it is used or others may link to its memory files."""
+    if (path / "memory").is_symlink():
+        remove_unused(path)
 
 
 def _clear(path: Path) -> None:

@@ -26,6 +26,7 @@ from rekindle.errors import BusyError, OracleError, UsageError, WorkloadError
 from rekindle.home import Home
 from rekindle.record import Record
 from rekindle.report import OracleAnswer, Pause, Report
+from restore import dumps
 from restore.borrow import Lender
 from restore.decide.match_api_key import requires_key
 from snapshot import make
@@ -119,9 +120,13 @@ def hibernate(
     home = home or store.open_home()
     entry, image = replicas.running(home, name), f"hibernated/{name}"
     options = ReplicaOptions(image=image, runs_on=False, prove=False, secrets=tuple(secrets))
+    with Lender(entry) as lender:
+        dump = lender.facts().get("dump")
     save_running(name, options, report, drain_seconds=drain_seconds, unless_asked=unless_asked, home=home)
     replicas.wait(entry)
     replicas.hibernate(home, name, image)
+    if dump and entry.status.image == image:  # it was woken from what this replaces
+        dumps.remove_superseded(Path(dump))
 
 
 def _save_begun(

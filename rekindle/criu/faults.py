@@ -22,7 +22,7 @@ class Fault(NamedTuple):
         return ".".join(map(str, self.fixed_in))
 
 
-# 4.2.1 ends with "Can't dump that handle"; 4.3 dumps and restores the watch, and it fires.
+# 4.2.1 ends with "Can't dump that handle"; 4.3 dumps and restores the watch.
 WATCH_ON_OVERLAYFS = Fault(
     what="cannot dump an inotify watch on overlayfs, the root of most containers",
     fixed_in=(4, 3),

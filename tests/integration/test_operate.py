@@ -466,6 +466,19 @@ def test_a_replica_hibernates_and_wakes_with_its_state(rekindle: Rekindle) -> No
     assert rekindle("wake", "web").status == 12
 
 
+def test_what_a_hibernation_replaces_is_removed(rekindle: Rekindle) -> None:
+    port = free_port()
+    assert rekindle("restore", "horse", "--detach", "--name", "web", "--publish", str(port)).status == 0
+    kept = []
+    for _ in range(3):
+        assert rekindle("hibernate", "web").status == 0
+        assert rekindle("wake", "web").status == 0
+        blobs = rekindle.home / "store" / "blobs" / "sha256"
+        kept.append((len(os.listdir(rekindle.home / "dumps")), len(os.listdir(blobs))))
+    assert kept[1] == kept[2]
+    assert rekindle("stop", "web").status == 0
+
+
 def test_a_wake_that_fails_can_be_repeated(rekindle: Rekindle) -> None:
     port = free_port()
     flags = ["--name", "web", "--publish", str(port), "--detach"]

@@ -314,7 +314,7 @@ def test_a_lie_about_its_size_costs_no_other_dump(
 def test_what_the_disk_could_never_hold_is_refused(
     home: Home, image: images.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dumps, "_disk_bytes", lambda _: 4096)
+    monkeypatch.setattr(dumps, "disk_bytes", lambda _: 4096)
     with pytest.raises(SpaceError, match="unpacked"):
         use(home, image)
 

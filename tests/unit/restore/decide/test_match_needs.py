@@ -66,7 +66,7 @@ def test_tasks(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk_counts_what_can_be_removed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dumps, "_room_bytes", lambda *_: 1000)
-    monkeypatch.setattr(dumps, "_free_bytes", lambda _: 0)
+    monkeypatch.setattr(dumps, "free_bytes", lambda _: 0)
     assert codes(RECORD, home) == ["disk"]
     old = home.dumps / ("0" * 64)
     old.mkdir(mode=0o700)
