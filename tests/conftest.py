@@ -70,6 +70,17 @@ def _reset_signals_for_children() -> None:
 
 
 _reset_signals_for_children()
+_HANDLED = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_were() -> Iterator[None]:
+    """Fail a test that leaves other handlers behind: later ones would start programs that are deaf."""
+    yield
+    left = {each for each, handler in _HANDLED.items() if signal.getsignal(each) is not handler}
+    for each in left:
+        signal.signal(each, _HANDLED[each])
+    assert not left, "the command that was run here has set handlers for signals: call its module instead"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

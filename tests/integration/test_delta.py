@@ -357,6 +357,16 @@ MOMENTS = {
 }
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt here, also where whoever started the tests has ignored it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interruption_changes_nothing(
     image: str, rekindle: Rekindle, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
@@ -379,7 +389,7 @@ def test_an_interruption_changes_nothing(
         return found
 
     before = blobs(rekindle.home)
-    with running(image, tmp_path) as runs:
+    with running(image, tmp_path) as runs, interruptible():
         assert runs.ask("/count") == 1
         with monkeypatch.context() as patch:
             patch.setattr(place, name, interrupted)

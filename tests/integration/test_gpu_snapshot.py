@@ -194,9 +194,10 @@ def test_too_little_free_memory_on_the_gpu_is_told_before_the_driver_is_called(
     done = rekindle("restore", "horse", "--require", "process")
     assert done.status == 34, done.stderr
     assert "not enough free memory on the GPU" in done.stderr
-    assert re.search("the server held [0-9,]+ bytes on GPUs, and 67,108,864 are free", done.stderr), (
-        done.stderr
-    )
+    # 64 MiB, less one if our own client of the driver holds the device by then
+    assert re.search(
+        "the server held [0-9,]+ bytes on GPUs, and (66,060,288|67,108,864) are free", done.stderr
+    ), done.stderr
     assert steps(node.cuda.log()) == []
 
 

@@ -127,7 +127,7 @@ def test_an_image_of_the_first_format_is_restored_as_before(
     rekindle: Rekindle, restore: Callable[..., Replica], port: int
 ) -> None:
     program = (
-        "import sys, snapshot.make; snapshot.make.move_memory = lambda *_: []; "
+        "import sys, snapshot.compact; snapshot.compact.move_memory = lambda *_: []; "
         "from rekindle.__main__ import run; run()"
     )
     words = ["snapshot", "old", *workhorse_flags(port), "--", *workhorse(port)]

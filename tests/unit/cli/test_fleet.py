@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from rekindle.__main__ import main
+from cli.fleet import main
+from rekindle.errors import CapabilityError, UsageError
 from tests.conftest import ROOT
 
 
@@ -26,7 +27,7 @@ def test_a_plan_for_a_person_a_program_a_cluster_and_the_eye(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn, written = tmp_path / "plan.svg", tmp_path / "plan.yaml"
-    assert main(["fleet", "plan", str(file), "--picture", str(drawn), "--configmap", str(written)]) == 0
+    assert main(["plan", str(file), "--picture", str(drawn), "--configmap", str(written)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.split()[0].isdecimal()]) == 24
     assert any(line.startswith("cost ") and "gap" in line for line in lines)
@@ -36,25 +37,25 @@ def test_a_plan_for_a_person_a_program_a_cluster_and_the_eye(
     assert json.loads(configmap["data"]["images.l4"])["chat"] >= 1
     assert len(json.loads(configmap["data"]["min-replicas"])) == 24
 
-    assert main(["fleet", "plan", str(file), "--json"]) == 0
+    assert main(["plan", str(file), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "rekindle.fleet-plan/1"
     assert document["bound"] <= document["program_cost"]
 
 
 def test_simulations_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fleet", "simulate", str(file), "--seeds", "2"]) == 0
+    assert main(["simulate", str(file), "--seeds", "2"]) == 0
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()][:3] == ["policy", "plan", "all-warm"]
     assert "n = 2" in table
-    assert main(["fleet", "simulate", str(file), "--seeds", "1", "--json"]) == 0
+    assert main(["simulate", str(file), "--seeds", "1", "--json"]) == 0
     policies = json.loads(capsys.readouterr().out)["policies"]
     assert policies["plan"][0]["requests"] > 1000
 
 
 def test_nodes_that_are_missing_give_status_3(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text(file.read_text().replace("nodes = 50", "nodes = 1").replace("1.5,", "50.0,"))
-    assert main(["fleet", "plan", str(file)]) == 3
+    assert main(["plan", str(file)]) == 3
     assert "MISSING l4" in capsys.readouterr().out
 
 
@@ -70,27 +71,23 @@ def test_nodes_that_are_missing_give_status_3(file: Path, capsys: pytest.Capture
         ('name = "l4"', 'name = "L 4"', "name"),
     ],
 )
-def test_a_wrong_description_is_named(
-    file: Path, old: str, new: str, cause: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_description_is_named(file: Path, old: str, new: str, cause: str) -> None:
     file.write_text(file.read_text().replace(old, new, 1))
-    assert main(["fleet", "plan", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert "not a valid description" in said
-    assert cause in said
+    with pytest.raises(UsageError, match="not a valid description") as raised:
+        main(["plan", str(file)])
+    assert cause in raised.value.cause
 
 
-def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fleet", "plan", "/nowhere/fleet.toml"]) == 2
-    assert "cannot read /nowhere/fleet.toml" in capsys.readouterr().err
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"cannot read /nowhere/fleet\.toml"):
+        main(["plan", "/nowhere/fleet.toml"])
 
 
-def test_without_highs_it_says_what_to_install(
-    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_highs_it_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "highspy", None)
     for name in ("plan", "program"):
         monkeypatch.delitem(sys.modules, f"rekindle.fleet.{name}", raising=False)
     monkeypatch.delattr("rekindle.fleet.plan", raising=False)
-    assert main(["fleet", "plan", str(file)]) == 10
-    assert "rekindle-llm[fleet]" in capsys.readouterr().err
+    with pytest.raises(CapabilityError) as raised:
+        main(["plan", str(file)])
+    assert "rekindle-llm[fleet]" in raised.value.hint
