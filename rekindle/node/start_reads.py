@@ -3,7 +3,7 @@
 
 Each line is a file: how many characters its path shares with the one before, a space, and the rest of the
 path. If the start reads only parts of the file, or it is large, they follow after tabs, as OFFSET+LENGTH in
-bytes. For vLLM that is 10,000 files in 0.3 MB, which only a rung that starts a server has to parse.
+bytes. For vLLM that is 10,000 files in some 0.3 MB, which only a rung that starts a server has to parse.
 """
 
 import os.path
