@@ -210,11 +210,15 @@ def _shut_down_nvml() -> None:
 
 
 def _read(name: str) -> str:
+    # Each call into the OS kernel lets go of the GIL, which a busy thread may keep for long: so no `open`.
     try:
-        with open(f"{_DIRECTORY}/{name}") as file:
-            return file.read().strip()
+        fd = os.open(f"{_DIRECTORY}/{name}", os.O_RDONLY)
     except OSError:
         return ""
+    try:
+        return os.read(fd, 4096).decode().strip()
+    finally:
+        os.close(fd)
 
 
 def _answer() -> None:
@@ -248,8 +252,9 @@ def _of_package(name: str) -> list:  # type: ignore[type-arg]
 
 def _name_thread(text: str) -> None:
     try:
-        with open("/proc/thread-self/comm", "w") as file:
-            file.write(text)
+        fd = os.open("/proc/thread-self/comm", os.O_WRONLY)
+        os.write(fd, text.encode())
+        os.close(fd)
     except OSError:  # after a change of user, it belongs to root
         import ctypes
 

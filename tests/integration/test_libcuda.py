@@ -51,7 +51,8 @@ def test_doctor_tells_that_the_driver_does_not_start(rekindle: Rekindle, tmp_pat
     rekindle.env |= {**nvml.environment, "LD_LIBRARY_PATH": paths}
     done = rekindle("doctor", "--check", "cuda", "--json")
     assert done.status == 10, done.stderr
-    driver, utility = [check["detail"] for check in done.json["checks"] if not check["ok"]]
+    checks = [check for check in done.json["checks"] if check["name"] == "cuda"]
+    driver, utility = [check["detail"] for check in checks if not check["ok"]]
     assert driver.startswith("driver: libcuda.so.1 has no cuCheckpoint")
     assert utility == f"utility: {NO_START}"
 

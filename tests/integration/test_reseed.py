@@ -144,7 +144,8 @@ def test_a_server_that_does_not_answer_is_not_restored(save: Callable[..., Done]
 
 
 def test_a_process_that_is_busy_in_c_is_waited_for(save: Callable[..., Done], two: Two) -> None:
-    assert save("busy").status == 0
+    done = save("busy")
+    assert done.status == 0, done.stderr
     first, second = two()
     assert not shared(draw(first), draw(second))
 

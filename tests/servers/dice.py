@@ -10,7 +10,7 @@ It draws once from each kind before it serves, so that every generator has a sta
 a child that is spawned, and one that is forked.
 
 Behaviours: seeded (with 7, as a program that wants the same numbers at each start), busy (a child holds the
-GIL in C for a second at a time), callbacks, callbacks-of-package (by snapshot_restore_py), fails=PHASE (a
+GIL in C half a second at a time), callbacks, callbacks-of-package (by snapshot_restore_py), fails=PHASE (a
 callback raises), stuck (a callback after the restore holds the GIL for a minute), isolated (a child runs
 under `python -I`), with=NAME,… (imports numpy or cryptography, and draws from them).
 """
@@ -62,13 +62,13 @@ def start(method: str) -> None:
     children[f"{method} {len(children)}"] = ours
 
 
-def hold_gil(seconds: int) -> None:
-    ctypes.PyDLL(None).sleep(seconds)
+def hold_gil(seconds: float) -> None:
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
 def hold_gil_again_and_again() -> None:
     while True:
-        hold_gil(1)
+        hold_gil(0.5)
 
 
 children: dict[str, Connection] = {}
