@@ -23,7 +23,7 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 
 
 class Afterwards:
-    """What is done with a report, as it is now."""
+    """Keep and export a report, as it is now."""
 
     def __init__(self, report: Report, *, wakes: bool = False) -> None:
         self._report, self._wakes = report, wakes

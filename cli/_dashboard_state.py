@@ -32,7 +32,7 @@ _ENDED = 5
 
 
 class DashboardState:
-    """What a home holds now. Of an image, what its manifests say is read again when the store changes."""
+    """The state of a home now. Of an image, what its manifests say is read again when the store changes."""
 
     def __init__(self, home: Home) -> None:
         self._home = home

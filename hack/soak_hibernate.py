@@ -38,7 +38,7 @@ class HibernationError(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """What is there after a cycle: memory of all processes below us, files of the home, mounts, processes."""
+    """A sample after a cycle: memory of all processes below us, files of the home, mounts, processes."""
 
     cycle: int
     memory_mb: float
@@ -84,7 +84,7 @@ class HibernationSoak:
         self.done["started"] += 1
 
     def cycles(self) -> int:
-        """How often it has hibernated."""
+        """Return the number of hibernations so far."""
         return self.log.read_bytes().count(f"{NAME} hibernates".encode())
 
     def kill(self) -> None:

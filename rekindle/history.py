@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of this home have done: totals since its first command, and the newest reports.
+"""Keep what the commands of this home have done: totals since its first command, and the newest reports.
 
     $REKINDLE_HOME/history/
         totals.json                         the document of Totals
@@ -62,7 +62,7 @@ _NAME = re.compile(r"\d+-[a-z-]+-\d+\.json")
 
 
 class Total(Struct, kw_only=True):
-    """How often something has happened, or how much of it."""
+    """A count of something, or an amount of it."""
 
     name: str
     labels: tuple[str, ...]
@@ -70,7 +70,7 @@ class Total(Struct, kw_only=True):
 
 
 class Distribution(Struct, kw_only=True):
-    """How long something took: the number of times in each of the buckets and above them, and the sum."""
+    """Times that something took: how many are in each of the buckets and above them, and the sum."""
 
     name: str
     labels: tuple[str, ...]

@@ -143,7 +143,7 @@ class MemoryMode(StrEnum):
 
 
 class LazyUse(Struct, frozen=True, kw_only=True):
-    """What was fetched of a server's memory when it gave its first answer, and whether that was all."""
+    """The bytes of a server's memory that were here at its first answer, and whether that was all."""
 
     fetched_bytes: int
     is_complete: bool
@@ -219,7 +219,7 @@ class CacheUse(Struct, frozen=True, kw_only=True):
 
 
 class ReadAheadUse(Struct, frozen=True, kw_only=True):
-    """What was read ahead of a server that started, whether it was in memory already or not.
+    """The files that were read ahead of a server that started, whether it was in memory already or not.
 
     Not `complete`: the server was ready before, or memory was short.
     """

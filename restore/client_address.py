@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a server that is reached through us learns its clients' addresses.
+"""The ways in which a server behind us learns its clients' addresses.
 
 The PROXY protocol is that of HAProxy, proxy-protocol.txt: a header before the first byte of a connection.
 """

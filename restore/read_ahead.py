@@ -81,7 +81,7 @@ class ReadAhead:
 
     @property
     def use(self) -> ReadAheadUse | None:
-        """What was read so far; None if nothing was to be read."""
+        """Return what was read so far; None if nothing was to be read."""
         if not self._threads:
             return None
         with self._lock:

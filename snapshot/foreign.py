@@ -204,7 +204,7 @@ def _output(pid: int, fd: int) -> Path:
 
 
 class _Unknown:
-    """What it has read since its start, which nobody has watched."""
+    """The files that it has read since its start, which nobody has watched."""
 
     read: Collection[str] = ()
 

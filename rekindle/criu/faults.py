@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """What CRIU gets wrong before the version `fixed_in`, in words that follow "CRIU X"."""
+    """A fault of CRIU before the version `fixed_in`, in words that follow "CRIU X"."""
 
     what: str
     fixed_in: tuple[int, ...]

@@ -57,7 +57,7 @@ class PeriodPlan(Struct, frozen=True, kw_only=True):
 
 
 class Bottleneck(Struct, frozen=True, kw_only=True):
-    """What limits a class: the periods in which each resource does, and what another node would save.
+    """The limits of a class: the periods in which each resource does, and what another node would save.
 
     The saving is that of the linear program, over all periods; 0 unless every node of the class is used.
     """

@@ -35,7 +35,7 @@ _READ_BY_ALL = (
 
 
 class NeutralFacts(Struct, frozen=True, kw_only=True):
-    """What is known of a neutral process here: its record, and the results of comparing it.
+    """The facts about a neutral process here: its record, and the results of comparing it.
 
     `different` and `loaded` are as those of a process; `variables` are the differences of all variables.
     `fetch_bytes` are to be fetched for it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a filler is asked to do, and the places that it shares with restores.
+"""The order to a filler, and the places that it shares with restores.
 
 dumps/HEX.lazy/
     tree/       the dump, as far as it is here; it becomes dumps/HEX
